@@ -1,0 +1,72 @@
+"""The treaty between data and modules: what a batch holds, and what its masks mean.
+
+Shapes: ``B`` rows, ``P`` prompt tokens, ``T`` tokens of a whole row. Masks are boolean and True means
+*this token counts*. Batches are named tuples, so Lightning moves them between devices.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to answer, padded on the left so that every row ends at the same column.
+
+    Attributes:
+        ids: Token ids. Shape: ``(B, P)``, int64.
+        mask: True on the prompt's own tokens. Shape: ``(B, P)``, bool.
+        row: The row's number in its corpus; sampling noise is drawn from it, so that a row's text
+            depends on no batch mate. Shape: ``(B,)``, int64.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    row: Tensor
+
+
+class RatedBatch(NamedTuple):
+    """Texts to imitate, to judge, or both: one kind of row for SFT, Hydra-SFT and reward models.
+
+    A demonstration is a row to imitate without a label; a thumbs-up answer is both; a thumbs-down
+    answer is only labelled. A preference pair is two rows, named in ``pairs``.
+
+    Attributes:
+        ids: Token ids, padded on the right. Shape: ``(B, T)``, int64.
+        attention_mask: True on the row's own tokens. Shape: ``(B, T)``, bool.
+        response_mask: True on the tokens that the assistant wrote and that count; the score is read
+            at the last of them. In a demonstration it may have holes (the user's later turns).
+            Shape: ``(B, T)``, bool.
+        prompt_tokens: Columns at the start of the batch that hold no response token in any row, so
+            that nothing is projected onto the vocabulary for them. At least 1.
+        imitate: True where the row's response enters the language-modelling loss. Shape: ``(B,)``, bool.
+        label: 1 for thumbs up, 0 for thumbs down; read only where ``labelled``. Shape: ``(B,)``, float32.
+        labelled: True where the row has a thumb. Shape: ``(B,)``, bool.
+        pairs: Row numbers within the batch, (chosen, rejected). Shape: ``(K, 2)``, int64; K may be 0.
+        row: The row's number in its corpus. Shape: ``(B,)``, int64.
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    prompt_tokens: int
+    imitate: Tensor
+    label: Tensor
+    labelled: Tensor
+    pairs: Tensor
+    row: Tensor
+
+
+class Answers(NamedTuple):
+    """What one role answers to some prompts, as people read it.
+
+    Attributes:
+        prompts: The prompts' texts.
+        responses: The answers' texts, without prompt and special tokens.
+        scores: The answers' rewards, as the module that answered scores them. Higher is better.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    scores: list[float]

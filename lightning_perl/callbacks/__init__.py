@@ -1,0 +1,17 @@
+"""Callbacks: one verb each."""
+
+from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
+from lightning_perl.callbacks.phases import PhaseCallback
+from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.callbacks.samples import Answering, SampleWriter
+from lightning_perl.callbacks.speed import ThroughputMonitor
+
+__all__ = [
+    "Answering",
+    "CudaMemoryMonitor",
+    "CudaMemorySnapshot",
+    "PhaseCallback",
+    "SampleWriter",
+    "ThroughputMonitor",
+    "run_folder",
+]

@@ -1,0 +1,326 @@
+"""How much memory each phase of a train batch takes, and a recording of where it went."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_perl.callbacks.phases import WHOLE_BATCH, PhaseCallback, cuda_device
+from lightning_perl.callbacks.run_folder import run_folder
+
+GIB = 1024**3
+"""Bytes of one GiB, the unit of every ``memory/`` key."""
+
+
+def resident_bytes() -> int | None:
+    """Returns the physical memory this process holds, in bytes, or None where that is unknown.
+
+    On Linux it is the current value, from ``/proc/self/statm``. Elsewhere on Unix only the peak
+    since the process began is to be had (``ru_maxrss``), which never falls. Windows has neither.
+    """
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on other Unixes
+
+
+class CudaMemoryMonitor(PhaseCallback):
+    """Logs the peak memory of every phase, once per train batch, and prints it when the fit ends.
+
+    Keys, in GiB, lower is better:
+
+    - ``memory/{phase}_peak_allocated_gib``: most that tensors held at once during the phase.
+    - ``memory/{phase}_peak_reserved_gib``: most that PyTorch's allocator held of the device.
+    - ``memory/{phase}_resident_gib``: only where the run is not on CUDA, instead of the two above.
+      Physical memory of this process, the larger of its readings at the phase's start and end (see
+      `resident_bytes`). Nothing samples in between, so a buffer that lived only inside the phase
+      may be missed, and what the system has not taken back is still counted.
+
+    A phase that ran several times in the train batch has its largest value; a phase inside another
+    counts for both. A train batch whose module names no phase is one phase, ``step``. What phases
+    take outside train batches (validation) is not logged.
+
+    The peaks are this device's, of rank zero's process in the log. They are reset at each phase's
+    start, so nobody else can rely on ``torch.cuda.max_memory_allocated`` meanwhile. Values go
+    through ``pl_module.log_dict`` into the same row and on the same step axis as the module's own
+    train keys, every ``Trainer(log_every_n_steps)`` batches; the printed line covers all batches of
+    the fit.
+    """
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+        self._open: list[str] = []
+        self._batch: dict[str, dict[str, int]] = {}
+        self._fit: dict[str, dict[str, int]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets an earlier fit."""
+        self._device = cuda_device(trainer)
+        self._open = []
+        self._fit = {}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Opens the train batch, as a phase of its own."""
+        self._open = []
+        self._batch = {}
+        self._begin(WHOLE_BATCH)
+
+    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Resets the peaks, after the phases around this one took their share."""
+        if self._open:
+            self._begin(phase)
+
+    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Reads the peaks."""
+        if self._open:
+            self._read()
+            self._open.pop()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Logs the train batch."""
+        self._read()
+        self._open = []
+        if len(self._batch) > 1:
+            self._batch.pop(WHOLE_BATCH)
+        metrics = {}
+        for phase, peaks in self._batch.items():
+            for name, peak in peaks.items():
+                fit = self._fit.setdefault(phase, {})
+                fit[name] = max(fit.get(name, 0), peak)
+                metrics[f"memory/{phase}_{name}_gib"] = peak / GIB
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints one line, on rank zero: the largest value of each phase over the fit."""
+        if trainer.is_global_zero and self._fit:
+            print(self.summary(), flush=True)
+
+    def summary(self) -> str:
+        """Returns the fit so far in a line: allocated GiB, or resident GiB without CUDA."""
+        name, title = ("resident", "resident GiB")
+        if self._device is not None:
+            name, title = ("peak_allocated", "peak GiB")
+        phases = [f"{phase} {peaks[name] / GIB:.2f}" for phase, peaks in self._fit.items()]
+        return f"memory ({title}): " + " | ".join(phases)
+
+    def _begin(self, phase: str) -> None:
+        if self._device is None:
+            self._open.append(phase)
+            self._read()
+        else:
+            self._read()
+            self._open.append(phase)
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _read(self) -> None:
+        """Charges the peaks since the last reset to every phase that is open."""
+        if not self._open:
+            return
+        if self._device is None:
+            resident = resident_bytes()
+            peaks = {} if resident is None else {"resident": resident}
+        else:
+            peaks = {
+                "peak_allocated": torch.cuda.max_memory_allocated(self._device),
+                "peak_reserved": torch.cuda.max_memory_reserved(self._device),
+            }
+        for phase in self._open:
+            largest = self._batch.setdefault(phase, {})
+            for name, peak in peaks.items():
+                largest[name] = max(largest.get(name, 0), peak)
+
+
+class CudaMemorySnapshot(PhaseCallback):
+    """Records every allocation of some train batches, and the moment of an out-of-memory error.
+
+    Files open in PyTorch's memory viewer, https://pytorch.org/memory_viz (drag and drop; nothing is
+    uploaded), and each one's path is printed:
+
+    - ``batches_1_to_3_rank0.pickle``: allocations and frees of the recorded train batches.
+    - ``out_of_memory_in_actor_rank0.pickle``: written when `torch.OutOfMemoryError` ends the fit,
+      with the phase it was raised in (``no_phase`` outside of any): what was allocated then, and
+      how it came to be.
+
+    Recording goes on for the whole fit, since nobody knows when memory runs out; it costs about 2
+    microseconds per allocation and ``max_entries`` events of host memory.
+
+    Args:
+        folder: Where the files go; created when needed. The default is ``memory/`` in the run's
+        folder.
+        start_step: Train batches before the recorded ones; 1 leaves out the first, which also
+            creates the optimizer's moments. At least 0.
+        steps: Train batches to record. At least 1.
+        max_entries: Events kept, the newest; older ones are dropped. Each takes a few KB in the
+            file: raise it when the recording starts in the middle of a train batch.
+        strict: Refuse to run where there is no CUDA. The default warns once and does nothing.
+
+    Raises:
+        ValueError: A number is out of its range.
+        MisconfigurationException: ``strict`` and the run is not on CUDA.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        start_step: int = 1,
+        steps: int = 3,
+        max_entries: int = 100_000,
+        strict: bool = False,
+    ) -> None:
+        for name, value, least in (
+            ("start_step", start_step, 0),
+            ("steps", steps, 1),
+            ("max_entries", max_entries, 1),
+        ):
+            if value < least:
+                raise ValueError(
+                    f"CudaMemorySnapshot({name}={value}): give a number of at least {least}"
+                )
+        self.folder = folder
+        self.start_step = start_step
+        self.steps = steps
+        self.max_entries = max_entries
+        self.strict = strict
+        self._into: Path | None = None
+        self._batches = 0
+        self._open: list[str] = []
+        # By id: holding the error itself would hold its frames, and with them the memory.
+        self._failed: dict[int, str] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts recording, before the module's weights reach the device."""
+        if stage != "fit":
+            return
+        self._into = None
+        if cuda_device(trainer) is None:
+            device = trainer.strategy.root_device
+            message = (
+                f"CudaMemorySnapshot records CUDA memory, but this run is on {device}: "
+                "use Trainer(accelerator='cuda') on a machine with a GPU, or remove the callback"
+            )
+            if self.strict:
+                raise MisconfigurationException(f"{message}, or set strict=False")
+            rank_zero_warn(f"{message}. Nothing is recorded.")
+            return
+        # Here and not when a file is due: choosing the run's folder needs all ranks.
+        self._into = self.folder or run_folder(trainer) / "memory"
+        self._batches = 0
+        self._open = []
+        self._failed = {}
+        self._record()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Drops the events so far where the recorded train batches begin."""
+        self._open = []
+        self._failed = {}
+        if self._into is not None and self._batches == self.start_step:
+            self._record()
+
+    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Remembers the phase."""
+        self._open.append(phase)
+
+    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Forgets the phase, unless memory ran out in it."""
+        error = sys.exc_info()[1]
+        # Phases end before the trainer hears of the error, the innermost first.
+        if isinstance(error, torch.OutOfMemoryError):
+            self._failed.setdefault(id(error), phase)
+        if self._open:
+            self._open.pop()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Writes the file after the last recorded train batch."""
+        self._batches += 1
+        if self._batches == self.start_step + self.steps:
+            self._dump_batches(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what there is of a fit that ended among the recorded train batches."""
+        if self._batches < self.start_step + self.steps:
+            self._dump_batches(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Writes a file if memory ran out, and stops recording."""
+        error = _out_of_memory(exception)
+        if error is not None and self._into is not None:
+            still_open = self._open[-1] if self._open else "no_phase"
+            phase = self._failed.get(id(error), still_open)
+            self._dump(trainer, f"out_of_memory_in_{phase}")
+        self._stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stops recording."""
+        self._stop()
+
+    def _record(self) -> None:
+        torch.cuda.memory._record_memory_history(
+            "all", stacks="python", max_entries=self.max_entries, clear_history=True
+        )
+
+    def _stop(self) -> None:
+        if self._into is not None:
+            torch.cuda.memory._record_memory_history(None)
+        self._into = None
+
+    def _dump_batches(self, trainer: Trainer) -> None:
+        if self._into is None:
+            return
+        if self._batches <= self.start_step:
+            rank_zero_warn(
+                f"CudaMemorySnapshot(start_step={self.start_step}) recorded nothing: the fit ended "
+                f"after {self._batches} train batches; lower start_step"
+            )
+            return
+        self._dump(trainer, f"batches_{self.start_step}_to_{self._batches - 1}")
+
+    def _dump(self, trainer: Trainer, what: str) -> None:
+        if self._into is None:
+            return
+        self._into.mkdir(parents=True, exist_ok=True)
+        name = f"{what}_rank{trainer.global_rank}"
+        path = self._into / f"{name}.pickle"
+        number = 1
+        while path.exists():
+            number += 1
+            path = self._into / f"{name}_{number}.pickle"
+        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        print(f"memory snapshot: {path} (open it at https://pytorch.org/memory_viz)", flush=True)
+
+
+def _out_of_memory(exception: BaseException | None) -> torch.OutOfMemoryError | None:
+    """Returns the out-of-memory error that is, or led to, an exception."""
+    while exception is not None and not isinstance(exception, torch.OutOfMemoryError):
+        exception = exception.__cause__ or exception.__context__
+    return exception

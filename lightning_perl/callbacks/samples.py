@@ -1,0 +1,261 @@
+"""The same prompts answered before and after training, side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import textwrap
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import CombinedLoader
+
+from lightning_perl.batches import Answers, PromptBatch
+from lightning_perl.callbacks.run_folder import run_folder
+
+# Characters of a text in the printed table; the file holds all of it.
+_PRINTED = 300
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A module whose policy and reference answer prompts."""
+
+    def answer(self, prompts: PromptBatch, role: Literal["policy", "reference"]) -> Answers:
+        """Returns a role's answers, scored with the module's own reward."""
+
+
+class Sample(NamedTuple):
+    """One prompt, answered by the reference and by the policy; the fields are the file's keys.
+
+    Attributes:
+        step: The trainer's ``global_step`` (optimizer steps, as in checkpoints' names).
+        prompt: The prompt.
+        before: The reference's answer.
+        after: The policy's answer at ``step``.
+        score_before: The reward of ``before``; None where it is not finite.
+        score_after: The reward of ``after``; None where it is not finite.
+    """
+
+    step: int
+    prompt: str
+    before: str
+    after: str
+    score_before: float | None
+    score_after: float | None
+
+
+class SampleWriter(Callback):
+    """Answers the same held-out prompts before and after training, and writes both with scores.
+
+    The prompts are the first rows of the validation data. ``before`` is the reference's answer,
+    taken once when training starts (so a resumed run has the same one); ``after`` is the policy's,
+    taken at every validation's end, every ``every_n_batches`` train batches, and when the fit ends.
+    Each time:
+
+    - one JSON line per prompt is appended to ``samples.jsonl`` in the run's folder, with the keys
+      of `Sample`;
+    - every `WandbLogger` of the trainer gets them as a table, ``samples`` (not at
+      ``every_n_batches``).
+
+    At the fit's end a table of them is printed. Only rank zero writes.
+
+    Args:
+        prompts: How many prompts; fewer where the validation data has fewer. At least 1.
+        every_n_batches: Train batches between two looks at the policy; None looks only at
+            validations and at the end. At least 1.
+
+    Raises:
+        ValueError: A number is out of its range.
+        MisconfigurationException: The module does not answer prompts, or the validation data holds
+            none.
+    """
+
+    def __init__(self, prompts: int = 8, every_n_batches: int | None = None) -> None:
+        for name, value in (("prompts", prompts), ("every_n_batches", every_n_batches)):
+            if value is not None and value < 1:
+                raise ValueError(f"SampleWriter({name}={value}): give a number of at least 1")
+        self.prompts = prompts
+        self.every_n_batches = every_n_batches
+        self._path = Path()
+        self._batches = 0
+        self._chunks: list[PromptBatch] = []
+        self._before: Answers | None = None
+        self._samples: list[Sample] = []
+        self._tabled: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a module that cannot answer, and chooses the file."""
+        self._before = None
+        if stage != "fit":
+            return
+        _answering(pl_module)
+        self._path = run_folder(trainer) / "samples.jsonl"
+        self._batches = 0
+        self._samples = []
+        self._tabled = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chooses the prompts and takes the reference's answers."""
+        self._chunks = list(self._first_rows(trainer))
+        self._before = self._answers(pl_module, "reference")
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Writes samples every ``every_n_batches`` train batches."""
+        self._batches += 1
+        if self.every_n_batches is not None and self._batches % self.every_n_batches == 0:
+            self._write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes samples; not in the sanity check, and not outside a fit."""
+        self._write(trainer, pl_module)
+        self._log_table(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the final samples and prints them."""
+        self._write(trainer, pl_module)
+        self._log_table(trainer)
+        if trainer.is_global_zero and self._samples:
+            print(sample_table(self._samples), flush=True)
+        self._before = None
+        self._chunks = []
+
+    def _first_rows(self, trainer: Trainer) -> Iterator[PromptBatch]:
+        """Yields the validation data's first prompts, as they are batched there."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by `fit`, undeclared
+        loaders = trainer.val_dataloaders if datamodule is None else datamodule.val_dataloader()
+        missing = self.prompts
+        for loader in CombinedLoader(loaders, "sequential").flattened if loaders else []:
+            for batch in loader:
+                if not isinstance(batch, PromptBatch) or missing == 0:
+                    break
+                rows = PromptBatch(*(field[:missing] for field in batch))
+                missing -= len(rows.ids)
+                yield rows
+        if missing == self.prompts:
+            raise MisconfigurationException(
+                "SampleWriter found no prompts: the validation data yields no PromptBatch. Give "
+                "the datamodule a validation split of prompts (and keep limit_val_batches above 0 "
+                "where loaders are passed to fit), or remove the callback from `trainer.callbacks`"
+            )
+
+    @torch.no_grad()
+    def _answers(self, pl_module: LightningModule, role: Literal["policy", "reference"]) -> Answers:
+        module = _answering(pl_module)
+        answers = Answers([], [], [])
+        for chunk in self._chunks:
+            answered = module.answer(move_data_to_device(chunk, pl_module.device), role)
+            answers.prompts.extend(answered.prompts)
+            answers.responses.extend(answered.responses)
+            answers.scores.extend(answered.scores)
+        return answers
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Appends the policy's answers to the file, once per step."""
+        step = trainer.global_step
+        if self._before is None or (self._samples and self._samples[0].step == step):
+            return
+        after = self._answers(pl_module, "policy")
+        before = self._before
+        self._samples = [
+            Sample(step, *row)
+            for row in zip(
+                before.prompts,
+                before.responses,
+                after.responses,
+                map(_finite, before.scores),
+                map(_finite, after.scores),
+                strict=True,
+            )
+        ]
+        if trainer.is_global_zero:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in self._samples)
+
+    def _log_table(self, trainer: Trainer) -> None:
+        """Sends the last samples to Weights & Biases, once per step."""
+        if not self._samples or self._samples[0].step == self._tabled:
+            return
+        self._tabled = self._samples[0].step
+        rows = [list(sample) for sample in self._samples]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                # No step: W&B's axis counts train batches here, the rows' own step optimizer steps.
+                logger.log_table("samples", columns=list(Sample._fields), data=rows)
+
+
+def sample_table(samples: list[Sample], width: int | None = None) -> str:
+    """Lays samples out in three columns: prompt, before, after, with the scores above the answers.
+
+    Long texts are cut to 300 characters: prompts at their start, answers at their end.
+
+    Args:
+        samples: What to show, in this order.
+        width: Columns of the terminal; by default as many as it has.
+    """
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    column = max(16, (width - 6) // 3)
+    rule = "-+-".join(["-" * column] * 3)
+    lines = [_line(("prompt", "before", "after"), column), rule]
+    for sample in samples:
+        prompt = sample.prompt
+        cells = (
+            _wrap(prompt if len(prompt) <= _PRINTED else f"...{prompt[-_PRINTED:]}", column),
+            [f"score {_score(sample.score_before)}", *_wrap(_cut(sample.before), column)],
+            [
+                f"score {_score(sample.score_before)} -> {_score(sample.score_after)}",
+                *_wrap(_cut(sample.after), column),
+            ],
+        )
+        lines += [_line(row, column) for row in zip_longest(*cells, fillvalue="")]
+        lines.append(rule)
+    return "\n".join(lines)
+
+
+def _line(cells: tuple[str, ...], column: int) -> str:
+    return " | ".join(cell.ljust(column) for cell in cells).rstrip()
+
+
+def _wrap(text: str, column: int) -> list[str]:
+    """Wraps each of the text's own lines; a dialog keeps a turn per line."""
+    lines = [line for part in text.strip().splitlines() for line in textwrap.wrap(part, column)]
+    return lines or ["(empty)"]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _PRINTED else f"{text[:_PRINTED]}..."
+
+
+def _score(score: float | None) -> str:
+    return "not finite" if score is None else f"{score:+.2f}"
+
+
+def _finite(score: float) -> float | None:
+    """Returns what JSON can hold: it has no NaN and no infinity."""
+    return float(score) if math.isfinite(score) else None
+
+
+def _answering(pl_module: LightningModule) -> Answering:
+    if not isinstance(pl_module, Answering):
+        raise MisconfigurationException(
+            "SampleWriter needs a module with `answer(prompts, role)`, such as PPO, but "
+            f"{type(pl_module).__name__} has none: add the method, or remove the callback from "
+            "`trainer.callbacks`"
+        )
+    return pl_module

@@ -1,0 +1,84 @@
+"""A small trunk from scratch: a tokenizer trained on a corpus, and a Llama with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightning_perl.data.base import ConversationDataModule
+from lightning_perl.data.rows import Pair, Splits
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ``<pad>``, ``<bos>`` and ``<eos>``."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def training_texts(splits: Splits) -> Iterator[str]:
+    """Every turn of the training rows, as the turn template writes it."""
+    for item in splits.train:
+        for row in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
+            for turn in (*row.context, *row.response):
+                yield f"{turn.role.capitalize()}: {turn.text}\n"
+
+
+def new_trunk(
+    folder: Path,
+    data: ConversationDataModule,
+    vocabulary_size: int = 4096,
+    hidden_size: int = 256,
+    layers: int = 6,
+    heads: int = 4,
+    window: int = 1024,
+    seed: int = 0,
+) -> None:
+    """Write an untrained Llama and a tokenizer trained on the data's training texts.
+
+    Args:
+        folder: A transformers folder; must not exist yet.
+        data: Whose training rows the tokenizer is trained on; its own ``tokenizer`` is not read.
+        vocabulary_size: Entries of the tokenizer.
+        hidden_size: Width.
+        layers: Decoder blocks.
+        heads: Attention heads.
+        window: Longest row in tokens.
+        seed: Of the weights.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; name another folder or remove it.")
+    tokenizer = train_tokenizer(training_texts(data.read()), vocabulary_size)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=window,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{folder}: {millions:.1f}M parameters, {len(tokenizer)} tokens, window {window}")

@@ -1,0 +1,7 @@
+"""Datamodules: from files to the batches of :mod:`lightning_perl.batches`."""
+
+from lightning_perl.data.base import ConversationDataModule
+from lightning_perl.data.preferences import PreferenceDataModule
+from lightning_perl.data.taskmaster import TaskmasterDataModule
+
+__all__ = ["ConversationDataModule", "PreferenceDataModule", "TaskmasterDataModule"]

@@ -1,0 +1,106 @@
+"""From encoded rows to the batches of :mod:`lightning_perl.batches`.
+
+Shapes: ``B`` rows, ``P`` prompt tokens, ``T`` tokens of a whole row. A padded position is False in
+every mask, so the pad id never matters; 0 is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lightning_perl.batches import PromptBatch, RatedBatch
+
+_PAD = 0
+
+
+class RatedRow(NamedTuple):
+    """An encoded row with what is known about its answer.
+
+    Attributes:
+        ids: Token ids.
+        response_mask: True on the response tokens that count; as long as ``ids``.
+        imitate: Whether the response enters the language-modelling loss.
+        label: 1.0, 0.0, or None without a thumb.
+        row: The row's number in its split.
+    """
+
+    ids: list[int]
+    response_mask: list[bool]
+    imitate: bool
+    label: float | None
+    row: int
+
+
+class RatedExample(NamedTuple):
+    """One row, or the chosen and the rejected row of a pair, in this order."""
+
+    rows: tuple[RatedRow, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.rows)
+
+
+class PromptExample(NamedTuple):
+    """An encoded prompt.
+
+    Attributes:
+        ids: Token ids.
+        row: The prompt's number in its split.
+    """
+
+    ids: list[int]
+    row: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.ids)
+
+
+def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
+    """Pads rows on the right; a pair becomes two consecutive rows named in ``pairs``.
+
+    Args:
+        examples: At least one.
+    """
+    rows: list[RatedRow] = []
+    pairs: list[tuple[int, int]] = []
+    for example in examples:
+        if len(example.rows) == 2:
+            pairs.append((len(rows), len(rows) + 1))
+        rows.extend(example.rows)
+    width = max(len(row.ids) for row in rows)
+    return RatedBatch(
+        ids=torch.tensor([row.ids + [_PAD] * (width - len(row.ids)) for row in rows]),
+        attention_mask=torch.tensor(
+            [[True] * len(row.ids) + [False] * (width - len(row.ids)) for row in rows]
+        ),
+        response_mask=torch.tensor(
+            [row.response_mask + [False] * (width - len(row.ids)) for row in rows]
+        ),
+        prompt_tokens=max(1, min(row.response_mask.index(True) for row in rows)),
+        imitate=torch.tensor([row.imitate for row in rows]),
+        label=torch.tensor([row.label or 0.0 for row in rows], dtype=torch.float32),
+        labelled=torch.tensor([row.label is not None for row in rows]),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        row=torch.tensor([row.row for row in rows]),
+    )
+
+
+def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
+    """Pads prompts on the left, so that every row ends at the last column.
+
+    Args:
+        examples: At least one.
+    """
+    width = max(len(example.ids) for example in examples)
+    return PromptBatch(
+        ids=torch.tensor([[_PAD] * (width - len(e.ids)) + e.ids for e in examples]),
+        mask=torch.tensor([[False] * (width - len(e.ids)) + [True] * len(e.ids) for e in examples]),
+        row=torch.tensor([example.row for example in examples]),
+    )

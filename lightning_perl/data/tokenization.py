@@ -1,0 +1,264 @@
+r"""The one tokenisation: the same ids in training, scoring and sampling.
+
+The plain turn template, the same for every corpus (``<bos>`` only where the tokenizer has one)::
+
+    <bos>User: an espresso please\n
+    Agent: call get_menu_items {"query": "espresso"}<eos>
+    API: get_menu_items {"items": []}\n
+    Agent: Sorry, we have none.<eos>
+
+Every agent turn ends with EOS, in contexts too, so a context is exactly what a demonstration
+trained on. No newline follows an EOS. Each segment (a user or API turn with its tag, the header
+``Agent:``, the content of an agent turn) is encoded alone and the ids are joined, so the border
+between prompt and answer never depends on the text on its other side. Text that spells a special
+token stays text.
+
+A prompt is ``context turns + Agent:``; a response is ``content + EOS``. Prompts may take
+``max_tokens - max_response_tokens`` tokens, in rated rows and in prompts alike, so that a policy is
+asked exactly what the reward model was shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_perl.data.rows import Row, Turn
+
+_TAGS = {"system": "System", "user": "User", "api": "API"}
+_CHAT_ROLES = {"system": "system", "user": "user", "agent": "assistant"}
+
+
+class BadRow(ValueError):
+    """A row that cannot be encoded.
+
+    Args:
+        reason: A few words to count rejections by.
+        message: What, where, got and fix.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Encoded(NamedTuple):
+    """A row as tokens.
+
+    Attributes:
+        ids: Token ids of prompt and response, ``T`` of them.
+        response_mask: True on the tokens that the assistant wrote and that count, EOS included;
+            ``T`` of them.
+        cut_turns: Turns that did not fit and were left out.
+    """
+
+    ids: list[int]
+    response_mask: list[bool]
+    cut_turns: int
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as tokens.
+
+    Attributes:
+        ids: Token ids, ``P`` of them.
+        cut_turns: Turns that did not fit and were cut from the left.
+    """
+
+    ids: list[int]
+    cut_turns: int
+
+
+class TurnEncoder:
+    """Encodes turns by the plain template, or prompts by the tokenizer's own chat template.
+
+    Args:
+        tokenizer: Needs an EOS token.
+        chat_template: Render prompts with ``tokenizer.apply_chat_template``. The response is still
+            the bare content and EOS, and must be a single agent turn.
+
+    Raises:
+        ValueError: The tokenizer has no EOS token, or no chat template although one is asked for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could "
+                "end. Set one before saving it: tokenizer.eos_token = '<eos>'."
+            )
+        if chat_template and not tokenizer.chat_template:
+            raise ValueError(
+                f"chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
+                "template. Use chat_template=False (the plain turn template) or another tokenizer."
+            )
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self._eos = int(tokenizer.eos_token_id)
+        bos = tokenizer.bos_token_id
+        self._start: list[int] = [] if bos is None else [int(bos)]
+        # Dialogs share most of their turns (each rated row repeats its predecessors).
+        self._cache: dict[str, list[int]] = {}
+
+    def _text(self, text: str) -> list[int]:
+        ids = self._cache.get(text)
+        if ids is None:
+            ids = list(
+                self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            )
+            self._cache[text] = ids
+        return ids
+
+    def _content(self, turn: Turn) -> list[int]:
+        # A chat template ends its generation prompt where the answer's first letter belongs.
+        lead = "" if self.chat_template else " "
+        return [*self._text(f"{lead}{turn.text.strip()}"), self._eos]
+
+    def _turn(self, turn: Turn) -> list[int]:
+        if turn.role == "agent":
+            return [*self._text("Agent:"), *self._content(turn)]
+        return self._text(f"{_TAGS[turn.role]}: {turn.text.strip()}\n")
+
+    def encode_prompt(
+        self, context: Sequence[Turn], max_prompt_tokens: int, where: str = "prompt"
+    ) -> EncodedPrompt:
+        """Encodes a context and the header of the agent's next turn.
+
+        Too long a context loses whole turns on the left; a system turn at its start stays.
+
+        Args:
+            context: Turns so far; may be empty.
+            max_prompt_tokens: Tokens the prompt may take, header included.
+            where: ``file:row``, for the error message.
+
+        Raises:
+            BadRow: The last turn and the header do not fit.
+        """
+        fixed = list(context[:1]) if context and context[0].role == "system" else []
+        turns = list(context[len(fixed) :])
+        render = self._chat if self.chat_template else self._plain
+        for cut in range(max(len(turns), 1)):
+            ids = render([*fixed, *turns[cut:]], where)
+            if len(ids) <= max_prompt_tokens:
+                return EncodedPrompt(ids, cut)
+        raise BadRow(
+            "prompt longer than the window",
+            f"{where}: prompt longer than the window: its last turn takes {len(ids)} tokens, the "
+            f"limit is {max_prompt_tokens} (max_tokens - max_response_tokens). Raise max_tokens, "
+            "or set on_bad_row: reject.",
+        )
+
+    def _plain(self, turns: Sequence[Turn], where: str) -> list[int]:
+        ids = list(self._start)
+        for turn in turns:
+            ids += self._turn(turn)
+        return ids + self._text("Agent:")
+
+    def _chat(self, turns: Sequence[Turn], where: str) -> list[int]:
+        if not turns:
+            raise BadRow("empty prompt", f"{where}: a chat template needs at least one turn.")
+        if any(turn.role == "api" for turn in turns):
+            raise BadRow(
+                "API turn in a chat template",
+                f"{where}: has an API turn, which a chat template cannot say. Use "
+                "chat_template=False.",
+            )
+        messages = [{"role": _CHAT_ROLES[turn.role], "content": turn.text} for turn in turns]
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        # The template writes its special tokens, the leading one too, as text.
+        return list(self.tokenizer.encode(str(text), add_special_tokens=False))
+
+    def encode(self, row: Row, max_tokens: int, max_response_tokens: int) -> Encoded:
+        """Encodes a row's prompt and response.
+
+        A single answer must fit ``max_response_tokens`` whole: cut, it would lose its EOS. A
+        demonstrated dialog (more than one response turn) is cut at a turn border at its end.
+
+        Args:
+            row: The row.
+            max_tokens: Tokens of the whole row.
+            max_response_tokens: Tokens of a single answer, EOS included.
+
+        Raises:
+            BadRow: An empty answer, too long an answer, or a prompt longer than the window.
+        """
+        self._check_answers(row)
+        prompt = self.encode_prompt(row.context, max_tokens - max_response_tokens, row.where)
+        if len(row.response) == 1:
+            content = self._content(row.response[0])
+            if len(content) > max_response_tokens:
+                raise BadRow(
+                    "answer longer than the window",
+                    f"{row.where}: the answer takes {len(content)} tokens with its EOS, the limit "
+                    f"is {max_response_tokens} (max_response_tokens). Cut, it would lose its EOS: "
+                    "raise max_response_tokens, or set on_bad_row: reject.",
+                )
+            mask = [False] * len(prompt.ids) + [True] * len(content)
+            return Encoded([*prompt.ids, *content], mask, prompt.cut_turns)
+        return self._encode_dialog(row, prompt, max_tokens)
+
+    def _encode_dialog(self, row: Row, prompt: EncodedPrompt, max_tokens: int) -> Encoded:
+        if self.chat_template:
+            raise BadRow(
+                "dialog in a chat template",
+                f"{row.where}: a response of {len(row.response)} turns under a chat template. Use "
+                "chat_template=False, or give the last answer only.",
+            )
+        ids = list(prompt.ids)
+        mask = [False] * len(ids)
+        kept_tokens = kept_turns = 0
+        for number, turn in enumerate(row.response):
+            counts = turn.role == "agent"
+            if counts and number:
+                header = self._text("Agent:")
+                ids += header
+                mask += [False] * len(header)
+            tokens = self._content(turn) if counts else self._turn(turn)
+            ids += tokens
+            mask += [counts] * len(tokens)
+            if len(ids) > max_tokens:
+                break
+            if counts:
+                kept_tokens, kept_turns = len(ids), number + 1
+        if not kept_turns:
+            raise BadRow(
+                "answer longer than the window",
+                f"{row.where}: the first answer of the dialog does not fit into {max_tokens} "
+                "tokens (max_tokens). Raise max_tokens, or set on_bad_row: reject.",
+            )
+        cut = prompt.cut_turns + len(row.response) - kept_turns
+        return Encoded(ids[:kept_tokens], mask[:kept_tokens], cut)
+
+    def _check_answers(self, row: Row) -> None:
+        if not row.response or row.response[0].role != "agent":
+            raise BadRow(
+                "no answer",
+                f"{row.where}: no answer of the assistant. Set rows: prompts for prompts alone.",
+            )
+        for turn in row.response:
+            if turn.role == "agent" and not turn.text.strip():
+                raise BadRow(
+                    "empty answer",
+                    f"{row.where}: empty answer. Remove the row, or set on_bad_row: reject.",
+                )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, row: Row, max_tokens: int, max_response_tokens: int
+) -> Encoded:
+    """Encodes one row by the plain turn template; see :meth:`TurnEncoder.encode`."""
+    return TurnEncoder(tokenizer).encode(row, max_tokens, max_response_tokens)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    context: Sequence[Turn],
+    max_prompt_tokens: int,
+    where: str = "prompt",
+) -> list[int]:
+    """Encodes one prompt by the plain turn template; see :meth:`TurnEncoder.encode_prompt`."""
+    return TurnEncoder(tokenizer).encode_prompt(context, max_prompt_tokens, where).ids

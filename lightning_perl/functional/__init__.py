@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: torch only, no models, no tokenizers."""

@@ -1,0 +1,45 @@
+"""Reductions that see only what a mask lets them see. Masked-out positions may hold anything finite.
+
+Shapes: any, as long as the mask has the shape of the values. True means *this token counts*.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the values that count. Shape: ``()``."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Mean of the values that count.
+
+    Args:
+        values: Any shape.
+        mask: Same shape, bool.
+        denominator: Divides the sum instead of the number of values that count. A micro-batch
+            passes the count of its whole minibatch, so that the micro-batches' losses add up to the
+            minibatch's token mean however it is cut.
+
+    Returns:
+        Shape: ``()``; 0 where nothing counts.
+    """
+    if denominator is None:
+        denominator = mask.sum().clamp(min=1)
+    return masked_sum(values, mask) / denominator
+
+
+def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Values shifted to mean 0 and scaled to variance 1 over what counts; 0 elsewhere.
+
+    The variance is the biased one, as in the N+ implementation details of 2403.17031.
+
+    Returns:
+        Shape of ``values``.
+    """
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    return torch.where(mask, (values - mean) * (variance + epsilon).rsqrt(), torch.zeros_like(values))

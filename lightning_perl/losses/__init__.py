@@ -1,0 +1,1 @@
+"""A loss is a page of maths: tensors in, (loss, named statistics) out. One file per method."""

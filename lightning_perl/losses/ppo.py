@@ -1,0 +1,98 @@
+"""Proximal policy optimization (1707.06347) for responses.
+
+Shapes: ``B`` rollouts, ``R`` response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_perl.functional.kl import k3
+from lightning_perl.functional.masked import masked_mean
+
+
+class PolicyStats(NamedTuple):
+    """Statistics of a policy step, each over the same tokens and denominator as the loss.
+
+    Attributes:
+        clip_fraction: Share of tokens whose clipped term is the one that counts.
+        approx_kl: k3 estimate of KL(old || new) per token, in nats.
+    """
+
+    clip_fraction: Tensor
+    approx_kl: Tensor
+
+
+class ValueStats(NamedTuple):
+    """Statistics of a critic step.
+
+    Attributes:
+        value_clip_fraction: Share of tokens whose clipped term is the one that counts.
+    """
+
+    value_clip_fraction: Tensor
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_range: float,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``, Eq. 7, as a token mean.
+
+    Args:
+        logprobs: Of the policy being trained. Shape: ``(B, R)``.
+        old_logprobs: Of the policy that sampled. Shape: ``(B, R)``.
+        advantages: Shape: ``(B, R)``.
+        response_mask: Shape: ``(B, R)``, bool.
+        clip_range: The paper's epsilon.
+        denominator: Tokens of the whole minibatch (see `masked_mean`).
+
+    Returns:
+        Loss, shape ``()``, and statistics.
+    """
+    log_ratio = torch.where(response_mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    ratio = torch.exp(log_ratio)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    with torch.no_grad():
+        stats = PolicyStats(
+            masked_mean((clipped > plain).to(ratio.dtype), response_mask, denominator),
+            masked_mean(k3(old_logprobs, logprobs), response_mask, denominator),
+        )
+    return masked_mean(torch.maximum(plain, clipped), response_mask, denominator), stats
+
+
+def clipped_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    value_clip_range: float,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, ValueStats]:
+    """``0.5 max((V - G)^2, (clip(V, V_old - e, V_old + e) - G)^2)`` as a token mean.
+
+    Args:
+        values: Of the critic being trained. Shape: ``(B, R)``.
+        old_values: When the rollout was scored. Shape: ``(B, R)``.
+        returns: What they are fitted to. Shape: ``(B, R)``.
+        response_mask: Shape: ``(B, R)``, bool.
+        value_clip_range: How far a value may move before its gradient stops.
+        denominator: Tokens of the whole minibatch (see `masked_mean`).
+
+    Returns:
+        Loss, shape ``()``, and statistics.
+    """
+    near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    with torch.no_grad():
+        fraction = masked_mean((clipped > plain).to(values.dtype), response_mask, denominator)
+    loss = 0.5 * masked_mean(torch.maximum(plain, clipped), response_mask, denominator)
+    return loss, ValueStats(fraction)

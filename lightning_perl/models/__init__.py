@@ -1,0 +1,1 @@
+"""Trunks, adapters, heads, and the roles they answer."""

@@ -1,0 +1,317 @@
+"""LoRA adapters on a trunk, and the switch between them: the only file that imports PEFT.
+
+PEFT builds the layers and defines the file format. Its ``set_adapter`` and ``disable_adapter`` are not
+used: they switch ``requires_grad`` of the other adapters off, so a second role's gradient is lost without
+an error. Here the layers ask one `AdapterSwitch` which adapter answers. Nothing else changes when a role
+changes: no flag on any layer, no ``requires_grad``, no train or eval mode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+OFF = "off"
+"""The trunk alone."""
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before a module's name in an adapter file."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A low-rank adapter (2106.09685): ``W x + alpha / rank * B A x``.
+
+    Args:
+        rank: Inner size. Hydra-RLHF uses 128, PERL 1 to 16.
+        alpha: Scale; the step an adapter takes is proportional to ``learning_rate * alpha / rank``.
+            DeepSpeed-Chat's learning rates assume ``alpha = 1``.
+        targets: Names of the linear layers that get an adapter, matched against the end of the
+            module's name. Empty: every linear layer inside the decoder's blocks.
+        dropout: On the adapter's input, in supervised training only; refused in RL, where the first
+            ratio must be exactly 1.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
+        # YAML gives a list; a frozen spec must be hashable and safe to pickle.
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+
+class NoRoleError(RuntimeError):
+    """A trunk was run outside ``with roles(...)``."""
+
+
+class AdapterSwitch:
+    """Which adapter the trunk's LoRA layers apply now. Re-entrant and exception-safe."""
+
+    def __init__(self) -> None:
+        self._current: str | None = None
+
+    @property
+    def current(self) -> str:
+        """Name of the adapter in use, or `OFF`.
+
+        Raises:
+            NoRoleError: Nobody has chosen one.
+        """
+        if self._current is None:
+            raise NoRoleError(
+                "The trunk was run outside any role, so it is undefined which adapter should answer. "
+                "Run it inside `with roles('policy'):` (or 'value', 'reference', 'reward')."
+            )
+        return self._current
+
+    @contextmanager
+    def use(self, adapter: str) -> Iterator[None]:
+        """Let ``adapter`` (or `OFF`) answer inside the block."""
+        before = self._current
+        self._current = adapter
+        try:
+            yield
+        finally:
+            self._current = before
+
+    def pinned(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts for a checkpointed block: its recomputation runs with today's adapter.
+
+        Backward runs after the role's block was left, perhaps inside another role's.
+        """
+        return nullcontext(), self.use(self.current)
+
+
+def _lean_forward(layer: LoraLayer, switch: AdapterSwitch, x: Tensor) -> Tensor:
+    # PEFT's own forward casts x to the adapter's fp32 and keeps that copy for backward (15-20% of time
+    # and memory on a bf16 trunk). The products run in the trunk's dtype; weights stay fp32.
+    result: Tensor = layer.base_layer(x)
+    adapter = switch.current
+    if adapter == OFF or adapter not in layer.lora_A:
+        return result
+    down = layer.lora_A[adapter].weight.to(x.dtype)
+    up = (layer.lora_B[adapter].weight * layer.scaling[adapter]).to(x.dtype)
+    return result + F.linear(F.linear(layer.lora_dropout[adapter](x), down), up)
+
+
+class Adapters:
+    """The LoRA adapters of one trunk.
+
+    Args:
+        model: The bare trunk; it is changed in place and its own weights are frozen.
+        switch: Which adapter answers.
+    """
+
+    def __init__(self, model: nn.Module, switch: AdapterSwitch) -> None:
+        self.model = model
+        self.switch = switch
+        self.specs: dict[str, LoraSpec] = {}
+        # Resolved once, on the bare trunk: with adapters in place PEFT's own layers would match too.
+        self._linear_names = linear_layers_in_blocks(model)
+
+    def add(self, name: str, spec: LoraSpec, seed: int, trainable: bool = True) -> None:
+        """A fresh adapter that changes nothing yet: ``A`` drawn from ``seed``, ``B`` zero.
+
+        Weights are at least fp32 whatever the trunk's dtype.
+        """
+        targets = self._resolve(spec.targets)
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number will do
+            lora_dropout=spec.dropout,
+            target_modules=targets,
+        )
+        trainable_before = {
+            id(parameter) for parameter in self.model.parameters() if parameter.requires_grad
+        }
+        with warnings.catch_warnings():
+            # Several adapters on one trunk is what this class is for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, self.model, name)
+        self.specs[name] = spec
+        generator = torch.Generator().manual_seed(seed)
+        for _, layer in self.layers():
+            layer.forward = partial(_lean_forward, layer, self.switch)
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            dtype = torch.promote_types(layer.get_base_layer().weight.dtype, torch.float32)
+            drawn = torch.empty(down.weight.shape)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            down.weight.data = drawn.to(down.weight.device, dtype)
+            up.weight.data = torch.zeros_like(up.weight, dtype=dtype)
+        # Adding an adapter makes PEFT decide anew what is trainable; set once, by us.
+        fresh = {id(parameter) for parameter in self.parameters(name)} if trainable else set()
+        others = {
+            id(parameter)
+            for other in self.specs
+            if other != name
+            for parameter in self.parameters(other)
+        }
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(
+                id(parameter) in fresh
+                or (id(parameter) in others and id(parameter) in trainable_before)
+            )
+
+    def _resolve(self, targets: tuple[str, ...]) -> list[str]:
+        if targets:
+            matched = [
+                name
+                for name in self._linear_names
+                if any(name == target or name.endswith(f".{target}") for target in targets)
+            ]
+            if not matched:
+                ends = sorted({name.rsplit(".", 1)[-1] for name in self._linear_names})
+                raise ValueError(
+                    f"lora.targets {list(targets)} matches no linear layer of this trunk; "
+                    f"its decoder blocks have {ends}."
+                )
+            return list(targets)
+        return sorted({name.rsplit(".", 1)[-1] for name in self._linear_names})
+
+    def layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        """Name and layer of every linear layer that carries adapters."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLayer):
+                yield name, module
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's weights under the keys of PEFT's files, without its prefix."""
+        found: dict[str, nn.Parameter] = {}
+        for layer_name, layer in self.layers():
+            if name in layer.lora_A:
+                found[f"{layer_name}.lora_A.weight"] = layer.lora_A[name].weight
+                found[f"{layer_name}.lora_B.weight"] = layer.lora_B[name].weight
+        return found
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The adapter's weights."""
+        return list(self.tensors(name).values())
+
+    def copy(self, source: str, target: str) -> None:
+        """Overwrite ``target``'s weights with ``source``'s values (two tensors stay two tensors)."""
+        with torch.no_grad():
+            values = self.tensors(source)
+            for key, parameter in self.tensors(target).items():
+                parameter.copy_(values[key])
+
+    def save(self, name: str, folder: Path, base: str) -> None:
+        """Write a plain PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        Args:
+            name: The adapter.
+            folder: Made if missing.
+            base: What ``base_model_name_or_path`` should say.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        spec = self.specs[name]
+        LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]
+            lora_dropout=spec.dropout,
+            target_modules=self._resolve(spec.targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+            inference_mode=True,
+        ).save_pretrained(str(folder))
+        save_file(
+            {
+                PEFT_PREFIX + key: parameter.detach().cpu().contiguous()
+                for key, parameter in self.tensors(name).items()
+            },
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+
+    def load(self, name: str, folder: Path, seed: int = 0, trainable: bool = True) -> None:
+        """Add an adapter from a PEFT folder.
+
+        Raises:
+            FileNotFoundError: The folder is no adapter folder.
+            ValueError: Its tensors are not those this trunk would have.
+        """
+        config_path = folder / "adapter_config.json"
+        if not config_path.is_file():
+            raise FileNotFoundError(
+                f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that a "
+                "run wrote, for example RUN/adapters/reward."
+            )
+        config = json.loads(config_path.read_text())
+        unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern") if config.get(key)]
+        if config.get("peft_type") != "LORA" or unknown:
+            raise ValueError(
+                f"{config_path}: only plain LoRA adapters can be loaded, got peft_type "
+                f"{config.get('peft_type')!r} with {unknown}."
+            )
+        spec = LoraSpec(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            targets=tuple(config["target_modules"]),
+        )
+        self.add(name, spec, seed, trainable)
+        stored = load_file(folder / "adapter_model.safetensors")
+        wanted = {PEFT_PREFIX + key: parameter for key, parameter in self.tensors(name).items()}
+        if stored.keys() != wanted.keys():
+            missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+            raise ValueError(
+                f"{folder} does not fit this trunk: {len(missing)} tensors missing "
+                f"({sorted(missing)[:3]}), {len(extra)} unknown ({sorted(extra)[:3]}). Was it trained on "
+                "another model?"
+            )
+        with torch.no_grad():
+            for key, parameter in wanted.items():
+                parameter.copy_(stored[key])
+
+    def merged(self, name: str | None) -> dict[str, Tensor]:
+        """The model's weights under their bare names, ``name`` added in at least fp32.
+
+        Nothing in the model changes. None: the weights as they are.
+        """
+        deltas: dict[str, Tensor] = {}
+        if name is not None:
+            for layer_name, layer in self.layers():
+                if name in layer.lora_A:
+                    deltas[f"{layer_name}.weight"] = layer.get_delta_weight(name)
+        weights = {}
+        for key, value in self.model.state_dict().items():
+            if ".lora_" in key:
+                continue
+            bare = key.replace(".base_layer.", ".")
+            if bare in deltas:
+                delta = deltas[bare]
+                weights[bare] = value.to(torch.promote_types(value.dtype, delta.dtype)) + delta
+            else:
+                weights[bare] = value
+        return weights
+
+
+def linear_layers_in_blocks(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside the repeated decoder blocks (no embedding, no LM head).
+
+    A block's layers have a number in their name: ``model.layers.3.self_attn.q_proj``.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+    ]

@@ -1,0 +1,263 @@
+"""A decoder that all roles stand on: the only file that loads models.
+
+Shapes: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache
+
+from lightning_perl.functional.sequences import position_ids
+from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
+
+TrunkDtype = Literal["float32", "bfloat16", "float64"]
+MANIFEST_FILE = "manifest.json"
+
+
+class Trunk(nn.Module):
+    """Any decoder ``AutoModelForCausalLM``, its adapters, and the switch between them.
+
+    It runs only inside ``with trunk.switch.use(...)``; `Roles` does that.
+
+    Args:
+        model: The decoder. Its dropout must be 0 (`load_trunk` sees to it).
+        tokenizer: Its tokenizer.
+        checkpointing: Compute each block's activations again in backward, in training passes only.
+        source: Where it came from, for messages and manifests.
+
+    Raises:
+        ValueError: Trunk and head together do not give the model's own logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpointing: bool = False,
+        source: str = "",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.switch = AdapterSwitch()
+        self.adapters = Adapters(model, self.switch)
+        # Each read of the trunk is one pass; tests and benchmarks count them.
+        self.passes = 0
+        self._transform = LogitTransform(model.config)
+        if checkpointing:
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={
+                    "use_reentrant": False,
+                    "context_fn": self.switch.pinned,
+                }
+            )
+        model.eval()
+        self._compare_with_own_forward()
+
+    @property
+    def hidden_size(self) -> int:
+        """``H``, what a head reads."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """``V``, rows of the LM head."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def window(self) -> int | None:
+        """Longest row in tokens that the trunk has positions for; None where it says nothing."""
+        positions: int | None = self._text_config().to_dict().get("max_position_embeddings")
+        return positions
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response: the tokenizer's EOS and those of the generation config."""
+        ids: set[int] = set()
+        for value in (self.tokenizer.eos_token_id, self._generation_eos()):
+            ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+        return tuple(sorted(ids))
+
+    @property
+    def pad_id(self) -> int:
+        """What fills masked columns; any id the embedding knows would do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the trunk's own weights."""
+        return self.model.get_output_embeddings().weight.dtype
+
+    def _text_config(self) -> PreTrainedConfig:
+        return self.model.config.get_text_config(decoder=True)
+
+    def _generation_eos(self) -> int | list[int] | None:
+        generation = self.model.generation_config
+        return None if generation is None else generation.eos_token_id
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """Last hidden states, what the heads read.
+
+        Args:
+            ids: Shape: ``(B, T)``, or ``(B, 1)`` for the next token when ``cache`` holds the others.
+            attention_mask: True on real tokens, the cached ones included. Shape: ``(B, T_total)``.
+            cache: Keys and values so far; it grows.
+
+        Returns:
+            Shape: ``(B, T, H)``, in the trunk's dtype.
+        """
+        self.switch.current  # noqa: B018 (raises outside a role, also where there are no adapters)
+        self.passes += 1
+        # Always passed: GPT-2 with left padding is off by several nats without.
+        positions = position_ids(attention_mask)[:, -ids.shape[1] :]
+        output = self.model.base_model(
+            input_ids=ids,
+            attention_mask=attention_mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits as the model's own forward gives them. Shape: ``(..., H)`` to ``(..., V)``."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return self._transform(logits)
+
+    def empty_cache(self) -> Cache:
+        """Keys and values of nothing yet; sliding-window layers keep their window only."""
+        return DynamicCache(config=self.model.config)
+
+    @contextmanager
+    def training_pass(self) -> Iterator[None]:
+        """Train mode inside the block, which is where transformers checkpoints activations."""
+        was_training = self.model.training
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def _compare_with_own_forward(self) -> None:
+        ids = torch.arange(8, device=self.model.device).unsqueeze(0) % self.vocabulary_size
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        with torch.no_grad(), self.switch.use(OFF):
+            ours = self.project(self(ids, mask)).double()
+            own = self.model(input_ids=ids, attention_mask=mask.long()).logits.double()
+        self.passes = 0
+        difference = float((ours - own).abs().max())
+        # Two roads through the same kernels: only rounding of the last operation may differ.
+        allowed = 8 * torch.finfo(self.dtype).eps * max(1.0, float(own.abs().max()))
+        if not difference <= allowed:
+            raise ValueError(
+                f"{self.source or 'The model'} ({type(self.model).__name__}): trunk + LM head differ from "
+                f"the model's own logits by {difference:.3g} (allowed {allowed:.3g}). This family changes "
+                "its logits in a way that LogitTransform does not know; add it there."
+            )
+
+    def save(self, folder: Path, adapter: str | None, manifest: dict[str, Any]) -> None:
+        """Write a transformers folder with tokenizer and manifest, ``adapter`` merged into the weights.
+
+        Merging happens once, here, in full precision; the model itself is not changed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = self.adapters.merged(adapter)
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+        dtypes = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
+        about = {
+            "kind": "trunk",
+            "from": self.source,
+            "dtype": sorted(dtypes),
+            "pad_id": self.pad_id,
+            "stop_ids": list(self.stop_ids),
+            **manifest,
+        }
+        (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+
+class LogitTransform:
+    """What a family does to its logits after the LM head.
+
+    Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``, Gemma 2 caps softly.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        values = config.get_text_config(decoder=True).to_dict()
+        self.scale: float = values.get("logit_scale") or 1.0
+        self.scale /= values.get("logits_scaling") or 1.0
+        self.cap: float | None = values.get("final_logit_softcapping")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Shape kept."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+
+def load_trunk(
+    source: str, dtype: TrunkDtype = "float32", checkpointing: bool = False
+) -> Trunk:
+    """A trunk from a transformers folder or a hub name, every dropout 0.
+
+    Dropout is switched off by its probabilities, not by eval mode: transformers checkpoints activations
+    in train mode only, and train mode would turn GPT-2's and OPT's dropout back on.
+
+    Args:
+        source: Folder or hub name of a decoder with an LM head.
+        dtype: Of the trunk's weights and matrix products.
+        checkpointing: Recompute activations in training passes.
+
+    Raises:
+        ValueError: fp16, or an unknown dtype.
+        FileNotFoundError: A path that is no model folder.
+    """
+    if dtype == "float16":  # type: ignore[comparison-overlap]  # YAML and Python can say it all the same
+        raise ValueError(
+            "trunk_dtype float16 is refused: RL ratios over- and underflow in fp16 and adapters turn to NaN "
+            "within a few updates. Use bfloat16 (same memory) or float32."
+        )
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"trunk_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
+    path = Path(source).expanduser()
+    if looks_like_path and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"trunk: {source} is no model folder (no config.json there). Give the folder that an earlier "
+            "stage wrote (RUN/trunk), a transformers folder, or a hub name like Qwen/Qwen2-0.5B."
+        )
+    where = str(path) if path.exists() else source
+    config = AutoConfig.from_pretrained(where)
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("drop" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, config=config, dtype=getattr(torch, dtype)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    return Trunk(model, tokenizer, checkpointing, source)

@@ -1,0 +1,170 @@
+"""The base of every module: optimizer, adapter-only checkpoints, phases, and handing over by folder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_perl.callbacks.handover import Handover
+from lightning_perl.callbacks.phases import PhaseCallback
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.rollouts.sampling import SamplingSpec
+
+# From Python a module's specs are pickled into its checkpoints, which are read with weights_only.
+torch.serialization.add_safe_globals([LoraSpec, SamplingSpec])
+
+
+def default_optimizer(learning_rate: float) -> OptimizerCallable:
+    """AdamW without weight decay, every value written; epsilon 1e-5 (2403.17031, detail 17).
+
+    A lambda, so that another optimizer chosen in YAML inherits none of these values.
+    """
+    return lambda params: torch.optim.AdamW(
+        params, lr=learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0
+    )
+
+
+class AdapterModule(LightningModule, ABC):
+    """What all modules share. Its checkpoints hold exactly what is trained, and the optimizer.
+
+    Args:
+        optimizer: Makes the optimizer from parameter groups.
+        scheduler: Makes the learning-rate scheduler; none by default.
+    """
+
+    def __init__(
+        self, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None
+    ) -> None:
+        super().__init__()
+        # Callables and functions cannot be read back with weights_only; the values can.
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "gold"])
+        self.strict_loading = False
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimizer, each with ``name`` and ``params``, and ``lr`` where it differs."""
+
+    @abstractmethod
+    def hand_over(self, folder: Path) -> None:
+        """Write what the next stage loads below ``folder``."""
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, so that ``global_step`` counts updates."""
+        optimizer = self._make_optimizer(self.parameter_groups())
+        if self._make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
+        }
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Every fit ends by handing over."""
+        return [Handover()]
+
+    def setup(self, stage: str) -> None:
+        """Refuse trainer settings that would spoil the numbers."""
+        precision = self.trainer.precision
+        if precision != "32-true":
+            raise MisconfigurationException(
+                f"trainer.precision must stay 32-true, got {precision!r}: Lightning would cast or autocast "
+                "the adapters, whose weights, gradients and moments must be fp32. For bf16 matrix products "
+                "set model.init_args.trunk_dtype: bfloat16."
+            )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tell every `PhaseCallback` of the trainer, if there is one, that a phase begins and ends."""
+        trainer = self._trainer
+        listeners = [
+            callback
+            for callback in ([] if trainer is None else trainer.callbacks)  # type: ignore[attr-defined]
+            if isinstance(callback, PhaseCallback)
+        ]
+        for listener in listeners:
+            listener.on_phase_start(self.trainer, self, name)
+        yield
+        for listener in listeners:
+            listener.on_phase_end(self.trainer, self, name)
+
+    def log_stats(self, stats: Mapping[str, Tensor | float], batch_size: int, **options: Any) -> None:
+        """Log named statistics as means over rows."""
+        for key, value in stats.items():
+            self.log(key, value, batch_size=batch_size, **options)
+
+    def trainable_names(self) -> set[str]:
+        """Keys of the state dict that are trained; tied weights under each of their names."""
+        return {
+            name
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep exactly what is trained: a frozen trunk is never written again."""
+        trainable = self.trainable_names()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in state if key in trainable}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose keys are not exactly those trained here.
+
+        Raises:
+            ValueError: An adapter has another name, or the checkpoint is another layout's.
+        """
+        stored, trainable = set(checkpoint["state_dict"]), self.trainable_names()
+        if stored != trainable:
+            raise ValueError(
+                f"The checkpoint does not fit {type(self).__name__}: missing "
+                f"{sorted(trainable - stored)[:3]}, unknown {sorted(stored - trainable)[:3]} "
+                f"({len(trainable - stored)} and {len(stored - trainable)} in all). It belongs to another "
+                "layout, LoRA shape or trunk."
+            )
+
+
+def require_trainable(optimizer: Optimizer) -> None:
+    """Refuse a step over parameters that somebody has frozen meanwhile.
+
+    Raises:
+        RuntimeError: A parameter of the optimizer no longer requires a gradient.
+    """
+    for group in optimizer.param_groups:
+        frozen = sum(not parameter.requires_grad for parameter in group["params"])
+        if frozen:
+            raise RuntimeError(
+                f"{frozen} parameters of the group {group.get('name')!r} no longer require gradients. Was "
+                "PEFT's set_adapter or disable_adapter called on the trunk? Use `with roles(...)`."
+            )
+
+
+def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str, Tensor]:
+    """Clip each parameter group's gradient norm on its own.
+
+    Args:
+        optimizer: Its groups carry names.
+        limits: Largest norm by group name; groups that are not named are measured only.
+
+    Returns:
+        Norms before clipping, by group name.
+    """
+    norms = {}
+    for group in optimizer.param_groups:
+        limit = limits.get(group["name"], float("inf"))
+        norms[group["name"]] = nn.utils.clip_grad_norm_(group["params"], limit)
+    return norms
+
+
+Backward = Callable[[Tensor], None]
+"""``loss.backward()``, or Lightning's own under a strategy."""

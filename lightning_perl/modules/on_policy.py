@@ -1,0 +1,522 @@
+"""The skeleton of on-policy methods: collect, score, turn into experience, update.
+
+It owns the only manual-optimization loop. ``collect``, ``score`` and ``update`` run without a Trainer;
+logging and checks are done around them, in ``training_step``.
+
+Shapes: ``B`` rollouts, ``R`` response tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_perl.batches import Answers as WrittenAnswers
+from lightning_perl.batches import PromptBatch
+from lightning_perl.functional.kl import k1
+from lightning_perl.functional.masked import masked_mean
+from lightning_perl.functional.sequences import Sequences
+from lightning_perl.models.adapters import OFF, LoraSpec
+from lightning_perl.models.heads import save_heads
+from lightning_perl.models.roles import Answers, Layout, Role, Roles
+from lightning_perl.models.trunk import Trunk, TrunkDtype
+from lightning_perl.modules.base import AdapterModule, Backward, clip_by_group, require_trainable
+from lightning_perl.rewards import RewardFunction
+from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
+
+# Mean |log ratio| per token that rounding explains: passes differ in their batch mates only.
+RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+VALIDATION_ROLLOUT = -1
+"""Rollout index of validation's noise: the same at every validation, never a training rollout's."""
+
+
+class Scored(NamedTuple):
+    """What the roles said of a rollout before any update.
+
+    Attributes:
+        logprobs: Of the policy that sampled. Shape: ``(B, R)``.
+        reference: Shape: ``(B, R)``.
+        values: Shape: ``(B, R)``.
+        scores: Raw scores of the reward role. Shape: ``(B,)``.
+    """
+
+    logprobs: Tensor
+    reference: Tensor
+    values: Tensor
+    scores: Tensor
+
+
+class Experience(NamedTuple):
+    """What an update learns from; every field has a row per rollout.
+
+    Attributes:
+        sequences: Prompts and responses.
+        old_logprobs: Shape: ``(B, R)``.
+        old_values: Shape: ``(B, R)``.
+        advantages: Shape: ``(B, R)``.
+        returns: Shape: ``(B, R)``.
+    """
+
+    sequences: Sequences
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, rows: Tensor) -> Experience:
+        """The named rows only."""
+        return Experience(
+            self.sequences.rows(rows),
+            self.old_logprobs[rows],
+            self.old_values[rows],
+            self.advantages[rows],
+            self.returns[rows],
+        )
+
+
+Stats = dict[str, Tensor]
+FirstRead = Callable[[Answers, Experience], None]
+"""Called with the policy's first answers of a rollout, before anything was updated."""
+
+
+class OnPolicy(AdapterModule):
+    """Learns from its own samples. Leaves fill `experience` and `role_loss`.
+
+    Args:
+        layout: Who answers which role.
+        trunk: Folder of the SFT or Hydra-SFT trunk.
+        reward: Folder of the reward model where the layout has one.
+        lora: Shape of the actor and critic adapters.
+        sampling: How rollouts are drawn.
+        validation_sampling: How validation answers are drawn; None as rollouts.
+        epochs: Passes over each rollout batch.
+        minibatch_size: Episodes per optimizer step; None takes the whole rollout batch.
+        micro_batch_size: Episodes per forward and backward.
+        score_batch_size: Episodes per scoring pass; None as ``micro_batch_size``.
+        critic_learning_rate: Of the critic; None takes the optimizer's.
+        head_learning_rate: Of the value head; None takes the critic's.
+        max_grad_norm: Clips the actor's gradient.
+        critic_max_grad_norm: Clips the critic's and the value head's; None as the actor's.
+        max_episodes: Stops training once this many episodes were learned from; None never.
+        trunk_dtype: Of the trunks.
+        checkpointing: Recompute activations in backward.
+        optimizer: Makes the optimizer.
+        scheduler: Makes the scheduler, stepped once per rollout batch.
+        gold: A true reward, known in experiments only; logged, never learned from.
+        seed: Of sampling, shuffling and fresh adapters.
+    """
+
+    automatic_optimization: bool
+    own_layout: ClassVar[Layout]
+    trained_roles: ClassVar[tuple[Role, ...]] = ("policy", "value")
+
+    def __init__(
+        self,
+        layout: Layout,
+        trunk: str,
+        reward: str | None,
+        lora: LoraSpec,
+        sampling: SamplingSpec,
+        validation_sampling: SamplingSpec | None,
+        epochs: int,
+        minibatch_size: int | None,
+        micro_batch_size: int,
+        score_batch_size: int | None,
+        critic_learning_rate: float | None,
+        head_learning_rate: float | None,
+        max_grad_norm: float,
+        critic_max_grad_norm: float | None,
+        max_episodes: int | None,
+        trunk_dtype: TrunkDtype,
+        checkpointing: bool,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        gold: RewardFunction | None,
+        seed: int,
+    ) -> None:
+        super().__init__(optimizer, scheduler)
+        self.automatic_optimization = False
+        sampling.refuse_unscored()
+        for name, size in (("micro_batch_size", micro_batch_size), ("epochs", epochs)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        self.roles = Roles(layout, trunk, lora, reward, trunk_dtype, checkpointing, seed)
+        self.sampling = sampling
+        self.validation_sampling = validation_sampling or sampling
+        self.epochs = epochs
+        self.minibatch_size = minibatch_size
+        self.micro_batch_size = micro_batch_size
+        self.score_batch_size = score_batch_size or micro_batch_size
+        self.critic_learning_rate = critic_learning_rate
+        self.head_learning_rate = (
+            critic_learning_rate if head_learning_rate is None else head_learning_rate
+        )
+        critic_norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
+        self.max_grad_norms = {"actor": max_grad_norm, "critic": critic_norm, "head": critic_norm}
+        self.max_episodes = max_episodes
+        self.gold = gold
+        self.seed = seed
+        self.rollout_index = 0
+        self.episodes = 0
+        self.tokens = 0
+
+    # ---- holes ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
+        """Rewards, advantages and returns of a scored rollout, and what to log of them."""
+
+    @abstractmethod
+    def role_loss(
+        self, role: Role, answers: Answers, experience: Experience, denominator: Tensor
+    ) -> tuple[Tensor, Stats]:
+        """Loss of one trained role on a micro-batch, as its share of the minibatch's token mean."""
+
+    # ---- the algorithm's acts, without a Trainer -------------------------------------------------
+
+    @property
+    def policy_trunk(self) -> Trunk:
+        """Where the tokenizer lives."""
+        return self.roles.trunk("policy")
+
+    def collect(
+        self,
+        prompts: PromptBatch,
+        rollout_index: int,
+        role: Role = "policy",
+        sampling: SamplingSpec | None = None,
+        early_exit: bool = True,
+    ) -> Rollout:
+        """Sample one response per prompt. Noise comes from (seed, rollout index, row)."""
+        spec = sampling or self.sampling
+        uniforms = row_uniforms(self.seed, rollout_index, prompts.row, spec.max_new_tokens)
+        with self.roles(role) as trunk:
+            return sample(
+                trunk, prompts.ids, prompts.mask, prompts.row, spec, uniforms, early_exit
+            )
+
+    def score(self, rollout: Rollout) -> Scored:
+        """All four roles on a rollout, one forward per distinct (trunk, adapter)."""
+        return self._read(rollout, ("policy", "value", "reference", "reward"))
+
+    @torch.no_grad()
+    def _read(self, rollout: Rollout, roles: tuple[Role, ...]) -> Scored:
+        sequences = rollout.sequences()
+        pieces = [
+            self.roles.answer(sequences.rows(rows), roles, self.sampling.temperature)
+            for rows in _slices(len(sequences.ids), self.score_batch_size)
+        ]
+
+        def joined(values: list[Tensor | None]) -> Tensor:
+            return torch.cat([value for value in values if value is not None])
+
+        return Scored(
+            joined([piece.policy for piece in pieces]),
+            joined([piece.reference for piece in pieces]),
+            joined([piece.value for piece in pieces]),
+            joined([piece.reward for piece in pieces]),
+        )
+
+    def update(
+        self,
+        experience: Experience,
+        optimizer: Optimizer,
+        backward: Backward = torch.Tensor.backward,
+        first_read: FirstRead | None = None,
+    ) -> Stats:
+        """Epochs of minibatch steps, each accumulated over micro-batches.
+
+        Roles that one forward answers share one backward; others go one after the other, so that the
+        actor's graph is gone before the critic's is built.
+
+        Returns:
+            Statistics averaged over the optimizer steps.
+        """
+        sums: Stats = {}
+        steps = 0
+        for epoch in range(self.epochs):
+            for rows in self._minibatches(len(experience.old_logprobs), epoch):
+                minibatch = experience.rows(rows.to(experience.old_logprobs.device))
+                for key, value in self._gradients(minibatch, backward, first_read).items():
+                    sums[key] = sums.get(key, torch.zeros_like(value)) + value
+                first_read = None
+                with self.phase("optimizer"):
+                    require_trainable(optimizer)
+                    for name, norm in clip_by_group(optimizer, self.max_grad_norms).items():
+                        key = f"grad_norm_{name}"
+                        sums[key] = sums.get(key, torch.zeros_like(norm)) + norm
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                steps += 1
+        return {key: value / steps for key, value in sums.items()}
+
+    def _gradients(
+        self, minibatch: Experience, backward: Backward, first_read: FirstRead | None
+    ) -> Stats:
+        sums: Stats = {}
+        denominator = minibatch.sequences.response_mask.sum().clamp(min=1)
+        for group in self.roles.groups(self.trained_roles):
+            with self.phase("actor" if "policy" in group else "critic"):
+                for rows in _slices(len(minibatch.old_logprobs), self.micro_batch_size):
+                    piece = minibatch.rows(torch.arange(rows.start, rows.stop))
+                    with self.roles.trunk(group[0]).training_pass():
+                        answers = self.roles.answer(
+                            piece.sequences, group, self.sampling.temperature
+                        )
+                        if first_read is not None and answers.policy is not None:
+                            first_read(answers, piece)
+                            first_read = None
+                        parts = [
+                            self.role_loss(role, answers, piece, denominator) for role in group
+                        ]
+                        backward(torch.stack([loss for loss, _ in parts]).sum())
+                    for _, stats in parts:
+                        for key, value in stats.items():
+                            sums[key] = sums.get(key, torch.zeros_like(value)) + value
+        return sums
+
+    def _minibatches(self, episodes: int, epoch: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(
+            hash((self.seed, self.rollout_index, epoch)) & 0x7FFFFFFF
+        )
+        order = torch.randperm(episodes, generator=generator)
+        size = self.minibatch_size or episodes
+        for start in range(0, episodes, size):
+            yield order[start : start + size]
+
+    # ---- Lightning -----------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One rollout batch, learned from and forgotten."""
+        with self.phase("rollout"):
+            rollout = self.collect(batch, self.rollout_index)
+        with self.phase("score"):
+            scored = self.score(rollout)
+        if self.rollout_index == 0:
+            self._check_fresh_start(rollout, scored)
+        experience, stats = self.experience(rollout, scored)
+        optimizer = self.optimizers()
+        trained = self.update(
+            experience,
+            optimizer,  # type: ignore[arg-type]  # Lightning's wrapper counts the steps
+            self.manual_backward,
+            self._check_first_ratio,
+        )
+        if self._make_scheduler is not None:
+            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        return self._account(rollout, scored, {**stats, **trained})
+
+    def _account(self, rollout: Rollout, scored: Scored, stats: Stats) -> dict[str, Any]:
+        episodes, generated = len(rollout.row), int(rollout.response_mask.sum())
+        whole = int(rollout.prompt_mask.sum()) + generated
+        self.rollout_index += 1
+        self.episodes += episodes
+        self.tokens += generated
+        self.log_stats({f"train/{key}": value for key, value in stats.items()}, episodes)
+        self.log("train/episodes", float(self.episodes), batch_size=episodes)
+        self.log("train/tokens", float(self.tokens), batch_size=episodes)
+        seen = describe(rollout, scored)
+        if self.gold is not None:
+            self.log("gold/score", self._gold(rollout).mean(), batch_size=episodes)
+        for key, value in seen.items():
+            shown = key in ("score", "kl")
+            self.log(f"rollout/{key}", value, batch_size=episodes, prog_bar=shown)
+        if self.max_episodes is not None and self.episodes >= self.max_episodes:
+            self.trainer.should_stop = True
+        tokens = {"rollout": generated, "score": whole, "update": whole * self.epochs}
+        return {"episodes": episodes, "tokens": tokens}
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Answer held-out prompts as policy and as reference, with the same noise, and compare."""
+        spec = self.validation_sampling
+        rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
+        scored = self.score(rollout)
+        before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
+        before_scores = self._scores(before)
+        wins = (scored.scores > before_scores).float() + 0.5 * (scored.scores == before_scores)
+        seen = describe(rollout, scored)
+        logged = {key: seen[key] for key in ("score", "kl", "response_tokens")}
+        logged["win_rate"] = wins.mean()
+        logged["reference_score"] = before_scores.mean()
+        if self.gold is not None:
+            logged["gold"] = self._gold(rollout).mean()
+            logged["reference_gold"] = self._gold(before).mean()
+        for key, value in logged.items():
+            shown = key in ("score", "kl")
+            self.log(f"val/{key}", value, batch_size=len(batch.row), prog_bar=shown, on_epoch=True)
+
+    test_step = validation_step
+
+    def answer(self, prompts: PromptBatch, role: Literal["policy", "reference"]) -> WrittenAnswers:
+        """Texts and scores for prompts, with validation's sampling and noise."""
+        rollout = self.collect(
+            PromptBatch(*(part.to(self.device) for part in prompts)),
+            VALIDATION_ROLLOUT,
+            role,
+            self.validation_sampling,
+        )
+        prompt_texts, response_texts = self._texts(rollout)
+        return WrittenAnswers(prompt_texts, response_texts, self._scores(rollout).tolist())
+
+    @torch.no_grad()
+    def _scores(self, rollout: Rollout) -> Tensor:
+        sequences = rollout.sequences()
+        pieces = [
+            self.roles.answer(sequences.rows(rows), ("reward",)).reward
+            for rows in _slices(len(sequences.ids), self.score_batch_size)
+        ]
+        return torch.cat([piece for piece in pieces if piece is not None])
+
+    def _texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
+        tokenizer = self.policy_trunk.tokenizer
+
+        def decoded(ids: Tensor, mask: Tensor) -> list[str]:
+            rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+            return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+        return (
+            decoded(rollout.prompt_ids, rollout.prompt_mask),
+            decoded(rollout.response_ids, rollout.response_mask),
+        )
+
+    def _gold(self, rollout: Rollout) -> Tensor:
+        if self.gold is None:
+            raise RuntimeError("No gold reward was given.")
+        prompts, responses = self._texts(rollout)
+        return torch.tensor([*self.gold(prompts, responses, rollout.row.tolist())])
+
+    def _check_fresh_start(self, rollout: Rollout, scored: Scored) -> None:
+        """Step-0 identities: fresh adapters change nothing, and scores are numbers."""
+        if not bool(torch.isfinite(scored.scores).all()):
+            raise RuntimeError(
+                "The reward role gives non-finite scores before any update. Look at the reward head in "
+                "heads.safetensors and at trunk_dtype."
+            )
+        gap = (scored.logprobs - scored.reference).abs()
+        self._refuse_gap(
+            masked_mean(gap, rollout.response_mask),
+            "The KL to the reference is not 0 before the first update",
+            "Do policy and reference stand on the same trunk folder, and are the adapters fresh?",
+        )
+
+    def _check_first_ratio(self, answers: Answers, experience: Experience) -> None:
+        if answers.policy is None:
+            return
+        gap = (answers.policy.detach() - experience.old_logprobs).abs()
+        self._refuse_gap(
+            masked_mean(gap, experience.sequences.response_mask),
+            "The ratio of the first minibatch is not 1",
+            "Is there dropout in the trunk or adapter, or a temperature that differs between sampling and "
+            "scoring?",
+        )
+
+    def _refuse_gap(self, gap: Tensor, what: str, cause: str) -> None:
+        allowed = RATIO_TOLERANCE[self.policy_trunk.dtype]
+        if not float(gap) <= allowed:
+            raise RuntimeError(
+                f"{what}: mean |difference of log-probabilities| is {float(gap):.3g} per token, rounding "
+                f"explains {allowed:.0e}. {cause}"
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Actor, critic and value head, each with its own learning rate and clipping."""
+        groups: list[dict[str, Any]] = [
+            {"name": "actor", "params": self.roles.actor_parameters()},
+            {
+                "name": "critic",
+                "params": self.roles.critic_parameters(),
+                "lr": self.critic_learning_rate,
+            },
+            {
+                "name": "head",
+                "params": list(self.roles.value_head.parameters()),
+                "lr": self.head_learning_rate,
+            },
+        ]
+        return [
+            {key: value for key, value in group.items() if value is not None}
+            for group in groups
+            if group["params"]
+        ]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also where the run stands; sampling noise follows from it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["on_policy"] = {
+            "rollout_index": self.rollout_index,
+            "episodes": self.episodes,
+            "tokens": self.tokens,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stand where the checkpoint stood."""
+        super().on_load_checkpoint(checkpoint)
+        stood = checkpoint["on_policy"]
+        self.rollout_index = stood["rollout_index"]
+        self.episodes, self.tokens = stood["episodes"], stood["tokens"]
+
+    def hand_over(self, folder: Path) -> None:
+        """Write ``RUN/adapters/{actor,critic}``, or trunks under ``RUN/{policy,critic}`` after full PPO."""
+        heads = {"value": self.roles.value_head}
+        if self.roles.layout == "full":
+            for role, name in (("policy", "policy"), ("value", "critic")):
+                manifest = {"module": type(self).__name__}
+                self.roles.trunk(role).save(folder / name, None, manifest)  # type: ignore[arg-type]
+            save_heads(folder / "critic", heads)
+            return
+        written = set()
+        for role in self.trained_roles:
+            trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
+            if adapter != OFF and adapter not in written:
+                trunk.adapters.save(adapter, folder / "adapters" / adapter, trunk.source)
+                written.add(adapter)
+        save_heads(folder / "adapters" / self.roles.seats["value"].adapter, heads)
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def describe(rollout: Rollout, scored: Scored) -> Stats:
+    """What a rollout looked like, each a mean over its responses.
+
+    ``score``, ``kl`` (k1 summed over the response, nats), ``response_tokens``, ``truncated_fraction``,
+    ``distinct_2`` (different pairs of neighbouring tokens over all pairs, in the whole batch) and
+    ``length_score_correlation`` (Pearson; 0 where either does not vary).
+    """
+    mask = rollout.response_mask
+    kl = torch.where(mask, k1(scored.logprobs, scored.reference), torch.zeros_like(scored.logprobs))
+    lengths = rollout.response_tokens().float()
+    return {
+        "score": scored.scores.mean(),
+        "kl": kl.sum(1).mean(),
+        "response_tokens": lengths.mean(),
+        "truncated_fraction": (~rollout.stopped).float().mean(),
+        "distinct_2": distinct_pairs(rollout.response_ids, mask),
+        "length_score_correlation": correlation(lengths, scored.scores.float()),
+    }
+
+
+def distinct_pairs(ids: Tensor, mask: Tensor) -> Tensor:
+    """Distinct neighbouring token pairs over all of them; 1 where there is no pair."""
+    both = mask[:, :-1] & mask[:, 1:]
+    pairs = torch.stack([ids[:, :-1][both], ids[:, 1:][both]], dim=1)
+    if len(pairs) == 0:
+        return torch.ones(())
+    return torch.tensor(len(pairs.unique(dim=0)) / len(pairs))
+
+
+def correlation(left: Tensor, right: Tensor) -> Tensor:
+    """Pearson correlation over rows; 0 where either side does not vary. Shape: ``()``."""
+    left, right = left - left.mean(), right - right.mean()
+    scale = left.norm() * right.norm()
+    return torch.where(scale > 0, (left * right).sum() / scale.clamp(min=1e-12), torch.zeros(()).to(scale))

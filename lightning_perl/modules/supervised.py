@@ -1,0 +1,138 @@
+"""Supervised modules stand on one trunk and one batch of rows: the skeleton of SFT and reward models."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_perl.batches import RatedBatch
+from lightning_perl.functional.sequences import Sequences
+from lightning_perl.models.adapters import OFF, LoraSpec
+from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.trunk import Trunk, TrunkDtype, load_trunk
+from lightning_perl.modules.base import AdapterModule
+
+Stats = dict[str, Tensor]
+
+
+def sequences_of(batch: RatedBatch) -> Sequences:
+    """The batch's rows, their response columns cut off the prompt's."""
+    return Sequences(
+        batch.ids, batch.attention_mask, batch.response_mask[:, batch.prompt_tokens :]
+    )
+
+
+class Supervised(AdapterModule):
+    """One trunk, tuned whole or by one adapter, perhaps with a scalar head.
+
+    Args:
+        trunk: Folder or hub name.
+        adapter: Name of the adapter; used only with ``lora``.
+        lora: The adapter's shape. None: the whole trunk is tuned.
+        trunk_dtype: Of the trunk's weights and matrix products.
+        checkpointing: Recompute activations in backward.
+        optimizer: Makes the optimizer.
+        scheduler: Makes the scheduler, stepped once per optimizer step.
+        seed: Of the adapter.
+    """
+
+    def __init__(
+        self,
+        trunk: str,
+        adapter: str,
+        lora: LoraSpec | None,
+        trunk_dtype: TrunkDtype,
+        checkpointing: bool,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        seed: int,
+    ) -> None:
+        super().__init__(optimizer, scheduler)
+        self.trunk: Trunk = load_trunk(trunk, trunk_dtype, checkpointing)
+        self.adapter = adapter if lora else OFF
+        self.reward_head: ScalarHead | None = None
+        self.head_learning_rate: float | None = None
+        self.trunk.requires_grad_(False)
+        if lora is None:
+            self.trunk.requires_grad_(True)
+        else:
+            self.trunk.adapters.add(adapter, lora, seed)
+
+    def add_reward_head(self, learning_rate: float | None, seed: int) -> None:
+        """A fresh scalar head, at least fp32, with its own learning rate or the optimizer's."""
+        dtype = torch.promote_types(self.trunk.dtype, torch.float32)
+        self.reward_head = ScalarHead(self.trunk.hidden_size, seed).to(dtype)
+        self.head_learning_rate = learning_rate
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        if self.reward_head is None:
+            raise RuntimeError(f"{type(self).__name__} has no reward head.")
+        scores: Tensor = self.reward_head(hidden)
+        return scores
+
+    @abstractmethod
+    def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
+        """Loss and named statistics of a batch; pure in everything but the weights."""
+
+    def hidden(self, batch: RatedBatch) -> Tensor:
+        """Last hidden states with the adapter on. Shape: ``(B, T, H)``."""
+        with self.trunk.switch.use(self.adapter):
+            states: Tensor = self.trunk(batch.ids, batch.attention_mask)
+        return states
+
+    def training_step(self, batch: RatedBatch, batch_idx: int) -> Tensor:
+        """One batch."""
+        with self.trunk.training_pass():
+            loss, stats = self.objective(batch)
+        self.log_stats(
+            {f"train/{key}": value for key, value in stats.items()}, len(batch.ids)
+        )
+        self.log("train/loss", loss.detach(), batch_size=len(batch.ids), prog_bar=True)
+        return loss
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trunk or its adapter, and the head."""
+        head = list(self.reward_head.parameters()) if self.reward_head is not None else []
+        groups: list[dict[str, Any]] = [{"name": "trunk", "params": self._body_parameters()}]
+        if head:
+            rate = {} if self.head_learning_rate is None else {"lr": self.head_learning_rate}
+            groups.append({"name": "head", "params": head, **rate})
+        return groups
+
+    def _body_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
+
+    def hand_over(self, folder: Path) -> None:
+        """Write ``RUN/trunk``: the tuned weights, LoRA merged once in full precision, and the head."""
+        self.save_trunk(folder / "trunk")
+
+    def save_trunk(self, folder: Path) -> None:
+        """Write the tuned trunk and its head, read it back, and compare.
+
+        Raises:
+            RuntimeError: The folder gives other logits than the module.
+        """
+        merged = None if self.adapter == OFF else self.adapter
+        self.trunk.save(folder, merged, {"module": type(self).__name__})
+        if self.reward_head is not None:
+            save_heads(folder, {"reward": self.reward_head})
+        again = load_trunk(str(folder), dtype=self.hparams["trunk_dtype"])
+        ids = torch.arange(16, device=self.device).unsqueeze(0) % self.trunk.vocabulary_size
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        again.to(self.device)
+        with torch.no_grad(), self.trunk.switch.use(self.adapter), again.switch.use(OFF):
+            ours = self.trunk.project(self.trunk(ids, mask)).double()
+            stored = again.project(again(ids, mask)).double()
+        difference = float((ours - stored).abs().max())
+        # A merged adapter is added to the weights instead of to the products: rounding differs.
+        allowed = 64 * torch.finfo(self.trunk.dtype).eps * max(1.0, float(ours.abs().max()))
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"{folder} was written but gives logits that differ by {difference:.3g} from the trained "
+                f"model's (allowed {allowed:.3g})."
+            )

@@ -1,0 +1,1 @@
+"""Rollouts: prompts, the responses a policy gave, and how they are sampled."""

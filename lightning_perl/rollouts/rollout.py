@@ -1,0 +1,45 @@
+"""What came out of one collection. Immutable: nothing written later can change what was sampled.
+
+Shapes: ``B`` rollouts, ``P`` prompt tokens, ``R`` response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_perl.functional.sequences import Sequences
+
+
+class Rollout(NamedTuple):
+    """Prompts and their sampled responses.
+
+    Attributes:
+        prompt_ids: Padded on the left. Shape: ``(B, P)``, int64.
+        prompt_mask: Shape: ``(B, P)``, bool.
+        response_ids: Padded on the right. Shape: ``(B, R)``, int64.
+        response_mask: True up to and including the stop token. Shape: ``(B, R)``, bool.
+        stopped: False where the length limit cut the response. Shape: ``(B,)``, bool.
+        row: The prompts' numbers in their corpus. Shape: ``(B,)``, int64.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    stopped: Tensor
+    row: Tensor
+
+    def sequences(self) -> Sequences:
+        """Prompt and response as whole rows."""
+        return Sequences(
+            ids=torch.cat([self.prompt_ids, self.response_ids], dim=1),
+            attention_mask=torch.cat([self.prompt_mask, self.response_mask], dim=1),
+            response_mask=self.response_mask,
+        )
+
+    def response_tokens(self) -> Tensor:
+        """Length of each response, the stop token included. Shape: ``(B,)``, int64."""
+        return self.response_mask.sum(1)

@@ -1,0 +1,46 @@
+"""Fixtures that every test may use: no network, no hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+_LINES = [
+    "User: can I get an espresso please",
+    'Agent: call get_menu_items {"query": "espresso"}',
+    'API: get_menu_items {"items": [{"menu_item_id": "espresso-0001", "name": "Espresso"}]}',
+    "Agent: Sure, how many shots would you like?",
+    "User: I would like two tickets for the movie tonight",
+]
+
+
+def save_tokenizer(folder: Path, bos: bool = True) -> Path:
+    """Writes a byte-level BPE tokenizer of at most 400 tokens and returns its folder."""
+    special = ["<pad>", "<bos>", "<eos>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_LINES, trainer)
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<bos>" if bos else None,
+        eos_token="<eos>",
+    )
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny byte-level BPE tokenizer: ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2."""
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))

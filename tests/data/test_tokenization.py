@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_perl.data.rows import Row, Turn
+from lightning_perl.data.tokenization import BadRow, TurnEncoder, encode, encode_prompt
+
+USER = Turn("user", "an espresso please")
+CALL = Turn("agent", 'call get_menu_items {"query": "espresso"}')
+API = Turn("api", 'get_menu_items {"items": []}')
+SORRY = Turn("agent", "Sorry, we have none.")
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    return loaded
+
+
+def row(context: tuple[Turn, ...], *response: Turn) -> Row:
+    return Row(context, response, None, True, "dialog", "rows.jsonl:7")
+
+
+def text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))
+
+
+def counted(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool]) -> str:
+    return text(tokenizer, [token for token, counts in zip(ids, mask, strict=True) if counts])
+
+
+def test_golden_ids_of_a_whole_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoded = encode(tokenizer, row((Turn("user", "an"),), Turn("agent", "no")), 64, 16)
+    pieces = ["<bos>", "User", ":", "Ġan", "Ċ", "Agent", ":", "Ġ", "n", "o", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(encoded.ids) == pieces
+    assert encoded.response_mask == [False] * 7 + [True] * 4
+    assert encoded.ids[0] == 1
+    assert encoded.ids[-1] == 2
+    assert encoded.cut_turns == 0
+
+
+def test_a_dialog_reads_back_and_only_the_agents_words_count(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    encoded = encode(tokenizer, row((USER,), CALL, API, SORRY), 256, 32)
+    assert text(tokenizer, encoded.ids) == (
+        "<bos>User: an espresso please\n"
+        'Agent: call get_menu_items {"query": "espresso"}<eos>'
+        'API: get_menu_items {"items": []}\n'
+        "Agent: Sorry, we have none.<eos>"
+    )
+    assert counted(tokenizer, *encoded[:2]) == (
+        ' call get_menu_items {"query": "espresso"}<eos> Sorry, we have none.<eos>'
+    )
+
+
+def test_a_context_is_what_a_demonstration_trained_on(tokenizer: PreTrainedTokenizerBase) -> None:
+    dialog = encode(tokenizer, row((USER,), CALL, API, SORRY), 256, 128)
+    rated = encode(tokenizer, row((USER, CALL, API), SORRY), 256, 128)
+    prompt = encode_prompt(tokenizer, (USER, CALL, API), 128)
+    assert rated.ids == dialog.ids
+    assert rated.ids[: len(prompt)] == prompt
+    assert rated.response_mask.index(True) == len(prompt)
+
+
+def test_bos_only_where_the_tokenizer_has_one_and_empty_contexts_are_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    assert text(tokenizer, encode_prompt(tokenizer, (), 8)) == "<bos>Agent:"
+    tokenizer.bos_token = None
+    assert text(tokenizer, encode_prompt(tokenizer, (), 8)) == "Agent:"
+
+
+def test_text_that_spells_a_special_token_stays_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = encode_prompt(tokenizer, (Turn("user", "say <eos> now"),), 64)
+    assert tokenizer.eos_token_id not in prompt
+    assert text(tokenizer, prompt) == "<bos>User: say <eos> now\nAgent:"
+
+
+def test_outer_white_space_is_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = encode(tokenizer, row((USER,), SORRY), 64, 32)
+    padded = encode(tokenizer, row((USER,), Turn("agent", f"  {SORRY.text}\n")), 64, 32)
+    assert plain == padded
+
+
+def test_long_prompts_lose_whole_turns_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [
+        turn for n in range(43) for turn in (Turn("user", f"u{n}"), Turn("agent", f"a{n}"))
+    ] + [USER]
+    encoder = TurnEncoder(tokenizer)
+    whole = encoder.encode_prompt(turns, 10_000)
+    assert whole.cut_turns == 0
+    for limit in range(20, 120, 7):
+        prompt = encoder.encode_prompt(turns, limit)
+        kept = turns[prompt.cut_turns :]
+        assert prompt.ids == encoder.encode_prompt(kept, 10_000).ids
+        assert len(prompt.ids) <= limit
+        one_more = encoder.encode_prompt(turns[prompt.cut_turns - 1 :], 10_000)
+        assert len(one_more.ids) > limit
+
+
+def test_a_system_turn_survives_the_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = (Turn("system", "Be kind."), USER, SORRY, USER)
+    full = len(encode_prompt(tokenizer, turns, 1000))
+    cut = encode_prompt(tokenizer, turns, full - 1)
+    assert text(tokenizer, cut).startswith("<bos>System: Be kind.\nAgent: Sorry")
+
+
+def test_rated_rows_and_prompts_are_cut_alike(tokenizer: PreTrainedTokenizerBase) -> None:
+    context = (USER, CALL, API, SORRY, USER)
+    rated = encode(tokenizer, row(context, Turn("agent", "no")), 96, 40)
+    prompt = encode_prompt(tokenizer, context, 96 - 40)
+    assert rated.cut_turns > 0
+    assert rated.ids[: rated.response_mask.index(True)] == prompt
+
+
+def test_long_demonstrations_are_cut_at_a_turn_border_at_the_end(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    dialog = row((USER,), CALL, API, SORRY, USER, SORRY)
+    whole = encode(tokenizer, dialog, 1000, 32)
+    encoded = encode(tokenizer, dialog, len(whole.ids) - 1, 32)
+    assert encoded.cut_turns == 2
+    assert encoded.ids == whole.ids[: len(encoded.ids)]
+    assert text(tokenizer, encoded.ids).endswith("Sorry, we have none.<eos>")
+    assert encoded.response_mask[-1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "limits", "words"),
+    [
+        (row((USER,), Turn("agent", "  ")), (64, 16), r"rows.jsonl:7: empty answer"),
+        (row((USER,), SORRY, USER, Turn("agent", "")), (64, 16), r"rows.jsonl:7: empty answer"),
+        (row((USER,)), (64, 16), r"rows.jsonl:7: no answer.*rows: prompts"),
+        (
+            row((USER,), Turn("agent", "long " * 20)),
+            (128, 16),
+            r"rows.jsonl:7: the answer takes \d+ tokens with its EOS, the limit is 16",
+        ),
+        (
+            row((Turn("user", "long " * 20),), SORRY),
+            (64, 32),
+            r"rows.jsonl:7: prompt longer than the window: its last turn takes \d+ tokens, the "
+            r"limit is 32 \(max_tokens - max_response_tokens\). Raise max_tokens",
+        ),
+        (
+            row((USER,), Turn("agent", "long " * 40), USER, SORRY),
+            (64, 32),
+            r"rows.jsonl:7: the first answer of the dialog does not fit into 64 tokens",
+        ),
+    ],
+)
+def test_bad_rows_say_where_what_and_how_to_go_on(
+    tokenizer: PreTrainedTokenizerBase, bad: Row, limits: tuple[int, int], words: str
+) -> None:
+    with pytest.raises(BadRow, match=words):
+        encode(tokenizer, bad, *limits)
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        TurnEncoder(tokenizer)
+
+
+def test_the_chat_template_renders_prompts_and_the_answer_stays_bare(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        TurnEncoder(tokenizer, chat_template=True)
+    tokenizer.chat_template = (
+        "<bos>{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    encoder = TurnEncoder(tokenizer, chat_template=True)
+    encoded = encoder.encode(row((USER, SORRY, USER), Turn("agent", "no")), 128, 16)
+    assert text(tokenizer, encoded.ids) == (
+        "<bos>[user]an espresso please<eos>[assistant]Sorry, we have none.<eos>"
+        "[user]an espresso please<eos>[assistant]no<eos>"
+    )
+    assert encoded.ids.count(1) == 1
+    assert counted(tokenizer, *encoded[:2]) == "no<eos>"
+    short = encoder.encode_prompt((USER, SORRY, USER), 40)
+    assert short.cut_turns == 2
+    with pytest.raises(BadRow, match=r"prompt: a chat template needs at least one turn"):
+        encoder.encode_prompt((), 40)
+    with pytest.raises(BadRow, match="has an API turn"):
+        encoder.encode_prompt((API,), 40)
+    with pytest.raises(BadRow, match="a response of 3 turns under a chat template"):
+        encoder.encode(row((USER,), SORRY, USER, SORRY), 128, 16)

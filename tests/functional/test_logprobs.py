@@ -1,0 +1,272 @@
+"""Chunked log-probabilities, against a whole log-softmax in float64; how much they hold at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_perl.functional.logprobs import at_least_fp32, chosen_logprobs, chunked_logprobs
+
+ROWS, COLUMNS, HIDDEN, VOCABULARY = 3, 5, 4, 11
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Head:
+    """A linear LM head with a soft cap, which counts the rows of every projection."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.rows: list[int] = []
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.rows.append(hidden.shape[0])
+        return 3 * torch.tanh(hidden @ self.weight.T / 3)
+
+
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the size of the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def hidden_targets_weight(
+    dtype: torch.dtype = torch.float64, rows: int = ROWS, vocabulary: int = VOCABULARY
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, COLUMNS, HIDDEN, dtype=torch.float64, generator=generator)
+    targets = torch.randint(vocabulary, (rows, COLUMNS), generator=generator)
+    weight = 2 * torch.randn(vocabulary, HIDDEN, dtype=torch.float64, generator=generator)
+    return hidden.to(dtype).requires_grad_(), targets, weight.to(dtype).requires_grad_()
+
+
+def whole_logprobs(hidden: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> Pair:
+    """The straight way, holding every logit."""
+    logprobs = (Head(weight)(hidden) / temperature).log_softmax(-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies
+
+
+def check_against_whole(
+    fn: Callable[[Tensor, Tensor, Head, float], Pair], temperature: float
+) -> None:
+    """Values, and the gradients of weighted sums of them in hidden states and head weight."""
+    hidden, targets, weight = hidden_targets_weight()
+    weights = torch.linspace(-1, 2, 2 * targets.numel(), dtype=torch.float64).view(
+        2, *targets.shape
+    )
+    expected = whole_logprobs(hidden, targets, weight, temperature)
+    results = fn(hidden, targets, Head(weight), temperature)
+    for result, reference in zip(results, expected, strict=True):
+        assert_close(result, reference, rtol=1e-12, atol=1e-12)
+    assert all(result.requires_grad for result in results)
+    for outputs in ([0], [1], [0, 1]):
+        losses = [
+            sum((pair[i] * weights[i]).sum() for i in outputs) for pair in (results, expected)
+        ]
+        found, reference_gradients = (
+            torch.autograd.grad(loss, [hidden, weight], retain_graph=True)  # type: ignore[arg-type]
+            for loss in losses
+        )
+        assert_close(found, reference_gradients, rtol=1e-11, atol=1e-12)
+
+
+def check_at_least_fp32(fn: Callable[[Tensor], Tensor]) -> None:
+    expected = {
+        torch.bfloat16: torch.float32,
+        torch.float16: torch.float32,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    }
+    assert {dtype: fn(torch.ones(2, dtype=dtype)).dtype for dtype in expected} == expected
+
+
+def check_half_precision(fn: Callable[[Tensor, Tensor, Head, float], Pair]) -> None:
+    """The head multiplies in bf16; from its logits on everything is fp32."""
+    hidden, targets, weight = hidden_targets_weight(torch.bfloat16)
+    logits = Head(weight)(hidden).double() / 0.7
+    logprobs = logits.log_softmax(-1)
+    results = fn(hidden, targets, Head(weight), 0.7)
+    assert [result.dtype for result in results] == [torch.float32, torch.float32]
+    assert_close(
+        results[0].double(),
+        logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert_close(results[1].double(), -(logprobs.exp() * logprobs).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def check_chosen_logprobs(fn: Callable[..., Pair]) -> None:
+    def in_batch(hidden: Tensor, targets: Tensor, head: Head, temperature: float) -> Pair:
+        logprobs, entropies = fn(hidden.flatten(0, 1), targets.flatten(), head, temperature)
+        return logprobs.view_as(targets), entropies.view_as(targets)
+
+    for temperature in (1.0, 0.7, 2.5):
+        check_against_whole(in_batch, temperature)
+    check_half_precision(in_batch)
+
+
+def check_chunked_logprobs(fn: Callable[..., Pair]) -> None:
+    for chunk_tokens in (1, 4, 5, 15, 1000):  # 15 positions: 4 does not divide them
+        for temperature in (1.0, 0.7):
+
+            def in_chunks(
+                hidden: Tensor, targets: Tensor, head: Head, t: float, chunk: int = chunk_tokens
+            ) -> Pair:
+                return fn(hidden, targets, head, t, chunk)
+
+            check_against_whole(in_chunks, temperature)
+        check_half_precision(in_chunks)
+        check_projected_rows(fn, chunk_tokens)
+    check_memory(fn)
+
+
+def check_projected_rows(fn: Callable[..., Pair], chunk_tokens: int) -> None:
+    """No projection of more than a chunk; every position once in forward and once in backward."""
+    hidden, targets, weight = hidden_targets_weight()
+    head = Head(weight)
+    logprobs, entropies = fn(hidden, targets, head, 1.0, chunk_tokens)
+    forward_rows = list(head.rows)
+    torch.autograd.grad((logprobs + entropies).sum(), [hidden, weight])
+    backward_rows = head.rows[len(forward_rows) :]
+    for rows in (forward_rows, backward_rows):
+        assert sum(rows) == ROWS * COLUMNS
+        assert max(rows) <= chunk_tokens
+
+
+def check_memory(fn: Callable[..., Pair]) -> None:
+    """No operation makes more than a chunk of logits; forward keeps its inputs only."""
+    chunk_tokens, vocabulary = 2, 50
+    hidden, targets, weight = hidden_targets_weight(rows=8, vocabulary=vocabulary)
+    kept: list[int] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as forward, saved_tensors_hooks(remember, lambda tensor: tensor):
+        logprobs, entropies = fn(hidden, targets, Head(weight), 1.0, chunk_tokens)
+        loss = (logprobs + entropies).sum()
+    with LargestTensor() as backward:
+        torch.autograd.grad(loss, [hidden, weight])
+    allowed = max(chunk_tokens * vocabulary, weight.numel(), hidden.numel())
+    assert forward.numel <= allowed
+    assert backward.numel <= allowed
+    assert sum(kept) <= hidden.numel() + targets.numel()
+
+
+def test_at_least_fp32() -> None:
+    check_at_least_fp32(at_least_fp32)
+
+
+def test_chosen_logprobs() -> None:
+    check_chosen_logprobs(chosen_logprobs)
+
+
+def test_chunked_logprobs() -> None:
+    check_chunked_logprobs(chunked_logprobs)
+
+
+def test_the_memory_check_sees_a_whole_projection() -> None:
+    # 40 positions at once hold 40 x 50 logits: without this the check above could be blind
+    hidden, targets, weight = hidden_targets_weight(rows=8, vocabulary=50)
+    with LargestTensor() as largest:
+        whole_logprobs(hidden, targets, weight, 1.0)
+    assert largest.numel == 8 * COLUMNS * 50
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+def test_without_gradients_nothing_is_projected_twice(chunk_tokens: int) -> None:
+    hidden, targets, weight = hidden_targets_weight()
+    head = Head(weight)
+    with torch.no_grad():
+        results = chunked_logprobs(hidden, targets, head, 0.7, chunk_tokens)
+    assert not any(result.requires_grad for result in results)
+    assert max(head.rows) <= chunk_tokens
+    assert sum(head.rows) == ROWS * COLUMNS
+    assert_close(results, whole_logprobs(hidden, targets, weight, 0.7), rtol=1e-12, atol=1e-12)
+
+
+def test_defaults_are_temperature_one_and_one_chunk() -> None:
+    hidden, targets, weight = hidden_targets_weight()
+    head = Head(weight)
+    assert_close(
+        chunked_logprobs(hidden, targets, head), whole_logprobs(hidden, targets, weight, 1.0)
+    )
+    assert head.rows == [ROWS * COLUMNS]
+
+
+def test_a_frozen_head_still_passes_the_gradient_to_the_hidden_states() -> None:
+    hidden, targets, weight = hidden_targets_weight()
+    frozen = weight.detach()
+    found = torch.autograd.grad(
+        chunked_logprobs(hidden, targets, Head(frozen), 1.0, 4)[0].sum(), hidden
+    )
+    expected = torch.autograd.grad(whole_logprobs(hidden, targets, frozen, 1.0)[0].sum(), hidden)
+    assert_close(found, expected)
+
+
+def test_views_of_a_wider_sequence_are_welcome() -> None:
+    # a caller slices the positions that predict the response: neither tensor is contiguous then
+    hidden, targets, weight = hidden_targets_weight()
+    expected = whole_logprobs(hidden[:, 1:4], targets[:, 2:], weight, 1.0)
+    results = chunked_logprobs(hidden[:, 1:4], targets[:, 2:], Head(weight), 1.0, 4)
+    assert_close(results, expected)
+
+
+def test_equal_logits_have_the_entropy_of_the_vocabulary() -> None:
+    hidden, targets = torch.zeros(2, 3, HIDDEN), torch.zeros(2, 3, dtype=torch.int64)
+    logprobs, entropies = chunked_logprobs(hidden, targets, Head(torch.ones(VOCABULARY, HIDDEN)))
+    assert_close(entropies, torch.full((2, 3), VOCABULARY).log())
+    assert_close(logprobs, -torch.full((2, 3), VOCABULARY).log())
+
+
+def test_two_outcomes_by_hand() -> None:
+    # logits (0, log 3): probabilities 1/4 and 3/4, entropy log 4 - 3/4 log 3
+    hidden, targets = torch.ones(1, 2, 1, dtype=torch.float64), torch.tensor([[0, 1]])
+    table = torch.tensor([[0.0, 3.0]], dtype=torch.float64).log1p()  # (0, log 4)
+    table[0, 1] = torch.tensor(3.0, dtype=torch.float64).log()
+    logprobs, entropies = chunked_logprobs(hidden, targets, lambda rows: rows @ table)
+    assert_close(logprobs.exp(), torch.tensor([[0.25, 0.75]], dtype=torch.float64))
+    assert_close(entropies, torch.full((1, 2), 0.5623351446188083, dtype=torch.float64))
+
+
+def test_large_logits_stay_finite() -> None:
+    # two tokens tie at +1e4, the third is at -1e4
+    logits = torch.tensor([[[1e4, 1e4, -1e4]]], dtype=torch.float64)
+    logprobs, entropies = chunked_logprobs(logits, torch.tensor([[1]]), lambda rows: rows)
+    assert_close(logprobs.item(), -0.69314718, rtol=1e-6, atol=0)
+    assert_close(entropies.item(), 0.69314718, rtol=1e-6, atol=0)
+
+
+def test_a_shift_of_all_logits_changes_nothing() -> None:
+    # GPT-2's logits all lie near -100; float32 keeps 7.6e-6 of a nat there
+    logits = 3 * torch.randn(1, 4, 1000, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[0, 1, 2, 3]])
+    here = chunked_logprobs(logits, targets, lambda rows: rows)
+    there = chunked_logprobs(logits - 100, targets, lambda rows: rows)
+    assert_close(there, here, rtol=0, atol=1e-3)

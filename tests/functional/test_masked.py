@@ -1,0 +1,151 @@
+"""Masked reductions, against numpy in float64 on the values that count and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.functional.masked import masked_mean, masked_sum, whiten
+
+GARBAGE = (1e4, -1e30, 1e30)
+
+
+def random_values(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_mask(seed: int, *shape: int) -> Tensor:
+    """About half True, the first value always counted."""
+    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask.view(-1)[0] = True
+    return mask
+
+
+def values_and_gradients(
+    fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``fn`` returns, and the gradients of the first of it in all inputs."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    outputs = fn(*leaves)
+    gradients = torch.autograd.grad(
+        outputs[0].sum(), leaves, allow_unused=True, materialize_grads=True
+    )
+    return [output.detach() for output in outputs], list(gradients)
+
+
+def check_hidden(
+    fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], mask: Tensor
+) -> None:
+    """Garbage where the mask is False changes no output and no gradient, and gets no gradient."""
+    outputs, gradients = values_and_gradients(fn, inputs)
+    for garbage in GARBAGE:
+        spoiled = [
+            torch.where(mask, tensor, (-1) ** i * garbage) for i, tensor in enumerate(inputs)
+        ]
+        spoiled_outputs, spoiled_gradients = values_and_gradients(fn, spoiled)
+        assert_close(spoiled_outputs, outputs, rtol=0, atol=0)
+        assert_close(spoiled_gradients, gradients, rtol=0, atol=0)
+    for gradient in gradients:
+        assert not gradient[~mask].any()
+
+
+def check_masked_sum(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    for seed in range(5):
+        values, mask = random_values(seed, 4, 6), random_mask(seed, 4, 6)
+        expected = torch.tensor(np.sum(values.numpy()[mask.numpy()]))
+        assert_close(fn(values, mask), expected)
+        check_hidden(lambda x, mask=mask: (fn(x, mask),), [values], mask)
+
+
+def check_masked_mean(fn: Callable[..., Tensor]) -> None:
+    for seed in range(5):
+        values, mask = random_values(seed, 4, 6), random_mask(seed, 4, 6)
+        counted = values.numpy()[mask.numpy()]
+        assert_close(fn(values, mask), torch.tensor(np.mean(counted)))
+        assert_close(fn(values, mask, 37), torch.tensor(np.sum(counted) / 37))
+        assert_close(fn(values, mask, torch.tensor(37)), torch.tensor(np.sum(counted) / 37))
+        check_hidden(lambda x, mask=mask: (fn(x, mask),), [values], mask)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert fn(torch.ones(2, 3), nothing).item() == 0
+
+
+def check_whiten(fn: Callable[..., Tensor]) -> None:
+    for seed in range(5):
+        values, mask = 3 + 5 * random_values(seed, 4, 6), random_mask(seed, 4, 6)
+        counted = values.numpy()[mask.numpy()]
+        for arguments, epsilon in (((), 1e-8), ((0.7,), 0.7)):
+            whitened = fn(values, mask, *arguments)
+            expected = (counted - np.mean(counted)) / np.sqrt(np.var(counted, ddof=0) + epsilon)
+            assert_close(whitened[mask], torch.from_numpy(expected))
+            assert not whitened[~mask].any()
+        # of whitened values the plain sum has no gradient: weigh them, where they count
+        weights = random_values(seed + 100, 4, 6)
+        check_hidden(lambda x, mask=mask, w=weights: (fn(x, mask) * w,), [values], mask)
+
+
+def test_masked_sum() -> None:
+    check_masked_sum(masked_sum)
+
+
+def test_masked_mean() -> None:
+    check_masked_mean(masked_mean)
+
+
+def test_whiten() -> None:
+    check_whiten(whiten)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 7])
+def test_micro_batches_add_up_to_the_minibatch(rows_at_once: int) -> None:
+    values, mask = random_values(0, 7, 5), random_mask(0, 7, 5)
+    mask[3] = False  # a micro-batch in which nothing counts
+    count = mask.sum()
+    parts = [
+        masked_mean(values_part, mask_part, count)
+        for values_part, mask_part in zip(
+            torch.split(values, rows_at_once), torch.split(mask, rows_at_once), strict=True
+        )
+    ]
+    assert_close(torch.stack(parts).sum(), masked_mean(values, mask))
+
+
+def test_mean_of_micro_batch_means_is_another_number() -> None:
+    # rows of 1 and 3 tokens: 4/4 tokens = 1.0 in one piece, (4 + 0)/2 as a mean of means
+    values = torch.tensor([[4.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    assert masked_mean(values, mask).item() == 1.0
+    assert (
+        torch.stack([masked_mean(values[:1], mask[:1]), masked_mean(values[1:], mask[1:])]).mean()
+        == 2.0
+    )
+
+
+def test_whitened_moments() -> None:
+    values, mask = 40 + 7 * random_values(3, 6, 9), random_mask(3, 6, 9)
+    counted = whiten(values, mask)[mask]
+    assert_close(counted.mean(), torch.tensor(0.0, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(counted.var(correction=0), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_whiten_forgets_shift_and_scale() -> None:
+    values, mask = random_values(4, 3, 5), random_mask(4, 3, 5)
+    assert_close(whiten(9 + 100 * values, mask, 0.0), whiten(values, mask, 0.0))
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_whiten_of_almost_nothing_is_zero(counted: int) -> None:
+    mask = torch.arange(6).view(2, 3) < counted
+    assert whiten(torch.full((2, 3), 8.0), mask).tolist() == [[0.0] * 3] * 2
+
+
+def test_reductions_keep_the_dtype() -> None:
+    mask = torch.tensor([True, False, True])
+    for dtype in (torch.float32, torch.float64):
+        values = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
+        for reduced in (masked_sum(values, mask), masked_mean(values, mask), whiten(values, mask)):
+            assert reduced.dtype == dtype

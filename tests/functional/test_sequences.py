@@ -1,0 +1,206 @@
+"""Padding, stops and columns, against loops over every small case there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.functional.sequences import (
+    at_columns,
+    at_last_response,
+    last_true,
+    pad_left,
+    pad_right,
+    position_ids,
+    predicting,
+    until_stop,
+)
+
+Rows = Sequence[Sequence[int]]
+
+
+def every_mask(columns: int) -> Tensor:
+    """All boolean rows of a width, the one without any True among them."""
+    return torch.tensor(list(product([False, True], repeat=columns)))
+
+
+def check_position_ids(fn: Callable[[Tensor], Tensor]) -> None:
+    mask = every_mask(5)
+    expected = [
+        [max(sum(row[: column + 1]) - 1, 0) for column in range(5)] for row in mask.tolist()
+    ]
+    positions = fn(mask)
+    assert positions.dtype == torch.int64
+    assert positions.tolist() == expected
+
+
+def check_last_true(fn: Callable[[Tensor], Tensor]) -> None:
+    mask = every_mask(5)
+    expected = [
+        max((c for c, counts in enumerate(row) if counts), default=0) for row in mask.tolist()
+    ]
+    columns = fn(mask)
+    assert columns.dtype == torch.int64
+    assert columns.tolist() == expected
+
+
+def check_at_columns(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    values = torch.arange(24.0).view(4, 3, 2)
+    columns = torch.tensor([2, 0, 1, 2])
+    assert fn(values, columns).tolist() == [[4.0, 5.0], [6.0, 7.0], [14.0, 15.0], [22.0, 23.0]]
+    assert fn(values[..., 0], columns).tolist() == [4.0, 6.0, 14.0, 22.0]
+
+
+def check_predicting(fn: Callable[[Tensor, int], Tensor]) -> None:
+    # T = 5; the state that predicts a token stands one column before it
+    hidden = torch.arange(20.0).view(2, 5, 2)
+    for response_tokens in (1, 2, 4):
+        before = list(range(5))[5 - response_tokens - 1 : 4]
+        assert fn(hidden, response_tokens).tolist() == hidden[:, before].tolist()
+
+
+def check_at_last_response(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    mask = every_mask(3)[1:]  # each row has a response token
+    hidden = torch.arange(7 * 5 * 2.0).view(7, 5, 2)  # P = 2 prompt columns
+    expected = [
+        hidden[row, 2 + max(c for c, counts in enumerate(response) if counts)].tolist()
+        for row, response in enumerate(mask.tolist())
+    ]
+    assert fn(hidden, mask).tolist() == expected
+    assert fn(hidden[:, 2:], mask).tolist() == expected
+
+
+def up_to_first_stop(row: Sequence[int], stop_ids: Sequence[int]) -> tuple[list[bool], bool]:
+    """The tokens that count, found by walking along the row as a sampler would."""
+    counts, stopped = [], False
+    for token in row:
+        counts.append(not stopped)
+        stopped = stopped or token in stop_ids
+    return counts, stopped
+
+
+def check_until_stop(fn: Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]) -> None:
+    ids = torch.tensor(list(product(range(4), repeat=4)))
+    for stop_ids in ([], [3], [0], [3, 2], [1, 7], [0, 1, 2, 3]):
+        mask, stopped = fn(ids, stop_ids)
+        assert mask.dtype == stopped.dtype == torch.bool
+        expected = [up_to_first_stop(row, stop_ids) for row in ids.tolist()]
+        assert mask.tolist() == [counts for counts, _ in expected]
+        assert stopped.tolist() == [end for _, end in expected]
+
+
+def check_padding(fn: Callable[[Rows, int], tuple[Tensor, Tensor]], ids: Rows, mask: Rows) -> None:
+    # 9 is the pad id and a real token of the second row: the mask must not be read off the ids
+    padded_ids, padded_mask = fn([[5], [9, 8, 9], [], [6, 7]], 9)
+    assert padded_ids.dtype == torch.int64
+    assert padded_mask.dtype == torch.bool
+    assert padded_ids.tolist() == ids
+    assert padded_mask.long().tolist() == mask
+
+
+def check_pad_left(fn: Callable[[Rows, int], tuple[Tensor, Tensor]]) -> None:
+    ids = [[9, 9, 5], [9, 8, 9], [9, 9, 9], [9, 6, 7]]
+    check_padding(fn, ids, [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
+
+
+def check_pad_right(fn: Callable[[Rows, int], tuple[Tensor, Tensor]]) -> None:
+    ids = [[5, 9, 9], [9, 8, 9], [9, 9, 9], [6, 7, 9]]
+    check_padding(fn, ids, [[1, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 0]])
+
+
+def test_position_ids_of_every_mask() -> None:
+    check_position_ids(position_ids)
+
+
+def test_last_true_of_every_mask() -> None:
+    check_last_true(last_true)
+
+
+def test_at_columns() -> None:
+    check_at_columns(at_columns)
+
+
+def test_predicting() -> None:
+    check_predicting(predicting)
+
+
+def test_at_last_response_of_every_mask() -> None:
+    check_at_last_response(at_last_response)
+
+
+def test_until_stop_of_every_response() -> None:
+    check_until_stop(until_stop)
+
+
+def test_pad_left() -> None:
+    check_pad_left(pad_left)
+
+
+def test_pad_right() -> None:
+    check_pad_right(pad_right)
+
+
+@pytest.mark.parametrize("pad", [pad_left, pad_right])
+def test_padding_of_empty_rows_alone(pad: Callable[[Rows, int], tuple[Tensor, Tensor]]) -> None:
+    ids, mask = pad([[], []], 0)
+    assert ids.shape == mask.shape == (2, 0)
+    assert ids.dtype == torch.int64
+    assert mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    ("response", "counted", "stopped"),
+    [
+        ([5, 6, 7, 8], [1, 1, 1, 1], False),  # no stop: cut by the length limit
+        ([2, 6, 7, 8], [1, 0, 0, 0], True),  # the first token already ends it
+        ([5, 2, 2, 8], [1, 1, 0, 0], True),  # the second stop is padding, not a response of its own
+        ([5, 6, 3, 2], [1, 1, 1, 0], True),  # another stop id comes first
+        ([5, 6, 7, 2], [1, 1, 1, 1], True),  # full length, and stopped all the same
+    ],
+)
+def test_until_stop_by_hand(response: list[int], counted: list[int], stopped: bool) -> None:
+    mask, ended = until_stop(torch.tensor([response]), [2, 3])
+    assert mask.long().tolist() == [counted]
+    assert ended.tolist() == [stopped]
+
+
+def test_until_stop_needs_no_stop_ids() -> None:
+    mask, stopped = until_stop(torch.tensor([[1, 2], [0, 0]]), [])
+    assert mask.all()
+    assert not stopped.any()
+
+
+def test_padding_on_either_side_keeps_positions_and_tokens() -> None:
+    rows = [[4, 5, 6], [7], [8, 9]]
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(rows, 0)
+        positions = position_ids(mask)
+        for row, tokens in enumerate(rows):
+            assert ids[row, mask[row]].tolist() == tokens
+            assert positions[row, mask[row]].tolist() == list(range(len(tokens)))
+
+
+def test_extra_padding_moves_no_position() -> None:
+    mask = torch.tensor([[True, True, True], [False, True, True]])
+    wider = torch.cat([torch.zeros(2, 4, dtype=torch.bool), mask], dim=1)
+    assert_close(position_ids(wider)[:, 4:], position_ids(mask))
+
+
+def test_last_response_token_is_the_stop() -> None:
+    ids = torch.tensor([[5, 2, 9, 9], [5, 6, 7, 8], [2, 9, 9, 9]])
+    mask, stopped = until_stop(ids, [2])
+    last = at_columns(ids, last_true(mask))
+    assert last.tolist() == [2, 8, 2]
+    assert stopped.tolist() == [True, False, True]
+
+
+def test_at_columns_sends_the_gradient_to_the_read_column_only() -> None:
+    values = torch.zeros(2, 3, requires_grad=True)
+    read = at_columns(values, torch.tensor([2, 0])) * torch.tensor([3.0, 5.0])
+    (gradient,) = torch.autograd.grad(read.sum(), values)
+    assert gradient.tolist() == [[0, 0, 3], [5, 0, 0]]

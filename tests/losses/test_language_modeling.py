@@ -1,0 +1,54 @@
+"""Cross-entropy of chosen tokens, against a loop over Python floats and torch's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.losses.language_modeling import cross_entropy
+from tests.functional.test_masked import check_hidden, random_mask, random_values
+
+
+def check_cross_entropy(fn: Callable[..., Tensor]) -> None:
+    for seed in range(3):
+        logprobs, mask = -random_values(seed, 4, 6).abs(), random_mask(seed, 4, 6)
+        tokens = mask.nonzero().tolist()
+        total = -math.fsum(logprobs[row, column].item() for row, column in tokens)
+        assert_close(fn(logprobs, mask).item(), total / len(tokens), rtol=1e-12, atol=0)
+        assert_close(fn(logprobs, mask, 50).item(), total / 50, rtol=1e-12, atol=0)
+        leaf = logprobs.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(fn(leaf, mask), leaf)
+        assert_close(gradient, torch.where(mask, -1 / len(tokens), 0.0).double())
+        check_hidden(lambda x, mask=mask: (fn(x, mask),), [logprobs], mask)
+    assert fn(torch.full((2, 3), -5.0), torch.zeros(2, 3, dtype=torch.bool)).item() == 0
+
+
+def test_cross_entropy() -> None:
+    check_cross_entropy(cross_entropy)
+
+
+def test_cross_entropy_is_torchs_with_ignore_index() -> None:
+    logits, mask = random_values(0, 3, 5, 8), random_mask(1, 3, 5)
+    targets = torch.arange(15).view(3, 5) % 8
+    logprobs = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    ignored = torch.where(mask, targets, -100)
+    expected = F.cross_entropy(logits.flatten(0, 1), ignored.flatten(), ignore_index=-100)
+    assert_close(cross_entropy(logprobs, mask), expected)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3])
+def test_micro_batches_add_up(rows_at_once: int) -> None:
+    logprobs, mask = -random_values(0, 5, 7).abs(), random_mask(0, 5, 7)
+    parts = [
+        cross_entropy(logprobs_part, mask_part, mask.sum())
+        for logprobs_part, mask_part in zip(
+            torch.split(logprobs, rows_at_once), torch.split(mask, rows_at_once), strict=True
+        )
+    ]
+    assert_close(torch.stack(parts).sum(), cross_entropy(logprobs, mask))

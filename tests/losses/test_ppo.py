@@ -1,0 +1,247 @@
+"""The clipped surrogate and the clipped value loss, against loops over Python floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.losses.ppo import (
+    PolicyStats,
+    ValueStats,
+    clipped_surrogate,
+    clipped_value_loss,
+)
+from tests.functional.test_masked import check_hidden, random_mask, random_values
+
+SurrogateLoss = Callable[..., tuple[Tensor, PolicyStats]]
+ValueLoss = Callable[..., tuple[Tensor, ValueStats]]
+
+
+class Slow(NamedTuple):
+    """What a loop over the counted tokens finds."""
+
+    loss: float
+    statistics: list[float]
+    gradient: list[list[float]]
+
+
+def slow_surrogate(inputs: Sequence[Tensor], mask: Tensor, clip: float, tokens: float) -> Slow:
+    logprobs, old_logprobs, advantages = (tensor.tolist() for tensor in inputs)
+    gradient = [[0.0] * mask.shape[1] for _ in range(mask.shape[0])]
+    loss = clipped = kl = 0.0
+    for row, column in mask.nonzero().tolist():
+        log_ratio = logprobs[row][column] - old_logprobs[row][column]
+        advantage, ratio = advantages[row][column], math.exp(log_ratio)
+        bounded = min(max(ratio, 1 - clip), 1 + clip)
+        loss -= min(ratio * advantage, bounded * advantage) / tokens
+        # old was the sampler: -log_ratio = log old - log new is Schulman's d
+        kl += (math.exp(log_ratio) - 1 - log_ratio) / tokens
+        too_good = advantage > 0 and ratio > 1 + clip
+        too_bad = advantage < 0 and ratio < 1 - clip
+        if too_good or too_bad:
+            clipped += 1 / tokens
+        else:
+            gradient[row][column] = -advantage * ratio / tokens
+    return Slow(loss, [clipped, kl], gradient)
+
+
+def slow_value_loss(inputs: Sequence[Tensor], mask: Tensor, clip: float, tokens: float) -> Slow:
+    values, old_values, returns = (tensor.tolist() for tensor in inputs)
+    gradient = [[0.0] * mask.shape[1] for _ in range(mask.shape[0])]
+    loss = clipped = 0.0
+    for row, column in mask.nonzero().tolist():
+        value, old, target = values[row][column], old_values[row][column], returns[row][column]
+        near = min(max(value, old - clip), old + clip)
+        if abs(near - target) > abs(value - target):
+            clipped += 1 / tokens
+            loss += 0.5 * (near - target) ** 2 / tokens
+        else:
+            loss += 0.5 * (value - target) ** 2 / tokens
+            gradient[row][column] = (value - target) / tokens
+    return Slow(loss, [clipped], gradient)
+
+
+def check_against_slow(
+    fn: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+    slow: Callable[[Sequence[Tensor], Tensor, float, float], Slow],
+    inputs: Sequence[Tensor],
+    mask: Tensor,
+    clip: float,
+) -> None:
+    """Loss, statistics and gradient in the first input; over the mask's count and another."""
+    for denominator in (None, 50, torch.tensor(50)):
+        trained = inputs[0].clone().requires_grad_()
+        loss, stats = fn(trained, *inputs[1:], mask, clip, denominator)
+        tokens = mask.sum().item() if denominator is None else 50.0
+        expected = slow(inputs, mask, clip, tokens)
+        assert_close(loss.item(), expected.loss, rtol=1e-12, atol=1e-14)
+        assert_close([one.item() for one in stats], expected.statistics, rtol=1e-9, atol=1e-14)
+        assert not any(one.requires_grad for one in stats)
+        (gradient,) = torch.autograd.grad(loss, trained)
+        assert_close(gradient, torch.tensor(expected.gradient, dtype=torch.float64))
+
+
+def surrogate_inputs(seed: int) -> list[Tensor]:
+    """Ratios on both sides of every clip, advantages of both signs."""
+    old_logprobs = -random_values(seed, 5, 7).abs()
+    logprobs = old_logprobs + 0.4 * random_values(seed + 20, 5, 7)
+    return [logprobs, old_logprobs, random_values(seed + 40, 5, 7)]
+
+
+def value_inputs(seed: int) -> list[Tensor]:
+    """Multiples of 2^-10, so that differences and sums are exact and a tie is a tie."""
+    return [(random_values(seed + offset, 5, 7) * 1024).round() / 1024 for offset in (0, 20, 40)]
+
+
+def check_clipped_surrogate(fn: SurrogateLoss) -> None:
+    for seed in range(3):
+        inputs, mask = surrogate_inputs(seed), random_mask(seed, 5, 7)
+        for clip_range in (0.05, 0.2, 0.5):
+            check_against_slow(fn, slow_surrogate, inputs, mask, clip_range)
+
+        def flat(*tensors: Tensor, mask: Tensor = mask) -> tuple[Tensor, ...]:
+            loss, stats = fn(*tensors, mask, 0.2)
+            return loss, *stats
+
+        check_hidden(flat, inputs, mask)
+    same = [inputs[0], inputs[0], inputs[2]]  # untouched policy: ratio 1, nothing clipped, KL 0
+    loss, stats = fn(*same, mask, 0.0)
+    assert_close(loss, -same[2][mask].mean())
+    assert [one.item() for one in stats] == [0.0, 0.0]
+
+
+def check_clipped_value_loss(fn: ValueLoss) -> None:
+    for seed in range(3):
+        inputs, mask = value_inputs(seed), random_mask(seed, 5, 7)
+        for value_clip_range in (0.125, 0.5, 2.0):
+            check_against_slow(fn, slow_value_loss, inputs, mask, value_clip_range)
+
+        def flat(*tensors: Tensor, mask: Tensor = mask) -> tuple[Tensor, ...]:
+            loss, stats = fn(*tensors, mask, 0.2)
+            return loss, *stats
+
+        check_hidden(flat, inputs, mask)
+    still = [inputs[0], inputs[0], inputs[2]]  # a value that has not moved is not clipped
+    assert fn(*still, mask, 0.125)[1].value_clip_fraction.item() == 0.0
+
+
+def test_clipped_surrogate() -> None:
+    check_clipped_surrogate(clipped_surrogate)
+
+
+def test_clipped_value_loss() -> None:
+    check_clipped_value_loss(clipped_value_loss)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped", "slope"),
+    [
+        (1.0, 2.0, -2.0, 0.0, -2.0),
+        (1.5, 2.0, -2.4, 1.0, 0.0),  # good and already likelier than 1.2: no more to gain
+        (0.5, 2.0, -1.0, 0.0, -1.0),  # good and unlikelier: the way back is open
+        (1.5, -2.0, 3.0, 0.0, 3.0),  # bad and likelier: the way back is open
+        (0.5, -2.0, 1.6, 1.0, 0.0),  # bad and already unlikelier than 0.8
+        (1.5, 0.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_surrogate_by_hand(
+    ratio: float, advantage: float, loss: float, clipped: float, slope: float
+) -> None:
+    logprobs = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
+    zeros = torch.zeros(1, 1, dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    found, stats = clipped_surrogate(logprobs, zeros, zeros + advantage, mask, 0.2)
+    (gradient,) = torch.autograd.grad(found, logprobs)
+    assert found.item() == pytest.approx(loss)
+    assert stats.clip_fraction.item() == clipped
+    assert stats.approx_kl.item() == pytest.approx(ratio - 1 - math.log(ratio))
+    assert gradient.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "clipped", "slope"),
+    [
+        (0.1, 1.0, 0.405, 0.0, -0.9),  # within 0.2 of the old value 0
+        (0.9, 1.0, 0.32, 1.0, 0.0),  # 0.2 counts: moved far enough for this rollout
+        (-0.9, 1.0, 1.805, 0.0, -1.9),  # moved the wrong way: pays in full and may come back
+        (2.0, 1.5, 0.845, 1.0, 0.0),  # overshot, but the bounded value is farther off still
+    ],
+)
+def test_value_loss_by_hand(
+    value: float, target: float, loss: float, clipped: float, slope: float
+) -> None:
+    values = torch.full((1, 1), value, dtype=torch.float64, requires_grad=True)
+    zeros = torch.zeros(1, 1, dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    found, stats = clipped_value_loss(values, zeros, zeros + target, mask, 0.2)
+    (gradient,) = torch.autograd.grad(found, values)
+    assert found.item() == pytest.approx(loss)
+    assert stats.value_clip_fraction.item() == clipped
+    assert gradient.item() == pytest.approx(slope)
+
+
+def test_rounding_clips_no_value() -> None:
+    # every value is within range of its old one, yet old + (value - old) may miss it by an ulp
+    values, old_values, returns = (random_values(seed, 50, 40).float() for seed in range(3))
+    mask = torch.ones(50, 40, dtype=torch.bool)
+    loss, stats = clipped_value_loss(values, old_values, returns, mask, 100.0)
+    assert stats.value_clip_fraction.item() == 0
+    assert_close(loss, 0.5 * ((values - returns) ** 2).mean())
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("loss_of", "inputs"),
+    [(clipped_surrogate, surrogate_inputs(0)), (clipped_value_loss, value_inputs(0))],
+    ids=["surrogate", "value"],
+)
+def test_micro_batches_add_up(
+    loss_of: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+    inputs: list[Tensor],
+    rows_at_once: int,
+) -> None:
+    mask = random_mask(0, 5, 7)
+    mask[3] = False
+    whole, whole_stats = loss_of(*inputs, mask, 0.2)
+    split = [torch.split(tensor, rows_at_once) for tensor in (*inputs, mask)]
+    parts = [loss_of(*part, 0.2, mask.sum()) for part in zip(*split, strict=True)]
+    assert_close(torch.stack([loss for loss, _ in parts]).sum(), whole)
+    for index, statistic in enumerate(whole_stats):
+        assert_close(torch.stack([stats[index] for _, stats in parts]).sum(), statistic)
+
+
+@pytest.mark.parametrize("loss_of", [clipped_surrogate, clipped_value_loss])
+def test_permuting_the_rows_changes_nothing(
+    loss_of: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+) -> None:
+    inputs, mask, order = surrogate_inputs(1), random_mask(1, 5, 7), [3, 1, 4, 0, 2]
+    loss, stats = loss_of(*inputs, mask, 0.2)
+    permuted, permuted_stats = loss_of(*[tensor[order] for tensor in inputs], mask[order], 0.2)
+    assert_close(permuted, loss)
+    assert_close(tuple(permuted_stats), tuple(stats))
+
+
+@pytest.mark.parametrize("loss_of", [clipped_surrogate, clipped_value_loss])
+def test_no_token_no_loss(
+    loss_of: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+) -> None:
+    nothing = torch.zeros(5, 7, dtype=torch.bool)
+    loss, stats = loss_of(*surrogate_inputs(0), nothing, 0.2)
+    assert loss.item() == 0
+    assert all(one.item() == 0 for one in stats)
+
+
+def test_approx_kl_is_not_thinned_by_padding() -> None:
+    # ratio e on the counted token: e - 1 - 1, however many columns of padding follow
+    for columns in (1, 4, 9):
+        mask = torch.arange(columns).unsqueeze(0) < 1
+        zeros = torch.zeros(1, columns)
+        _, stats = clipped_surrogate(zeros + 1, zeros, zeros + 1, mask, 0.2)
+        assert stats.approx_kl.item() == pytest.approx(math.e - 2, rel=1e-6)
+        assert stats.clip_fraction.item() == 1

@@ -1,0 +1,168 @@
+"""Reward losses, against loops over Python floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.losses.reward import PairStats, ThumbStats, bradley_terry, thumbs
+from tests.functional.test_masked import check_hidden, random_mask, random_values
+
+
+def sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+def check_bradley_terry(fn: Callable[..., tuple[Tensor, PairStats]]) -> None:
+    chosen = (2 * random_values(0, 9)).requires_grad_()
+    rejected = (2 * random_values(1, 9)).requires_grad_()
+    with torch.no_grad():
+        chosen[4] = rejected[4]  # a tie
+    pairs = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+    for arguments, margin in (((), 0.0), ((0.75,), 0.75), ((-1.5,), -1.5)):
+        loss, stats = fn(chosen, rejected, *arguments)
+        expected = sum(-math.log(sigmoid(won - lost - margin)) for won, lost in pairs) / 9
+        accuracy = (
+            sum(1.0 if won > lost else 0.5 if won == lost else 0.0 for won, lost in pairs) / 9
+        )
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+        assert stats.accuracy.item() == pytest.approx(accuracy, rel=1e-12)
+        assert stats.margin.item() == pytest.approx(sum(won - lost for won, lost in pairs) / 9)
+        assert not any(one.requires_grad for one in stats)
+        slopes = [-sigmoid(margin - (won - lost)) / 9 for won, lost in pairs]
+        gradients = torch.autograd.grad(loss, [chosen, rejected])
+        assert_close(gradients[0], torch.tensor(slopes, dtype=torch.float64))
+        assert_close(gradients[1], -gradients[0])
+    nothing, stats = fn(torch.zeros(0), torch.zeros(0))
+    assert [nothing.item(), *(one.item() for one in stats)] == [0, 0, 0]
+
+
+def check_thumbs(fn: Callable[..., tuple[Tensor, ThumbStats]]) -> None:
+    scores, labelled = 2 * random_values(0, 40), random_mask(3, 40)
+    labels = random_mask(4, 40).long()
+    counted = [
+        (score, up)
+        for score, up, counts in zip(
+            scores.tolist(), labels.tolist(), labelled.tolist(), strict=True
+        )
+        if counts
+    ]
+    assert {up for _, up in counted} == {0, 1}
+    for arguments, weight in (((), 1.0), ((3.0,), 3.0), ((0.2,), 0.2)):
+        leaf = scores.clone().requires_grad_()
+        loss, stats = fn(leaf, labels, labelled, *arguments)
+        total = right = 0.0
+        slopes = []
+        for score, up in counted:
+            total -= weight * math.log(sigmoid(score)) if up else math.log(1 - sigmoid(score))
+            right += (score > 0) == (up == 1)
+            slopes.append(weight * (sigmoid(score) - 1) if up else sigmoid(score))
+        assert loss.item() == pytest.approx(total / len(counted), rel=1e-12)
+        assert stats.accuracy.item() == pytest.approx(right / len(counted), rel=1e-12)
+        mean_score = sum(score for score, _ in counted) / len(counted)
+        assert stats.score.item() == pytest.approx(mean_score, rel=1e-12)
+        assert not any(one.requires_grad for one in stats)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        expected = torch.tensor(slopes, dtype=torch.float64) / len(counted)
+        assert_close(gradient[labelled], expected)
+
+    def flat(tensor: Tensor) -> tuple[Tensor, ...]:
+        found, statistics = fn(tensor, labels, labelled, 3.0)
+        return found, *statistics
+
+    check_hidden(flat, [scores], labelled)
+    for filler in (-1, -100, 7):  # whatever an unlabelled row's label holds
+        other, _ = fn(scores, torch.where(labelled, labels, filler), labelled, 3.0)
+        assert_close(other, flat(scores)[0], rtol=0, atol=0)
+
+
+def test_bradley_terry() -> None:
+    check_bradley_terry(bradley_terry)
+
+
+def test_thumbs() -> None:
+    check_thumbs(thumbs)
+
+
+def test_bradley_terry_is_log_two_before_training() -> None:
+    scores = torch.full((4,), 3.0)
+    loss, stats = bradley_terry(scores, scores)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert stats.accuracy.item() == 0.5
+    assert stats.margin.item() == 0
+
+
+def test_bradley_terry_sees_differences_only() -> None:
+    chosen, rejected = random_values(0, 6), random_values(1, 6)
+    assert_close(bradley_terry(chosen + 50, rejected + 50)[0], bradley_terry(chosen, rejected)[0])
+
+
+def test_bradley_terry_is_perls_printed_ratio_of_exponentials() -> None:
+    # sigmoid(a - b) = e^a / (e^a + e^b)
+    won, lost = 0.8, -0.4
+    loss, _ = bradley_terry(torch.tensor([won]), torch.tensor([lost]))
+    assert loss.item() == pytest.approx(
+        -math.log(math.exp(won) / (math.exp(won) + math.exp(lost))), rel=1e-6
+    )
+
+
+def test_bradley_terry_of_a_hopeless_pair_is_its_distance() -> None:
+    loss, _ = bradley_terry(torch.tensor([-500.0]), torch.tensor([500.0]))
+    assert loss.item() == 1000.0
+
+
+def test_thumbs_is_log_two_before_training() -> None:
+    labels, labelled = torch.tensor([1, 0, 1]), torch.ones(3, dtype=torch.bool)
+    loss, stats = thumbs(torch.zeros(3), labels, labelled)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert stats.score.item() == 0
+
+
+def test_thumbs_of_hopeless_scores_is_their_size() -> None:
+    labels, labelled = torch.tensor([1, 0]), torch.ones(2, dtype=torch.bool)
+    loss, stats = thumbs(torch.tensor([-1000.0, 1000.0]), labels, labelled)
+    assert loss.item() == 1000.0
+    assert stats.accuracy.item() == 0
+
+
+def test_thumbs_up_and_down_are_mirror_images() -> None:
+    scores, labels, labelled = random_values(0, 8), random_mask(1, 8).long(), random_mask(2, 8)
+    loss, stats = thumbs(scores, labels, labelled)
+    mirrored, mirrored_stats = thumbs(-scores, 1 - labels, labelled)
+    assert_close(mirrored, loss)
+    assert_close(mirrored_stats.accuracy, stats.accuracy)
+    assert_close(mirrored_stats.score, -stats.score)
+
+
+def test_positive_weight_repeats_the_thumbs_up() -> None:
+    # weight 3 on an up and a down = three ups and a down, over two labelled rows instead of four
+    weighted, _ = thumbs(
+        torch.tensor([0.3, -0.9]), torch.tensor([1, 0]), torch.tensor([True, True]), 3.0
+    )
+    repeated, _ = thumbs(
+        torch.tensor([0.3, 0.3, 0.3, -0.9]),
+        torch.tensor([1, 1, 1, 0]),
+        torch.ones(4, dtype=torch.bool),
+    )
+    assert weighted.item() == pytest.approx(2 * repeated.item())
+
+
+def test_labels_may_be_floats_or_booleans() -> None:
+    scores, labels = random_values(0, 4), torch.tensor([1, 0, 0, 1])
+    labelled = torch.ones(4, dtype=torch.bool)
+    expected = thumbs(scores, labels, labelled)[0]
+    for same in (labels.bool(), labels.float(), labels.double()):
+        assert_close(thumbs(scores, same, labelled)[0], expected)
+
+
+def test_no_thumbs_no_loss() -> None:
+    scores = torch.ones(3, requires_grad=True)
+    loss, stats = thumbs(scores, torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert [loss.item(), stats.accuracy.item(), stats.score.item()] == [0, 0, 0]
+    assert not gradient.any()

@@ -1,0 +1,187 @@
+"""Imports point down only: the floors of the house, read from the sources with `ast`."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_perl"
+
+# What each floor may import from the floors below. Its own floor and the root (the version) are
+# always allowed; a floor that is not named here is a violation until someone places it.
+BELOW: dict[str, set[str]] = {
+    "": set(),
+    "batches": set(),
+    "functional": set(),
+    "losses": {"functional"},
+    "models": {"functional"},
+    "rollouts": {"functional", "models"},
+    "data": {"batches"},
+    "rewards": {"data"},
+    "callbacks": {"batches"},
+    "metrics": {"functional"},
+    "modules": {
+        "functional",
+        "losses",
+        "models",
+        "rollouts",
+        "batches",
+        "rewards",
+        "callbacks",
+        "metrics",
+    },
+}
+BELOW["commands"] = set(BELOW) - {""}
+BELOW["cli"] = set(BELOW) - {""}
+BELOW["__main__"] = {"cli"}
+
+# Floors that may import only these third parties (the standard library is free).
+THIRD_PARTIES: dict[str, set[str]] = {
+    "": set(),
+    "batches": {"torch"},
+    "functional": {"torch"},
+    "losses": {"torch"},
+    "callbacks": {"lightning", "torch", "wandb"},
+}
+
+PEFT_FILE = "models/adapters.py"
+TRUNK_FILE = "models/trunk.py"
+# `from_pretrained` of these is not a model's.
+NO_MODEL = re.compile(r"tokenizer|config|processor", re.IGNORECASE)
+
+
+def imported_names(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Yields (line, absolute dotted name) of every import, wherever it stands in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def wrong_arrow(file: str, floor: str, name: str) -> str | None:
+    """Says what is wrong with one import, or None."""
+    top, _, rest = name.partition(".")
+    if top == "peft" and file != PEFT_FILE:
+        return f"imports peft; only {PEFT_FILE} may"
+    if name.startswith("transformers.AutoModel") and file != TRUNK_FILE:
+        return f"imports {name}; only {TRUNK_FILE} may load models"
+    if top == PACKAGE.name:
+        target = rest.partition(".")[0]
+        # A name of the root itself (__version__), not a floor.
+        target = "" if target not in BELOW and target.startswith("__") else target
+        if target not in BELOW[floor] | {floor, ""}:
+            return f"{floor or 'the root'} imports {target}; arrows point down only"
+    elif top not in sys.stdlib_module_names and top not in THIRD_PARTIES.get(floor, {top}):
+        return f"{floor or 'the root'} imports {top}; it may import {sorted(THIRD_PARTIES[floor])}"
+    return None
+
+
+def loaded_models(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yields (line, expression) of every `x.from_pretrained` whose x looks like a model."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
+            owner = ast.unparse(node.value)
+            if not NO_MODEL.search(owner):
+                yield node.lineno, f"{owner}.from_pretrained"
+
+
+def violations(package: Path) -> list[str]:
+    """Lists `file:line: what is wrong` over a package folder."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package)
+        file = relative.as_posix()
+        floor = relative.parts[0].removesuffix(".py")
+        floor = "" if floor == "__init__" else floor
+        if floor not in BELOW:
+            found.append(f"{file}:1: {floor} is on no floor; place it in BELOW")
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=file)
+        for line, name in imported_names(tree, (PACKAGE.name, *relative.parts[:-1])):
+            if wrong := wrong_arrow(file, floor, name):
+                found.append(f"{file}:{line}: {wrong}")
+        # A PEFT adapter is no trunk; adapters.py may load one.
+        if file not in (TRUNK_FILE, PEFT_FILE):
+            for line, expression in loaded_models(tree):
+                found.append(f"{file}:{line}: calls {expression}; only {TRUNK_FILE} loads models")
+    return found
+
+
+def test_arrows_point_down() -> None:
+    assert list(PACKAGE.rglob("*.py")), f"no sources under {PACKAGE.name}"
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("functional/kl.py", "import numpy", "functional imports numpy"),
+        ("functional/kl.py", "import lightning_perl.losses.ppo", "functional imports losses"),
+        ("functional/kl.py", "from lightning_perl import losses", "functional imports losses"),
+        ("functional/kl.py", "from ..losses import ppo", "functional imports losses"),
+        ("functional/kl.py", "from .. import losses", "functional imports losses"),
+        ("losses/ppo.py", "from lightning_perl.models import heads", "losses imports models"),
+        ("batches.py", "import lightning", "batches imports lightning"),
+        ("batches.py", "from .data import rows", "batches imports data"),
+        ("models/heads.py", "from lightning_perl.batches import RatedBatch", "imports batches"),
+        ("rollouts/sampling.py", "from ..modules.ppo import PPO", "rollouts imports modules"),
+        ("data/rows.py", "from lightning_perl.modules import SFT", "data imports modules"),
+        ("data/rows.py", "def f():\n    from lightning_perl import modules", "rows.py:2: data"),
+        ("rewards/gold.py", "from lightning_perl import modules", "rewards imports modules"),
+        ("callbacks/memory.py", "import transformers", "callbacks imports transformers"),
+        ("callbacks/memory.py", "from ..modules import PPO", "callbacks imports modules"),
+        ("modules/ppo.py", "from lightning_perl.data import rows", "modules imports data"),
+        ("modules/ppo.py", "from lightning_perl.cli import main", "modules imports cli"),
+        ("modules/ppo.py", "from lightning_perl import utils", "modules imports utils"),
+        ("commands/export.py", "import lightning_perl.cli", "commands imports cli"),
+        ("__main__.py", "from lightning_perl.modules import PPO", "__main__ imports modules"),
+        ("__init__.py", "import torch", "the root imports torch"),
+        ("__init__.py", "from .modules import PPO", "the root imports modules"),
+        ("modules/ppo.py", "from peft import LoraConfig", "ppo.py:1: imports peft"),
+        ("models/trunk.py", "import peft.tuners.lora", "trunk.py:1: imports peft"),
+        ("models/heads.py", "from transformers import AutoModelForCausalLM", "load models"),
+        ("cli.py", "import transformers as t\nt.AutoModel.from_pretrained('x')", "cli.py:2: calls"),
+        ("utils.py", "import torch", "utils is on no floor"),
+    ],
+)
+def test_the_checker_goes_red(tmp_path: Path, file: str, source: str, message: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source, encoding="utf-8")
+    (found,) = violations(tmp_path)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("functional/kl.py", "import math\nimport torch.nn.functional as F\nfrom . import masked"),
+        ("losses/ppo.py", "from lightning_perl.functional import kl"),
+        ("models/adapters.py", "import peft\npeft.PeftModel.from_pretrained('x')"),
+        (
+            "models/trunk.py",
+            "from transformers import AutoModel as A\nA.from_pretrained",
+        ),
+        ("data/base.py", "from transformers import AutoTokenizer\nAutoTokenizer.from_pretrained"),
+        (
+            "modules/ppo.py",
+            "from lightning_perl import __version__\nfrom ..models import heads",
+        ),
+        ("commands/export.py", "from lightning_perl import data, modules"),
+        ("cli.py", "from lightning_perl import commands, data, modules"),
+        ("__main__.py", "from lightning_perl.cli import main"),
+    ],
+)
+def test_the_checker_stays_green(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source, encoding="utf-8")
+    assert violations(tmp_path) == []
