@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC, BinaryRecall, BinarySpecificity
@@ -32,8 +33,9 @@ class RewardMetrics(nn.Module):
             pairs: Rows (chosen, rejected). Shape: ``(K, 2)``.
         """
         if bool(labelled.any()):
-            # As probabilities: torchmetrics would squash some batches' logits and not others'.
-            seen, target = scores[labelled].sigmoid(), label[labelled].long()
+            # Into (0, 1): torchmetrics would squash some batches' logits and not others'. Not by a
+            # sigmoid, which is 1 in fp32 from 17 on and makes ties of scores that differ.
+            seen, target = (1 + F.softsign(scores[labelled])) / 2, label[labelled].long()
             for metric in (self.auroc, self.recall, self.specificity):
                 metric.update(seen, target)
             self.positive.update(target.float())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -44,3 +46,29 @@ def save_tokenizer(folder: Path, bos: bool = True) -> Path:
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny byte-level BPE tokenizer: ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2."""
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+TinyTrunk = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_trunk(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> TinyTrunk:
+    """Call ``tiny_trunk(family="llama", seed=0, **config)``: a read-only model folder, made once.
+
+    It holds a random two-block model, the tokenizer of `tokenizer_dir` and a reward head.
+    """
+    # Loading transformers' models takes a while; tests that need no model should not wait for it.
+    from tests.models.families import save_tiny_trunk
+
+    # Threads cost more than they give at this size, above all where tests run side by side.
+    torch.set_num_threads(1)
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", seed: int = 0, **changes: object) -> Path:
+        key = repr((family, seed, sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[key] = save_tiny_trunk(folder, tokenizer_dir, family, seed, **changes)
+        return made[key]
+
+    return make

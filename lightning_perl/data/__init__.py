@@ -1,7 +1,13 @@
 """Datamodules: from files to the batches of :mod:`lightning_perl.batches`."""
 
 from lightning_perl.data.base import ConversationDataModule
+from lightning_perl.data.coffee_orders import CoffeeOrdersDataModule
 from lightning_perl.data.preferences import PreferenceDataModule
 from lightning_perl.data.taskmaster import TaskmasterDataModule
 
-__all__ = ["ConversationDataModule", "PreferenceDataModule", "TaskmasterDataModule"]
+__all__ = [
+    "CoffeeOrdersDataModule",
+    "ConversationDataModule",
+    "PreferenceDataModule",
+    "TaskmasterDataModule",
+]

@@ -103,7 +103,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         max_response_tokens: Tokens of an answer, EOS included. Prompts may take the rest,
             ``max_tokens - max_response_tokens``.
         bucket: Batch rows of like length. False shuffles only.
-        seed: Seed of the splits and of the order of rows.
+        seed: Seed of the order of rows. Splits do not depend on it.
         num_workers: Processes that collate; 0 is enough for text.
         on_bad_row: ``raise`` stops at the first row that cannot be used, ``reject`` counts it in
             ``report`` and goes on.

@@ -35,10 +35,10 @@ def chosen_logprobs(
         Log-probabilities and entropies in nats, at least fp32. Shape: ``(C,)`` each.
     """
     logits = at_least_fp32(project(hidden)) / temperature
-    log_normalizer = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    expected_logit = (torch.exp(logits - log_normalizer.unsqueeze(-1)) * logits).sum(-1)
-    return chosen - log_normalizer, log_normalizer - expected_logit
+    # the entropy from log-probabilities, not logits: at GPT-2's logits near -100 that cancels
+    logprobs = logits - logits.logsumexp(-1, keepdim=True)
+    chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
 
 def chunked_logprobs(

@@ -139,8 +139,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     """
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-    return ids.long(), mask
+    counted = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
+    return ids.long(), torch.tensor(counted, dtype=torch.bool)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -151,5 +151,5 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
     """
     width = max(len(row) for row in rows)
     ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    return ids.long(), mask
+    counted = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
+    return ids.long(), torch.tensor(counted, dtype=torch.bool)

@@ -90,7 +90,8 @@ def clipped_value_loss(
     Returns:
         Loss, shape ``()``, and statistics.
     """
-    near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    # clamped between bounds: old_values + (values - old_values) rounds, and would count as clipped
+    near = values.clamp(old_values - value_clip_range, old_values + value_clip_range)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     with torch.no_grad():
         fraction = masked_mean((clipped > plain).to(values.dtype), response_mask, denominator)

@@ -65,6 +65,10 @@ class NoRoleError(RuntimeError):
     """A trunk was run outside ``with roles(...)``."""
 
 
+NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+"""Settings of PEFT's that change what an adapter computes, but not the names of its tensors."""
+
+
 class AdapterSwitch:
     """Which adapter the trunk's LoRA layers apply now. Re-entrant and exception-safe."""
 
@@ -129,6 +133,8 @@ class Adapters:
         self.specs: dict[str, LoraSpec] = {}
         # Resolved once, on the bare trunk: with adapters in place PEFT's own layers would match too.
         self._linear_names = linear_layers_in_blocks(model)
+        # GPT-2 stores its weights as (in, out); PEFT wants to be told.
+        self._transposed = any(isinstance(module, Conv1D) for module in model.modules())
 
     def add(self, name: str, spec: LoraSpec, seed: int, trainable: bool = True) -> None:
         """A fresh adapter that changes nothing yet: ``A`` drawn from ``seed``, ``B`` zero.
@@ -141,6 +147,7 @@ class Adapters:
             lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number will do
             lora_dropout=spec.dropout,
             target_modules=targets,
+            fan_in_fan_out=self._transposed,
         )
         trainable_before = {
             id(parameter) for parameter in self.model.parameters() if parameter.requires_grad
@@ -153,6 +160,9 @@ class Adapters:
         generator = torch.Generator().manual_seed(seed)
         for _, layer in self.layers():
             layer.forward = partial(_lean_forward, layer, self.switch)
+            if name not in layer.lora_A:
+                # An earlier adapter's layer, outside this one's targets.
+                continue
             down, up = layer.lora_A[name], layer.lora_B[name]
             dtype = torch.promote_types(layer.get_base_layer().weight.dtype, torch.float32)
             drawn = torch.empty(down.weight.shape)
@@ -175,15 +185,15 @@ class Adapters:
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
         if targets:
-            matched = [
-                name
-                for name in self._linear_names
-                if any(name == target or name.endswith(f".{target}") for target in targets)
+            unmatched = [
+                target
+                for target in targets
+                if not any(f".{name}".endswith(f".{target}") for name in self._linear_names)
             ]
-            if not matched:
+            if unmatched:
                 ends = sorted({name.rsplit(".", 1)[-1] for name in self._linear_names})
                 raise ValueError(
-                    f"lora.targets {list(targets)} matches no linear layer of this trunk; "
+                    f"lora.targets: {unmatched} matches no linear layer of this trunk; "
                     f"its decoder blocks have {ends}."
                 )
             return list(targets)
@@ -230,6 +240,7 @@ class Adapters:
             lora_alpha=spec.alpha,  # type: ignore[arg-type]
             lora_dropout=spec.dropout,
             target_modules=self._resolve(spec.targets),
+            fan_in_fan_out=self._transposed,
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
             inference_mode=True,
@@ -257,20 +268,42 @@ class Adapters:
                 "run wrote, for example RUN/adapters/reward."
             )
         config = json.loads(config_path.read_text())
-        unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern") if config.get(key)]
+        unknown = [key for key in NOT_PLAIN if config.get(key)]
         if config.get("peft_type") != "LORA" or unknown:
             raise ValueError(
                 f"{config_path}: only plain LoRA adapters can be loaded, got peft_type "
                 f"{config.get('peft_type')!r} with {unknown}."
             )
+        if isinstance(config["target_modules"], str):
+            raise ValueError(
+                f"{config_path}: target_modules is the pattern {config['target_modules']!r}; write it as "
+                "a list of layer names, as this library's own adapters have it."
+            )
         spec = LoraSpec(
             rank=config["r"],
             alpha=config["lora_alpha"],
-            targets=tuple(config["target_modules"]),
+            # PEFT keeps a set and writes it in any order.
+            targets=tuple(sorted(config["target_modules"])),
         )
+        try:
+            self._resolve(spec.targets)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} does not fit this trunk. Was it trained on another model? {error}"
+            ) from error
         self.add(name, spec, seed, trainable)
         stored = load_file(folder / "adapter_model.safetensors")
         wanted = {PEFT_PREFIX + key: parameter for key, parameter in self.tensors(name).items()}
+        wrong = [
+            f"{key} {tuple(stored[key].shape)} instead of {tuple(parameter.shape)}"
+            for key, parameter in wanted.items()
+            if key in stored and stored[key].shape != parameter.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{folder} does not fit this trunk: {len(wrong)} tensors have another shape "
+                f"({wrong[0]}). Was it trained on another model?"
+            )
         if stored.keys() != wanted.keys():
             missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
             raise ValueError(

@@ -154,6 +154,7 @@ class Roles(nn.Module):
         self.reward_head.to(head_dtype)
         self.value_head.to(head_dtype)
         self._compare_tokenizers()
+        self._compare_head_size(reward_folder)
         self.requires_grad_(False)
         self.value_head.requires_grad_(True)
         self._place_adapters(lora, reward, seed)
@@ -186,6 +187,14 @@ class Roles(nn.Module):
             raise ValueError(
                 f"The trunks {sources} have different tokenizers. Policy and reward read the same ids, so "
                 "train the reward model on a trunk with the policy's tokenizer."
+            )
+
+    def _compare_head_size(self, folder: Path) -> None:
+        reads, gives = len(self.reward_head.weight), self.trunk("reward").hidden_size
+        if reads != gives:
+            raise ValueError(
+                f"{folder}: its reward head reads {reads} numbers per token, but the reward trunk "
+                f"{self.trunk('reward').source} gives {gives}. Was the head trained on another model?"
             )
 
     def distinct_trunks(self) -> list[Trunk]:

@@ -85,7 +85,10 @@ class Trunk(nn.Module):
     @property
     def window(self) -> int | None:
         """Longest row in tokens that the trunk has positions for; None where it says nothing."""
-        positions: int | None = self._text_config().to_dict().get("max_position_embeddings")
+        config = self._text_config()
+        # GPT-2 writes it as n_positions.
+        key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        positions: int | None = config.to_dict().get(key)
         return positions
 
     @property
@@ -159,12 +162,22 @@ class Trunk(nn.Module):
             self.model.train(was_training)
 
     def _compare_with_own_forward(self) -> None:
-        ids = torch.arange(8, device=self.model.device).unsqueeze(0) % self.vocabulary_size
+        ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[1, :3] = False
         with torch.no_grad(), self.switch.use(OFF):
-            ours = self.project(self(ids, mask)).double()
-            own = self.model(input_ids=ids, attention_mask=mask.long()).logits.double()
+            ours = self.project(self(ids, mask))[mask].double()
+            own = self.model(
+                input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)
+            ).logits[mask]
+        own = own.double()
         self.passes = 0
+        if not bool(own.isfinite().all()):
+            raise ValueError(
+                f"{self.source or 'The model'} ({type(self.model).__name__}): its own logits in "
+                f"{self.dtype} are not finite on a row with padding on the left. Are its weights finite? "
+                "Gemma 2 can do float32 and bfloat16 only: transformers masks it in fp32."
+            )
         difference = float((ours - own).abs().max())
         # Two roads through the same kernels: only rounding of the last operation may differ.
         allowed = 8 * torch.finfo(self.dtype).eps * max(1.0, float(own.abs().max()))
@@ -208,13 +221,15 @@ class LogitTransform:
     def __init__(self, config: PreTrainedConfig) -> None:
         values = config.get_text_config(decoder=True).to_dict()
         self.scale: float = values.get("logit_scale") or 1.0
-        self.scale /= values.get("logits_scaling") or 1.0
+        self.divisor: float = values.get("logits_scaling") or 1.0
         self.cap: float | None = values.get("final_logit_softcapping")
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Shape kept."""
         if self.scale != 1.0:
             logits = logits * self.scale
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits

@@ -49,6 +49,7 @@ class AdapterModule(LightningModule, ABC):
         # Callables and functions cannot be read back with weights_only; the values can.
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "gold"])
         self.strict_loading = False
+        self._rng: dict[str, Any] | None = None
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
 
@@ -117,6 +118,8 @@ class AdapterModule(LightningModule, ABC):
         trainable = self.trainable_names()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in state if key in trainable}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose keys are not exactly those trained here.
@@ -132,6 +135,19 @@ class AdapterModule(LightningModule, ABC):
                 f"({len(trainable - stored)} and {len(stored - trainable)} in all). It belongs to another "
                 "layout, LoRA shape or trunk."
             )
+        self._rng = checkpoint["rng"]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw on where the checkpoint stood: adapter dropout is the only draw from torch's generator.
+
+        Here and not on loading, because making a loader's iterator may draw too.
+        """
+        if self._rng is None:
+            return
+        torch.set_rng_state(self._rng["cpu"].cpu())
+        if len(self._rng["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._rng["cuda"]])
+        self._rng = None
 
 
 def require_trainable(optimizer: Optimizer) -> None:

@@ -145,8 +145,14 @@ class OnPolicy(AdapterModule):
         super().__init__(optimizer, scheduler)
         self.automatic_optimization = False
         sampling.refuse_unscored()
-        for name, size in (("micro_batch_size", micro_batch_size), ("epochs", epochs)):
-            if size < 1:
+        sizes = {
+            "micro_batch_size": micro_batch_size,
+            "minibatch_size": minibatch_size,
+            "score_batch_size": score_batch_size,
+            "epochs": epochs,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         self.roles = Roles(layout, trunk, lora, reward, trunk_dtype, checkpointing, seed)
         self.sampling = sampling
@@ -391,7 +397,9 @@ class OnPolicy(AdapterModule):
         if self.gold is None:
             raise RuntimeError("No gold reward was given.")
         prompts, responses = self._texts(rollout)
-        return torch.tensor([*self.gold(prompts, responses, rollout.row.tolist())])
+        # Whole numbers are scores too; torch would make them int64, which has no mean.
+        scores = [*self.gold(prompts, responses, rollout.row.tolist())]
+        return torch.tensor(scores, dtype=torch.float32)
 
     def _check_fresh_start(self, rollout: Rollout, scored: Scored) -> None:
         """Step-0 identities: fresh adapters change nothing, and scores are numbers."""

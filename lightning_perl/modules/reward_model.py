@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import at_last_response
@@ -74,16 +74,14 @@ class RewardModel(Supervised):
         super().__init__(
             trunk, "reward", lora, trunk_dtype, checkpointing, optimizer, scheduler, seed
         )
+        if lora is None:
+            # No score ever reads the LM head; where it is the embedding too, it is trained as that.
+            self.trunk.requires_grad_(False)
+            self.trunk.model.base_model.requires_grad_(True)
         self.add_reward_head(head_learning_rate, seed)
         self.margin = margin
         self.positive_weight = positive_weight
         self.metrics = RewardMetrics()
-
-    def _body_parameters(self) -> list[nn.Parameter]:
-        if self.adapter != OFF:
-            return self.trunk.adapters.parameters(self.adapter)
-        # No score ever reads the LM head.
-        return list(self.trunk.model.base_model.parameters())
 
     def scores(self, batch: RatedBatch) -> Tensor:
         """Shape: ``(B,)``."""

@@ -62,6 +62,8 @@ class Supervised(AdapterModule):
             self.trunk.requires_grad_(True)
         else:
             self.trunk.adapters.add(adapter, lora, seed)
+            # Fresh layers come in train mode; dropout belongs to training passes.
+            self.trunk.eval()
 
     def add_reward_head(self, learning_rate: float | None, seed: int) -> None:
         """A fresh scalar head, at least fp32, with its own learning rate or the optimizer's."""

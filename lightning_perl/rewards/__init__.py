@@ -12,7 +12,9 @@ class RewardFunction(Protocol):
     """Scores responses in plain Python.
 
     Called once per rollout, outside the graph and on texts alone, so it may parse, look up or call
-    a checker; it must not depend on the other rows of a call.
+    a checker; it must not depend on the other rows of a call. To name a class in a YAML, give its
+    ``__call__`` exactly these argument names and types (``Sequence[float]``, not ``list[float]``):
+    jsonargparse compares them.
 
     Example:
         >>> class Brevity:

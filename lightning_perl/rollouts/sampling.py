@@ -86,12 +86,12 @@ def row_uniforms(seed: int, rollout: int, row: Tensor, count: int) -> Tensor:
         Shape: ``(B, count)``, float32.
     """
     columns = torch.arange(count, device=row.device)
-    state = _mix(torch.full_like(row, seed))
-    state = _mix(state ^ _mix(torch.full_like(row, rollout) + 1))
-    state = _mix(state ^ _mix(row + 2)).unsqueeze(-1)
-    bits = _mix(state ^ _mix(columns + 3)) & 0xFFFFFF
-    # 24 bits, the middle of each step: exact in float32, never 0 or 1.
-    return (bits.to(torch.float32) + 0.5) / 2**24
+    # One after the other, each mixed before the next is added: seed 3, rollout 9 is not seed 9, rollout 3.
+    state = _mix(_mix(torch.full_like(row, seed)) + rollout)
+    state = _mix(state + row).unsqueeze(-1)
+    bits = _mix(state + columns) & 0x7FFFFF
+    # 23 bits, the middle of each step: exact in float32's 24, never 0 or 1.
+    return (bits.to(torch.float32) + 0.5) / 2**23
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_perl.data import loaders
 from lightning_perl.data.collate import PromptExample, collate_prompts
 from lightning_perl.data.loaders import BucketBatches, FixedLoader, ResumableLoader, shard
 
@@ -64,7 +64,8 @@ def test_iteration_goes_on_epoch_after_epoch() -> None:
 @pytest.mark.parametrize("stop", [1, 7, 25, 26])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_loaded_position_continues_at_the_next_batch(stop: int, num_workers: int) -> None:
-    straight = [row for _ in range(2) for row in rows(loader())]
+    order = BucketBatches(LENGTHS, 4)
+    straight = order.batches(0) + order.batches(1)
     first = loader(num_workers=num_workers)
     seen = [batch.row.tolist() for _, batch in zip(range(stop), first, strict=False)]
     second = loader()
@@ -104,12 +105,11 @@ def test_the_fixed_loader_keeps_the_order() -> None:
 def test_ranks_share_the_batches_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [[n] for n in range(5)]
     assert shard(batches) == batches
-    distributed = loaders.torch.distributed
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         shares.append(shard(batches))
     assert shares == [[[0], [3]], [[1], [4]], [[2], [0]]]
 
@@ -147,9 +147,7 @@ def fit(folder: Path, steps: int, ckpt: Path | None = None, limit: int | None = 
 @pytest.mark.parametrize(
     ("limit", "stop"), [(None, 3), (None, 25), (None, 26), (None, 30), (5, 3), (5, 5), (5, 7)]
 )
-def test_lightning_resumes_at_the_right_batch(
-    tmp_path: Path, limit: int | None, stop: int
-) -> None:
+def test_lightning_resumes_at_the_right_batch(tmp_path: Path, limit: int | None, stop: int) -> None:
     straight = fit(tmp_path / "straight", 35, limit=limit)
     fit(tmp_path / "killed", stop, limit=limit)
     (ckpt,) = (tmp_path / "killed").glob(f"*step={stop}.ckpt")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_perl.functional.sequences import (
+    Sequences,
     at_columns,
     at_last_response,
     last_true,
@@ -131,6 +132,18 @@ def test_predicting() -> None:
 
 def test_at_last_response_of_every_mask() -> None:
     check_at_last_response(at_last_response)
+
+
+def test_sequences_know_where_their_responses_are() -> None:
+    ids = torch.arange(15).view(3, 5)
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    sequences = Sequences(ids, ids > 0, mask)
+    assert sequences.prompt_tokens == 3
+    assert sequences.response_ids.tolist() == [[3, 4], [8, 9], [13, 14]]
+    for rows in (torch.tensor([2, 1]), torch.tensor([False, True, True]), slice(1, 3)):
+        picked = sequences.rows(rows)
+        for one, whole in zip(picked, sequences, strict=True):
+            assert_close(one, whole[rows])
 
 
 def test_until_stop_of_every_response() -> None:

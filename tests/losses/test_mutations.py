@@ -2,8 +2,8 @@
 
 A mutation is a piece of a function's source and what stands there instead. The source is compared
 after ``ast`` has taken docstring, comments and line breaks out of it, so that only code can match
-and a reformatted line still does. A piece that is gone, or there twice, is an error: a mutation that no
-longer mutates must not pass.
+and a reformatted line still does. A piece that is gone, or there twice, is an error: a mutation
+that no longer mutates must not pass.
 """
 
 from __future__ import annotations
@@ -229,11 +229,10 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("temperature dropped", " / temperature", ""),
         Mutation("temperature multiplies", " / temperature", " * temperature"),
         Mutation("logits left in bf16", "at_least_fp32(project(hidden))", "project(hidden)"),
-        Mutation("not normalized", "chosen - log_normalizer", "chosen"),
-        Mutation("negative entropy", "log_normalizer - expected_logit",
-                 "expected_logit - log_normalizer"),
-        Mutation("entropy without gradient", "log_normalizer - expected_logit",
-                 "(log_normalizer - expected_logit).detach()"),
+        Mutation("not normalized", " - logits.logsumexp(-1, keepdim=True)", ""),
+        Mutation("negative entropy", "-(logprobs.exp()", "(logprobs.exp()"),
+        Mutation("entropy without gradient", "-(logprobs.exp() * logprobs).sum(-1)",
+                 "-(logprobs.exp() * logprobs).sum(-1).detach()"),
     ],
     chunked_logprobs: [
         Mutation("logits kept for backward",
@@ -287,10 +286,14 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("statistics hold the graph", "torch.no_grad()", "torch.enable_grad()"),
     ],
     clipped_value_loss: [
-        Mutation("clip dropped", ".clamp(-value_clip_range, value_clip_range)", ""),
-        Mutation("clip around zero", "old_values + (values - old_values)", "(values - old_values)"),
-        Mutation("only upward clip", "clamp(-value_clip_range, value_clip_range)",
-                 "clamp(max=value_clip_range)"),
+        Mutation("clip dropped",
+                 ".clamp(old_values - value_clip_range, old_values + value_clip_range)", ""),
+        Mutation("clip around zero", "old_values - value_clip_range, old_values + value_clip_range",
+                 "-value_clip_range, value_clip_range"),
+        Mutation("only upward clip", "old_values - value_clip_range, old_values",
+                 "max=old_values"),
+        Mutation("lower bound above", "old_values - value_clip_range",
+                 "old_values + value_clip_range"),
         Mutation("optimistic", "torch.maximum", "torch.minimum"),
         Mutation("not halved", "0.5 * ", ""),
         Mutation("absolute error", "(values - returns) ** 2", "(values - returns).abs()"),

@@ -1,0 +1,443 @@
+from __future__ import annotations
+
+import csv
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_perl.callbacks import CudaMemoryMonitor, CudaMemorySnapshot, cuda_memory
+from tests.callbacks.phased import Phased, Rows, Work, quiet_trainer
+
+GIB = 1024**3
+DEVICE = torch.device("cuda", 3)
+
+
+class FakeCuda:
+    """An allocator with torch's counters: what is held now, and the most since the last reset.
+
+    Freed memory stays reserved, as in torch's caching allocator, until `empty_cache`.
+    """
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = 0
+        self.peak_allocated = self.peak_reserved = 0
+        self.calls: list[str] = []
+
+    def allocate(self, gib: float) -> None:
+        self.allocated += round(gib * GIB)
+        self.reserved = max(self.reserved, self.allocated)
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def free(self, gib: float) -> None:
+        self.allocated -= round(gib * GIB)
+
+    def empty_cache(self) -> None:
+        self.reserved = self.allocated
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        assert device == DEVICE
+        return self.peak_allocated
+
+    def max_memory_reserved(self, device: torch.device) -> int:
+        assert device == DEVICE
+        return self.peak_reserved
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        assert device == DEVICE
+        self.calls.append("reset")
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Lets the callbacks believe that the run is on a GPU; the trainer knows it is not."""
+    fake = FakeCuda()
+    for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(cuda_memory, "cuda_device", lambda trainer: DEVICE)
+    return fake
+
+
+class Seen(Callback):
+    """Keeps what each train batch logged."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        self.batches.append({key: value.item() for key, value in trainer.logged_metrics.items()})
+
+
+def fit(folder: Path, work: Work, callback: Callback, batches: int = 1) -> list[dict[str, float]]:
+    seen = Seen()
+    quiet_trainer(folder, [callback, seen]).fit(Phased(work), Rows(batches))
+    return seen.batches
+
+
+def test_peaks_per_phase_in_exact_gib(
+    tmp_path: Path, cuda: FakeCuda, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuda.allocate(1.0)  # the trunk
+
+    def work(module: Phased) -> None:
+        with module.phase("rollout"):
+            cuda.allocate(2.5)  # peak 3.5
+            cuda.free(2.5)
+        with module.phase("score"):
+            cuda.allocate(0.25)  # peak 1.25: the rollout's is forgotten, its 3.5 stay reserved
+            cuda.free(0.25)
+        cuda.empty_cache()
+
+    (logged,) = fit(tmp_path, work, CudaMemoryMonitor())
+    assert logged == {
+        "memory/rollout_peak_allocated_gib": 3.5,
+        "memory/rollout_peak_reserved_gib": 3.5,
+        "memory/score_peak_allocated_gib": 1.25,
+        "memory/score_peak_reserved_gib": 3.5,
+    }
+    assert "memory (peak GiB): rollout 3.50 | score 1.25\n" in capsys.readouterr().out
+
+
+def test_a_repeated_phase_keeps_its_largest_peak_of_the_batch(
+    tmp_path: Path, cuda: FakeCuda, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = iter([(0.5, 2.0, 1.0), (0.25, 0.5, 0.125)])
+
+    def work(module: Phased) -> None:
+        for gib in next(peaks):
+            with module.phase("actor"):
+                cuda.allocate(gib)
+                cuda.free(gib)
+            with module.phase("critic"):
+                cuda.allocate(gib / 2)
+                cuda.free(gib / 2)
+            cuda.empty_cache()
+
+    first, second = fit(tmp_path, work, CudaMemoryMonitor(), batches=2)
+    assert first["memory/actor_peak_allocated_gib"] == 2.0
+    assert first["memory/critic_peak_allocated_gib"] == 1.0
+    # A train batch does not inherit the peaks of the one before.
+    assert second["memory/actor_peak_allocated_gib"] == 0.5
+    assert second["memory/critic_peak_allocated_gib"] == 0.25
+    # One reset per train batch, one per phase.
+    assert cuda.calls == ["reset"] * 2 * (1 + 6)
+    # The line covers the fit.
+    assert "memory (peak GiB): actor 2.00 | critic 1.00\n" in capsys.readouterr().out
+
+
+def test_a_nested_phase_counts_for_both_and_hides_nothing(tmp_path: Path, cuda: FakeCuda) -> None:
+    def work(module: Phased) -> None:
+        with module.phase("rollout"):
+            cuda.allocate(4.0)  # before the inner phase resets the peaks
+            cuda.free(4.0)
+            cuda.empty_cache()
+            with module.phase("score"):
+                cuda.allocate(1.0)
+                cuda.free(1.0)
+        with module.phase("actor"), module.phase("optimizer"):
+            cuda.allocate(2.0)
+            cuda.free(2.0)
+
+    (logged,) = fit(tmp_path, work, CudaMemoryMonitor())
+    allocated = {key: value for key, value in logged.items() if key.endswith("_peak_allocated_gib")}
+    assert allocated == {
+        "memory/rollout_peak_allocated_gib": 4.0,
+        "memory/score_peak_allocated_gib": 1.0,
+        "memory/actor_peak_allocated_gib": 2.0,
+        "memory/optimizer_peak_allocated_gib": 2.0,
+    }
+
+
+def test_a_module_without_phases_is_one_phase(tmp_path: Path, cuda: FakeCuda) -> None:
+    cuda.allocate(8.0)
+    cuda.free(8.0)  # before the train batch: not its peak
+
+    def work(module: Phased) -> None:
+        cuda.allocate(0.75)
+        cuda.free(0.75)
+
+    (logged,) = fit(tmp_path, work, CudaMemoryMonitor())
+    assert logged == {
+        "memory/step_peak_allocated_gib": 0.75,
+        "memory/step_peak_reserved_gib": 8.0,
+    }
+
+
+def test_phases_outside_train_batches_are_not_logged(tmp_path: Path, cuda: FakeCuda) -> None:
+    class Before(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert isinstance(pl_module, Phased)
+            with pl_module.phase("rollout"):
+                cuda.allocate(1.0)
+
+    monitor = CudaMemoryMonitor()
+    seen = Seen()
+    trainer = quiet_trainer(tmp_path, [monitor, Before(), seen])
+    trainer.fit(Phased(lambda module: None), Rows(1))
+    assert set(seen.batches[0]) == {
+        "memory/step_peak_allocated_gib",
+        "memory/step_peak_reserved_gib",
+    }
+
+
+def test_resident_memory_without_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resident = 1.0
+
+    def work(module: Phased) -> None:
+        nonlocal resident
+        with module.phase("rollout"):
+            resident = 1.5
+        with module.phase("score"):
+            resident = 0.5  # falls inside: the start's 1.5 is the larger reading
+
+    monkeypatch.setattr(cuda_memory, "resident_bytes", lambda: round(resident * GIB))
+    (logged,) = fit(tmp_path, work, CudaMemoryMonitor())
+    assert logged == {"memory/rollout_resident_gib": 1.5, "memory/score_resident_gib": 1.5}
+    assert "memory (resident GiB): rollout 1.50 | score 1.50\n" in capsys.readouterr().out
+
+
+def test_resident_memory_is_this_process() -> None:
+    before = cuda_memory.resident_bytes()
+    if before is None:
+        pytest.skip("needs a Unix")
+    filled = torch.ones(64 * 1024**2, dtype=torch.uint8)
+    after = cuda_memory.resident_bytes()
+    assert after is not None
+    # The tensor's pages are touched, so at least most of its 64 MiB came on top.
+    assert 48 * 1024**2 <= after - before <= 256 * 1024**2
+    assert filled.numel() == 64 * 1024**2
+
+
+def test_unknown_resident_memory_logs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda_memory, "resident_bytes", lambda: None)
+    (logged,) = fit(tmp_path, lambda module: None, CudaMemoryMonitor())
+    assert logged == {}
+    assert "memory (" not in capsys.readouterr().out
+
+
+def test_memory_stands_in_the_row_of_the_modules_own_keys(tmp_path: Path, cuda: FakeCuda) -> None:
+    def work(module: Phased) -> None:
+        with module.phase("rollout"):
+            cuda.allocate(0.5)
+        module.log("train/loss", 7.0)
+
+    logger = CSVLogger(tmp_path)
+    trainer = quiet_trainer(tmp_path, [CudaMemoryMonitor()], logger=logger)
+    trainer.fit(Phased(work), Rows(2))
+    with Path(logger.log_dir, "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["memory/rollout_peak_allocated_gib"] for row in rows] == ["0.5", "1.0"]
+    assert [row["train/loss"] for row in rows] == ["7.0", "7.0"]
+    assert [row["step"] for row in rows] == ["0", "1"]
+
+
+class FakeHistory:
+    """Writes down what is asked of torch's recorder; a dump is a file with its number."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def record(self, enabled: str | None = "all", **settings: Any) -> None:
+        self.calls.append((enabled, settings) if settings else enabled)
+
+    def dump(self, filename: str) -> None:
+        self.calls.append(Path(filename).name)
+        Path(filename).write_text(str(len(self.calls)), encoding="utf-8")
+
+
+@pytest.fixture
+def history(monkeypatch: pytest.MonkeyPatch) -> FakeHistory:
+    fake = FakeHistory()
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", fake.record)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", fake.dump)
+    monkeypatch.setattr(cuda_memory, "cuda_device", lambda trainer: DEVICE)
+    return fake
+
+
+def recording(max_entries: int = 100_000) -> tuple[str, dict[str, Any]]:
+    return (
+        "all",
+        {"stacks": "python", "max_entries": max_entries, "clear_history": True},
+    )
+
+
+def test_snapshot_of_some_train_batches(
+    tmp_path: Path, history: FakeHistory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(module: Phased) -> None:
+        history.calls.append("batch")
+
+    snapshot = CudaMemorySnapshot(tmp_path / "deep" / "folder", 1, 2, max_entries=7)
+    fit(tmp_path, work, snapshot, batches=4)
+    name = "batches_1_to_2_rank0.pickle"
+    assert history.calls == [
+        recording(7),  # for an out-of-memory in the first batch
+        "batch",
+        recording(7),  # drops what came before
+        "batch",
+        "batch",
+        name,
+        "batch",
+        None,
+    ]
+    path = tmp_path / "deep" / "folder" / name
+    assert path.exists()
+    assert f"memory snapshot: {path} (open it at https://pytorch.org" in capsys.readouterr().out
+
+
+def test_snapshot_goes_into_the_run_folder_and_overwrites_nothing(
+    tmp_path: Path, history: FakeHistory
+) -> None:
+    fit(tmp_path, lambda module: None, CudaMemorySnapshot(start_step=0, steps=1))
+    assert (tmp_path / "version_0" / "memory" / "batches_0_to_0_rank0.pickle").exists()
+    for _ in range(2):
+        fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 0, 1))
+    assert sorted(path.name for path in tmp_path.glob("*.pickle")) == [
+        "batches_0_to_0_rank0.pickle",
+        "batches_0_to_0_rank0_2.pickle",
+    ]
+
+
+def test_a_fit_that_ends_early_leaves_what_there_is(tmp_path: Path, history: FakeHistory) -> None:
+    fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 1, 5), batches=3)
+    assert [path.name for path in tmp_path.glob("*.pickle")] == ["batches_1_to_2_rank0.pickle"]
+
+
+def test_a_fit_that_never_gets_there_says_so(tmp_path: Path, history: FakeHistory) -> None:
+    with pytest.warns(UserWarning, match=r"start_step=9\) recorded nothing.*after 2 train batches"):
+        fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 9), batches=2)
+    assert not list(tmp_path.glob("*.pickle"))
+
+
+def explode(module: Phased) -> None:
+    with module.phase("rollout"):
+        pass
+    with module.phase("actor"), module.phase("optimizer"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def explode_wrapped(module: Phased) -> None:
+    try:
+        explode(module)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError("out of memory in optimizer: lower micro_batch_size") from error
+
+
+def explode_outside(module: Phased) -> None:
+    with module.phase("rollout"):
+        pass
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("work", "phase"),
+    [(explode, "optimizer"), (explode_wrapped, "optimizer"), (explode_outside, "no_phase")],
+)
+def test_out_of_memory_leaves_a_file_named_for_its_phase(
+    tmp_path: Path,
+    history: FakeHistory,
+    capsys: pytest.CaptureFixture[str],
+    work: Callable[[Phased], None],
+    phase: str,
+) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(tmp_path, work, CudaMemorySnapshot(tmp_path))
+    name = f"out_of_memory_in_{phase}_rank0.pickle"
+    assert history.calls == [recording(), name, None]
+    assert f"memory snapshot: {tmp_path / name}" in capsys.readouterr().out
+
+
+def test_out_of_memory_where_phases_do_not_end(tmp_path: Path, history: FakeHistory) -> None:
+    def work(module: Phased) -> None:
+        snapshot.on_phase_start(module.trainer, module, "critic")
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    snapshot = CudaMemorySnapshot(tmp_path)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path, work, snapshot)
+    assert "out_of_memory_in_critic_rank0.pickle" in history.calls
+
+
+def test_other_errors_leave_no_file(tmp_path: Path, history: FakeHistory) -> None:
+    def work(module: Phased) -> None:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        fit(tmp_path, work, CudaMemorySnapshot(tmp_path))
+    assert history.calls == [recording(), None]
+
+
+def test_snapshot_without_cuda_warns_and_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeHistory()
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", fake.record)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", fake.dump)
+    with pytest.warns(UserWarning, match=r"this run is on cpu.*Nothing is recorded"):
+        fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 0, 1), batches=2)
+    assert fake.calls == []
+
+
+def test_strict_snapshot_without_cuda_refuses(tmp_path: Path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"this run is on cpu: use Trainer\(accelerator='cuda'\)"
+    ):
+        fit(tmp_path, lambda module: None, CudaMemorySnapshot(strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start_step": -1}, r"start_step=-1\): give a number of at least 0"),
+        ({"steps": 0}, r"steps=0\): give a number of at least 1"),
+        ({"max_entries": 0}, r"max_entries=0\): give a number of at least 1"),
+    ],
+)
+def test_numbers_out_of_range(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CudaMemorySnapshot(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_real_device(tmp_path: Path) -> None:
+    def work(module: Phased) -> None:
+        with module.phase("rollout"):
+            torch.empty(GIB // 4, dtype=torch.uint8, device=module.device)
+        with module.phase("score"):
+            torch.empty(GIB // 8, dtype=torch.uint8, device=module.device)
+
+    seen = Seen()
+    snapshot = CudaMemorySnapshot(tmp_path, 0, 1, strict=True)
+    trainer = quiet_trainer(
+        tmp_path, [CudaMemoryMonitor(), snapshot, seen], accelerator="cuda", devices=1
+    )
+    trainer.fit(Phased(work), Rows(1))
+    (logged,) = seen.batches
+    # Beside the tensor there are the module's few hundred bytes.
+    assert logged["memory/rollout_peak_allocated_gib"] == pytest.approx(1 / 4, abs=1e-3)
+    assert logged["memory/score_peak_allocated_gib"] == pytest.approx(1 / 8, abs=1e-3)
+    assert logged["memory/rollout_peak_reserved_gib"] >= 1 / 4
+    with (tmp_path / "batches_0_to_0_rank0.pickle").open("rb") as file:
+        recorded = pickle.load(file)
+    sizes = {entry["size"] for trace in recorded["device_traces"] for entry in trace}
+    assert {GIB // 4, GIB // 8} <= sizes

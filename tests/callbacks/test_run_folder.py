@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from lightning_perl.callbacks import run_folder
+from tests.callbacks.phased import Phased, Rows, quiet_trainer
+
+
+def test_a_csv_loggers_own_folder(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [], logger=CSVLogger(tmp_path, name="quickstart"))
+    assert run_folder(trainer) == tmp_path / "quickstart" / "version_0"
+    assert run_folder(trainer) == Path(str(trainer.log_dir))
+
+
+def test_without_a_logger_runs_never_share_a_folder(tmp_path: Path) -> None:
+    trainers = [quiet_trainer(tmp_path, []) for _ in range(3)]
+    folders = [run_folder(trainer) for trainer in trainers]
+    assert folders == [tmp_path / f"version_{number}" for number in range(3)]
+    assert all(folder.is_dir() for folder in folders)
+    # Asked again, a trainer stays where it is.
+    assert [run_folder(trainer) for trainer in trainers] == folders
+
+
+def test_a_dry_runs_logger_saves_nothing(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [], logger=CSVLogger(tmp_path), fast_dev_run=True)
+    trainer.fit(Phased(lambda module: None), Rows(1))
+    assert run_folder(trainer) == tmp_path / "version_0"
+
+
+def test_trainers_are_not_kept_alive(tmp_path: Path) -> None:
+    from lightning_perl.callbacks.run_folder import _FOLDERS
+
+    gc.collect()
+    before = len(_FOLDERS)
+    trainer = quiet_trainer(tmp_path, [])
+    run_folder(trainer)
+    assert len(_FOLDERS) == before + 1
+    del trainer
+    gc.collect()
+    assert len(_FOLDERS) == before
+
+
+def test_two_offline_wandb_runs_of_one_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # WandbLogger(offline=True) sets this one; monkeypatch takes it back.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def run() -> tuple[Trainer, WandbLogger]:
+        logger = WandbLogger(offline=True, save_dir=tmp_path, project="coffee")
+        return quiet_trainer(tmp_path, [], logger=logger), logger
+
+    folders = []
+    for _ in range(2):
+        trainer, logger = run()
+        folders.append(run_folder(trainer))
+        assert folders[-1] == tmp_path / "coffee" / logger.experiment.id
+        logger.experiment.finish()
+    assert folders[0] != folders[1]

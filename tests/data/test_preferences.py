@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.data import PreferenceDataModule
+from lightning_perl.data.rows import Pair, Row, Turn
+
+Build = Callable[..., PreferenceDataModule]
+ROWS = [
+    {"prompt": f"question {n % 20}", "chosen": f"good {n}", "rejected": f"bad {n}"}
+    for n in range(40)
+]
+THUMB = {"prompt": "q", "response": "a", "label": 1}
+
+
+@pytest.fixture
+def build(tokenizer_dir: Path) -> Build:
+    def make(train: Path, **arguments: Any) -> PreferenceDataModule:
+        return PreferenceDataModule(tokenizer=str(tokenizer_dir), train=train, **arguments)
+
+    return make
+
+
+def jsonl(folder: Path, rows: Sequence[object], name: str = "rows.jsonl") -> Path:
+    file = folder / name
+    data = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+    file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return file
+
+
+def one(build: Build, file: Path, **arguments: Any) -> Row | Pair:
+    (item,) = build(file, val_fraction=0.0, **arguments).read().train
+    return item
+
+
+def table(folder: Path, kind: str) -> Path:
+    if kind.startswith("jsonl"):
+        return jsonl(folder, ROWS, f"rows.{kind}")
+    file = folder / f"rows.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), str(file))
+        return file
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+    if kind == "csv.gz":
+        file.write_bytes(gzip.compress(file.read_bytes()))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "csv.gz", "parquet"])
+def test_every_format_gives_the_same_pairs(build: Build, tmp_path: Path, kind: str) -> None:
+    file = table(tmp_path, kind)
+    splits = build(file).read()
+    pairs = [item for item in splits.train + splits.val if isinstance(item, Pair)]
+    texts = {(p.chosen.response[0].text, p.rejected.response[0].text) for p in pairs}
+    assert texts == {(row["chosen"], row["rejected"]) for row in ROWS}
+    first = min(pairs, key=lambda pair: len(pair.chosen.where))
+    assert first.chosen.where.startswith(f"{file}:")
+    assert (first.chosen.imitate, first.rejected.imitate) == (True, False)
+
+
+def test_splits_by_prompt(build: Build, tmp_path: Path) -> None:
+    splits = build(jsonl(tmp_path, ROWS)).read()
+    prompts = [
+        {item.chosen.context for item in split if isinstance(item, Pair)} for split in splits[:2]
+    ]
+    assert [len(part) for part in prompts] == [18, 2]
+    assert not prompts[0] & prompts[1]
+    assert len(splits.train) == 36
+    assert splits.test == splits.val
+
+
+def test_own_validation_and_test_files(build: Build, tmp_path: Path) -> None:
+    train = jsonl(tmp_path, ROWS)
+    other = jsonl(tmp_path, [ROWS[0], {**ROWS[0], "prompt": "new"}], "val.jsonl")
+    module = build(train, val=other, test=other)
+    assert [len(split) for split in module.read()] == [40, 2, 2]
+    assert module.report.notes == {"validation rows whose prompt is a training prompt": 1}
+
+
+def test_pairs_become_two_rows_of_a_batch(build: Build, tmp_path: Path) -> None:
+    module = build(jsonl(tmp_path, ROWS), batch_size=4)
+    module.setup()
+    batch = next(iter(module.train_dataloader()))
+    assert isinstance(batch, RatedBatch)
+    assert batch.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert not batch.labelled.any()
+    assert batch.imitate.tolist() == [True, False] * 4
+    for chosen, rejected in batch.pairs.tolist():
+        assert batch.row[rejected] == batch.row[chosen] + 1
+        texts = [
+            str(module.tokenizer.decode(batch.ids[row][batch.response_mask[row]]))
+            for row in (chosen, rejected)
+        ]
+        assert texts[0].replace("good", "bad") == texts[1]
+        starts = [
+            batch.ids[row][: int(batch.response_mask[row].int().argmax())].tolist()
+            for row in (chosen, rejected)
+        ]
+        assert starts[0] == starts[1]
+    assert "train: 36 rows, 36 kept; thumbs up 0, down 0, without 36" in str(module.report)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (THUMB, (1.0, True)),
+        ({**THUMB, "label": False}, (0.0, False)),
+        ({**THUMB, "label": "0"}, (0.0, False)),
+        ({"prompt": "q", "response": "a"}, (None, True)),
+        ({"prompt": "q", "response": [{"role": "assistant", "content": "a"}]}, (None, True)),
+        ({"prompt": "q", "response": "a", "note": 3, "label": None}, (None, True)),
+    ],
+)
+def test_kinds_are_recognised_by_their_columns(
+    build: Build, tmp_path: Path, row: object, expected: tuple[float | None, bool]
+) -> None:
+    item = one(build, jsonl(tmp_path, [row]))
+    assert isinstance(item, Row)
+    assert item.context == (Turn("user", "q"),)
+    assert item.response == (Turn("agent", "a"),)
+    assert (item.label, item.imitate) == expected
+
+
+def test_messages_are_a_demonstrated_dialog(build: Build, tmp_path: Path) -> None:
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    messages = [{"role": role, "content": f"{role}{n}"} for n, role in enumerate(roles)]
+    file = jsonl(tmp_path, [{"messages": messages}])
+    item = one(build, file)
+    assert isinstance(item, Row)
+    assert item.context == (Turn("system", "system0"), Turn("user", "user1"))
+    assert [turn.text for turn in item.response] == ["assistant2", "user3", "assistant4"]
+    last = one(build, file, chat_template=True)
+    assert isinstance(last, Row)
+    assert [turn.text for turn in last.response] == ["assistant4"]
+    assert len(last.context) == 4
+
+
+def test_a_prompt_may_be_messages_also_in_csv(build: Build, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "[1, 2]?"}]
+    cells = [json.dumps(messages), "[{brackets}]", "[1]"]
+    file = tmp_path / "rows.csv"
+    with file.open("w", newline="") as lines:
+        csv.writer(lines).writerows([["prompt", "response"], *[[cell, "a"] for cell in cells]])
+    rows = [item for item in build(file, val_fraction=0.0).read().train if isinstance(item, Row)]
+    assert [row.context[0].text for row in rows] == ["[1, 2]?", "[{brackets}]", "[1]"]
+
+
+def test_columns_map_our_names_to_the_files(build: Build, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"question": "q", "better": "a", "worse": "b"}])
+    columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    pair = one(build, file, columns=columns)
+    assert isinstance(pair, Pair)
+    assert pair.rejected.response == (Turn("agent", "b"),)
+    with pytest.raises(ValueError, match=r"data.columns: unknown \['better'\]"):
+        build(file, columns={"better": "chosen"})
+
+
+def test_prompts_of_any_kind_can_be_sampled_from(build: Build, tmp_path: Path) -> None:
+    module = build(jsonl(tmp_path, [*ROWS, {"prompt": "alone"}]), rows="prompts", val_fraction=0.0)
+    module.setup()
+    batches = list(module.train_dataloader())
+    assert all(isinstance(batch, PromptBatch) for batch in batches)
+    assert sorted(n for batch in batches for n in batch.row.tolist()) == list(range(21))
+
+
+def test_lines_end_at_line_feeds_only(build: Build, tmp_path: Path) -> None:
+    text = "a\u2028b\x85c"
+    item = one(build, jsonl(tmp_path, [{**THUMB, "response": text}]))
+    assert isinstance(item, Row)
+    assert item.response[0].text == text
+
+
+BAD: list[tuple[object, str, str]] = [
+    ({**THUMB, "response": " "}, "empty answer", "empty answer in response. Remove the row"),
+    ({**ROWS[0], "rejected": "good 0 "}, "identical pair", "identical pair: chosen and rejected"),
+    ({**THUMB, "prompt": ""}, "empty prompt", "empty prompt"),
+    ({**THUMB, "prompt": 3}, "wrong type", r"prompt must be a string or a list .*got int \('3'\)"),
+    ({**THUMB, "response": {"a": 1}}, "wrong type", "response must be a string .*got dict"),
+    ({**THUMB, "label": "good"}, "wrong type", r"label must be 1, 0, .*got str \('good'\)"),
+    ({**THUMB, "prompt": [{"role": "cook"}]}, "wrong type", "prompt must be a list of .*cook"),
+    ({**THUMB, "prompt": []}, "wrong type", "prompt must be a list of"),
+    (
+        {**THUMB, "response": [{"role": "user", "content": "x"}]},
+        "wrong type",
+        "response must be one assistant message",
+    ),
+    ({"messages": "hello"}, "wrong type", "messages must be a list of .*got str"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no answer", "hold no assistant message"),
+    (
+        {"prompt": "q", "answer": "a"},
+        "missing column",
+        r"missing column: got \['answer', 'prompt'\], expected one of: prompt \+ chosen \+ "
+        r"rejected; .*Map your names with data.columns",
+    ),
+    ({"prompt": "q", "chosen": "a"}, "missing column", r"missing column: got \['chosen'"),
+    ([1], "wrong type", "expected an object, got list"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "words"), BAD)
+def test_a_bad_row_names_file_and_line_or_is_counted(
+    build: Build, tmp_path: Path, row: object, reason: str, words: str
+) -> None:
+    file = jsonl(tmp_path, [THUMB, row, {**THUMB, "prompt": "z"}])
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: .*{words}"):
+        build(file).setup()
+    module = build(file, on_bad_row="reject", val_fraction=0.0)
+    module.setup()
+    assert module.report.rejected == {reason: 1}
+    assert module.report.splits["train"].kept == 2
+
+
+def test_broken_json_names_file_and_line(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{json.dumps(THUMB)}\n\n{{"prompt": "q", \n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: broken JSON \(.*, column \d+\)"):
+        build(file).setup()
+    module = build(file, on_bad_row="reject", val_fraction=0.0)
+    module.setup()
+    assert module.report.rejected == {"broken JSON": 1}
+
+
+def test_csv_rows_with_too_few_cells(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,response\nq,a\nalone\nq,a,b\n")
+    with pytest.raises(ValueError, match=r"rows.csv:3: the row does not have the header's 2 cells"):
+        build(file).read()
+
+
+def test_a_mapped_column_that_is_missing_is_not_forgiven(build: Build, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"prompt": "q", "response": "a"}])
+    with pytest.raises(ValueError, match="missing column"):
+        build(file, columns={"label": "thumb"}).read()
+
+
+def test_files_that_cannot_be_read_always_stop(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No file '.*no.jsonl' \(data.train, data.val"):
+        build(tmp_path / "no.jsonl", on_bad_row="reject").read()
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"prompt": "q", "response": "a"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"latin.jsonl:2: not UTF-8 \(byte 0xe9\)"):
+        build(latin, on_bad_row="reject").read()
+    excel = tmp_path / "rows.xlsx"
+    excel.touch()
+    with pytest.raises(ValueError, match=r"rows.xlsx: cannot read '.xlsx' files. Use .jsonl"):
+        build(excel).read()
+    parquet = tmp_path / "rows.parquet"
+    parquet.write_bytes(b"PAR")
+    with pytest.raises(ValueError, match=r"rows.parquet: not a Parquet file"):
+        build(parquet).read()
+    zipped = tmp_path / "rows.jsonl.gz"
+    zipped.write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz: not a whole gzip file"):
+        build(zipped).read()
+
+
+def test_no_row_left_and_no_tokenizer_stop_in_setup(build: Build, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{**THUMB, "response": ""}])
+    with pytest.raises(ValueError, match=r"no training row is left(.|\n)*rejected: 1 empty answer"):
+        build(file, on_bad_row="reject").setup()
+    module = PreferenceDataModule(tokenizer=tmp_path / "nowhere", train=file)
+    with pytest.raises(
+        ValueError, match=r"data.tokenizer: no tokenizer could be loaded from '.*no"
+    ):
+        module.setup()
+    with pytest.raises(ValueError, match=r"data.val_fraction must be at least 0 and below 1"):
+        build(file, val_fraction=1.0)
+
+
+def test_too_long_prompts_name_file_and_line(build: Build, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [THUMB, {**THUMB, "prompt": "why " * 100}])
+    arguments = {"max_tokens": 64, "max_response_tokens": 16, "val_fraction": 0.0}
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: prompt longer than the window.*is 48"):
+        build(file, **arguments).setup()
+    module = build(file, on_bad_row="reject", **arguments)
+    module.setup()
+    module.setup("test")
+    assert module.report.rejected == {"prompt longer than the window": 1}
+    assert module.report.splits["train"].up == 1

@@ -1,0 +1,518 @@
+"""Tests on tiny files in the corpora's true layout, and on the real files where they are."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.data import TaskmasterDataModule
+from lightning_perl.data.folds import assign_folds, hold_out
+from lightning_perl.data.rows import Item, Pair, Row, Turn
+from lightning_perl.data.taskmaster import dialog_key
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+GREETING = {"role": "agent", "text": "Welcome to the Coffee Bar."}
+MENU_CALL = {"role": "agent", "api": {"get_menu_items": {"query": "espresso"}}}
+MENU = {"role": "api", "response": {"get_menu_items": {"items": ["é"]}}}
+
+
+def rated(context: list[Any], generation: object, reward: object = 1.0) -> dict[str, Any]:
+    return {
+        "conversation_id": "dlg-0",
+        "context": json.dumps(context),
+        "generation": json.dumps(generation),
+        "reward": reward,
+    }
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "text": text}
+
+
+def agent(text: str) -> dict[str, str]:
+    return {"role": "agent", "text": text}
+
+
+def annotation(name: str, value: str, context: str) -> dict[str, str]:
+    return {"name": name, "value": value, "context": context}
+
+
+def dialog(number: int) -> dict[str, Any]:
+    return {
+        "conversation_id": f"dlg-{number}",
+        "vertical": "Coffee",
+        "scenario": "one",
+        "instructions": None,
+        "utterances": [
+            {
+                "index": 0,
+                "speaker": "user",
+                "text": f"latte number {number} please",
+                "segments": [],
+                "annotations": [
+                    annotation("api_call", "get_menu_items", "api_call_0"),
+                    annotation("request", '{"query":"latte"}', "api_call_0"),
+                    annotation("api_response", "get_menu_items", "api_response_0"),
+                    annotation("response", '{"ok":true}', "api_response_0"),
+                    annotation("api_call", "show_menu", "api_call_1"),
+                    annotation("api_response", "show_menu", "api_response_1"),
+                    annotation("response", '{"ok": tru', "api_response_1"),
+                ],
+            },
+            {"speaker": "assistant", "text": "Done.", "annotations": []},
+            {"speaker": "user", "text": "thanks", "annotations": []},
+        ],
+    }
+
+
+def write(file: Path, rows: object) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(rows).encode()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
+
+
+Build = Callable[..., TaskmasterDataModule]
+
+
+@pytest.fixture
+def build(tmp_path: Path, tokenizer_dir: Path) -> Build:
+    def make(**arguments: Any) -> TaskmasterDataModule:
+        defaults: dict[str, Any] = {"tokenizer": str(tokenizer_dir), "max_tokens": 256}
+        return TaskmasterDataModule(data_dir=tmp_path, **defaults | arguments)
+
+    return make
+
+
+def thumbs(dialogs: int = 20) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(dialogs):
+        start = [GREETING, user(f"espresso number {number}")]
+        rows.append(rated(start, MENU_CALL))
+        rows.append(rated([*start, MENU_CALL, MENU], agent(f" Sure, {number}.\n"), 0.0))
+    return rows
+
+
+def single(items: Iterable[Item]) -> list[Row]:
+    return [item for item in items if not isinstance(item, Pair)]
+
+
+def read_all(module: TaskmasterDataModule) -> list[Row]:
+    return single(item for split in module.read() for item in split)
+
+
+def test_both_coffee_formats_become_the_same_turns(build: Build, tmp_path: Path) -> None:
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json.gz", thumbs(1))
+    write(tmp_path / "taskmaster-coffee/data/data_00.json.gz", [dialog(0)])
+    rows = read_all(build())
+    demonstration = next(row for row in rows if row.label is None)
+    assert demonstration.context == (Turn("user", "latte number 0 please"),)
+    assert demonstration.response == (
+        Turn("agent", 'call get_menu_items {"query": "latte"}'),
+        Turn("api", 'get_menu_items {"ok": true}'),
+        Turn("agent", "call show_menu"),
+        Turn("api", 'show_menu {"ok": tru'),
+        Turn("agent", "Done."),
+    )
+    up, down = (next(row for row in rows if row.label == label) for label in (1.0, 0.0))
+    assert up.response == (Turn("agent", 'call get_menu_items {"query": "espresso"}'),)
+    assert down.context[2:] == (*up.response, Turn("api", 'get_menu_items {"items": ["é"]}'))
+    assert (up.imitate, down.imitate, demonstration.imitate) == (True, False, True)
+    assert up.dialog == down.dialog
+
+
+def test_from_raw_text_to_ids_and_back(build: Build, tmp_path: Path) -> None:
+    write(tmp_path / "TM-4-2024/reward/reward_00.json", thumbs())
+    module = build(demonstrations=False, folds=2, batch_size=3)
+    module.setup("fit")
+    assert module.splits is not None
+    rows = single(module.splits.train)
+    for batch in module.train_dataloader():
+        assert isinstance(batch, RatedBatch)
+        for ids, mask, response, number, label in zip(
+            batch.ids,
+            batch.attention_mask,
+            batch.response_mask,
+            batch.row,
+            batch.label,
+            strict=True,
+        ):
+            row = rows[int(number)]
+            start = "".join(
+                f"{'User' if turn.role == 'user' else 'API'}: {turn.text}\n"
+                if turn.role != "agent"
+                else f"Agent: {turn.text}<eos>"
+                for turn in row.context
+            )
+            answer = f" {row.response[0].text.strip()}<eos>"
+            assert module.tokenizer.decode(ids[mask]) == f"<bos>{start}Agent:{answer}"
+            assert module.tokenizer.decode(ids[response]) == answer
+            assert float(label) == row.label
+
+
+def test_repeated_rows_are_used_once_and_conflicts_counted(build: Build, tmp_path: Path) -> None:
+    once = thumbs()
+    again = [once[0], once[0], {**once[1], "reward": 1.0}]
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", once + again)
+    module = build(demonstrations=False)
+    assert len(read_all(module)) == len(once) + 1
+    assert module.report.notes == {
+        "repeated rated turns, used once": 2,
+        "answers with a thumb up and a thumb down, both kept": 1,
+    }
+
+
+def test_empty_answers_are_counted_or_raise(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "taskmaster-coffee/reward/reward_00.json"
+    write(file, [*thumbs(), rated([GREETING, user("hi")], agent(""), 0.0)])
+    module = build(demonstrations=False)
+    module.setup()
+    assert module.report.rejected == {"empty answer": 1}
+    assert "rejected: 1 empty answer" in str(module.report)
+    with pytest.raises(ValueError, match=r"reward_00.json:41: empty answer"):
+        build(demonstrations=False, on_bad_row="raise").setup()
+
+
+def test_empty_contexts_and_empty_api_names_are_rows(build: Build, tmp_path: Path) -> None:
+    empty = [rated([], agent("We open at 8.")), rated([], {"role": "agent", "api": {"": {}}})]
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", [*thumbs(), *empty])
+    rows = read_all(build(demonstrations=False))
+    texts = [row.response[0].text for row in rows if not row.context]
+    assert sorted(texts) == ["We open at 8.", "call {}"]
+
+
+def test_prompts_are_the_distinct_contexts(build: Build, tmp_path: Path) -> None:
+    start = [GREETING, user("hi")]
+    rows = thumbs(8) + [rated(start, agent(f"answer {n}")) for n in range(4)]
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", rows)
+    # The largest group, the four answers to one context, is in fold 0.
+    module = build(demonstrations=False, rows="prompts", val_fraction=0.0, folds=2, fold=1)
+    module.setup()
+    assert module.splits is not None
+    contexts = {row.context for row in single(module.splits.train)}
+    assert len(contexts) == len(module.splits.train) - 3
+    batches = list(module.train_dataloader())
+    assert all(isinstance(batch, PromptBatch) for batch in batches)
+    numbers = sorted(number for batch in batches for number in batch.row.tolist())
+    assert numbers == list(range(len(contexts)))
+    for batch in batches:
+        for ids, mask in zip(batch.ids, batch.mask, strict=True):
+            assert str(module.tokenizer.decode(ids[mask])).endswith("Agent:")
+            assert bool(mask[-1])
+
+
+def test_folds_are_disjoint_by_dialog_and_the_same_for_every_seed(
+    build: Build, tmp_path: Path
+) -> None:
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", thumbs())
+    tested: Counter[str] = Counter()
+    for fold in range(5):
+        splits = build(demonstrations=False, fold=fold).read()
+        assert splits == build(demonstrations=False, fold=fold, seed=7).read()
+        groups = [{row.dialog for row in single(split)} for split in splits]
+        assert not groups[0] & groups[1]
+        assert not (groups[0] | groups[1]) & groups[2]
+        assert all(groups)
+        tested.update(groups[2])
+    assert set(tested.values()) == {1}
+    assert len(tested) == 20
+
+
+def test_train_folds_keep_a_judge_apart(build: Build, tmp_path: Path) -> None:
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", thumbs())
+    policy = build(demonstrations=False, train_folds=[1, 2]).read()
+    judge = build(demonstrations=False, train_folds=[3, 4]).read()
+    seen = [{row.dialog for row in single(s.train + s.val)} for s in (policy, judge)]
+    assert not seen[0] & seen[1]
+    assert policy.test == judge.test
+
+
+def test_folds_are_balanced_and_independent_of_the_order_of_rows() -> None:
+    groups = [str(n) for n in range(30) for _ in range(1 + n % 7)]
+    folds = assign_folds(groups, 5)
+    assert folds == assign_folds(reversed(groups), 5)
+    sizes = Counter(folds[group] for group in groups)
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    held = hold_out(groups, 0.2)
+    assert held == hold_out(reversed(groups), 0.2)
+    assert len(held) == 6
+
+
+def test_short_contexts_are_grouped_with_their_answer() -> None:
+    hello, wish, answer = Turn("agent", "hello"), Turn("user", "tea"), Turn("agent", "Sure")
+    assert dialog_key((hello, wish), (answer,)) == dialog_key((hello, wish, answer, wish), (wish,))
+    assert dialog_key((), (hello,)) != dialog_key((), (answer,))
+    assert dialog_key((hello,), (wish,)) == dialog_key((hello, wish), (answer,))
+
+
+def test_demonstrations_are_split_by_their_words(build: Build, tmp_path: Path) -> None:
+    dialogs = [dialog(number % 30) for number in range(60)]
+    for row in dialogs[30:]:
+        row["utterances"][0]["annotations"][3]["value"] = '{"order_id": "2"}'
+    write(tmp_path / "taskmaster-coffee/data/data_00.json", [*dialogs, dialogs[0]])
+    module = build(thumbs=False)
+    splits = module.read()
+    assert [len(split) for split in splits] == [48, 6, 6]
+    groups = [{row.dialog for row in single(split)} for split in splits]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 30
+    assert module.report.notes == {"repeated demonstrations, used once": 1}
+
+
+def test_a_dialog_without_an_agent_turn_is_counted(build: Build, tmp_path: Path) -> None:
+    lonely = dialog(1)
+    lonely["utterances"] = lonely["utterances"][2:]
+    write(tmp_path / "taskmaster-coffee/data/data_00.json", [lonely, dialog(2)])
+    module = build(thumbs=False)
+    module.setup()
+    assert module.report.rejected == {"dialog without an agent turn": 1}
+
+
+def test_linearised_ticketing_turns(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "TM-3-2020/splits/train/train-bc.tsv"
+    file.parent.mkdir(parents=True)
+    rows = [
+        (
+            '<PR>find_movies<PRAN>name.movie<PRAV>Mulan<PRAV>"Emma"<C><S><A>Hello.<U>What is on?'
+            "<PN>find_movies<PAN>location<PAV>nearby<PAN>genre<PAV>a<PAV>b",
+            '[A]Mulan and "Emma".',
+            "dlg-1",
+        ),
+        ("<U>tickets please<C><U>hi<A>hello", "[PN]book[PAN]count[PAV]two", "dlg-2"),
+        ("<U>hi", "[A]Let me see.[PN]find_movies", "dlg-3"),
+    ]
+    with file.open("w", newline="") as lines:
+        csv.writer(lines, "excel-tab").writerows(rows)
+    first, second, third = sorted(
+        read_all(build(task="ticketing", thumbs=False, val_fraction=0.0)), key=lambda row: row.where
+    )
+    assert first.context == (
+        Turn("agent", "Hello."),
+        Turn("user", "What is on?"),
+        Turn("agent", 'call find_movies {"location": "nearby", "genre": ["a", "b"]}'),
+        Turn("api", 'find_movies {"name.movie": ["Mulan", "\\"Emma\\""]}'),
+    )
+    assert first.response == (Turn("agent", 'Mulan and "Emma".'),)
+    assert second.context[-1] == Turn("user", "tickets please")
+    assert second.response == (Turn("agent", 'call book {"count": "two"}'),)
+    assert third.response == (Turn("agent", "Let me see."), Turn("agent", "call find_movies {}"))
+    assert [row.dialog for row in (first, second, third)] == ["dlg-1", "dlg-2", "dlg-3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("<U>hi\t[A]x", "expected 3 columns"),
+        ("hi<U>\t[A]x\td", "text before the first tag: 'hi'"),
+        ("<U>hi<PAV>x\t[A]x\td", "<PAV> without the name"),
+        ("<U>hi\t[U]x\td", "a turn that is not the agent's"),
+    ],
+)
+def test_broken_ticketing_rows_name_file_and_row(
+    build: Build, tmp_path: Path, line: str, words: str
+) -> None:
+    file = tmp_path / "taskmaster-ticketing/sft/train-bc.tsv"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"<U>hi\t[A]x\td\r\n{line}\r\n", newline="")
+    with pytest.raises(ValueError, match=f"train-bc.tsv:2: .*{words}"):
+        build(task="ticketing", thumbs=False).read()
+
+
+@pytest.mark.parametrize("task", ["coffee", "ticketing"])
+def test_a_missing_file_says_what_to_download(build: Build, tmp_path: Path, task: str) -> None:
+    release = {"coffee": "TM-4-2024", "ticketing": "TM-3-2020"}[task]
+    words = (
+        rf"No reward_\*.json \(or reward_\*.json.gz\) in .*taskmaster-{task}/reward .*Download "
+        rf"{release}/reward/reward_\*.json of "
+        "https://github.com/google-research-datasets/Taskmaster"
+    )
+    with pytest.raises(FileNotFoundError, match=words):
+        build(task=task, demonstrations=False).read()
+
+
+def test_a_file_and_its_gzip_are_read_once_and_the_folder_itself_will_do(
+    build: Build, tmp_path: Path
+) -> None:
+    write(tmp_path / "reward/reward_00.json", thumbs())
+    write(tmp_path / "reward/reward_00.json.gz", thumbs())
+    module = build(demonstrations=False)
+    assert len(read_all(module)) == 40
+    assert not module.report.notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"a": 1}, "reward_00.json: expected an array of rows, got dict"),
+        ([3], "reward_00.json:1: expected an object, got int"),
+        ([*thumbs(1), {"context": "[]"}], r"reward_00.json:3: no key 'generation'; got \['con"),
+        ([{**thumbs(1)[0], "context": "[{"}], "reward_00.json:1: 'context' holds broken JSON"),
+        ([{**thumbs(1)[0], "context": []}], "reward_00.json:1: 'context' must be JSON in a string"),
+        ([{**thumbs(1)[0], "context": "{}"}], "reward_00.json:1: 'context' must hold a list"),
+        ([rated([], agent("x"), 0.5)], "reward_00.json:1: 'reward' must be 0.0 or 1.0, got 0.5"),
+        ([rated([], {"role": "cook", "text": ""})], "reward_00.json:1: not a turn: .*cook"),
+    ],
+)
+def test_rows_that_are_not_the_corpus_name_file_and_row(
+    build: Build, tmp_path: Path, rows: object, words: str
+) -> None:
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", rows)
+    with pytest.raises(ValueError, match=words):
+        build(demonstrations=False).read()
+
+
+@pytest.mark.parametrize(
+    ("utterances", "words"),
+    [
+        ("hello", "'utterances' must be a list, got str"),
+        ([{"speaker": "cook", "text": "x"}], "not an utterance: .*cook"),
+        ([{"speaker": "user", "text": "x", "annotations": [{"name": 1}]}], "not an annotation"),
+    ],
+)
+def test_dialogs_that_are_not_the_corpus_name_file_and_row(
+    build: Build, tmp_path: Path, utterances: object, words: str
+) -> None:
+    rows = [dialog(0), {"utterances": utterances}]
+    write(tmp_path / "taskmaster-coffee/data/data_00.json", rows)
+    with pytest.raises(ValueError, match=f"data_00.json:2: {words}"):
+        build(thumbs=False).read()
+
+
+def test_a_live_tokenizer_will_do_and_held_out_rows_come_in_order(
+    build: Build, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", thumbs())
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    module = build(tokenizer=tokenizer, demonstrations=False, val_batch_size=3)
+    module.setup()
+    assert module.tokenizer is tokenizer
+    for batches in (module.test_dataloader(), module.predict_dataloader()):
+        assert [number for batch in batches for number in batch.row.tolist()] == list(range(8))
+        assert len(batches) == 3
+
+
+def test_broken_files_name_file_and_line(build: Build, tmp_path: Path) -> None:
+    module = build(demonstrations=False)
+    file = tmp_path / "taskmaster-coffee/reward/reward_00.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('[\n{"context": oops}]')
+    with pytest.raises(ValueError, match=r"reward_00.json:2: broken JSON \(Expecting value"):
+        module.read()
+    file.write_bytes(b"[\xff]")
+    with pytest.raises(ValueError, match=r"reward_00.json: byte 1 is not UTF-8"):
+        module.read()
+    file.unlink()
+    file.with_name("reward_00.json.gz").write_bytes(gzip.compress(b"[]")[:-4])
+    with pytest.raises(ValueError, match=r"reward_00.json.gz: not a whole gzip file"):
+        module.read()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"task": "tea"}, "data.task must be one of"),
+        ({"demonstrations": False, "thumbs": False}, "nothing to read"),
+        ({"fold": 5}, "data.fold must be from 0 to data.folds - 1 .*got fold 5 of 5"),
+        ({"train_folds": [0, 1]}, r"data.train_folds must be some of \[1, 2, 3, 4\]"),
+        ({"train_folds": []}, "data.train_folds must be some of"),
+        ({"val_fraction": 0.5}, "data.val_fraction must be at least 0 and below 0.5"),
+        ({"rows": "pairs"}, "data.rows must be 'rated' or 'prompts', got 'pairs'"),
+        ({"on_bad_row": "skip"}, "data.on_bad_row must be 'reject' or 'raise'"),
+        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+        ({"max_response_tokens": 256}, "leave room for a prompt below data.max_tokens = 256"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(
+    build: Build, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        build(**arguments)
+
+
+def real(tokenizer_dir: Path, task: str, **arguments: Any) -> TaskmasterDataModule:
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data")
+    defaults: dict[str, Any] = {"tokenizer": tokenizer_dir, "task": task}
+    return TaskmasterDataModule(data_dir=SHARED, **defaults | arguments)
+
+
+def test_real_coffee_thumbs(tokenizer_dir: Path) -> None:
+    module = real(tokenizer_dir, "coffee", demonstrations=False)
+    rows = read_all(module)
+    assert len(rows) == 2_997
+    assert module.report.notes == {"repeated rated turns, used once": 231}
+    assert 2_997 + 231 == 3_228
+    assert sum(not row.context for row in rows) == 6
+    # 881 groups of the first two turns, the six empty contexts being one of them.
+    assert len({row.dialog for row in rows if row.context}) == 880
+
+
+def test_real_coffee_labels_with_repetitions(
+    tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = real(tokenizer_dir, "coffee", demonstrations=False)
+    labels: Counter[float | None] = Counter()
+    monkeypatch.setattr(
+        module, "_divide_thumbs", lambda rows, _: labels.update(row.label for row in rows)
+    )
+    module.read()
+    assert labels == {1.0: 2_775, 0.0: 453}
+
+
+def test_real_ticketing_thumbs(tokenizer_dir: Path) -> None:
+    module = real(tokenizer_dir, "ticketing", demonstrations=False)
+    rows = read_all(module)
+    notes = module.report.notes
+    assert len(rows) + notes["repeated rated turns, used once"] == 3_667
+    assert notes["answers with a thumb up and a thumb down, both kept"] == 5
+    assert len({row.dialog for row in rows}) == 271
+    assert sum(not row.response[0].text for row in rows) == 4
+    assert max(len(row.context) for row in rows) == 86
+
+
+def test_real_demonstrations(tokenizer_dir: Path) -> None:
+    coffee = real(tokenizer_dir, "coffee", thumbs=False)
+    rows = read_all(coffee)
+    assert len(rows) + coffee.report.notes["repeated demonstrations, used once"] == 3_710
+    assert len({row.dialog for row in rows}) == 3_710 - 23
+    assert all(row.context[0].role == "user" for row in rows)
+    assert all(row.response[-1].role == "agent" for row in rows)
+    ticketing = real(tokenizer_dir, "ticketing", thumbs=False)
+    rows = read_all(ticketing)
+    assert len(rows) + ticketing.report.notes["repeated demonstrations, used once"] == 1_517
+    # 1,462 ids; the one repeated row was all there is of its second id.
+    assert len({row.dialog for row in rows}) == 1_461
+    first = Counter(row.response[0].text.startswith("call ") for row in rows)
+    assert abs(first[True] - 549) <= 1
+
+
+@pytest.mark.parametrize("task", ["coffee", "ticketing"])
+def test_no_real_context_leaks_into_another_split(tokenizer_dir: Path, task: str) -> None:
+    splits = real(tokenizer_dir, task, demonstrations=False).read()
+    first = single(splits.train + splits.val)
+    seen = {row.context[:length] for row in first for length in range(2, len(row.context) + 1)}
+    held = single(splits.test)
+    assert len(held) > 500
+    assert not [row.where for row in held if len(row.context) >= 2 and row.context in seen]
+    prefixes = {row.context[:length] for row in held for length in range(2, len(row.context) + 1)}
+    assert not [row.where for row in first if len(row.context) >= 2 and row.context in prefixes]
+
+
+def test_real_ticketing_contexts_are_cut_from_the_left(tokenizer_dir: Path) -> None:
+    module = real(tokenizer_dir, "ticketing", demonstrations=False, rows="prompts")
+    module.setup()
+    report = module.report.splits["train"]
+    assert report.cut_turns > 1_000
+    assert max(report.tokens) <= 512 - 128
+    batch = next(iter(module.val_dataloader()))
+    assert isinstance(batch, PromptBatch)
+    assert torch.equal(batch.row, torch.arange(8))

@@ -1,0 +1,187 @@
+"""Tiny random models of every family, written as transformers folders: no hub, milliseconds each.
+
+Their settings are chosen to be felt: grouped heads, another rotary base, a sliding window of 8, soft
+caps, logit scales and multipliers far from 1, dropout above 0, a generation config full of warpers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lightning_perl.models.heads import ScalarHead, save_heads
+
+WINDOW = 8
+"""Sliding window of the families that have one; tests use longer rows."""
+
+_HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
+_GROUPED = {
+    **_HIDDEN,
+    **_ROTARY,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 96,
+    "attention_dropout": 0.1,
+}
+_LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"]
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_GROUPED, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", **_GROUPED},
+    "qwen3": {"model_type": "qwen3", **_GROUPED, "head_dim": 12},
+    "mistral": {"model_type": "mistral", **_GROUPED, "sliding_window": WINDOW, "head_dim": 10},
+    "gemma2": {
+        "model_type": "gemma2",
+        **_GROUPED,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": WINDOW,
+        "layer_types": _LOCAL_AND_GLOBAL,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **_GROUPED,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": WINDOW,
+        "layer_types": _LOCAL_AND_GLOBAL,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 900.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 60.0},
+        },
+    },
+    "phi3": {
+        "model_type": "phi3",
+        **_GROUPED,
+        "sliding_window": WINDOW,
+        "resid_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "original_max_position_embeddings": 96,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 96,
+        "resid_pdrop": 0.2,
+        "embd_pdrop": 0.2,
+        "attn_pdrop": 0.2,
+    },
+    "opt": {
+        "model_type": "opt",
+        **_HIDDEN,
+        "ffn_dim": 40,
+        "word_embed_proj_dim": 24,
+        "max_position_embeddings": 96,
+        "dropout": 0.2,
+        "attention_dropout": 0.2,
+        "layerdrop": 0.3,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        **_HIDDEN,
+        "intermediate_size": 40,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 300.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "max_position_embeddings": 96,
+        "hidden_dropout": 0.2,
+        "attention_dropout": 0.2,
+    },
+    "falcon": {
+        "model_type": "falcon",
+        **_HIDDEN,
+        **_ROTARY,
+        "multi_query": True,
+        "bias": True,
+        "max_position_embeddings": 96,
+        "hidden_dropout": 0.2,
+        "attention_dropout": 0.2,
+    },
+    "falcon_new": {
+        "model_type": "falcon",
+        **_HIDDEN,
+        **_ROTARY,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "max_position_embeddings": 96,
+        "hidden_dropout": 0.2,
+    },
+    "olmo2": {"model_type": "olmo2", **_GROUPED},
+    "granite": {
+        "model_type": "granite",
+        **_GROUPED,
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 2.5,
+        "attention_multiplier": 0.7,
+        "residual_multiplier": 0.4,
+    },
+    "cohere": {"model_type": "cohere", **_GROUPED, "logit_scale": 0.2, "use_qk_norm": True},
+}
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "gpt2": ("c_attn", "c_fc", "c_proj"),
+    "opt": ("fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"),
+    "gpt_neox": ("dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"),
+    "falcon": ("dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"),
+    "falcon_new": ("dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"),
+    "phi3": ("down_proj", "gate_up_proj", "o_proj", "qkv_proj"),
+}
+"""Every linear layer of a block, by its last name; the others have Llama's seven."""
+LLAMA_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+LAYERS_PER_BLOCK = {"gpt2": 4, "opt": 6, "gpt_neox": 4, "falcon": 4, "falcon_new": 4, "phi3": 4}
+"""Linear layers of a block (GPT-2 has two of the name c_proj); the others have Llama's seven."""
+
+FLOAT64_THROUGHOUT = ("gpt2", "opt")
+"""Families that stay in float64 if loaded so; the others compute norms or rotary angles in fp32."""
+
+STOP_IDS = (2, *range(20, 50))
+"""EOS and thirty more, so that random answers end now and then."""
+
+
+def save_tiny_trunk(
+    folder: Path, tokenizer: Path, family: str = "llama", seed: int = 0, **changes: object
+) -> Path:
+    """Write a random model, its tokenizer and a reward head; returns the folder.
+
+    Args:
+        folder: Made if missing.
+        tokenizer: Folder of the tokenizer to copy.
+        family: Key of `FAMILIES`.
+        seed: Of all weights.
+        changes: Settings of the configuration to override.
+    """
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    settings = {**FAMILIES[family], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings["vocab_size"] = len(AutoTokenizer.from_pretrained(folder))
+    settings.update(changes)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        # Stock initialization is so small that a wrong mask or scale would hardly show.
+        if parameter.dim() > 1:
+            parameter.data = 0.25 * noise
+        else:
+            parameter.data += 0.2 * noise
+    generation = model.generation_config
+    generation.eos_token_id = list(STOP_IDS)
+    # What leaks into sampling in other libraries; ours must not notice.
+    generation.do_sample = True
+    generation.temperature, generation.top_k, generation.top_p = 0.1, 2, 0.3
+    model.save_pretrained(folder)
+    head = ScalarHead(model.get_output_embeddings().weight.shape[1], seed)
+    head.bias.data.fill_(0.3)
+    save_heads(folder, {"reward": head})
+    return folder

@@ -1,0 +1,456 @@
+"""Adapters on one trunk: who answers, who is trained, what is written."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.models.adapters import OFF, AdapterSwitch, LoraSpec, NoRoleError
+from lightning_perl.models.roles import Roles
+from lightning_perl.models.trunk import Trunk, load_trunk
+from tests.conftest import TinyTrunk
+from tests.models.families import LLAMA_TARGETS
+from tests.models.rows import SPEC, build, gradients, loss, padded, train
+
+# ---- the switch --------------------------------------------------------------------------------
+
+
+def test_the_switch_nests_and_survives_exceptions() -> None:
+    switch = AdapterSwitch()
+    with switch.use("actor"):
+        with switch.use("critic"), switch.use(OFF):
+            assert switch.current == OFF
+        assert switch.current == "actor"
+        with pytest.raises(KeyError, match="boom"), switch.use("critic"):
+            raise KeyError("boom")
+        assert switch.current == "actor"
+        with switch.use("actor"):
+            pass
+        assert switch.current == "actor"
+    with pytest.raises(NoRoleError, match=r"outside any role.*with roles\('policy'\)"):
+        _ = switch.current
+
+
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_a_forward_outside_any_role_raises(tiny_trunk: TinyTrunk, adapters: int) -> None:
+    trunk, rows = load_trunk(str(tiny_trunk())), padded()
+    if adapters:
+        trunk.adapters.add("actor", SPEC, 0)
+    with pytest.raises(NoRoleError, match="outside any role"):
+        trunk(rows.ids, rows.attention_mask)
+    if adapters:
+        # Also where somebody goes around `Trunk.forward`.
+        with pytest.raises(NoRoleError, match="outside any role"):
+            trunk.model(input_ids=rows.ids)
+
+
+def test_recomputation_is_pinned_to_the_role_of_its_forward(tiny_trunk: TinyTrunk) -> None:
+    rows = padded()
+    expected = build(tiny_trunk())
+    loss(expected, rows, "policy").backward()
+    for role in ("value", "reference", None):
+        roles = build(tiny_trunk(), checkpointing=True)
+        with roles.trunk("policy").training_pass():
+            objective = loss(roles, rows, "policy")
+        if role is None:
+            objective.backward()
+        else:
+            with roles(role):  # type: ignore[arg-type]
+                objective.backward()
+        found = gradients(roles)
+        assert found.keys() == gradients(expected).keys()
+        for name, gradient in gradients(expected).items():
+            assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_without_the_pin_the_gradients_would_be_wrong(
+    tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the pin is for: this is the silent error of other libraries, made loud by `NoRoleError`
+    # outside a role, and visible here inside another one.
+    monkeypatch.setattr(AdapterSwitch, "pinned", lambda self: (nullcontext(), nullcontext()))
+    rows = padded()
+    expected = build(tiny_trunk())
+    loss(expected, rows, "policy").backward()
+    roles = build(tiny_trunk(), checkpointing=True)
+    with roles.trunk("policy").training_pass():
+        objective = loss(roles, rows, "policy")
+    with pytest.raises(NoRoleError):
+        objective.backward()
+    roles.zero_grad()
+    with roles.trunk("policy").training_pass():
+        objective = loss(roles, rows, "policy")
+    with roles("value"):
+        objective.backward()
+    right = gradients(expected)
+    wrong = [n for n, found in gradients(roles).items() if not torch.allclose(found, right[n])]
+    assert len(wrong) > len(right) // 2
+
+
+# ---- what is trained ---------------------------------------------------------------------------
+
+
+def flags(trunk: Trunk) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in trunk.named_parameters()}
+
+
+def test_adding_an_adapter_keeps_the_first_trainable(tiny_trunk: TinyTrunk) -> None:
+    trunk = load_trunk(str(tiny_trunk()))
+    trunk.requires_grad_(False)
+    trunk.adapters.add("actor", SPEC, 0)
+    trunk.adapters.add("critic", LoraSpec(rank=2, targets=("q_proj",)), 1)
+    trunk.adapters.add("reward", SPEC, 2, trainable=False)
+    trunk.adapters.add("judge", SPEC, 3)
+    trainable = {name for name, flag in flags(trunk).items() if flag}
+    assert trainable == {
+        name
+        for name in flags(trunk)
+        if any(f".{adapter}." in name for adapter in ("actor", "critic", "judge"))
+    }
+    assert len(trunk.adapters.parameters("critic")) == 4
+
+
+def test_switching_changes_no_flag_and_no_mode(tiny_trunk: TinyTrunk) -> None:
+    roles = build(tiny_trunk())
+    trunk, rows = roles.trunk("policy"), padded()
+    before = flags(trunk), trunk.model.training
+    for role in ("policy", "value", "reference", "reward"):
+        with roles(role):  # type: ignore[arg-type]
+            assert (flags(trunk), trunk.model.training) == before
+            with torch.no_grad():
+                trunk(rows.ids, rows.attention_mask)
+        assert (flags(trunk), trunk.model.training) == before
+    with pytest.raises(KeyError), roles("policy"):
+        raise KeyError
+    assert (flags(trunk), trunk.model.training) == before
+
+
+def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(
+    tiny_trunk: TinyTrunk,
+) -> None:
+    rows = padded()
+    drawn = []
+    for noise, seed in ((0, 5), (1, 5), (1, 6)):
+        torch.manual_seed(noise)
+        trunk = load_trunk(str(tiny_trunk()))
+        with torch.no_grad(), trunk.switch.use(OFF):
+            off = trunk(rows.ids, rows.attention_mask)
+        trunk.adapters.add("actor", SPEC, seed)
+        with torch.no_grad(), trunk.switch.use("actor"):
+            assert torch.equal(trunk(rows.ids, rows.attention_mask), off)
+        drawn.append(trunk.adapters.tensors("actor"))
+    assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in drawn[0])
+    downs = [key for key in drawn[0] if "lora_A" in key]
+    assert not any(torch.equal(drawn[1][key], drawn[2][key]) for key in downs)
+    assert all(not drawn[0][key].any() for key in drawn[0] if "lora_B" in key)
+
+
+def test_two_layers_do_not_share_their_first_weights(tiny_trunk: TinyTrunk) -> None:
+    trunk = load_trunk(str(tiny_trunk()))
+    trunk.adapters.add("actor", SPEC, 0)
+    downs = [value for key, value in trunk.adapters.tensors("actor").items() if "lora_A" in key]
+    same_shape = [value for value in downs if value.shape == downs[0].shape]
+    assert len(same_shape) > 2
+    assert len({tuple(value.flatten().tolist()) for value in same_shape}) == len(same_shape)
+
+
+# ---- the products ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_computes_what_pefts_own_forward_computes(
+    tiny_trunk: TinyTrunk, family: str
+) -> None:
+    roles = build(tiny_trunk(family))
+    switch = roles.trunk("policy").switch
+    layers = dict(roles.trunk("policy").adapters.layers())
+    for layer in layers.values():
+        width = layer.in_features
+        x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(width))
+        base = layer.get_base_layer()(x)
+        for adapter in ("actor", "critic"):
+            with switch.use(adapter), torch.no_grad():
+                ours = layer(x)
+                layer.set_adapter(adapter)
+                theirs = type(layer).forward(layer, x)
+            assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            assert (ours - base).abs().max() > 0.05
+        with switch.use(OFF), torch.no_grad():
+            assert torch.equal(layer(x), base)
+
+
+def test_an_adapter_that_a_layer_has_not_leaves_the_layer_alone(tiny_trunk: TinyTrunk) -> None:
+    trunk = load_trunk(str(tiny_trunk()))
+    trunk.adapters.add("actor", SPEC, 0)
+    trunk.adapters.add("critic", LoraSpec(rank=2, targets=("q_proj",)), 1)
+    layers = dict(trunk.adapters.layers())
+    layer = layers["model.layers.0.mlp.up_proj"]
+    x = torch.randn(2, 32)
+    with trunk.switch.use("critic"):
+        assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+def test_a_bf16_trunk_has_fp32_adapters_gradients_and_heads(tiny_trunk: TinyTrunk) -> None:
+    rows = padded()
+    exact, half = build(tiny_trunk()), build(tiny_trunk(), dtype="bfloat16")
+    for roles in (exact, half):
+        for role in ("policy", "value"):
+            loss(roles, rows, role).backward()  # type: ignore[arg-type]
+    own = {
+        parameter.dtype
+        for name, parameter in half.trunks.named_parameters()
+        if "lora_" not in name
+    }
+    assert own == {torch.bfloat16}
+    wanted, found = gradients(exact), gradients(half)
+    assert found.keys() == wanted.keys()
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    for name, gradient in wanted.items():
+        cosine = torch.cosine_similarity(gradient.flatten(), found[name].flatten(), 0)
+        assert cosine > 0.98, name
+    with torch.no_grad():
+        answers = half.answer(rows, ("policy", "value", "reference", "reward"))
+        precise = exact.answer(rows, ("policy", "value", "reference", "reward"))
+    for name, answer in answers._asdict().items():
+        assert answer.dtype == torch.float32, name
+        assert_close(answer, getattr(precise, name), atol=0.15, rtol=0.1)
+    with half("policy") as trunk:
+        assert trunk(rows.ids, rows.attention_mask).dtype == torch.bfloat16
+
+
+def test_a_float64_trunk_stays_float64(tiny_trunk: TinyTrunk) -> None:
+    rows, roles = padded(), build(tiny_trunk("gpt2"), dtype="float64")
+    assert {parameter.dtype for parameter in roles.parameters()} == {torch.float64}
+    (loss(roles, rows, "policy") + loss(roles, rows, "value")).backward()
+    assert {gradient.dtype for gradient in gradients(roles).values()} == {torch.float64}
+    answers = roles.answer(rows, ("policy", "value", "reference", "reward"))
+    assert {answer.dtype for answer in answers if answer is not None} == {torch.float64}
+
+
+def test_adapter_gradients_equal_finite_differences(tiny_trunk: TinyTrunk) -> None:
+    # Independent of any other LoRA code: a directional derivative of the whole forward.
+    rows, roles = padded(), build(tiny_trunk("gpt2"), dtype="float64")
+    loss(roles, rows, "policy").backward()
+    actor = roles.trunk("policy").adapters.parameters("actor")
+    generator = torch.Generator().manual_seed(1)
+    step = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in actor]
+    slope = sum(float((p.grad * s).sum()) for p, s in zip(actor, step, strict=True) if p.grad is not None)
+
+    def moved(by: float) -> float:
+        with torch.no_grad():
+            for parameter, direction in zip(actor, step, strict=True):
+                parameter += by * direction
+            found = float(loss(roles, rows, "policy"))
+            for parameter, direction in zip(actor, step, strict=True):
+                parameter -= by * direction
+        return found
+
+    assert slope == pytest.approx((moved(1e-6) - moved(-1e-6)) / 2e-6, rel=1e-5)
+
+
+# ---- targets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(("q_proj",), 2), (("q_proj", "mlp.up_proj"), 4), ((), 14), (("layers.1.mlp.up_proj",), 1)],
+)
+def test_targets_are_matched_by_the_end_of_the_name(
+    tiny_trunk: TinyTrunk, targets: tuple[str, ...], count: int, tmp_path: Path
+) -> None:
+    trunk = load_trunk(str(tiny_trunk()))
+    trunk.adapters.add("actor", LoraSpec(rank=2, targets=targets), 0)
+    assert len(list(trunk.adapters.layers())) == count
+    trunk.adapters.save("actor", tmp_path, "there")
+    again = load_trunk(str(tiny_trunk()))
+    again.adapters.load("actor", tmp_path)
+    assert again.adapters.tensors("actor").keys() == trunk.adapters.tensors("actor").keys()
+
+
+@pytest.mark.parametrize("targets", [("query",), ("q_proj", "query"), ("proj",), ("lm_head",)])
+def test_a_target_that_is_not_there_is_refused(
+    tiny_trunk: TinyTrunk, targets: tuple[str, ...]
+) -> None:
+    trunk = load_trunk(str(tiny_trunk()))
+    with pytest.raises(ValueError, match=r"lora.targets: \['\w+'\] matches no linear.*'q_proj'"):
+        trunk.adapters.add("actor", LoraSpec(targets=targets), 0)
+
+
+def test_a_spec_refuses_values_without_a_meaning() -> None:
+    with pytest.raises(ValueError, match=r"lora.rank must be at least 1, got 0"):
+        LoraSpec(rank=0)
+    with pytest.raises(ValueError, match=r"lora.dropout must be in \[0, 1\), got 1"):
+        LoraSpec(dropout=1)
+    listed: Any = ["q_proj"]
+    assert hash(LoraSpec(targets=listed)) == hash(LoraSpec(targets=("q_proj",)))
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def saved(tiny_trunk: TinyTrunk, folder: Path, family: str = "llama", **changes: Any) -> Trunk:
+    """A trunk with a trained adapter, written to ``folder``."""
+    trunk = build(tiny_trunk(family, **changes)).trunk("policy")
+    trunk.adapters.save("actor", folder, trunk.source)
+    return trunk
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_saved_adapter_comes_back_under_any_name(
+    tiny_trunk: TinyTrunk, dtype: str, tmp_path: Path
+) -> None:
+    roles = build(tiny_trunk(), dtype=dtype)
+    trunk, rows = roles.trunk("policy"), padded()
+    for name in ("actor", "critic"):
+        trunk.adapters.save(name, tmp_path / name, trunk.source)
+    again = load_trunk(str(tiny_trunk()), dtype)  # type: ignore[arg-type]
+    again.adapters.load("judge", tmp_path / "critic", trainable=False)
+    again.adapters.load("player", tmp_path / "actor")
+    for name, source in (("judge", "critic"), ("player", "actor")):
+        assert again.adapters.specs[name] == LoraSpec(3, 6.0, LLAMA_TARGETS)
+        with torch.no_grad(), again.switch.use(name), trunk.switch.use(source):
+            assert torch.equal(
+                again(rows.ids, rows.attention_mask), trunk(rows.ids, rows.attention_mask)
+            )
+    assert not any(p.requires_grad for p in again.adapters.parameters("judge"))
+    assert all(p.requires_grad for p in again.adapters.parameters("player"))
+
+
+def test_the_folder_is_a_plain_peft_folder(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
+    trunk = saved(tiny_trunk, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    wanted = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6.0}
+    assert wanted.items() <= config.items()
+    assert config["base_model_name_or_path"] == trunk.source
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 28
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(key.startswith("base_model.model.model.layers.") for key in tensors)
+
+
+def test_gpt2_adapters_say_that_its_weights_are_transposed(
+    tiny_trunk: TinyTrunk, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")
+        saved(tiny_trunk, tmp_path, "gpt2")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+
+
+Spoil = Callable[[dict[str, Any], dict[str, Tensor]], object]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda config, _: config.update(peft_type="IA3"), "only plain LoRA.*'IA3'"),
+        (lambda config, _: config.update(use_dora=True), r"only plain LoRA.*\['use_dora'\]"),
+        (lambda config, _: config.update(use_rslora=True), r"only plain LoRA.*\['use_rslora'\]"),
+        (
+            lambda config, _: config.update(alpha_pattern={"q_proj": 3}),
+            r"only plain LoRA.*\['alpha_pattern'\]",
+        ),
+        (lambda config, _: config.update(target_modules=".*q_proj"), r"pattern '\.\*q_proj'"),
+        (lambda _, tensors: tensors.popitem(), "does not fit this trunk: 1 tensors missing"),
+        (
+            lambda _, tensors: tensors.update({"base_model.model.score.weight": torch.ones(2)}),
+            r"1 unknown \(\['base_model.model.score.weight'\]\).*another model",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_plain_adapter_is_refused(
+    tiny_trunk: TinyTrunk, spoil: Spoil, message: str, tmp_path: Path
+) -> None:
+    saved(tiny_trunk, tmp_path)
+    config_path, weights_path = (
+        tmp_path / "adapter_config.json",
+        tmp_path / "adapter_model.safetensors",
+    )
+    config, tensors = json.loads(config_path.read_text()), load_file(weights_path)
+    spoil(config, tensors)
+    config_path.write_text(json.dumps(config))
+    save_file(tensors, weights_path)
+    trunk = load_trunk(str(tiny_trunk()))
+    with pytest.raises(ValueError, match=message):
+        trunk.adapters.load("reward", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gpt2", {}, r"does not fit this trunk.*another model.*\['c_attn', 'c_fc', 'c_proj'\]"),
+        ("llama", {"hidden_size": 16}, r"another shape \(.*q_proj.*\(3, 16\) instead of \(3, 32\)"),
+        ("llama", {"num_hidden_layers": 1}, "14 tensors missing"),
+        ("llama", {"num_hidden_layers": 3}, "14 unknown"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    tiny_trunk: TinyTrunk, family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    saved(tiny_trunk, tmp_path, family, **changes)
+    trunk = load_trunk(str(tiny_trunk()))
+    with pytest.raises(ValueError, match=message):
+        trunk.adapters.load("reward", tmp_path)
+
+
+def test_a_folder_without_an_adapter_is_refused(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
+    trunk = load_trunk(str(tiny_trunk()))
+    with pytest.raises(FileNotFoundError, match=r"no adapter folder.*RUN/adapters/reward"):
+        trunk.adapters.load("reward", tmp_path)
+
+
+def test_copy_copies_values_not_tensors(tiny_trunk: TinyTrunk) -> None:
+    roles: Roles = build(tiny_trunk())
+    adapters = roles.trunk("policy").adapters
+    adapters.copy("actor", "critic")
+    actor, critic = adapters.tensors("actor"), adapters.tensors("critic")
+    assert all(torch.equal(actor[key], critic[key]) for key in actor)
+    before = {key: value.detach().clone() for key, value in actor.items()}
+    with torch.no_grad():
+        for value in critic.values():
+            value += 1
+    assert all(torch.equal(actor[key], before[key]) for key in actor)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_weights_leave_the_model_alone(tiny_trunk: TinyTrunk, dtype: str) -> None:
+    roles = build(tiny_trunk("gpt2"), dtype=dtype)
+    trunk = roles.trunk("policy")
+    bare_state = load_trunk(str(tiny_trunk("gpt2")), dtype).model.state_dict()  # type: ignore[arg-type]
+    none, merged = trunk.adapters.merged(None), trunk.adapters.merged("actor")
+    assert none.keys() == merged.keys() == bare_state.keys()
+    assert all(torch.equal(none[key], bare_state[key]) for key in none)
+    names = {f"{name}.weight": layer for name, layer in trunk.adapters.layers()}
+    for key, value in merged.items():
+        if key not in names:
+            assert torch.equal(value, bare_state[key])
+            continue
+        assert value.dtype == torch.float32
+        layer: LoraLayer = names[key]
+        up, down = layer.lora_B["actor"].weight, layer.lora_A["actor"].weight
+        # alpha / rank = 2; GPT-2 stores (in, out).
+        assert_close(value, bare_state[key].float() + 2 * (up @ down).T, atol=1e-5, rtol=1e-5)
+
+
+def test_train_pushes_what_is_trainable_only(tiny_trunk: TinyTrunk) -> None:
+    # The tests above rest on it.
+    roles = Roles("hydra", str(tiny_trunk()), SPEC)
+    before = {name: value.detach().clone() for name, value in roles.named_parameters()}
+    train(roles)
+    moved = {name for name, value in roles.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name, value in roles.named_parameters() if value.requires_grad}

@@ -1,0 +1,62 @@
+"""Scalar heads: fp32, two tensors, and found or asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_perl.models.heads import ScalarHead, load_head, save_heads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_head_is_a_dot_product_in_at_least_fp32(dtype: torch.dtype) -> None:
+    head = ScalarHead(6, seed=1)
+    head.bias.data.fill_(0.7)
+    hidden = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = (hidden.double() * head.weight.double()).sum(-1) + 0.7
+    found = head(hidden)
+    assert found.shape == (2, 3)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+    assert head(hidden[0, 0]).shape == ()
+
+
+def test_initial_weights_are_small_and_follow_from_the_seed() -> None:
+    head, same, other = ScalarHead(4096, 3), ScalarHead(4096, 3), ScalarHead(4096, 4)
+    assert torch.equal(head.weight, same.weight)
+    assert not torch.equal(head.weight, other.weight)
+    assert float(head.weight.detach().std()) == pytest.approx(4097**-0.5, rel=0.05)
+    assert float(head.bias) == 0
+
+
+def test_cloned_heads_are_two_tensors() -> None:
+    reward, value = ScalarHead(4, 0), ScalarHead(4, 1)
+    reward.bias.data.fill_(2.0)
+    value.clone_from(reward)
+    assert torch.equal(value.weight, reward.weight)
+    assert float(value.bias) == 2
+    value.weight.data += 1
+    value.bias.data += 1
+    assert torch.equal(reward.weight, ScalarHead(4, 0).weight)
+    assert float(reward.bias) == 2
+
+
+def test_heads_come_back_by_name(tmp_path: Path) -> None:
+    heads = {"reward": ScalarHead(4, 0), "value": ScalarHead(4, 1)}
+    heads["value"].bias.data.fill_(-1.5)
+    save_heads(tmp_path / "new", heads)
+    for name, head in heads.items():
+        found = load_head(tmp_path / "new", name)
+        assert torch.equal(found.weight, head.weight)
+        assert torch.equal(found.bias, head.bias)
+
+
+def test_a_missing_head_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no reward head \(found: no heads file\).*HydraSFT"):
+        load_head(tmp_path, "reward")
+    save_heads(tmp_path, {"value": ScalarHead(4)})
+    with pytest.raises(ValueError, match=r"has no reward head \(found: \['value'\]\)"):
+        load_head(tmp_path, "reward")

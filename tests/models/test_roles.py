@@ -1,0 +1,421 @@
+"""Four roles in six layouts, built from one trunk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_perl.functional.sequences import Sequences
+from lightning_perl.models.adapters import LoraSpec, NoRoleError
+from lightning_perl.models.heads import ScalarHead, load_head, save_heads
+from lightning_perl.models.roles import LAYOUTS, Answers, Layout, Role, Roles
+from lightning_perl.models.trunk import load_trunk
+from tests.conftest import TinyTrunk
+from tests.models.rows import (
+    LENGTHS,
+    ROLES,
+    SPEC,
+    build,
+    gradients,
+    loss,
+    own_weights,
+    padded,
+    texts,
+    train,
+)
+
+every_layout = pytest.mark.parametrize("layout", get_args(Layout))
+ONE_TRUNK: tuple[Layout, ...] = ("perl", "hydra", "joint_hydra")
+
+
+def passes(roles: Roles) -> int:
+    return sum(trunk.passes for trunk in roles.distinct_trunks())
+
+
+@torch.no_grad()
+def answers(roles: Roles, asked: tuple[Role, ...] = ROLES) -> Answers:
+    return roles.answer(padded(), asked)
+
+
+# ---- passes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "trunks", "count"),
+    [
+        ("full", 4, 4),
+        ("lora", 4, 4),
+        ("dynamic_lora", 2, 4),
+        ("perl", 1, 4),
+        ("hydra", 1, 3),
+        ("joint_hydra", 1, 2),
+    ],
+)
+def test_roles_that_share_trunk_and_adapter_share_a_forward(
+    tiny_trunk: TinyTrunk, layout: Layout, trunks: int, count: int
+) -> None:
+    roles = build(tiny_trunk(), layout)
+    assert len(roles.distinct_trunks()) == trunks
+    found = answers(roles)
+    assert passes(roles) == count
+    # One by one they say the same; only the number of forwards differs.
+    for role in ROLES:
+        alone = answers(roles, (role,))
+        assert torch.equal(getattr(alone, role), getattr(found, role))
+        others = [getattr(alone, other) for other in ROLES if other != role]
+        assert others == [None] * 3
+        assert (alone.entropy is None) == (role != "policy")
+    assert passes(roles) == count + 4
+
+
+@pytest.mark.parametrize("layout", ["hydra", "joint_hydra"])
+def test_hydra_reads_reference_and_reward_in_one_pass(
+    tiny_trunk: TinyTrunk, layout: Layout
+) -> None:
+    roles = build(tiny_trunk(), layout)
+    answers(roles, ("reference", "reward"))
+    assert passes(roles) == 1
+
+
+def test_groups_keep_the_order_asked() -> None:
+    roles = Roles.__new__(Roles)
+    torch.nn.Module.__init__(roles)
+    roles.seats = LAYOUTS["hydra"]
+    assert roles.groups(("reward", "policy", "reference")) == [("reward", "reference"), ("policy",)]
+    assert roles.groups(()) == []
+
+
+def test_joint_hydra_in_one_pass_is_two_passes_with_the_same_adapter(
+    tiny_trunk: TinyTrunk,
+) -> None:
+    rows, one, two = padded(), *(build(tiny_trunk(), "joint_hydra") for _ in range(2))
+    joint = one.answer(rows, ("policy", "value"))
+    apart = two.answer(rows, ("policy",)), two.answer(rows, ("value",))
+    assert (passes(one), passes(two)) == (1, 2)
+    policy, value = joint.policy, joint.value
+    assert policy is not None
+    assert value is not None
+    assert apart[0].policy is not None
+    assert apart[1].value is not None
+    assert torch.equal(policy, apart[0].policy)
+    assert torch.equal(value, apart[1].value)
+    mask = rows.response_mask
+    (policy * mask).sum().mul(2).add((value * mask).pow(2).sum()).backward()
+    (apart[0].policy * mask).sum().mul(2).backward()
+    (apart[1].value * mask).pow(2).sum().backward()
+    found, expected = gradients(one), gradients(two)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
+# ---- step 0 ------------------------------------------------------------------------------------
+
+
+@every_layout
+def test_fresh_adapters_give_no_kl_and_a_critic_that_is_the_reward_model(
+    tiny_trunk: TinyTrunk, layout: Layout
+) -> None:
+    roles = Roles(layout, str(tiny_trunk()), SPEC)
+    found = answers(roles)
+    assert found.policy is not None
+    assert found.reference is not None
+    assert torch.equal(found.policy, found.reference)
+    assert_value_is_reward_on_every_prefix(roles)
+
+
+def assert_value_is_reward_on_every_prefix(roles: Roles) -> None:
+    values = answers(roles, ("value",)).value
+    assert values is not None
+    for row, (prompt, response) in enumerate(LENGTHS):
+        ids = texts()[row]
+        for cut in range(response):
+            # The value of the action at `cut` is read where the text before it ends.
+            prefix = torch.tensor([ids[: prompt + cut]])
+            everything = torch.ones_like(prefix, dtype=torch.bool)
+            with torch.no_grad():
+                score = roles.answer(Sequences(prefix, everything, everything[:, -1:]), ("reward",))
+            assert score.reward is not None
+            assert_close(values[row, cut], score.reward[0], atol=1e-5, rtol=1e-5)
+
+
+def test_every_layout_says_the_same_at_step_0(tiny_trunk: TinyTrunk) -> None:
+    expected = answers(Roles("full", str(tiny_trunk()), SPEC))
+    for layout in get_args(Layout):
+        for seed in (0, 7):
+            found = answers(Roles(layout, str(tiny_trunk()), SPEC, seed=seed))
+            for name, answer in expected._asdict().items():
+                assert torch.equal(getattr(found, name), answer), (layout, name)
+
+
+def test_answers_are_log_softmax_and_a_dot_product(tiny_trunk: TinyTrunk) -> None:
+    # The plainest road: PEFT-free, cache-free, one row at a time, float64 after the logits.
+    folder, temperature = tiny_trunk(), 0.7
+    roles = Roles("hydra", str(folder), SPEC)
+    with torch.no_grad():
+        found = roles.answer(padded(), ROLES, temperature)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    head = load_head(folder, "reward")
+    for row, (prompt, response) in enumerate(LENGTHS):
+        ids = torch.tensor([texts()[row]])
+        with torch.no_grad():
+            output = model(input_ids=ids, output_hidden_states=True)
+        logprobs = (output.logits[0, prompt - 1 : -1].double() / temperature).log_softmax(-1)
+        chosen = logprobs.gather(-1, ids[0, prompt:, None])[:, 0]
+        scores = output.hidden_states[-1][0].double() @ head.weight.double() + head.bias
+        expected = {
+            "policy": chosen,
+            "reference": chosen,
+            "entropy": -(logprobs.exp() * logprobs).sum(-1),
+            "value": scores[prompt - 1 : -1],
+        }
+        for name, answer in expected.items():
+            ours = getattr(found, name)[row, :response].double()
+            assert_close(ours, answer, atol=1e-5, rtol=1e-5)
+        assert found.reward is not None
+        assert_close(found.reward[row].double(), scores[-1], atol=1e-5, rtol=1e-5)
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+LORA: tuple[Layout, ...] = ("lora", "dynamic_lora", "perl", "hydra")
+
+
+@pytest.mark.parametrize("layout", LORA)
+@pytest.mark.parametrize("role", ["policy", "value"])
+def test_a_role_s_step_touches_its_own_weights_only(
+    tiny_trunk: TinyTrunk, layout: Layout, role: Role
+) -> None:
+    roles, rows = build(tiny_trunk(), layout), padded()
+    own = roles.actor_parameters() if role == "policy" else roles.critic_parameters()
+    if role == "value":
+        own = [*own, *roles.value_head.parameters()]
+    mine = {id(parameter) for parameter in own}
+    before = {name: parameter.detach().clone() for name, parameter in roles.named_parameters()}
+    trainable = [parameter for parameter in roles.parameters() if parameter.requires_grad]
+    # Weight decay and momentum would move what has a gradient of 0; None is what leaves it alone.
+    optimizer = torch.optim.AdamW(trainable, lr=0.01, weight_decay=0.5)
+    for _ in range(2):
+        loss(roles, rows, role).backward()
+        for parameter in roles.parameters():
+            assert (parameter.grad is not None) == (id(parameter) in mine)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in roles.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in mine), name
+
+
+@pytest.mark.parametrize("layout", [*LORA, "joint_hydra"])
+def test_an_optimizer_over_both_trains_both_and_nothing_else(
+    tiny_trunk: TinyTrunk, layout: Layout
+) -> None:
+    roles, rows = build(tiny_trunk(), layout), padded()
+    trained = [*roles.actor_parameters(), *roles.critic_parameters()]
+    trained += list(roles.value_head.parameters())
+    trainable = {id(parameter) for parameter in roles.parameters() if parameter.requires_grad}
+    assert {id(parameter) for parameter in trained} == trainable
+    assert len(trained) == len(trainable)
+    before = {name: parameter.detach().clone() for name, parameter in roles.named_parameters()}
+    frozen_answers = answers(roles, ("reference", "reward"))
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        (loss(roles, rows, "policy") + loss(roles, rows, "value")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in roles.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in trainable), name
+    # Hydra swaps heads, never shares them: the value head was trained, the reward head stands.
+    assert torch.equal(roles.reward_head.weight, load_head(tiny_trunk(), "reward").weight)
+    assert not torch.equal(roles.value_head.weight, roles.reward_head.weight)
+    now = answers(roles, ("reference", "reward"))
+    for name in ("reference", "reward"):
+        assert torch.equal(getattr(now, name), getattr(frozen_answers, name))
+
+
+def test_full_trains_two_whole_models_and_leaves_two(tiny_trunk: TinyTrunk) -> None:
+    roles, rows = build(tiny_trunk(seed=1, tie_word_embeddings=False), "full"), padded()
+    before = own_weights(roles)
+    trained = [*roles.actor_parameters(), *roles.critic_parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.01)
+    (loss(roles, rows, "policy") + loss(roles, rows, "value")).backward()
+    optimizer.step()
+    moved = {
+        name for name, weight in own_weights(roles).items() if not torch.equal(weight, before[name])
+    }
+    # The critic's LM head says nothing, so nobody trains it.
+    expected = {name for name in before if name[0] in "01" and name != "1.model.lm_head.weight"}
+    assert moved == expected
+
+
+def test_heads_get_their_own_gradients(tiny_trunk: TinyTrunk) -> None:
+    roles, rows = build(tiny_trunk()), padded()
+    loss(roles, rows, "policy").backward()
+    assert roles.value_head.weight.grad is None
+    loss(roles, rows, "value").backward()
+    assert roles.value_head.weight.grad is not None
+    assert roles.value_head.bias.grad is not None
+    assert roles.reward_head.weight.grad is None
+    reward = roles.answer(rows, ("reward", "reference"))
+    assert reward.reward is not None
+    assert reward.reference is not None
+    assert not reward.reward.requires_grad
+    assert not reward.reference.requires_grad
+
+
+@every_layout
+def test_outside_any_role_no_trunk_answers(tiny_trunk: TinyTrunk, layout: Layout) -> None:
+    roles, rows = build(tiny_trunk(), layout), padded()
+    for role in ROLES:
+        with pytest.raises(KeyError), roles(role):
+            raise KeyError
+        with pytest.raises(NoRoleError):
+            roles.trunk(role)(rows.ids, rows.attention_mask)
+
+
+# ---- a reward model of its own -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(tiny_trunk: TinyTrunk, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `RewardModel` writes: a trained PEFT adapter, of another rank and on fewer layers, and a head."""
+    folder = tmp_path_factory.mktemp("reward")
+    trunk = load_trunk(str(tiny_trunk()))
+    trunk.requires_grad_(False)
+    trunk.adapters.add("reward", LoraSpec(2, 1.0, ("q_proj", "v_proj", "down_proj")), 4)
+    generator = torch.Generator().manual_seed(8)
+    for parameter in trunk.adapters.parameters("reward"):
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
+    trunk.adapters.save("reward", folder, trunk.source)
+    head = ScalarHead(32, seed=5)
+    head.bias.data.fill_(-0.4)
+    save_heads(folder, {"reward": head})
+    return folder
+
+
+def test_perl_starts_its_critic_from_a_copy_of_the_reward_model(
+    tiny_trunk: TinyTrunk, reward_adapter: Path
+) -> None:
+    roles = Roles("perl", str(tiny_trunk()), SPEC, str(reward_adapter))
+    adapters = roles.trunk("reward").adapters
+    reward, critic = adapters.tensors("reward"), adapters.tensors("critic")
+    assert reward.keys() == critic.keys()
+    assert len(reward) == 12
+    for key, parameter in reward.items():
+        assert torch.equal(parameter, critic[key])
+        assert parameter.data_ptr() != critic[key].data_ptr()
+        assert (parameter.requires_grad, critic[key].requires_grad) == (False, True)
+    assert len(adapters.tensors("actor")) == 28
+    assert roles.value_head.weight.data_ptr() != roles.reward_head.weight.data_ptr()
+    assert float(roles.value_head.bias) == pytest.approx(-0.4)
+    assert_value_is_reward_on_every_prefix(roles)
+    assert_scores_are_plain_pefts(roles, tiny_trunk(), reward_adapter)
+
+    # Training the critic leaves the reward model where it was.
+    before, rows = answers(roles), padded()
+    optimizer = torch.optim.AdamW(
+        [*roles.critic_parameters(), *roles.value_head.parameters()], lr=0.05
+    )
+    loss(roles, rows, "value").backward()
+    optimizer.step()
+    after = answers(roles)
+    for name, same in (("reward", True), ("reference", True), ("policy", True), ("value", False)):
+        assert torch.equal(getattr(before, name), getattr(after, name)) == same, name
+
+
+def assert_scores_are_plain_pefts(roles: Roles, trunk: Path, adapter: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trunk).eval()
+    peft = PeftModel.from_pretrained(model, adapter)
+    head, found = load_head(adapter, "reward"), answers(roles, ("reward",)).reward
+    assert found is not None
+    for row, ids in enumerate(texts()):
+        with torch.no_grad():
+            states = peft(input_ids=torch.tensor([ids]), output_hidden_states=True)
+            expected: Tensor = states.hidden_states[-1][0, -1] @ head.weight + head.bias
+        assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["full", "lora", "dynamic_lora"])
+def test_a_reward_trunk_answers_value_and_reward(tiny_trunk: TinyTrunk, layout: Layout) -> None:
+    folder, reward = tiny_trunk(), tiny_trunk("gpt2", seed=3)
+    roles = Roles(layout, str(folder), SPEC, str(reward))
+    alone, plain = Roles("hydra", str(reward), SPEC), Roles("hydra", str(folder), SPEC)
+    found = answers(roles)
+    for name in ("value", "reward"):
+        assert torch.equal(getattr(found, name), getattr(answers(alone), name))
+    for name in ("policy", "reference"):
+        assert torch.equal(getattr(found, name), getattr(answers(plain), name))
+    assert_value_is_reward_on_every_prefix(roles)
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def test_an_unknown_layout_is_refused(tiny_trunk: TinyTrunk) -> None:
+    with pytest.raises(ValueError, match=r"layout must be one of \['full'.*got 'hydra2'"):
+        Roles("hydra2", str(tiny_trunk()), SPEC)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["hydra", "joint_hydra"])
+def test_a_reward_beside_hydra_s_own_is_refused(tiny_trunk: TinyTrunk, layout: Layout) -> None:
+    with pytest.raises(ValueError, match=rf"layout {layout} takes its reward from the trunk's own"):
+        Roles(layout, str(tiny_trunk()), SPEC, "runs/reward")
+
+
+@every_layout
+def test_a_missing_reward_head_is_found_before_any_weight_is_read(
+    tiny_trunk: TinyTrunk, layout: Layout, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "heads.safetensors").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no reward head \(found: no heads file\)"):
+        Roles(layout, str(tmp_path), SPEC)
+
+
+def test_adapter_dropout_is_refused_in_rl(tiny_trunk: TinyTrunk) -> None:
+    with pytest.raises(ValueError, match=r"lora.dropout must be 0 in RL, got 0.1"):
+        Roles("hydra", str(tiny_trunk()), LoraSpec(dropout=0.1))
+
+
+def test_a_head_of_another_width_is_refused(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    save_heads(tmp_path, {"reward": ScalarHead(48)})
+    with pytest.raises(ValueError, match=r"reward head reads 48 numbers .* gives 32.*another model"):
+        Roles("hydra", str(tmp_path), SPEC)
+
+
+def test_trunks_with_different_tokenizers_are_refused(
+    tiny_trunk: TinyTrunk, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<espresso>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"have different tokenizers.*the policy's tokenizer"):
+        Roles("dynamic_lora", str(tiny_trunk()), SPEC, str(tmp_path))
+
+
+def test_an_adapter_of_another_model_is_refused_as_reward(
+    tiny_trunk: TinyTrunk, reward_adapter: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"does not fit this trunk.*another model"):
+        Roles("perl", str(tiny_trunk("gpt2")), SPEC, str(reward_adapter))
+
+
+def test_trained_fixtures_answer_unlike_each_other(tiny_trunk: TinyTrunk) -> None:
+    # The identities above would hold trivially if adapters did nothing.
+    for layout in ONE_TRUNK:
+        roles = Roles(layout, str(tiny_trunk()), SPEC)
+        before = answers(roles)
+        train(roles)
+        after = answers(roles)
+        for name, same in (("reference", True), ("reward", True), ("policy", False), ("value", False)):
+            assert torch.equal(getattr(before, name), getattr(after, name)) == same

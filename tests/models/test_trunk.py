@@ -1,0 +1,149 @@
+"""Loading a trunk: what it refuses, what it switches off, what it knows about itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
+
+from lightning_perl.models.adapters import OFF
+from lightning_perl.models.trunk import load_trunk
+from tests.conftest import TinyTrunk
+from tests.models.families import FAMILIES, STOP_IDS
+from tests.models.rows import build, padded
+
+DROPPING = ("llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon")
+
+
+def test_half_precision_is_refused_with_the_reason(tiny_trunk: TinyTrunk) -> None:
+    with pytest.raises(ValueError, match=r"float16 is refused: .*Use bfloat16"):
+        load_trunk(str(tiny_trunk()), "float16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16", "bf16", ""])
+def test_an_unknown_dtype_is_refused(tiny_trunk: TinyTrunk, dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"must be float32, bfloat16 or float64, got '{dtype}'"):
+        load_trunk(str(tiny_trunk()), dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["./runs/trunk", "/nowhere/at/all", "a/b/c", "trunk"])
+def test_a_path_that_is_no_model_folder_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{name} is no model folder.*RUN/trunk"):
+        load_trunk(name)
+
+
+def test_a_relative_folder_is_found(
+    tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_trunk()
+    monkeypatch.chdir(folder.parent)
+    assert load_trunk(folder.name).vocabulary_size == load_trunk(f"./{folder.name}").vocabulary_size
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not finite .*Are its weights finite\?"):
+        load_trunk(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_dropout_is_zero_also_in_train_mode(tiny_trunk: TinyTrunk, family: str) -> None:
+    settings = FAMILIES[family]
+    assert any("drop" in key and value > 0 for key, value in settings.items())
+    rows = padded()
+    trunk = load_trunk(str(tiny_trunk(family)))
+    with torch.no_grad(), trunk.switch.use(OFF):
+        quiet = trunk(rows.ids, rows.attention_mask)
+        with trunk.training_pass():
+            assert trunk.model.training
+            torch.manual_seed(0)
+            assert torch.equal(trunk(rows.ids, rows.attention_mask), quiet)
+    rates = [module.p for module in trunk.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert not any(rates)
+
+
+def test_a_training_pass_gives_the_mode_back(tiny_trunk: TinyTrunk) -> None:
+    trunk = load_trunk(str(tiny_trunk()))
+    assert not trunk.model.training
+    with pytest.raises(KeyError), trunk.training_pass():
+        assert trunk.model.training
+        raise KeyError
+    assert not trunk.model.training
+    trunk.model.train()
+    with trunk.training_pass():
+        pass
+    assert trunk.model.training
+
+
+def test_checkpointing_recomputes_in_training_passes_only(tiny_trunk: TinyTrunk) -> None:
+    rows, runs = padded(), [0]
+    roles = build(tiny_trunk(), checkpointing=True)
+    trunk = roles.trunk("policy")
+    layer = next(trunk.adapters.layers())[1].get_base_layer()
+
+    def count(*_: object) -> None:
+        runs[0] += 1
+
+    layer.register_forward_hook(count)
+    for training, expected in ((False, 1), (True, 2)):
+        runs[0] = 0
+        trunk.model.train(training)
+        with roles("policy"):
+            trunk(rows.ids, rows.attention_mask).sum().backward()
+        assert runs[0] == expected
+
+
+def test_a_trunk_knows_its_sizes(tiny_trunk: TinyTrunk) -> None:
+    opt, gpt2 = load_trunk(str(tiny_trunk("opt"))), load_trunk(str(tiny_trunk("gpt2")))
+    # What a head reads is what the LM head reads, not the width of the blocks.
+    assert (opt.hidden_size, opt.model.config.hidden_size) == (24, 32)
+    assert (gpt2.hidden_size, gpt2.window) == (32, 96)
+    assert gpt2.vocabulary_size == len(gpt2.tokenizer)
+    assert gpt2.dtype == torch.float32
+    assert gpt2.passes == 0
+    rows = padded()
+    with torch.no_grad(), gpt2.switch.use(OFF):
+        gpt2(rows.ids, rows.attention_mask)
+    assert gpt2.passes == 1
+
+
+def test_stop_ids_are_the_tokenizers_and_the_generation_configs(
+    tiny_trunk: TinyTrunk, tmp_path: Path
+) -> None:
+    assert load_trunk(str(tiny_trunk())).stop_ids == STOP_IDS
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    for eos, expected in ((7, (2, 7)), ([9, 2], (2, 9)), (None, (2,))):
+        GenerationConfig(eos_token_id=eos).save_pretrained(tmp_path)
+        assert load_trunk(str(tmp_path)).stop_ids == expected
+
+
+def test_a_saved_trunk_says_where_it_comes_from(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
+    folder = tiny_trunk()
+    trunk = load_trunk(str(folder))
+    trunk.save(tmp_path, None, {"module": "SFT"})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest == {
+        "kind": "trunk",
+        "from": str(folder),
+        "dtype": ["float32"],
+        "pad_id": 0,
+        "stop_ids": list(STOP_IDS),
+        "module": "SFT",
+    }
+    again, rows = load_trunk(str(tmp_path)), padded()
+    assert again.tokenizer.get_vocab() == trunk.tokenizer.get_vocab()
+    with torch.no_grad(), again.switch.use(OFF), trunk.switch.use(OFF):
+        assert torch.equal(
+            again(rows.ids, rows.attention_mask), trunk(rows.ids, rows.attention_mask)
+        )

@@ -1,0 +1,127 @@
+"""Hydra-SFT is SFT and the reward model at once: each is what is left when the other is taken away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_perl.functional.sequences import at_last_response
+from lightning_perl.losses.reward import bradley_terry, thumbs
+from lightning_perl.models.adapters import OFF
+from lightning_perl.models.heads import load_head
+from lightning_perl.models.trunk import load_trunk
+from lightning_perl.modules import SFT, HydraSFT, RewardModel
+from lightning_perl.modules.supervised import sequences_of
+from tests.modules import tiny
+
+LORAS = pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
+
+
+@LORAS
+def test_without_its_reward_term_it_is_sft_bit_for_bit(
+    lora: tiny.LoraSpec | None, plain_trunk: Path
+) -> None:
+    hydra = HydraSFT(str(plain_trunk), lora, reward_weight=0.0)
+    sft = SFT(str(plain_trunk), lora)
+    start = tiny.weights(sft)
+    batches = [tiny.rated(6, seed, pairs=seed % 3) for seed in range(4)]
+    assert tiny.steps_of(hydra, batches) == tiny.steps_of(sft, batches)
+    assert tiny.changed(start, sft) == sft.trainable_names()
+    assert tiny.changed(tiny.weights(sft), hydra) == set()
+
+
+def test_reward_term_moves_the_trunk(plain_trunk: Path) -> None:
+    batches = [tiny.rated(6, seed) for seed in range(2)]
+    hydra, sft = HydraSFT(str(plain_trunk), reward_weight=0.5), SFT(str(plain_trunk))
+    tiny.steps_of(hydra, batches)
+    tiny.steps_of(sft, batches)
+    assert tiny.changed(tiny.weights(sft), hydra) == sft.trainable_names()
+
+
+@LORAS
+@pytest.mark.parametrize("pairs", [0, 2, 3], ids=["thumbs", "both", "pairs"])
+def test_without_rows_to_imitate_it_is_the_reward_model(
+    pairs: int, lora: tiny.LoraSpec | None, plain_trunk: Path
+) -> None:
+    batch = tiny.rated(6, pairs=pairs, imitate=False)
+    hydra = HydraSFT(
+        str(plain_trunk), lora, 1.0, margin=0.3, positive_weight=0.4, trunk_dtype="float64"
+    )
+    reward = RewardModel(str(plain_trunk), lora, 0.3, 0.4, trunk_dtype="float64")
+    for module in (hydra, reward):
+        tiny.train_adapters(module)
+    loss, stats = hydra.objective(batch)
+    assert stats["lm_loss"] == 0
+    assert_close(loss, reward.objective(batch)[0], rtol=0, atol=0)
+    ours, theirs = tiny.gradients_of(hydra, batch), tiny.gradients_of(reward, batch)
+    for name, gradient in theirs.items():
+        ours_too = ours[name.replace(".reward.", ".sft.")]  # the adapters' names
+        assert_close(ours_too, gradient, rtol=1e-9, atol=1e-12)
+        assert gradient.abs().max() > 0 or name.endswith("bias")  # cancels in a pair
+
+
+def test_loss_is_xent_plus_gamma_times_both_reward_losses(plain_trunk: Path) -> None:
+    batch = tiny.rated(7, pairs=2)
+    module = HydraSFT(
+        str(plain_trunk), None, 0.25, margin=0.1, positive_weight=3.0, trunk_dtype="float64"
+    )
+    loss, stats = module.objective(batch)
+    lm_loss = SFT(str(plain_trunk), trunk_dtype="float64").objective(batch)[0]
+    hidden = module.hidden(batch)
+    scores = module._head(at_last_response(hidden, sequences_of(batch).response_mask))
+    pair_loss = bradley_terry(scores[[0, 2]], scores[[1, 3]], 0.1)[0]
+    thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]
+    assert min(lm_loss, pair_loss, thumb_loss) > 0
+    assert_close(loss, lm_loss + 0.25 * (pair_loss + thumb_loss))
+    assert_close(stats["reward_loss"], (pair_loss + thumb_loss).detach())
+
+
+def test_demonstrations_are_not_judged(plain_trunk: Path) -> None:
+    batch = tiny.rated(6, imitate=True)._replace(labelled=torch.zeros(6, dtype=torch.bool))
+    loss, stats = HydraSFT(str(plain_trunk), reward_weight=1.0).objective(batch)
+    assert stats["reward_loss"] == 0
+    assert loss == SFT(str(plain_trunk)).objective(batch)[0]
+
+
+def test_head_has_its_own_learning_rate(plain_trunk: Path) -> None:
+    module = HydraSFT(str(plain_trunk), tiny.LORA, head_learning_rate=0.5)
+    rates = {group["name"]: group["lr"] for group in tiny.one_optimizer(module).param_groups}
+    assert rates == {"trunk": 1e-4, "head": 0.5}
+    module = HydraSFT(str(plain_trunk), tiny.LORA)
+    rates = {group["name"]: group["lr"] for group in tiny.one_optimizer(module).param_groups}
+    assert rates == {"trunk": 1e-4, "head": 1e-4}
+
+
+@LORAS
+def test_hands_over_trunk_and_head_with_equal_logits_and_scores(
+    lora: tiny.LoraSpec | None, plain_trunk: Path, tmp_path: Path
+) -> None:
+    module = HydraSFT(
+        str(plain_trunk), lora, 1.0, optimizer=lambda params: torch.optim.SGD(params, lr=0.3)
+    )
+    start = tiny.weights(module)
+    trainer, folder = tiny.quiet_trainer(tmp_path)
+    rows = [tiny.rated(6, seed, pairs=seed % 2) for seed in range(3)]
+    trainer.fit(module, tiny.Batches(rows), tiny.Batches([tiny.rated(6, 9, pairs=2)]))
+    assert tiny.changed(start, module) == module.trainable_names()
+    batch = tiny.rated(4, seed=8)
+    stored, head = load_trunk(str(folder / "trunk")), load_head(folder / "trunk", "reward")
+    with torch.no_grad(), stored.switch.use(OFF):
+        hidden = stored(batch.ids, batch.attention_mask)
+        scores = head(at_last_response(hidden, sequences_of(batch).response_mask))
+        assert_close(stored.project(hidden), module.trunk.project(module.hidden(batch)))
+        assert_close(scores, module.predict_step(batch, 0)["score"])
+    logged = set(trainer.callback_metrics)
+    assert {"train/lm_loss", "train/reward_loss", "train/accuracy", "train/margin"} <= logged
+    assert {
+        "val/loss",
+        "val/lm_loss",
+        "val/reward_loss",
+        "val/auroc",
+        "val/balanced_accuracy",
+        "val/accuracy",
+        "val/margin",
+    } <= logged

@@ -1,0 +1,457 @@
+"""The on-policy loop: its acts alone, its checks, its logs, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import PeftModel
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from lightning_perl.models.adapters import OFF
+from lightning_perl.models.heads import load_head
+from lightning_perl.models.trunk import load_trunk
+from lightning_perl.modules import PPO, RewardModel
+from lightning_perl.modules.base import require_trainable
+from lightning_perl.modules.on_policy import (
+    Experience,
+    Scored,
+    Stats,
+    correlation,
+    describe,
+    distinct_pairs,
+)
+from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.sampling import SamplingSpec
+from tests.modules import tiny
+
+
+class CountWords:
+    """A gold reward in whole numbers."""
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+    ) -> list[int]:
+        assert len(prompts) == len(responses) == len(rows)
+        return [len(response.split()) for response in responses]
+
+
+# ---- without a trainer ---------------------------------------------------------------------------
+
+
+def test_collect_score_and_update_need_no_trainer(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, ppo_epochs=2, minibatch_size=4)
+    optimizer = torch.optim.AdamW(module.parameter_groups(), lr=0.01)
+    before = tiny.weights(module)
+    kl = []
+    for index in range(3):
+        rollout = module.collect(tiny.prompts(8, index), index)
+        scored = module.score(rollout)
+        kl.append(describe(rollout, scored)["kl"].abs())
+        experience, _ = module.experience(rollout, scored)
+        stats = module.update(experience, optimizer)
+        assert all(torch.isfinite(value) for value in stats.values())
+    assert tiny.changed(before, module) == module.trainable_names()
+    assert kl[0] == 0
+    assert kl[1] > 0
+
+
+def test_early_exit_changes_no_response(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    tiny.train_adapters(module)
+    prompts = tiny.prompts(8)
+    fast = module.collect(prompts, 0)
+    slow = module.collect(prompts, 0, early_exit=False)
+    assert fast.stopped.any()
+    assert torch.equal(fast.stopped, slow.stopped)
+    columns = fast.response_ids.shape[1]
+    assert torch.equal(fast.response_mask, slow.response_mask[:, :columns])
+    assert not slow.response_mask[:, columns:].any()
+    mask = fast.response_mask
+    assert torch.equal(fast.response_ids[mask], slow.response_ids[:, :columns][mask])
+    ours, theirs = (module.experience(one, module.score(one))[0] for one in (fast, slow))
+    for name in ("old_logprobs", "old_values", "advantages", "returns"):
+        left, right = getattr(ours, name)[mask], getattr(theirs, name)[:, :columns][mask]
+        assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_text_of_a_row_depends_on_seed_rollout_and_row_alone(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    prompts = tiny.prompts(6)
+    whole = module.collect(prompts, 3)
+    half = type(prompts)(*(part[3:] for part in prompts))
+    alone = module.collect(half, 3)
+    for row in range(3):
+        kept, also = whole.response_mask[3 + row], alone.response_mask[row]
+        assert whole.response_ids[3 + row][kept].tolist() == alone.response_ids[row][also].tolist()
+    other = module.collect(prompts, 4)
+    width = min(whole.response_ids.shape[1], other.response_ids.shape[1])
+    assert not torch.equal(whole.response_ids[:, :width], other.response_ids[:, :width])
+    module.seed = 1
+    reseeded = module.collect(prompts, 3)
+    width = min(whole.response_ids.shape[1], reseeded.response_ids.shape[1])
+    assert not torch.equal(whole.response_ids[:, :width], reseeded.response_ids[:, :width])
+
+
+def test_step_over_a_frozen_parameter_is_refused(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    rollout = module.collect(tiny.prompts(4), 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    optimizer = tiny.one_optimizer(module)
+    before = tiny.weights(module)
+    frozen = module.roles.critic_parameters()[:2]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    words = r"2 parameters of the group 'critic' no longer require gradients.*set_adapter"
+    with pytest.raises(RuntimeError, match=words):
+        module.update(experience, optimizer)
+    assert tiny.changed(before, module) == set()
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    require_trainable(optimizer)
+
+
+# ---- checks at the start -------------------------------------------------------------------------
+
+
+def refuses(module: PPO, words: str, folder: Path) -> None:
+    """``fit`` stops with these words before any update."""
+    before = tiny.weights(module)
+    trainer, _ = tiny.quiet_trainer(folder)
+    with pytest.raises(RuntimeError, match=words):
+        trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
+    assert trainer.global_step == 0
+    assert tiny.changed(before, module) == set()
+
+
+@pytest.mark.parametrize("layout", ["full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra"])
+def test_policy_that_is_not_the_reference_is_refused(
+    layout: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module = tiny.hydra(hydra_trunk, layout=layout)
+    with torch.no_grad():
+        module.roles.actor_parameters()[-1].add_(0.05)
+    words = (
+        r"The KL to the reference is not 0 before the first update: mean \|difference of log-prob"
+        r"abilities\| is .* per token.*same trunk folder, and are the adapters fresh\?"
+    )
+    refuses(module, words, tmp_path)
+
+
+def test_scores_that_are_no_numbers_are_refused(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    with torch.no_grad():
+        module.roles.reward_head.bias.fill_(float("nan"))
+    refuses(module, "reward role gives non-finite scores before any update.*heads.saf", tmp_path)
+
+
+RATIO = r"The ratio of the first minibatch is not 1: .*Is there dropout .* or a temperature that"
+
+
+def test_dropout_that_came_back_is_refused(gpt2_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(gpt2_trunk)
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    refuses(module, RATIO, tmp_path)
+
+
+def test_another_temperature_when_scoring_is_refused(
+    hydra_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny.hydra(hydra_trunk, sampling=SamplingSpec(max_new_tokens=6, temperature=0.7))
+    learned = module.experience
+
+    def forgetful(rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
+        module.sampling = SamplingSpec(max_new_tokens=6)
+        return learned(rollout, scored)
+
+    monkeypatch.setattr(module, "experience", forgetful)
+    refuses(module, RATIO, tmp_path)
+
+
+def test_temperature_divides_the_scored_logits_too(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, sampling=SamplingSpec(max_new_tokens=6, temperature=0.7))
+    rollout = module.collect(tiny.prompts(4), 0)
+    sequences = rollout.sequences()
+    with torch.no_grad(), module.roles("reference") as trunk:
+        logits = trunk.project(trunk(sequences.ids, sequences.attention_mask)) / 0.7
+    chosen = logits.log_softmax(-1)[:, :-1].gather(-1, sequences.ids[:, 1:, None])[..., 0]
+    columns = rollout.response_mask.shape[1]
+    mask = rollout.response_mask
+    scored = module.score(rollout)
+    assert_close(scored.logprobs[mask], chosen[:, -columns:][mask])
+    assert_close(scored.reference[mask], chosen[:, -columns:][mask])
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    assert trainer.global_step == 2
+
+
+def test_second_rollout_is_checked_too_but_not_for_kl(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
+    tiny.train_adapters(module)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6, 1)]))  # not fresh, and that is right
+    assert trainer.callback_metrics["rollout/kl"].abs() > 0
+
+
+# ---- under a trainer -----------------------------------------------------------------------------
+
+
+def test_global_step_counts_updates(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, ppo_epochs=3, minibatch_size=3)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(8, seed) for seed in range(2)]))
+    assert trainer.global_step == 2 * 3 * 3  # eight episodes are three minibatches
+    assert trainer.callback_metrics["train/episodes"] == 16
+    assert trainer.callback_metrics["train/tokens"] == module.tokens > 16
+
+
+def test_max_episodes_ends_training(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, max_episodes=9)
+    trainer, folder = tiny.quiet_trainer(tmp_path, max_epochs=-1)
+    trainer.fit(module, tiny.Batches([tiny.prompts(4, seed) for seed in range(6)]))
+    assert module.episodes == 12  # the first count past nine
+    assert trainer.global_step == 3
+    assert (folder / "adapters" / "actor" / "adapter_model.safetensors").is_file()
+
+
+class Rates(Callback):
+    """Keeps the learning rates that each rollout was learned with."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        groups = trainer.optimizers[0].param_groups
+        self.seen.append([group["lr"] for group in groups])
+
+
+def test_scheduler_steps_once_per_rollout_batch(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(
+        hydra_trunk,
+        ppo_epochs=2,
+        minibatch_size=2,
+        critic_learning_rate=4e-5,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+    )
+    rates = Rates()
+    trainer, _ = tiny.quiet_trainer(tmp_path, rates)
+    trainer.fit(module, tiny.Batches([tiny.prompts(4, seed) for seed in range(3)]))
+    assert rates.seen == [
+        pytest.approx([scale * 1e-4, scale * 4e-5, scale * 4e-5]) for scale in (1, 0.5, 0.25)
+    ]
+
+
+VALIDATED = {
+    "val/score",
+    "val/kl",
+    "val/response_tokens",
+    "val/win_rate",
+    "val/reference_score",
+}
+
+
+def test_validation_of_a_fresh_policy_is_a_draw(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    held_out = tiny.Batches([tiny.prompts(5, 1), tiny.prompts(3, 2)])
+    (logged,) = trainer.validate(module, held_out, verbose=False)
+    assert set(logged) == VALIDATED
+    assert logged["val/win_rate"] == 0.5
+    assert logged["val/kl"] == 0
+    assert logged["val/score"] == logged["val/reference_score"]
+    rollouts = [module.collect(batch, -1) for batch in held_out.batches]
+    tokens = sum(int(one.response_tokens().sum()) for one in rollouts)
+    assert logged["val/response_tokens"] == pytest.approx(tokens / 8)  # weighted by prompts
+    score = sum(float(module.score(one).scores.sum()) for one in rollouts)
+    assert logged["val/score"] == pytest.approx(score / 8, rel=1e-5)
+
+
+def test_validation_compares_the_trained_policy_with_the_reference(
+    hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module = tiny.hydra(hydra_trunk, gold=CountWords())
+    tiny.train_adapters(module, scale=1.0)
+    prompts = tiny.prompts(8, 1)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    (logged,) = trainer.validate(module, tiny.Batches([prompts]), verbose=False)
+    assert set(logged) == {*VALIDATED, "val/gold", "val/reference_gold"}
+    ours = module.answer(prompts, "policy")
+    theirs = module.answer(prompts, "reference")
+    assert ours.prompts == theirs.prompts
+    assert ours.prompts[0].split()[0].startswith("w")
+    wins = [
+        1.0 if mine > other else 0.5 * (mine == other)
+        for mine, other in zip(ours.scores, theirs.scores, strict=True)
+    ]
+    assert 0 < sum(wins) < 8
+    assert logged["val/win_rate"] == pytest.approx(sum(wins) / 8)
+    assert logged["val/score"] == pytest.approx(sum(ours.scores) / 8, rel=1e-5)
+    assert logged["val/reference_score"] == pytest.approx(sum(theirs.scores) / 8, rel=1e-5)
+    for key, answers in (("val/gold", ours), ("val/reference_gold", theirs)):
+        words = [len(response.split()) for response in answers.responses]
+        assert logged[key] == pytest.approx(sum(words) / 8)
+
+
+def test_gold_score_is_logged_only_where_there_is_one(hydra_trunk: Path, tmp_path: Path) -> None:
+    for gold in (None, CountWords()):
+        module = tiny.hydra(hydra_trunk, gold=gold)
+        trainer, _ = tiny.quiet_trainer(tmp_path)
+        trainer.fit(module, tiny.Batches([tiny.prompts(5)]), tiny.Batches([tiny.prompts(3, 1)]))
+        logged = set(trainer.callback_metrics)
+        assert {"gold/score", "val/gold"} <= logged if gold else not {"gold/score"} & logged
+        expected = {"score", "kl", "response_tokens", "truncated_fraction", "distinct_2"}
+        expected = {f"rollout/{key}" for key in expected | {"length_score_correlation"}}
+        assert {key for key in logged if key.startswith("rollout/")} == expected
+        assert {key for key in logged if key.startswith("train/")} == {
+            f"train/{key}"
+            for key in (
+                "loss policy_loss value_loss entropy clip_fraction approx_kl value_clip_fraction "
+                "explained_variance reward grad_norm_actor grad_norm_critic grad_norm_head "
+                "episodes tokens"
+            ).split()
+        }
+
+
+def test_fit_then_test_reads_the_same_measures(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    (logged,) = trainer.test(module, tiny.Batches([tiny.prompts(4)]), verbose=False)
+    assert set(logged) == VALIDATED
+
+
+# ---- what a rollout looked like ------------------------------------------------------------------
+
+
+def test_describe_by_hand() -> None:
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    rollout = Rollout(
+        prompt_ids=torch.ones(3, 2, dtype=torch.int64),
+        prompt_mask=torch.ones(3, 2, dtype=torch.bool),
+        response_ids=torch.tensor([[5, 6, 5], [9, 0, 0], [5, 6, 7]]),
+        response_mask=mask,
+        stopped=torch.tensor([False, True, True]),
+        row=torch.arange(3),
+    )
+    junk = 50.0
+    scored = Scored(
+        logprobs=torch.tensor([[-1.0, -2.0, -3.0], [-1.0, junk, junk], [-4.0, -1.0, junk]]),
+        reference=torch.tensor([[-2.0, -2.5, -2.0], [-1.5, 0.0, 0.0], [-3.0, -1.0, 0.0]]),
+        values=torch.zeros(3, 3),
+        scores=torch.tensor([3.0, 1.0, -1.0]),
+    )
+    seen = {key: value.item() for key, value in describe(rollout, scored).items()}
+    # Lengths 3, 1, 2 against scores 3, 1, -1: covariance 2 over norms sqrt 2 and sqrt 8.
+    assert seen == pytest.approx(
+        {
+            "score": 1.0,
+            "kl": ((1 + 0.5 - 1) + 0.5 + (-1 + 0)) / 3,
+            "response_tokens": 2.0,
+            "truncated_fraction": 1 / 3,
+            "distinct_2": 2 / 3,  # (5 6) (6 5) (5 6)
+            "length_score_correlation": 2 / (2**0.5 * 8**0.5),
+        }
+    )
+
+
+def test_measures_of_nothing() -> None:
+    ids = torch.tensor([[4, 4]])
+    assert distinct_pairs(ids, torch.tensor([[True, False]])) == 1
+    assert correlation(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 5.0])) == 0
+    assert correlation(torch.tensor([2.0, 4.0]), torch.tensor([5.0, 1.0])) == pytest.approx(-1)
+
+
+# ---- handing over --------------------------------------------------------------------------------
+
+
+def logits_of(module: PPO, role: str, ids: Tensor) -> Tensor:
+    with torch.no_grad(), module.roles(role) as trunk:  # type: ignore[arg-type]
+        return trunk.project(trunk(ids, torch.ones_like(ids, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "perl", "hydra", "joint_hydra"])
+def test_adapters_load_in_plain_peft(layout: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, layout=layout, trunk_dtype="float32")
+    trainer, folder = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
+    tiny.train_adapters(module)
+    module.hand_over(folder)
+    names = {"actor"} if layout == "joint_hydra" else {"actor", "critic"}
+    assert {path.name for path in (folder / "adapters").iterdir()} == names
+    ids = tiny.prompts(3, longest=1).ids.expand(3, 9).contiguous()
+    for role, name in (("policy", "actor"), ("value", "critic")):
+        if name not in names:
+            continue
+        bare = AutoModelForCausalLM.from_pretrained(hydra_trunk)
+        loaded = PeftModel.from_pretrained(bare, str(folder / "adapters" / name)).eval()
+        with torch.no_grad():
+            theirs = loaded(input_ids=ids).logits
+        ours = logits_of(module, role, ids)
+        assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+        assert (ours - logits_of(module, "reference", ids)).abs().max() > 0.01
+    where = folder / "adapters" / ("actor" if layout == "joint_hydra" else "critic")
+    head = load_head(where, "value")
+    assert torch.equal(head.weight, module.roles.value_head.weight)
+    assert torch.equal(head.bias, module.roles.value_head.bias)
+
+
+def test_full_ppo_hands_over_trunks(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, layout="full", trunk_dtype="float32")
+    trainer, folder = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    ids = torch.arange(3, 15).unsqueeze(0)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for role, name in (("policy", "policy"), ("value", "critic")):
+        stored = load_trunk(str(folder / name))
+        with torch.no_grad(), stored.switch.use(OFF):
+            theirs = stored.project(stored(ids, mask))
+        assert_close(theirs, logits_of(module, role, ids), rtol=0, atol=0)
+        assert not torch.equal(theirs, logits_of(module, "reference", ids))
+    assert torch.equal(load_head(folder / "critic", "value").weight, module.roles.value_head.weight)
+
+
+def test_perl_starts_from_the_reward_adapter(plain_trunk: Path, tmp_path: Path) -> None:
+    reward = RewardModel(
+        str(plain_trunk), tiny.LORA, optimizer=lambda params: torch.optim.AdamW(params, lr=0.02)
+    )
+    trainer, folder = tiny.quiet_trainer(tmp_path)
+    rows = [tiny.rated(8, seed) for seed in range(5)]
+    trainer.fit(reward, tiny.Batches(rows))
+    where = folder / "adapters" / "reward"
+    module = PPO(str(plain_trunk), "perl", str(where), tiny.LORA, tiny.SAMPLING, ppo_epochs=1)
+    rollout = module.collect(tiny.prompts(6), 0)
+    scored = module.score(rollout)
+    sequences = rollout.sequences()
+    last = sequences.prompt_tokens + rollout.response_tokens() - 1
+    with torch.no_grad(), reward.trunk.switch.use("reward"):
+        hidden = reward.trunk(sequences.ids, sequences.attention_mask)
+        assert_close(scored.scores, reward._head(hidden[torch.arange(6), last]))
+    with torch.no_grad(), module.roles("reward") as trunk:
+        states = trunk(sequences.ids, sequences.attention_mask)
+    columns = rollout.response_mask.shape[1]
+    values = module.roles.reward_head(states[:, -columns - 1 : -1])
+    assert_close(scored.values, values)
+    before = tiny.weights(module)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    changed = tiny.changed(before, module)
+    assert any(".critic." in name for name in changed)
+    assert not any(".reward." in name or "reward_head" in name for name in changed)
+
+
+def test_dry_run_leaves_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    trainer, _ = tiny.quiet_trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(4)]), tiny.Batches([tiny.prompts(4, 1)]))
+    assert trainer.global_step == 1
+    assert list(tmp_path.rglob("*")) == []

@@ -1,0 +1,646 @@
+"""PPO: one algorithm on every layout, in numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.functional.sequences import last_true
+from lightning_perl.models.heads import ScalarHead
+from lightning_perl.models.roles import Layout
+from lightning_perl.models.trunk import load_trunk
+from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
+from lightning_perl.modules.on_policy import Scored
+from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.sampling import SamplingSpec
+from tests.modules import tiny
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+# ---- a hand-made experience: two responses, of three tokens and of one ------------------------
+
+
+def two_rows() -> tuple[Rollout, Scored]:
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rollout = Rollout(
+        prompt_ids=torch.tensor([[5, 6], [0, 7]]),
+        prompt_mask=torch.tensor([[True, True], [False, True]]),
+        response_ids=torch.tensor([[8, 9, 10], [2, 0, 0]]),
+        response_mask=mask,
+        stopped=torch.tensor([False, True]),
+        row=torch.tensor([0, 1]),
+    )
+    junk = 99.0  # masked columns may hold anything
+    scored = Scored(
+        logprobs=torch.tensor([[-1.0, -2.0, -0.5], [-3.0, junk, -junk]], dtype=torch.float64),
+        reference=torch.tensor([[-1.5, -1.0, -0.5], [-2.0, -junk, junk]], dtype=torch.float64),
+        values=torch.tensor([[0.5, 0.25, -1.0], [2.0, junk, junk]], dtype=torch.float64),
+        scores=torch.tensor([4.0, -3.0], dtype=torch.float64),
+    )
+    return rollout, scored
+
+
+def by_hand(scores: tuple[float, float]) -> tuple[list[float], list[float], list[list[float]]]:
+    """Advantages and returns of the four tokens, row by row; kl_coef .5, discount .9, lambda .8."""
+    penalties = [[-0.5 * (-1.0 + 1.5), -0.5 * (-2.0 + 1.0), 0.0], [-0.5 * (-3.0 + 2.0)]]
+    rewards = [[*penalties[0][:2], penalties[0][2] + scores[0]], [penalties[1][0] + scores[1]]]
+    values = [[0.5, 0.25, -1.0], [2.0]]
+    advantages, returns = [], []
+    for row_rewards, row_values in zip(rewards, values, strict=True):
+        count = len(row_values)
+        errors = [
+            row_rewards[t] + 0.9 * (row_values[t + 1] if t + 1 < count else 0.0) - row_values[t]
+            for t in range(count)
+        ]
+        for t in range(count):
+            advantage = sum((0.9 * 0.8) ** (s - t) * errors[s] for s in range(t, count))
+            advantages.append(advantage)
+            returns.append(advantage + row_values[t])
+    return advantages, returns, rewards
+
+
+def test_experience_by_hand(hydra_trunk: Path) -> None:
+    module = tiny.hydra(
+        hydra_trunk, kl_coef=0.5, discount=0.9, gae_lambda=0.8, whiten_advantages=False
+    )
+    rollout, scored = two_rows()
+    experience, stats = module.experience(rollout, scored)
+    advantages, returns, rewards = by_hand((4.0, -3.0))
+    assert rewards == [[-0.25, 0.5, 4.0], [-2.5]]
+    mask = rollout.response_mask
+    assert experience.advantages[mask].tolist() == pytest.approx(advantages, rel=1e-12)
+    assert experience.returns[mask].tolist() == pytest.approx(returns, rel=1e-12)
+    assert experience.advantages[~mask].tolist() == [0.0, 0.0]
+    assert_close(experience.old_logprobs[mask], scored.logprobs[mask])
+    assert_close(experience.old_values[mask], scored.values[mask])
+    assert stats["reward"].item() == pytest.approx((4.25 - 2.5) / 2)
+    mean = sum(returns) / 4
+    spread = sum((value - mean) ** 2 for value in returns)
+    explained = 1 - sum(value**2 for value in advantages) / spread
+    assert stats["explained_variance"].item() == pytest.approx(explained)
+
+
+def test_whitening_shifts_and_scales_over_all_tokens_of_the_rollout(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, kl_coef=0.5, discount=0.9, gae_lambda=0.8)
+    rollout, scored = two_rows()
+    experience, _ = module.experience(rollout, scored)
+    advantages, returns, _ = by_hand((4.0, -3.0))
+    mean = sum(advantages) / 4
+    deviation = (sum((value - mean) ** 2 for value in advantages) / 4) ** 0.5
+    expected = [(value - mean) / deviation for value in advantages]
+    mask = rollout.response_mask
+    assert experience.advantages[mask].tolist() == pytest.approx(expected, rel=1e-6)
+    assert experience.returns[mask].tolist() == pytest.approx(returns)
+
+
+@pytest.mark.parametrize(
+    ("options", "paid"),
+    [
+        ({}, (4.0, -3.0)),
+        ({"missing_eos_score": -1.0}, (-1.0, -3.0)),
+        ({"missing_eos_penalty": 1.5}, (2.5, -3.0)),
+        ({"score_clip": 2.0}, (2.0, -2.0)),
+        ({"score_clip": 2.0, "missing_eos_score": -7.0}, (-7.0, -2.0)),
+        ({"score_clip": 2.0, "missing_eos_penalty": 1.0}, (1.0, -2.0)),
+    ],
+)
+def test_score_rules(
+    options: dict[str, float], paid: tuple[float, float], hydra_trunk: Path
+) -> None:
+    module = tiny.hydra(
+        hydra_trunk,
+        kl_coef=0.5,
+        discount=0.9,
+        gae_lambda=0.8,
+        whiten_advantages=False,
+        **options,
+    )
+    rollout, scored = two_rows()  # the first response was cut, the second has its EOS
+    experience, _ = module.experience(rollout, scored)
+    expected, _, _ = by_hand(paid)
+    mask = rollout.response_mask
+    assert experience.advantages[mask].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+# ---- step 0 ------------------------------------------------------------------------------------
+
+
+def test_every_layout_gives_the_same_experience_and_first_step(hydra_trunk: Path) -> None:
+    modules = {layout: tiny.hydra(hydra_trunk, layout=layout) for layout in LAYOUTS}
+    rollout = modules["full"].collect(tiny.prompts(8), 0)
+    assert len(set(rollout.response_tokens().tolist())) > 1
+    scored = {layout: module.score(rollout) for layout, module in modules.items()}
+    steps = {}
+    for layout, module in modules.items():
+        again = module.collect(tiny.prompts(8), 0)
+        for ours, theirs in zip(again, rollout, strict=True):
+            assert torch.equal(ours, theirs)
+        assert_close(tuple(scored[layout]), tuple(scored["full"]), rtol=0, atol=0)
+        experience, _ = module.experience(rollout, scored[layout])
+        steps[layout], _ = tiny.rehearse(module, experience)
+    for layout in LAYOUTS:
+        for key in ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "approx_kl"):
+            assert_close(steps[layout][key], steps["full"][key], rtol=1e-12, atol=1e-14)
+    for pair in (("lora", "hydra"), ("dynamic_lora", "perl"), ("lora", "perl")):
+        for key in ("grad_norm_actor", "grad_norm_critic", "grad_norm_head"):
+            assert_close(steps[pair[0]][key], steps[pair[1]][key], rtol=1e-9, atol=1e-12)
+
+
+@EVERY_LAYOUT
+def test_step_zero_identities(layout: Layout, hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, layout=layout)
+    rollout = module.collect(tiny.prompts(6), 0)
+    scored = module.score(rollout)
+    mask = rollout.response_mask
+    assert_close(scored.logprobs[mask], scored.reference[mask], rtol=0, atol=0)
+    # Value == reward on every prefix: the value before token t is the reward of the text so far.
+    for row in range(6):
+        text = torch.cat(
+            [
+                rollout.prompt_ids[row][rollout.prompt_mask[row]],
+                rollout.response_ids[row][mask[row]],
+            ]
+        )
+        prompt = int(rollout.prompt_mask[row].sum())
+        for token in range(int(mask[row].sum())):
+            prefix = text[: prompt + token].unsqueeze(0)
+            with torch.no_grad(), module.roles("reward") as trunk:
+                hidden = trunk(prefix, torch.ones_like(prefix, dtype=torch.bool))[:, -1]
+            reward = module.roles.reward_head(hidden)[0]
+            assert_close(scored.values[row, token], reward, rtol=1e-6, atol=1e-7)
+    experience, _ = module.experience(rollout, scored)
+    stats, _ = tiny.rehearse(module, experience)
+    assert stats["approx_kl"].abs() < 1e-12
+    assert stats["clip_fraction"] == 0
+    assert stats["value_clip_fraction"] == 0
+
+
+def test_policy_loss_at_ratio_one_is_minus_the_mean_advantage_over_tokens(
+    hydra_trunk: Path,
+) -> None:
+    module = tiny.hydra(hydra_trunk, whiten_advantages=False, micro_batch_size=1)
+    rollout = module.collect(tiny.prompts(7), 0)
+    mask = rollout.response_mask
+    assert len(set(mask.sum(1).tolist())) > 2
+    experience, _ = module.experience(rollout, module.score(rollout))
+    stats, _ = tiny.rehearse(module, experience)
+    tokens = mask.sum()
+    assert_close(stats["policy_loss"], -experience.advantages[mask].sum() / tokens)
+    error = (experience.old_values - experience.returns)[mask]
+    assert_close(stats["value_loss"], 0.5 * (error**2).sum() / tokens)
+    assert_close(stats["loss"], stats["policy_loss"] + 0.1 * stats["value_loss"])
+    # The mean of rows' means is another number here, so this can fail.
+    rows_mean = (experience.advantages.sum(1) / mask.sum(1)).mean()
+    assert (stats["policy_loss"] + rows_mean).abs() > 1e-3
+
+
+def test_new_policy_is_told_from_the_one_that_sampled(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    rollout = module.collect(tiny.prompts(6), 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    tiny.train_adapters(module)
+    stats, _ = tiny.rehearse(module, experience)
+    assert stats["approx_kl"] > 1e-4
+    scored = module.score(rollout)
+    mask = rollout.response_mask
+    assert (scored.logprobs - scored.reference)[mask].abs().max() > 0.01
+    ratio = (scored.logprobs - experience.old_logprobs).exp()[mask]
+    advantages = experience.advantages[mask]
+    clipped = ratio.clamp(0.8, 1.2)
+    expected = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    assert_close(stats["policy_loss"], expected)
+
+
+# ---- how the work is cut ------------------------------------------------------------------------
+
+
+def with_padding(rollout: Rollout, left: int, right: int) -> Rollout:
+    """More columns, full of words that do not count."""
+    count = len(rollout.row)
+    junk = torch.arange(3, 3 + max(left, right)).expand(count, -1)
+    never = torch.zeros_like(junk, dtype=torch.bool)
+    return rollout._replace(
+        prompt_ids=torch.cat([junk[:, :left], rollout.prompt_ids], 1),
+        prompt_mask=torch.cat([never[:, :left], rollout.prompt_mask], 1),
+        response_ids=torch.cat([rollout.response_ids, junk[:, :right]], 1),
+        response_mask=torch.cat([rollout.response_mask, never[:, :right]], 1),
+    )
+
+
+@EVERY_LAYOUT
+def test_micro_batches_and_padding_change_nothing(layout: Layout, hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, layout=layout, micro_batch_size=8)
+    rollout = module.collect(tiny.prompts(7), 0)
+    tiny.train_adapters(module)
+    whole, _ = module.experience(rollout, module.score(rollout))
+    tiny.train_adapters(module, seed=1)  # ratios other than 1
+    stats, (gradients,) = tiny.rehearse(module, whole)
+    padded = with_padding(rollout, 3, 2)
+    for size in (1, 2, 3):
+        module.micro_batch_size = module.score_batch_size = size
+        cut_stats, (cut,) = tiny.rehearse(module, whole)
+        assert_close(cut_stats, stats, rtol=1e-9, atol=1e-12)
+        assert_close(cut, gradients, rtol=1e-9, atol=1e-12)
+    tiny.train_adapters(module)
+    wide, _ = module.experience(padded, module.score(padded))
+    columns = rollout.response_mask.shape[1]
+    for name in ("old_logprobs", "old_values", "advantages", "returns"):
+        ours, theirs = getattr(wide, name)[:, :columns], getattr(whole, name)
+        mask = rollout.response_mask
+        assert_close(ours[mask], theirs[mask], rtol=1e-6, atol=1e-6)
+    tiny.train_adapters(module, seed=1)
+    wide_stats, (wide_gradients,) = tiny.rehearse(module, wide)
+    assert_close(wide_stats, stats, rtol=1e-5, atol=1e-6)
+    assert_close(wide_gradients, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_cover_every_episode_once_per_epoch(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, ppo_epochs=3, minibatch_size=3)
+    orders = [[rows.tolist() for rows in module._minibatches(8, epoch)] for epoch in range(3)]
+    for order in orders:
+        assert [len(rows) for rows in order] == [3, 3, 2]
+        assert sorted(sum(order, [])) == list(range(8))
+    assert orders[0] != orders[1]
+    again = [rows.tolist() for rows in module._minibatches(8, 0)]
+    assert again == orders[0]
+    module.rollout_index = 1
+    assert [rows.tolist() for rows in module._minibatches(8, 0)] != orders[0]
+    rollout = module.collect(tiny.prompts(8), 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    _, steps = tiny.rehearse(module, experience)
+    assert len(steps) == 9
+
+
+@EVERY_LAYOUT
+def test_checkpointing_changes_no_gradient(layout: Layout, hydra_trunk: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        module = tiny.hydra(hydra_trunk, layout=layout, checkpointing=checkpointing)
+        tiny.train_adapters(module)
+        rollout = module.collect(tiny.prompts(6), 0)
+        experience, _ = module.experience(rollout, module.score(rollout))
+        tiny.train_adapters(module, seed=1)
+        _, (gradients,) = tiny.rehearse(module, experience)
+        found.append(gradients)
+    assert found[0].keys() == found[1].keys()
+    assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+    assert all(gradient.abs().max() > 0 for gradient in found[0].values())
+
+
+# ---- who learns --------------------------------------------------------------------------------
+
+LORA_LAYOUTS = [layout for layout in LAYOUTS if layout != "full"]
+
+
+@pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "perl", "hydra", "full"])
+@pytest.mark.parametrize("alone", ["policy", "value"])
+def test_step_of_one_role_leaves_the_other_alone(
+    alone: str, layout: Layout, hydra_trunk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny.hydra(
+        hydra_trunk,
+        layout=layout,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.5),
+    )
+    tiny.train_adapters(module)
+    rollout = module.collect(tiny.prompts(6), 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    before = tiny.weights(module)
+    monkeypatch.setattr(module, "trained_roles", (alone,))
+    optimizer = tiny.one_optimizer(module)
+    silent: dict[str, bool] = {}
+
+    def record(*_: object) -> None:
+        for group in optimizer.param_groups:
+            silent[group["name"]] = all(one.grad is None for one in group["params"])
+
+    optimizer.register_step_pre_hook(record)
+    module.update(experience, optimizer)
+    actor = alone == "policy"
+    assert silent == {"actor": not actor, "critic": actor, "head": actor}
+    owner = {id(one): group["name"] for group in optimizer.param_groups for one in group["params"]}
+    names = dict(module.named_parameters())
+    learned = {"actor"} if actor else {"critic", "head"}
+    assert {owner[id(names[name])] for name in tiny.changed(before, module)} == learned
+
+
+@EVERY_LAYOUT
+def test_fit_changes_the_trained_weights_and_nothing_else(
+    layout: Layout, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module = tiny.hydra(hydra_trunk, layout=layout, trunk_dtype="float32", ppo_epochs=1)
+    before = tiny.weights(module)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(3)]))
+    assert trainer.global_step == 3
+    changed = tiny.changed(before, module)
+    assert changed <= module.trainable_names()
+    assert {"roles.value_head.weight", "roles.value_head.bias"} <= changed
+    assert not any("reward_head" in name for name in changed)
+    if layout == "full":
+        assert changed == module.trainable_names()
+        assert not any("trunks.2" in name or "trunks.3" in name for name in changed)
+        assert "roles.trunks.1.model.lm_head.weight" not in changed
+        return
+    assert all(".lora_" in name or "value_head" in name for name in changed)
+    ups = {name for name in module.trainable_names() if "lora_B" in name}
+    actor_and_critic = {"actor"} if layout == "joint_hydra" else {"actor", "critic"}
+    assert {name.split(".lora_B.")[1].split(".")[0] for name in ups} == actor_and_critic
+    state = module.state_dict()
+    fresh = {name for name in ups if before[name].abs().max() == 0}
+    assert fresh == ups
+    assert all(state[name].norm() > 0 for name in ups)
+
+
+def test_frozen_bf16_trunk_with_fp32_adapters(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, trunk_dtype="bfloat16", checkpointing=True)
+    before = tiny.weights(module)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    changed = tiny.changed(before, module)
+    assert changed == module.trainable_names()
+    for name, parameter in module.named_parameters():
+        trained = ".lora_" in name or "_head." in name
+        assert parameter.dtype == (torch.float32 if trained and "lm_head" not in name else torch.bfloat16)
+
+
+def test_groups_have_their_own_learning_rates(hydra_trunk: Path) -> None:
+    def rates(**options: float | None) -> dict[str, float]:
+        optimizer = tiny.one_optimizer(tiny.hydra(hydra_trunk, **options))
+        return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+    assert rates() == {"actor": 1e-4, "critic": 1e-4, "head": 1e-4}
+    assert rates(critic_learning_rate=2e-5) == {"actor": 1e-4, "critic": 2e-5, "head": 2e-5}
+    both = {"critic_learning_rate": 0.0, "head_learning_rate": 1e-3}
+    assert rates(**both) == {"actor": 1e-4, "critic": 0.0, "head": 1e-3}
+    joint = tiny.one_optimizer(tiny.hydra(hydra_trunk, layout="joint_hydra", critic_learning_rate=5.0))
+    assert [group["name"] for group in joint.param_groups] == ["actor", "head"]
+
+
+def test_critic_with_rate_zero_stays(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, critic_learning_rate=0.0, head_learning_rate=0.1)
+    before = tiny.weights(module)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
+    changed = tiny.changed(before, module)
+    assert changed
+    assert not any(".critic." in name for name in changed)
+    assert {"roles.value_head.weight", "roles.value_head.bias"} <= changed
+
+
+def test_groups_are_clipped_on_their_own_and_norms_logged_before(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk)
+    tiny.train_adapters(module)
+    rollout = module.collect(tiny.prompts(6), 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    optimizer = tiny.one_optimizer(module)
+    names = {id(one): group["name"] for group in optimizer.param_groups for one in group["params"]}
+
+    def norms(gradients: dict[str, Tensor]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for name, parameter in module.named_parameters():
+            if name in gradients:
+                group = names[id(parameter)]
+                sums[group] = sums.get(group, 0.0) + float((gradients[name] ** 2).sum())
+        return {group: value**0.5 for group, value in sums.items()}
+
+    _, (free,) = tiny.rehearse(module, experience)
+    before = norms(free)
+    module.max_grad_norms = {
+        "actor": before["actor"] / 2,
+        "critic": before["critic"] * 2,
+        "head": before["head"] / 10,
+    }
+    stats, (clipped,) = tiny.rehearse(module, experience)
+    for group, norm in before.items():
+        assert stats[f"grad_norm_{group}"].item() == pytest.approx(norm, rel=1e-9)
+    expected = {"actor": 0.5, "critic": 1.0, "head": 0.1}
+    after = norms(clipped)
+    assert {group: after[group] / before[group] for group in after} == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert tiny.hydra(hydra_trunk, max_grad_norm=2.0).max_grad_norms == {
+        "actor": 2.0,
+        "critic": 2.0,
+        "head": 2.0,
+    }
+    module = tiny.hydra(hydra_trunk, max_grad_norm=2.0, critic_max_grad_norm=0.5)
+    assert module.max_grad_norms == {"actor": 2.0, "critic": 0.5, "head": 0.5}
+
+
+def test_joint_pass_is_two_passes_with_the_same_adapter(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, layout="joint_hydra", value_coef=0.7)
+    tiny.train_adapters(module)
+    rollout = module.collect(tiny.prompts(6), 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    tiny.train_adapters(module, seed=1)
+    _, (together,) = tiny.rehearse(module, experience)
+    sums: dict[str, Tensor] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for role in ("policy", "value"):
+            patch.setattr(module, "trained_roles", (role,))
+            _, (alone,) = tiny.rehearse(module, experience)
+            for name, gradient in alone.items():
+                sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient
+    # Not closer: transformers' norms round their gradients to fp32 in either pass.
+    assert_close(sums, together, rtol=1e-4, atol=1e-7)
+
+
+# ---- a dropout that the trunk's config asks for --------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trunk_that_asks_for_dropout_has_ratio_one(
+    checkpointing: bool, gpt2_trunk: Path, tmp_path: Path
+) -> None:
+    config = load_trunk(str(gpt2_trunk)).model.config
+    assert config.resid_pdrop == 0  # switched off; the file says 0.1
+    assert '"resid_pdrop": 0.1' in (gpt2_trunk / "config.json").read_text()
+    module = tiny.hydra(gpt2_trunk, trunk_dtype="float64", checkpointing=checkpointing)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["train/approx_kl"] < 1e-12
+
+
+# ---- does it learn the right thing ---------------------------------------------------------------
+
+
+class Scores(Callback):
+    """Keeps every rollout's mean score."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        self.seen.append(float(trainer.callback_metrics["rollout/score"]))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["w5 is good", "w5 is bad"])
+def test_policy_learns_what_the_reward_head_likes(
+    sign: float, plain_trunk: Path, tmp_path: Path
+) -> None:
+    # The head points along the last state of texts that end in w5: such texts score about 1.
+    trunk = load_trunk(str(plain_trunk))
+    words = torch.arange(3, tiny.WORDS).unsqueeze(-1)
+    with torch.no_grad(), trunk.switch.use("off"):
+        states = trunk(words, torch.ones_like(words, dtype=torch.bool))[:, -1]
+    wanted = torch.zeros(len(words))
+    wanted[5 - 3] = 1.0
+    design = torch.cat([states, torch.ones(len(words), 1)], 1)
+    solution = torch.linalg.lstsq(design, wanted.unsqueeze(-1)).solution.squeeze(-1)
+    head = ScalarHead(tiny.HIDDEN)
+    with torch.no_grad():
+        head.weight.copy_(solution[:-1])
+        head.bias.copy_(solution[-1])
+    folder = tiny.with_head(plain_trunk, tmp_path / "trunk", head)
+    module = HydraPPO(
+        str(folder),
+        lora=tiny.LoraSpec(4, 8.0),
+        sampling=SamplingSpec(max_new_tokens=3),
+        ppo_epochs=1,
+        micro_batch_size=64,
+        kl_coef=0.0,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.02),
+        seed=1,
+    )
+    scores = Scores()
+    trainer, _ = tiny.quiet_trainer(tmp_path / "runs", scores)
+    # Learning goes on from what the flipped head says; what is watched stays the upright head.
+    start = module.roles.reward_head.weight.clone()
+    if sign < 0:
+        with torch.no_grad():
+            for one in (module.roles.reward_head, module.roles.value_head):
+                one.weight.neg_()
+                one.bias.neg_()
+    batches = [tiny.prompts(64, seed, longest=3) for seed in range(20)]
+    trainer.fit(module, tiny.Batches(batches))
+    assert torch.equal(module.roles.reward_head.weight, sign * start)
+    upright = [sign * score for score in scores.seen]
+    early, late = sum(upright[:4]) / 4, sum(upright[-4:]) / 4
+    assert sign * (late - early) > 0.1
+    assert trainer.global_step == 20
+
+
+def test_value_learns_the_returns(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(
+        hydra_trunk,
+        trunk_dtype="float32",
+        ppo_epochs=40,
+        value_coef=1.0,
+        value_clip_range=100.0,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
+    )
+    rollout = module.collect(tiny.prompts(8), 0)
+    experience, first = module.experience(rollout, module.score(rollout))
+    module.update(experience, tiny.one_optimizer(module))
+    values = module.score(rollout).values
+    mask = rollout.response_mask
+    error = ((values - experience.returns)[mask] ** 2).mean()
+    assert error < 0.3 * ((experience.old_values - experience.returns)[mask] ** 2).mean()
+    assert "explained_variance" in first
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def test_hydra_is_ppo_with_the_layout_filled_in(hydra_trunk: Path) -> None:
+    assert PPO(str(hydra_trunk), lora=tiny.LORA).roles.layout == "lora"
+    assert HydraPPO(str(hydra_trunk), lora=tiny.LORA).roles.layout == "hydra"
+    assert JointHydraPPO(str(hydra_trunk), lora=tiny.LORA).roles.layout == "joint_hydra"
+    assert HydraPPO(str(hydra_trunk), "hydra", lora=tiny.LORA).roles.layout == "hydra"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (HydraPPO, {"layout": "lora"}, "HydraPPO is PPO with layout hydra; got layout 'lora'. Use the"),
+        (JointHydraPPO, {"layout": "hydra"}, "JointHydraPPO is PPO with layout joint_hydra; got"),
+        (HydraPPO, {"layout": "hydr"}, r"layout must be one of \['full', .*\], got 'hydr'"),
+        (PPO, {"layout": "hydr"}, r"layout must be one of \['full', .*\], got 'hydr'"),
+        (
+            PPO,
+            {"missing_eos_score": -1.0, "missing_eos_penalty": 2.0},
+            r"missing_eos_score \(sets the score\) or missing_eos_penalty .* not both; got -1.0 and 2.0",
+        ),
+        (
+            PPO,
+            {"sampling": SamplingSpec(top_p=0.9)},
+            r"must be the distribution that is scored, got temperature 1.0, top_p 0.9, top_k 0. Use",
+        ),
+        (PPO, {"sampling": SamplingSpec(top_k=5)}, "distribution that is scored.*top_k 5"),
+        (PPO, {"sampling": SamplingSpec(temperature=0.0)}, "distribution that is scored.*temperature 0"),
+        (PPO, {"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        (PPO, {"minibatch_size": 0}, "minibatch_size must be at least 1, got 0"),
+        (PPO, {"score_batch_size": -2}, "score_batch_size must be at least 1, got -2"),
+        (PPO, {"ppo_epochs": 0}, "epochs must be at least 1, got 0"),
+        (PPO, {"lora": tiny.LoraSpec(dropout=0.1)}, "lora.dropout must be 0 in RL, got 0.1"),
+        (HydraPPO, {"reward": "RUN/trunk"}, "`reward` must stay empty; got RUN/trunk"),
+        (PPO, {"trunk_dtype": "float16"}, "trunk_dtype float16 is refused: RL ratios over- and underflow"),
+    ],
+)
+def test_refused_at_construction(
+    kind: type[PPO], options: dict[str, object], words: str, hydra_trunk: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        kind(str(hydra_trunk), **options)  # type: ignore[arg-type]
+
+
+@EVERY_LAYOUT
+def test_trunk_without_a_reward_head_is_refused(layout: Layout, plain_trunk: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no reward head \(found: no heads file\)\. Train one"):
+        PPO(str(plain_trunk), layout)
+
+
+def test_warped_validation_sampling_is_allowed(hydra_trunk: Path, tmp_path: Path) -> None:
+    spec = SamplingSpec(max_new_tokens=4, temperature=0.0, top_p=0.5)
+    module = tiny.hydra(hydra_trunk, validation_sampling=spec)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    (first,) = trainer.validate(module, tiny.Batches([tiny.prompts(5)]), verbose=False)
+    (second,) = trainer.validate(module, tiny.Batches([tiny.prompts(5)]), verbose=False)
+    assert first == second
+    assert first["val/response_tokens"] <= 4
+
+
+def test_score_is_paid_for_the_eos_action(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, kl_coef=0.0, discount=1.0, gae_lambda=1.0)
+    rollout = module.collect(tiny.prompts(8), 0)
+    scored = module.score(rollout)
+    assert rollout.stopped.any()
+    assert not rollout.stopped.all()
+    last = last_true(rollout.response_mask)
+    stops = module.policy_trunk.stop_ids
+    for row in range(8):
+        token = int(rollout.response_ids[row, last[row]])
+        assert (token in stops) == bool(rollout.stopped[row])
+        text = torch.cat(
+            [
+                rollout.prompt_ids[row][rollout.prompt_mask[row]],
+                rollout.response_ids[row, : last[row] + 1],
+            ]
+        ).unsqueeze(0)
+        with torch.no_grad(), module.roles("reward") as trunk:
+            hidden = trunk(text, torch.ones_like(text, dtype=torch.bool))[:, -1]
+        reward = module.roles.reward_head(hidden)[0]
+        assert_close(scored.scores[row], reward, rtol=1e-6, atol=1e-7)
+    experience, _ = module.experience(rollout, scored)
+    mask = rollout.response_mask
+    # Without a KL penalty and with lambda 1, every token's return is the score.
+    assert_close(
+        experience.returns[mask], scored.scores.unsqueeze(-1).expand_as(mask)[mask]
+    )
