@@ -21,7 +21,8 @@ BELOW: dict[str, set[str]] = {
     "losses": {"functional"},
     "models": {"functional"},
     "rollouts": {"functional", "models"},
-    "data": {"batches"},
+    "packaged": set(),
+    "data": {"batches", "packaged"},
     "rewards": {"data"},
     "callbacks": {"batches"},
     "metrics": {"functional"},
@@ -34,6 +35,7 @@ BELOW: dict[str, set[str]] = {
         "rewards",
         "callbacks",
         "metrics",
+        "packaged",
     },
 }
 BELOW["commands"] = set(BELOW) - {""}

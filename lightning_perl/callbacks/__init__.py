@@ -1,5 +1,6 @@
 """Callbacks: one verb each."""
 
+from lightning_perl.callbacks.before_after import BeforeAfter
 from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
 from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.callbacks.run_folder import run_folder
@@ -8,6 +9,7 @@ from lightning_perl.callbacks.speed import ThroughputMonitor
 
 __all__ = [
     "Answering",
+    "BeforeAfter",
     "CudaMemoryMonitor",
     "CudaMemorySnapshot",
     "PhaseCallback",

@@ -24,6 +24,7 @@ from lightning_perl.data.collate import (
 from lightning_perl.data.loaders import BucketBatches, FixedLoader, ResumableLoader
 from lightning_perl.data.rows import Item, Pair, Row, Splits
 from lightning_perl.data.tokenization import BadRow, TurnEncoder
+from lightning_perl.packaged import unpackaged
 
 
 @dataclass
@@ -175,7 +176,7 @@ class ConversationDataModule(LightningDataModule, ABC):
                 self._tokenizer = source
             else:
                 try:
-                    self._tokenizer = AutoTokenizer.from_pretrained(str(source))
+                    self._tokenizer = AutoTokenizer.from_pretrained(unpackaged(str(source)))
                 except (OSError, ValueError) as error:
                     raise ValueError(
                         f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "

@@ -93,6 +93,7 @@ class TaskmasterDataModule(ConversationDataModule):
         task: ``coffee`` (86% thumbs up) or ``ticketing`` (16% thumbs up).
         demonstrations: Read the demonstrated dialogs.
         thumbs: Read the rated turns.
+        max_demonstrations: Keep this many demonstrated dialogs, always the same ones; None all.
         folds: Into how many folds the rated dialogs are divided.
         fold: The fold that is the test split.
         train_folds: Folds to train and validate on; None takes every other fold.
@@ -123,6 +124,7 @@ class TaskmasterDataModule(ConversationDataModule):
         task: Literal["coffee", "ticketing"] = "coffee",
         demonstrations: bool = True,
         thumbs: bool = True,
+        max_demonstrations: int | None = None,
         folds: int = 5,
         fold: int = 0,
         train_folds: Sequence[int] | None = None,
@@ -175,6 +177,7 @@ class TaskmasterDataModule(ConversationDataModule):
         self.task = task
         self.demonstrations = demonstrations
         self.thumbs = thumbs
+        self.max_demonstrations = max_demonstrations
         self.folds = folds
         self.fold = fold
         self.train_folds = training
@@ -209,9 +212,12 @@ class TaskmasterDataModule(ConversationDataModule):
                 self.report.notes["repeated demonstrations, used once"] += 1
             else:
                 distinct[row.context, row.response] = row
-        held = hold_out((row.dialog for row in distinct.values()), 2 * self.val_fraction)
+        # Another hash than hold_out's, or the kept dialogs would all be held out.
+        ordered = sorted(distinct.values(), key=lambda row: stable_hash(f"kept {row.dialog}"))
+        kept = ordered[: self.max_demonstrations]
+        held = hold_out((row.dialog for row in kept), 2 * self.val_fraction)
         test = set(sorted(held, key=stable_hash)[::2])
-        for row in distinct.values():
+        for row in kept:
             if row.dialog in test:
                 splits.test.append(row)
             elif row.dialog in held:

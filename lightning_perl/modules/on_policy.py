@@ -28,6 +28,7 @@ from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Answers, Layout, Role, Roles
 from lightning_perl.models.trunk import Trunk, TrunkDtype
 from lightning_perl.modules.base import AdapterModule, Backward, clip_by_group, require_trainable
+from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
@@ -154,7 +155,7 @@ class OnPolicy(AdapterModule):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
-        self.roles = Roles(layout, trunk, lora, reward, trunk_dtype, checkpointing, seed)
+        self.roles = Roles(layout, unpackaged(trunk), lora, reward, trunk_dtype, checkpointing, seed)
         self.sampling = sampling
         self.validation_sampling = validation_sampling or sampling
         self.epochs = epochs
@@ -353,8 +354,10 @@ class OnPolicy(AdapterModule):
         logged["win_rate"] = wins.mean()
         logged["reference_score"] = before_scores.mean()
         if self.gold is not None:
+            gold_before = self._gold(before)
             logged["gold"] = self._gold(rollout).mean()
-            logged["reference_gold"] = self._gold(before).mean()
+            logged["reference_gold"] = gold_before.mean()
+            logged["reference_gold_sd"] = gold_before.std(correction=0)
         for key, value in logged.items():
             shown = key in ("score", "kl")
             self.log(f"val/{key}", value, batch_size=len(batch.row), prog_bar=shown, on_epoch=True)

@@ -16,6 +16,7 @@ from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
 from lightning_perl.models.trunk import Trunk, TrunkDtype, load_trunk
 from lightning_perl.modules.base import AdapterModule
+from lightning_perl.packaged import unpackaged
 
 Stats = dict[str, Tensor]
 
@@ -53,7 +54,7 @@ class Supervised(AdapterModule):
         seed: int,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        self.trunk: Trunk = load_trunk(trunk, trunk_dtype, checkpointing)
+        self.trunk: Trunk = load_trunk(unpackaged(trunk), trunk_dtype, checkpointing)
         self.adapter = adapter if lora else OFF
         self.reward_head: ScalarHead | None = None
         self.head_learning_rate: float | None = None

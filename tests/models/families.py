@@ -44,6 +44,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": _LOCAL_AND_GLOBAL,
         "attn_logit_softcapping": 1.5,
         "final_logit_softcapping": 2.0,
+        # Tied, its big embeddings make a random model repeat its last token for ever.
+        "tie_word_embeddings": False,
     },
     "gemma3": {
         "model_type": "gemma3_text",

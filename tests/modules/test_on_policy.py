@@ -135,7 +135,7 @@ def test_policy_that_is_not_the_reference_is_refused(
 ) -> None:
     module = tiny.hydra(hydra_trunk, layout=layout)
     with torch.no_grad():
-        module.roles.actor_parameters()[-1].add_(0.05)
+        module.roles.actor_parameters()[-1][0].add_(0.05)
     words = (
         r"The KL to the reference is not 0 before the first update: mean \|difference of log-prob"
         r"abilities\| is .* per token.*same trunk folder, and are the adapters fresh\?"
@@ -146,7 +146,7 @@ def test_policy_that_is_not_the_reference_is_refused(
 def test_scores_that_are_no_numbers_are_refused(hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(hydra_trunk)
     with torch.no_grad():
-        module.roles.reward_head.bias.fill_(float("nan"))
+        module.roles.reward_head.bias.fill_(float("inf"))
     refuses(module, "reward role gives non-finite scores before any update.*heads.saf", tmp_path)
 
 

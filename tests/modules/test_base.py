@@ -1,0 +1,292 @@
+"""What all modules share: refusals, lean checkpoints, and the folder they hand over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lightning_perl.callbacks.phases import PhaseCallback
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, JointHydraPPO, RewardModel
+from lightning_perl.modules.base import AdapterModule, clip_by_group, default_optimizer
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.supervised import Supervised
+from lightning_perl.rollouts.sampling import SamplingSpec
+from tests.modules import tiny
+
+Make = Callable[[str], AdapterModule]
+LAYOUTS = ("full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra")
+MAKERS: dict[str, Make] = {
+    "SFT": lambda trunk: SFT(trunk, tiny.LORA),
+    "SFT full": SFT,
+    "HydraSFT": lambda trunk: HydraSFT(trunk, tiny.LORA),
+    "HydraSFT full": HydraSFT,
+    "RewardModel": lambda trunk: RewardModel(trunk, tiny.LORA),
+    "RewardModel full": lambda trunk: RewardModel(trunk, None),
+    **{
+        f"PPO {layout}": lambda trunk, layout=layout: PPO(  # type: ignore[misc]
+            trunk, layout, lora=tiny.LORA, sampling=tiny.SAMPLING, ppo_epochs=2
+        )
+        for layout in LAYOUTS
+    },
+}
+EVERY = pytest.mark.parametrize("kind", MAKERS)
+
+
+def batches_for(module: AdapterModule, count: int) -> tiny.Batches:
+    if isinstance(module, OnPolicy):
+        return tiny.Batches([tiny.prompts(4, seed) for seed in range(count)])
+    return tiny.Batches([tiny.rated(6, seed, pairs=seed % 3) for seed in range(count)])
+
+
+def fitted(make: Make, trunk: Path, root: Path, **options: Any) -> tuple[AdapterModule, Path]:
+    module = make(str(trunk))
+    trainer, folder = tiny.quiet_trainer(root, **options)
+    trainer.fit(module, batches_for(module, 2))
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    return module, checkpoint
+
+
+@EVERY
+def test_checkpoint_holds_exactly_what_is_trained(
+    kind: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module, path = fitted(MAKERS[kind], hydra_trunk, tmp_path)
+    stored = torch.load(path, weights_only=True)
+    state = module.state_dict()
+    trained = {name for name, one in module.named_parameters() if one.requires_grad}
+    assert set(stored["state_dict"]) == trained
+    for name, value in stored["state_dict"].items():
+        assert torch.equal(value, state[name])
+    trainable = sum(one.numel() for one in module.parameters() if one.requires_grad)
+    in_optimizer = [one for group in module.parameter_groups() for one in group["params"]]
+    assert {id(one) for one in in_optimizer} == {
+        id(one) for one in module.parameters() if one.requires_grad
+    }
+    # Weights and Adam's two moments in fp32; the rest is names, progress and torch's generator.
+    moments = len(stored["optimizer_states"][0]["state"])
+    assert moments == len(in_optimizer)
+    names = sum(len(name) for name in trained)
+    slack = 30_000 + 1_200 * moments + 4 * names
+    assert 12 * trainable < path.stat().st_size < 12 * trainable + slack
+
+
+def test_size_does_not_follow_the_frozen_trunk(hydra_trunk: Path, tmp_path: Path) -> None:
+    lean = fitted(MAKERS["PPO hydra"], hydra_trunk, tmp_path / "hydra")[1]
+    four = fitted(MAKERS["PPO lora"], hydra_trunk, tmp_path / "lora")[1]
+    whole = fitted(MAKERS["PPO full"], hydra_trunk, tmp_path / "full")[1]
+    assert abs(four.stat().st_size - lean.stat().st_size) < 2_000  # four trunks or one
+    assert whole.stat().st_size > lean.stat().st_size + 50_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("PPO hydra", "PPO joint_hydra"),
+        ("PPO hydra", "PPO full"),
+        ("PPO lora", "PPO hydra"),
+        ("SFT", "SFT full"),
+        ("HydraSFT", "SFT"),
+        ("RewardModel", "PPO perl"),
+    ],
+)
+def test_checkpoint_of_another_layout_is_refused(
+    kind: str, other: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    _, path = fitted(MAKERS[kind], hydra_trunk, tmp_path)
+    module = MAKERS[other](str(hydra_trunk))
+    before = tiny.weights(module)
+    trainer, _ = tiny.quiet_trainer(tmp_path, max_epochs=2)
+    words = (
+        rf"The checkpoint does not fit {type(module).__name__}: missing \[.*\], unknown \[.*\] "
+        r"\(\d+ and \d+ in all\)\. It belongs to another layout, LoRA shape or trunk\."
+    )
+    with pytest.raises(ValueError, match=words):
+        trainer.fit(module, batches_for(module, 2), ckpt_path=path, weights_only=True)
+    assert tiny.changed(before, module) == set()
+
+
+def test_checkpoint_loads_from_python(hydra_trunk: Path, tmp_path: Path) -> None:
+    lora = LoraSpec(rank=3, alpha=6.0, targets=("q_proj", "v_proj"))
+    sampling = SamplingSpec(max_new_tokens=5, temperature=0.8)
+    module = HydraPPO(
+        str(hydra_trunk),
+        lora=lora,
+        sampling=sampling,
+        validation_sampling=SamplingSpec(max_new_tokens=3, temperature=0.0),
+        ppo_epochs=2,
+        kl_coef=0.07,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        seed=5,
+    )
+    trainer, folder = tiny.quiet_trainer(tmp_path)
+    trainer.fit(module, batches_for(module, 2))
+    (path,) = (folder / "checkpoints").glob("*.ckpt")
+    again = HydraPPO.load_from_checkpoint(path, weights_only=True)
+    assert tiny.changed(tiny.weights(module), again) == set()
+    assert again.sampling == sampling
+    assert again.roles.trunk("policy").adapters.specs["actor"] == lora
+    assert (again.kl_coef, again.epochs, again.seed) == (0.07, 2, 5)
+    assert (again.rollout_index, again.episodes, again.tokens) == (2, 8, module.tokens)
+    for ours, theirs in zip(
+        again.collect(tiny.prompts(4), 7), module.collect(tiny.prompts(4), 7), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    elsewhere = HydraPPO.load_from_checkpoint(path, weights_only=True, seed=6)
+    assert elsewhere.seed == 6
+
+
+@pytest.mark.parametrize("kind", ["HydraSFT", "RewardModel full"])
+def test_supervised_checkpoint_loads_from_python(
+    kind: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module, path = fitted(MAKERS[kind], hydra_trunk, tmp_path)
+    again = type(module).load_from_checkpoint(path, weights_only=True)
+    assert tiny.changed(tiny.weights(module), again) == set()
+
+
+def test_base_classes_load_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
+    _, path = fitted(MAKERS["PPO hydra"], hydra_trunk, tmp_path)
+    for base in (AdapterModule, Supervised, OnPolicy):
+        assert inspect.isabstract(base)
+        with pytest.raises((TypeError, KeyError), match="abstract"):
+            base.load_from_checkpoint(path, weights_only=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "64-true"])
+@pytest.mark.parametrize("kind", ["HydraSFT", "RewardModel", "PPO hydra"])
+@pytest.mark.filterwarnings("ignore:You passed `Trainer.accelerator")
+def test_other_precisions_are_refused(
+    kind: str, precision: Any, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module = MAKERS[kind](str(hydra_trunk))
+    before = tiny.weights(module)
+    trainer, folder = tiny.quiet_trainer(tmp_path, precision=precision)
+    # On a CPU Lightning itself makes bf16-mixed of 16-mixed.
+    found = "bf16-mixed" if precision == "16-mixed" else precision
+    words = f"trainer.precision must stay 32-true, got '{found}': Lightning would cast or autocast.*"
+    with pytest.raises(MisconfigurationException, match=words + "trunk_dtype: bfloat16"):
+        trainer.fit(module, batches_for(module, 1))
+    with pytest.raises(MisconfigurationException, match=words):
+        tiny.quiet_trainer(tmp_path, precision=precision).trainer.validate(
+            module, batches_for(module, 1)
+        )
+    assert trainer.global_step == 0
+    assert not list(folder.rglob("*.safetensors"))
+    for name, value in module.state_dict().items():
+        assert_close(value, before[name], check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "HydraSFT", "RewardModel"])
+def test_missing_trunk_is_named(kind: str, tmp_path: Path) -> None:
+    missing = tmp_path / "nothing" / "trunk"
+    with pytest.raises(FileNotFoundError, match=f"trunk: {missing} is no model folder"):
+        MAKERS[kind](str(missing))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_missing_trunk_is_named_by_ppo(layout: str, tmp_path: Path) -> None:
+    missing = tmp_path / "nothing" / "trunk"
+    with pytest.raises((FileNotFoundError, ValueError), match=f"{missing}"):
+        MAKERS[f"PPO {layout}"](str(missing))
+
+
+@pytest.mark.parametrize("kind", ["SFT", "HydraSFT", "RewardModel", "PPO hydra"])
+def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    module = MAKERS[kind](str(hydra_trunk))
+    watch = "val/score" if isinstance(module, OnPolicy) else "val/loss"
+
+    class Worse(ModelCheckpoint):
+        """The measure gets worse with every epoch, so the first checkpoint is the best."""
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.callback_metrics[watch] = torch.tensor(float(trainer.current_epoch))
+            super().on_validation_end(trainer, pl_module)
+
+    trainer, folder = tiny.quiet_trainer(
+        tmp_path, Worse(monitor=watch, mode="min", save_top_k=3), max_epochs=3
+    )
+    trainer.fit(module, batches_for(module, 2), batches_for(module, 1))
+    checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
+    assert len(checkpoints) == 3
+    best, *_, last = [
+        torch.load(path, weights_only=True)["state_dict"] for path in checkpoints
+    ]
+    state = module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in best.items())
+    assert not all(torch.equal(state[name], value) for name, value in last.items())
+
+
+def test_dry_run_of_a_supervised_module_leaves_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = MAKERS["HydraSFT"](str(hydra_trunk))
+    trainer, _ = tiny.quiet_trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
+    trainer.fit(module, batches_for(module, 2), batches_for(module, 1))
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_default_optimizer_writes_every_value() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = default_optimizer(3e-4)([parameter])
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["lr"], group["eps"], group["weight_decay"]) == (3e-4, 1e-5, 0.0)
+    assert group["betas"] == (0.9, 0.999)
+
+
+def test_groups_are_clipped_by_their_own_limits() -> None:
+    ones = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    names = ("small", "large", "unnamed")
+    groups = [{"name": name, "params": [one]} for name, one in zip(names, ones, strict=True)]
+    for one in ones:
+        one.grad = torch.full((4,), 3.0)  # norm 6
+    norms = clip_by_group(torch.optim.SGD(groups, lr=1.0), {"small": 1.5, "large": 60.0})
+    assert {name: float(norm) for name, norm in norms.items()} == dict.fromkeys(names, 6.0)
+    left = [float(one.grad.norm()) for one in ones if isinstance(one.grad, Tensor)]
+    assert left == pytest.approx([1.5, 6.0, 6.0], rel=1e-5)
+
+
+class Phases(PhaseCallback):
+    """Keeps the order of phases."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_phase_start(self, trainer: Any, pl_module: Any, phase: str) -> None:
+        self.seen.append(f"+{phase}")
+
+    def on_phase_end(self, trainer: Any, pl_module: Any, phase: str) -> None:
+        self.seen.append(f"-{phase}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "learning"),
+    [
+        (HydraPPO, ["+actor", "-actor", "+critic", "-critic"]),
+        (JointHydraPPO, ["+actor", "-actor"]),
+    ],
+)
+def test_phases_are_told(
+    kind: type[PPO], learning: list[str], hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module = kind(
+        str(hydra_trunk),
+        lora=tiny.LORA,
+        sampling=tiny.SAMPLING,
+        ppo_epochs=2,
+        minibatch_size=2,
+        micro_batch_size=1,
+    )
+    phases = Phases()
+    trainer, _ = tiny.quiet_trainer(tmp_path, phases)
+    trainer.fit(module, batches_for(module, 1))
+    one_step = [*learning, "+optimizer", "-optimizer"]
+    assert phases.seen == ["+rollout", "-rollout", "+score", "-score", *one_step * 4]
