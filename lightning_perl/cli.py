@@ -2,29 +2,150 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from jsonargparse import auto_cli
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils.logging import disable_progress_bar
 
 import lightning_perl
 
 # Short class names on the command line: subclasses are found once their packages are imported.
-import lightning_perl.callbacks
 import lightning_perl.data
 import lightning_perl.modules
-import lightning_perl.rewards  # noqa: F401
+import lightning_perl.rewards
+from lightning_perl.callbacks import run_folder
 from lightning_perl.commands.new_trunk import new_trunk
+from lightning_perl.packaged import PREFIX, unpackaged
+
+PROGRAM = "python -m lightning_perl"
+CONFIG_HELP = (
+    "A YAML file, or the name of one that comes with the package (quickstart). Several are laid "
+    "over each other, the last one on top."
+)
+ALSO = f"""also:
+  {PROGRAM} new-trunk --help
+                        A small untrained trunk with a tokenizer trained on your data.
+"""
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The YAML files that come with the package, by name."""
+    folder = Path(str(files("lightning_perl").joinpath("quickstart")))
+    return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def config_source(given: str) -> str:
+    """What a ``--config`` value stands for: a file, a packaged file, a URL, or YAML text itself.
+
+    A file of that name wins over a packaged one; ``.yaml`` may be left out of a packaged name.
+
+    Raises:
+        FileNotFoundError: It is none of them.
+    """
+    if given.startswith(PREFIX):
+        return unpackaged(given)
+    if Path(given).is_file() or "://" in given:
+        return given
+    shipped = packaged_configs()
+    for name in (given, f"{given}.yaml"):
+        if name in shipped:
+            return str(shipped[name])
+    if "\n" in given or given.lstrip().startswith("{"):
+        return given
+    raise FileNotFoundError(
+        f"{given} is no file (looked from {Path.cwd()}) and no packaged config; the package has "
+        f"{', '.join(shipped)}."
+    )
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config`` that also knows the files of the package."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Read the file; a missing one ends the program with its name."""
+        try:
+            source = config_source(values)
+        except FileNotFoundError as error:
+            raise ArgumentError(self, str(error)) from error
+        super().__call__(parser, cfg, source, option_string)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's own folder, whichever logger there is.
+
+    Lightning's own place is ``trainer.log_dir``, which all runs of a `WandbLogger` share.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the folder, which needs every rank, and save."""
+        run_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; called on rank zero."""
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.config_filename
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
 
 
 class PerlCLI(LightningCLI):
-    """LightningCLI in subclass mode: any module on any datamodule, the trunk's tokenizer stated once."""
+    """LightningCLI in subclass mode: any module on any data, the trunk's tokenizer stated once."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """LightningCLI's parser with our ``--config``."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data is tokenized as the trunk was trained."""
         parser.link_arguments("model.init_args.trunk", "data.init_args.tokenizer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what `main` was given; LightningCLI would warn that ``sys.argv`` exists as well."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """No bars for a trunk that is read from disk in a moment; downloads keep theirs."""
+        trunk = str(self._get(self.config, "model").init_args.get("trunk", ""))
+        if trunk.startswith(PREFIX) or Path(trunk).exists():
+            disable_progress_bar()
+
+
+def silence_known() -> None:
+    """Drop messages that every run would show and that ask nothing of anybody."""
+    # Lightning makes torch's LeafSpec in a way that torch has deprecated; only Lightning can change it.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # Trunks stay in eval mode between training passes by design (see `Trunk.training_pass`).
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start")
+    # Advertisements for packages of Lightning AI; there is no switch for them.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
+def run_new_trunk(args: Sequence[str]) -> None:
+    """``new-trunk``: its arguments are those of the function."""
+    parser = ArgumentParser(prog=f"{PROGRAM} new-trunk", description=new_trunk.__doc__)
+    parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
+    parser.add_function_arguments(new_trunk)
+    chosen = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    chosen.pop("config")
+    disable_progress_bar()
+    new_trunk(**chosen)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -34,17 +155,28 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Instead of the process's own, for tests and notebooks.
     """
     given = list(sys.argv[1:] if args is None else args)
+    silence_known()
     if given[:1] == ["new-trunk"]:
-        auto_cli(new_trunk, args=given[1:])
+        run_new_trunk(given[1:])
         return
+    # A usage line per trainer argument would push the error itself off the screen.
+    usage = {
+        command: {"usage": f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]... (all: --help)"}
+        for command in PerlCLI.subcommands()
+    }
     PerlCLI(
         LightningModule,
         LightningDataModule,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
-        # A run gets a folder of its own; what is there already is never a reason not to start.
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"version": lightning_perl.__version__},
+        parser_kwargs={
+            "prog": PROGRAM,
+            "version": lightning_perl.__version__,
+            "epilog": ALSO,
+            **usage,
+        },
         args=given,
     )

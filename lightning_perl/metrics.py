@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC, BinaryRecall, BinarySpecificity
@@ -49,9 +49,7 @@ class RewardMetrics(nn.Module):
         values = {}
         if self.positive.update_called and 0 < float(self.positive.compute()) < 1:
             values["auroc"] = self.auroc.compute()
-            values["balanced_accuracy"] = (
-                self.recall.compute() + self.specificity.compute()
-            ) / 2
+            values["balanced_accuracy"] = (self.recall.compute() + self.specificity.compute()) / 2
         if self.accuracy.update_called:
             values["accuracy"] = self.accuracy.compute()
             values["margin"] = self.margin.compute()

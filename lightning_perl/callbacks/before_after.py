@@ -17,7 +17,7 @@ class BeforeAfter(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print, if there was a validation."""
-        lines = before_after({key: value for key, value in trainer.callback_metrics.items()})
+        lines = before_after(dict(trainer.callback_metrics))
         if lines:
             print("\n".join(["held-out prompts, reference -> policy", *lines]))
 
@@ -35,7 +35,9 @@ def before_after(measures: dict[str, Tensor]) -> list[str]:
         gain = f"({after - before:+.3f}, {(after - before) / max(spread, 1e-9):+.2f} sd)"
         lines.append(f"  gold      {before:8.3f} -> {after:8.3f}   {gain}")
     if "val/win_rate" in value:
-        lines.append(f"  win rate  {value['val/win_rate']:8.3f}   (against the reference, by score)")
+        lines.append(
+            f"  win rate  {value['val/win_rate']:8.3f}   (against the reference, by score)"
+        )
     if "val/kl" in value:
         lines.append(f"  KL        {value['val/kl']:8.3f}   nats per response")
     if "val/response_tokens" in value:

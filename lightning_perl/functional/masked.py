@@ -42,4 +42,6 @@ def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
     """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
-    return torch.where(mask, (values - mean) * (variance + epsilon).rsqrt(), torch.zeros_like(values))
+    return torch.where(
+        mask, (values - mean) * (variance + epsilon).rsqrt(), torch.zeros_like(values)
+    )

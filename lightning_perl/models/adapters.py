@@ -1,9 +1,9 @@
 """LoRA adapters on a trunk, and the switch between them: the only file that imports PEFT.
 
-PEFT builds the layers and defines the file format. Its ``set_adapter`` and ``disable_adapter`` are not
-used: they switch ``requires_grad`` of the other adapters off, so a second role's gradient is lost without
-an error. Here the layers ask one `AdapterSwitch` which adapter answers. Nothing else changes when a role
-changes: no flag on any layer, no ``requires_grad``, no train or eval mode.
+PEFT builds the layers and defines the file format. Its ``set_adapter`` and ``disable_adapter`` are
+not used: they switch ``requires_grad`` of the other adapters off, so a second role's gradient is lost
+without an error. Here the layers ask one `AdapterSwitch` which adapter answers. Nothing else changes
+when a role changes: no flag on any layer, no ``requires_grad``, no train or eval mode.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -84,8 +85,8 @@ class AdapterSwitch:
         """
         if self._current is None:
             raise NoRoleError(
-                "The trunk was run outside any role, so it is undefined which adapter should answer. "
-                "Run it inside `with roles('policy'):` (or 'value', 'reference', 'reward')."
+                "The trunk was run outside any role, so it is undefined which adapter should "
+                "answer. Run it inside `with roles('policy'):` (or 'value', 'reference', 'reward')."
             )
         return self._current
 
@@ -107,15 +108,19 @@ class AdapterSwitch:
         return nullcontext(), self.use(self.current)
 
 
+def _weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
+
+
 def _lean_forward(layer: LoraLayer, switch: AdapterSwitch, x: Tensor) -> Tensor:
-    # PEFT's own forward casts x to the adapter's fp32 and keeps that copy for backward (15-20% of time
-    # and memory on a bf16 trunk). The products run in the trunk's dtype; weights stay fp32.
+    # PEFT's own forward casts x to the adapter's fp32 and keeps that copy for backward (15-20% of
+    # time and memory on a bf16 trunk). The products run in the trunk's dtype; weights stay fp32.
     result: Tensor = layer.base_layer(x)
     adapter = switch.current
     if adapter == OFF or adapter not in layer.lora_A:
         return result
-    down = layer.lora_A[adapter].weight.to(x.dtype)
-    up = (layer.lora_B[adapter].weight * layer.scaling[adapter]).to(x.dtype)
+    down, up = _weights(layer, adapter)
+    down, up = down.to(x.dtype), (up * layer.scaling[adapter]).to(x.dtype)
     return result + F.linear(F.linear(layer.lora_dropout[adapter](x), down), up)
 
 
@@ -131,7 +136,7 @@ class Adapters:
         self.model = model
         self.switch = switch
         self.specs: dict[str, LoraSpec] = {}
-        # Resolved once, on the bare trunk: with adapters in place PEFT's own layers would match too.
+        # Resolved once, on the bare trunk: later PEFT's own layers would match too.
         self._linear_names = linear_layers_in_blocks(model)
         # GPT-2 stores its weights as (in, out); PEFT wants to be told.
         self._transposed = any(isinstance(module, Conv1D) for module in model.modules())
@@ -159,16 +164,17 @@ class Adapters:
         self.specs[name] = spec
         generator = torch.Generator().manual_seed(seed)
         for _, layer in self.layers():
-            layer.forward = partial(_lean_forward, layer, self.switch)
+            cast(Any, layer).forward = partial(_lean_forward, layer, self.switch)
             if name not in layer.lora_A:
                 # An earlier adapter's layer, outside this one's targets.
                 continue
-            down, up = layer.lora_A[name], layer.lora_B[name]
-            dtype = torch.promote_types(layer.get_base_layer().weight.dtype, torch.float32)
-            drawn = torch.empty(down.weight.shape)
+            down, up = _weights(layer, name)
+            base = cast(Tensor, layer.get_base_layer().weight)
+            dtype = torch.promote_types(base.dtype, torch.float32)
+            drawn = torch.empty(down.shape)
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            down.weight.data = drawn.to(down.weight.device, dtype)
-            up.weight.data = torch.zeros_like(up.weight, dtype=dtype)
+            down.data = drawn.to(down.device, dtype)
+            up.data = torch.zeros_like(up, dtype=dtype)
         # Adding an adapter makes PEFT decide anew what is trainable; set once, by us.
         fresh = {id(parameter) for parameter in self.parameters(name)} if trainable else set()
         others = {
@@ -210,8 +216,8 @@ class Adapters:
         found: dict[str, nn.Parameter] = {}
         for layer_name, layer in self.layers():
             if name in layer.lora_A:
-                found[f"{layer_name}.lora_A.weight"] = layer.lora_A[name].weight
-                found[f"{layer_name}.lora_B.weight"] = layer.lora_B[name].weight
+                for key, weight in zip("AB", _weights(layer, name), strict=True):
+                    found[f"{layer_name}.lora_{key}.weight"] = cast(nn.Parameter, weight)
         return found
 
     def parameters(self, name: str) -> list[nn.Parameter]:
@@ -219,7 +225,7 @@ class Adapters:
         return list(self.tensors(name).values())
 
     def copy(self, source: str, target: str) -> None:
-        """Overwrite ``target``'s weights with ``source``'s values (two tensors stay two tensors)."""
+        """Overwrite ``target``'s weights with ``source``'s values; two tensors stay two."""
         with torch.no_grad():
             values = self.tensors(source)
             for key, parameter in self.tensors(target).items():
@@ -264,8 +270,8 @@ class Adapters:
         config_path = folder / "adapter_config.json"
         if not config_path.is_file():
             raise FileNotFoundError(
-                f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that a "
-                "run wrote, for example RUN/adapters/reward."
+                f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
+                "a run wrote, for example RUN/adapters/reward."
             )
         config = json.loads(config_path.read_text())
         unknown = [key for key in NOT_PLAIN if config.get(key)]
@@ -276,8 +282,8 @@ class Adapters:
             )
         if isinstance(config["target_modules"], str):
             raise ValueError(
-                f"{config_path}: target_modules is the pattern {config['target_modules']!r}; write it as "
-                "a list of layer names, as this library's own adapters have it."
+                f"{config_path}: target_modules is the pattern {config['target_modules']!r}; write it "
+                "as a list of layer names, as this library's own adapters have it."
             )
         spec = LoraSpec(
             rank=config["r"],
@@ -308,8 +314,8 @@ class Adapters:
             missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
             raise ValueError(
                 f"{folder} does not fit this trunk: {len(missing)} tensors missing "
-                f"({sorted(missing)[:3]}), {len(extra)} unknown ({sorted(extra)[:3]}). Was it trained on "
-                "another model?"
+                f"({sorted(missing)[:3]}), {len(extra)} unknown ({sorted(extra)[:3]}). Was it trained "
+                "on another model?"
             )
         with torch.no_grad():
             for key, parameter in wanted.items():
@@ -324,7 +330,7 @@ class Adapters:
         if name is not None:
             for layer_name, layer in self.layers():
                 if name in layer.lora_A:
-                    deltas[f"{layer_name}.weight"] = layer.get_delta_weight(name)
+                    deltas[f"{layer_name}.weight"] = cast(Any, layer).get_delta_weight(name)
         weights = {}
         for key, value in self.model.state_dict().items():
             if ".lora_" in key:
@@ -346,5 +352,6 @@ def linear_layers_in_blocks(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+        if isinstance(module, nn.Linear | Conv1D)
+        and any(part.isdigit() for part in name.split("."))
     ]

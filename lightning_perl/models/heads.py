@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -69,8 +69,9 @@ def load_head(folder: Path, name: str) -> ScalarHead:
     if f"{name}.weight" not in tensors:
         found = sorted({key.rsplit(".", 1)[0] for key in tensors}) if tensors else "no heads file"
         raise ValueError(
-            f"{folder} has no {name} head (found: {found}). Train one first: `HydraSFT` writes RUN/trunk "
-            "and `RewardModel` writes RUN/adapters/reward, both with a reward head beside the weights."
+            f"{folder} has no {name} head (found: {found}). Train one first: `HydraSFT` writes "
+            "RUN/trunk and `RewardModel` writes RUN/adapters/reward, both with a reward head beside "
+            "the weights."
         )
     head = ScalarHead(tensors[f"{name}.weight"].shape[0])
     head.load_state_dict({"weight": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]})

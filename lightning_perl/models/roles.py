@@ -1,7 +1,7 @@
 """Four roles and who answers them.
 
-A role is answered by a *(trunk, adapter, head)*. An algorithm asks for roles and never learns how many
-trunks there are; roles that name the same trunk and adapter are answered by one forward.
+A role is answered by a *(trunk, adapter, head)*. An algorithm asks for roles and never learns how
+many trunks there are; roles that name the same trunk and adapter are answered by one forward.
 
 Shapes: ``B`` rows, ``R`` response tokens.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
-from lightning_perl.models.heads import ScalarHead, load_head
+from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import Trunk, TrunkDtype, load_trunk
 
 Role = Literal["policy", "value", "reference", "reward"]
@@ -105,8 +105,8 @@ class Roles(nn.Module):
         layout: Row of `LAYOUTS`.
         trunk: Folder or hub name of the SFT or Hydra-SFT trunk.
         lora: The adapters' shape.
-        reward: Where the reward model is. None: the trunk's own reward head. For ``perl`` an adapter
-            folder of `RewardModel`; for ``full``, ``lora`` and ``dynamic_lora`` a trunk folder.
+        reward: Where the reward model is. None: the trunk's own reward head. For ``perl`` an
+            adapter folder of `RewardModel`; for ``full``, ``lora`` and ``dynamic_lora`` a trunk folder.
         dtype: Of the trunks.
         checkpointing: Recompute activations in training passes.
         seed: Of the fresh adapters.
@@ -130,13 +130,14 @@ class Roles(nn.Module):
             raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
         if reward is not None and layout in ("hydra", "joint_hydra"):
             raise ValueError(
-                f"layout {layout} takes its reward from the trunk's own head, so `reward` must stay empty; "
-                f"got {reward}. Use layout perl for a reward adapter, dynamic_lora for a reward trunk."
+                f"layout {layout} takes its reward from the trunk's own head, so `reward` must stay "
+                f"empty; got {reward}. Use layout perl for a reward adapter, dynamic_lora for a reward "
+                "trunk."
             )
         if lora.dropout > 0:
             raise ValueError(
-                f"lora.dropout must be 0 in RL, got {lora.dropout}: dropout makes the first ratio differ "
-                "from 1 although nothing has been learned."
+                f"lora.dropout must be 0 in RL, got {lora.dropout}: dropout makes the first ratio "
+                "differ from 1 although nothing has been learned."
             )
         self.layout: Layout = layout
         self.seats = LAYOUTS[layout]
@@ -172,7 +173,7 @@ class Roles(nn.Module):
         if self.layout != "perl":
             critic.add("critic", lora, seed + 1)
         elif reward is None:
-            # Only a trunk whose own head scores: the reward adapter is a fresh one that changes nothing.
+            # The trunk's own head scores: the reward adapter is a fresh one that changes nothing.
             critic.add("reward", lora, seed + 1, trainable=False)
             critic.add("critic", lora, seed + 1)
         else:
@@ -185,8 +186,8 @@ class Roles(nn.Module):
         if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
             sources = [trunk.source for trunk in self.distinct_trunks()]
             raise ValueError(
-                f"The trunks {sources} have different tokenizers. Policy and reward read the same ids, so "
-                "train the reward model on a trunk with the policy's tokenizer."
+                f"The trunks {sources} have different tokenizers. Policy and reward read the same ids, "
+                "so train the reward model on a trunk with the policy's tokenizer."
             )
 
     def _compare_head_size(self, folder: Path) -> None:
@@ -194,7 +195,8 @@ class Roles(nn.Module):
         if reads != gives:
             raise ValueError(
                 f"{folder}: its reward head reads {reads} numbers per token, but the reward trunk "
-                f"{self.trunk('reward').source} gives {gives}. Was the head trained on another model?"
+                f"{self.trunk('reward').source} gives {gives}. Was the head trained on another "
+                "model?"
             )
 
     def distinct_trunks(self) -> list[Trunk]:
@@ -206,7 +208,7 @@ class Roles(nn.Module):
         return self.distinct_trunks()[self.seats[role].trunk]
 
     @contextmanager
-    def __call__(self, role: Role) -> Iterator[Trunk]:  # type: ignore[override]
+    def __call__(self, role: Role) -> Iterator[Trunk]:
         """``with roles("policy") as trunk:`` lets ``role``'s adapter answer inside the block."""
         trunk = self.trunk(role)
         with trunk.switch.use(self.seats[role].adapter):

@@ -69,18 +69,24 @@ class Trunk(nn.Module):
                     "context_fn": self.switch.pinned,
                 }
             )
-        model.eval()
+        model.train(False)
         self._compare_with_own_forward()
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """Hidden states to raw logits, the weight of shape ``(V, H)``."""
+        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return head
 
     @property
     def hidden_size(self) -> int:
         """``H``, what a head reads."""
-        return int(self.model.get_output_embeddings().weight.shape[1])
+        return self.lm_head.weight.shape[1]
 
     @property
     def vocabulary_size(self) -> int:
         """``V``, rows of the LM head."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return self.lm_head.weight.shape[0]
 
     @property
     def window(self) -> int | None:
@@ -108,20 +114,23 @@ class Trunk(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the trunk's own weights."""
-        return self.model.get_output_embeddings().weight.dtype
+        return self.lm_head.weight.dtype
 
     def _text_config(self) -> PreTrainedConfig:
         return self.model.config.get_text_config(decoder=True)
 
     def _generation_eos(self) -> int | list[int] | None:
         generation = self.model.generation_config
-        return None if generation is None else generation.eos_token_id
+        if generation is None:
+            return None
+        eos: int | list[int] | None = generation.eos_token_id
+        return eos
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Last hidden states, what the heads read.
 
         Args:
-            ids: Shape: ``(B, T)``, or ``(B, 1)`` for the next token when ``cache`` holds the others.
+            ids: Shape: ``(B, T)``, or ``(B, 1)`` for the next token if ``cache`` holds the others.
             attention_mask: True on real tokens, the cached ones included. Shape: ``(B, T_total)``.
             cache: Keys and values so far; it grows.
 
@@ -144,7 +153,7 @@ class Trunk(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits as the model's own forward gives them. Shape: ``(..., H)`` to ``(..., V)``."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        logits: Tensor = self.lm_head(hidden)
         return self._transform(logits)
 
     def empty_cache(self) -> Cache:
@@ -175,21 +184,21 @@ class Trunk(nn.Module):
         if not bool(own.isfinite().all()):
             raise ValueError(
                 f"{self.source or 'The model'} ({type(self.model).__name__}): its own logits in "
-                f"{self.dtype} are not finite on a row with padding on the left. Are its weights finite? "
-                "Gemma 2 can do float32 and bfloat16 only: transformers masks it in fp32."
+                f"{self.dtype} are not finite on a row with padding on the left. Are its weights "
+                "finite? Gemma 2 can do float32 and bfloat16 only: transformers masks it in fp32."
             )
         difference = float((ours - own).abs().max())
         # Two roads through the same kernels: only rounding of the last operation may differ.
         allowed = 8 * torch.finfo(self.dtype).eps * max(1.0, float(own.abs().max()))
         if not difference <= allowed:
             raise ValueError(
-                f"{self.source or 'The model'} ({type(self.model).__name__}): trunk + LM head differ from "
-                f"the model's own logits by {difference:.3g} (allowed {allowed:.3g}). This family changes "
-                "its logits in a way that LogitTransform does not know; add it there."
+                f"{self.source or 'The model'} ({type(self.model).__name__}): trunk + LM head differ "
+                f"from the model's own logits by {difference:.3g} (allowed {allowed:.3g}). This family "
+                "changes its logits in a way that LogitTransform does not know; add it there."
             )
 
     def save(self, folder: Path, adapter: str | None, manifest: dict[str, Any]) -> None:
-        """Write a transformers folder with tokenizer and manifest, ``adapter`` merged into the weights.
+        """Write a transformers folder with tokenizer and manifest, ``adapter`` merged into it.
 
         Merging happens once, here, in full precision; the model itself is not changed.
         """
@@ -212,7 +221,7 @@ class Trunk(nn.Module):
 class LogitTransform:
     """What a family does to its logits after the LM head.
 
-    Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``, Gemma 2 caps softly.
+    Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``, Gemma 2 caps.
 
     Args:
         config: The model's configuration.
@@ -235,13 +244,11 @@ class LogitTransform:
         return logits
 
 
-def load_trunk(
-    source: str, dtype: TrunkDtype = "float32", checkpointing: bool = False
-) -> Trunk:
+def load_trunk(source: str, dtype: TrunkDtype = "float32", checkpointing: bool = False) -> Trunk:
     """A trunk from a transformers folder or a hub name, every dropout 0.
 
-    Dropout is switched off by its probabilities, not by eval mode: transformers checkpoints activations
-    in train mode only, and train mode would turn GPT-2's and OPT's dropout back on.
+    Dropout is switched off by its probabilities, not by eval mode: transformers checkpoints
+    activations in train mode only, and train mode would turn GPT-2's and OPT's dropout back on.
 
     Args:
         source: Folder or hub name of a decoder with an LM head.
@@ -252,10 +259,10 @@ def load_trunk(
         ValueError: fp16, or an unknown dtype.
         FileNotFoundError: A path that is no model folder.
     """
-    if dtype == "float16":  # type: ignore[comparison-overlap]  # YAML and Python can say it all the same
+    if dtype == "float16":  # type: ignore[comparison-overlap]  # YAML can say it all the same
         raise ValueError(
-            "trunk_dtype float16 is refused: RL ratios over- and underflow in fp16 and adapters turn to NaN "
-            "within a few updates. Use bfloat16 (same memory) or float32."
+            "trunk_dtype float16 is refused: RL ratios over- and underflow in fp16 and adapters turn "
+            "to NaN within a few updates. Use bfloat16 (same memory) or float32."
         )
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(f"trunk_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
@@ -263,16 +270,14 @@ def load_trunk(
     path = Path(source).expanduser()
     if looks_like_path and not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"trunk: {source} is no model folder (no config.json there). Give the folder that an earlier "
-            "stage wrote (RUN/trunk), a transformers folder, or a hub name like Qwen/Qwen2-0.5B."
+            f"trunk: {source} is no model folder (no config.json there). Give the folder that an "
+            "earlier stage wrote (RUN/trunk), a transformers folder, or a hub name like Qwen/Qwen2-0.5B."
         )
     where = str(path) if path.exists() else source
     config = AutoConfig.from_pretrained(where)
     for key, value in config.to_dict().items():
         if isinstance(value, float) and ("drop" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(
-        where, config=config, dtype=getattr(torch, dtype)
-    )
+    model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(where)
     return Trunk(model, tokenizer, checkpointing, source)

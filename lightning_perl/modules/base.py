@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -100,7 +100,9 @@ class AdapterModule(LightningModule, ABC):
         for listener in listeners:
             listener.on_phase_end(self.trainer, self, name)
 
-    def log_stats(self, stats: Mapping[str, Tensor | float], batch_size: int, **options: Any) -> None:
+    def log_stats(
+        self, stats: Mapping[str, Tensor | float], batch_size: int, **options: Any
+    ) -> None:
         """Log named statistics as means over rows."""
         for key, value in stats.items():
             self.log(key, value, batch_size=batch_size, **options)
@@ -137,8 +139,8 @@ class AdapterModule(LightningModule, ABC):
             )
         self._rng = checkpoint["rng"]
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Draw on where the checkpoint stood: adapter dropout is the only draw from torch's generator.
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Draw on from where the checkpoint stood; only adapter dropout uses torch's generator.
 
         Here and not on loading, because making a loader's iterator may draw too.
         """

@@ -77,7 +77,9 @@ class HydraSFT(SFT):
         lm_loss, lm_tokens, reward_loss, scores, _ = self.losses(batch)
         rated = int(batch.labelled.sum()) + len(batch.pairs)
         if lm_tokens > 0:
-            self.log("val/lm_loss", lm_loss, batch_size=int(lm_tokens), on_epoch=True, prog_bar=True)
+            self.log(
+                "val/lm_loss", lm_loss, batch_size=int(lm_tokens), on_epoch=True, prog_bar=True
+            )
         if rated:
             self.log("val/reward_loss", reward_loss, batch_size=rated, on_epoch=True)
         loss = lm_loss + self.reward_weight * reward_loss

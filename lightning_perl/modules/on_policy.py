@@ -155,7 +155,9 @@ class OnPolicy(AdapterModule):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
-        self.roles = Roles(layout, unpackaged(trunk), lora, reward, trunk_dtype, checkpointing, seed)
+        self.roles = Roles(
+            layout, unpackaged(trunk), lora, reward, trunk_dtype, checkpointing, seed
+        )
         self.sampling = sampling
         self.validation_sampling = validation_sampling or sampling
         self.epochs = epochs
@@ -170,6 +172,7 @@ class OnPolicy(AdapterModule):
         self.max_grad_norms = {"actor": max_grad_norm, "critic": critic_norm, "head": critic_norm}
         self.max_episodes = max_episodes
         self.gold = gold
+        self._reference_gold: list[Tensor] = []
         self.seed = seed
         self.rollout_index = 0
         self.episodes = 0
@@ -206,9 +209,7 @@ class OnPolicy(AdapterModule):
         spec = sampling or self.sampling
         uniforms = row_uniforms(self.seed, rollout_index, prompts.row, spec.max_new_tokens)
         with self.roles(role) as trunk:
-            return sample(
-                trunk, prompts.ids, prompts.mask, prompts.row, spec, uniforms, early_exit
-            )
+            return sample(trunk, prompts.ids, prompts.mask, prompts.row, spec, uniforms, early_exit)
 
     def score(self, rollout: Rollout) -> Scored:
         """All four roles on a rollout, one forward per distinct (trunk, adapter)."""
@@ -318,7 +319,7 @@ class OnPolicy(AdapterModule):
             self._check_first_ratio,
         )
         if self._make_scheduler is not None:
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         return self._account(rollout, scored, {**stats, **trained})
 
     def _account(self, rollout: Rollout, scored: Scored, stats: Stats) -> dict[str, Any]:
@@ -357,12 +358,21 @@ class OnPolicy(AdapterModule):
             gold_before = self._gold(before)
             logged["gold"] = self._gold(rollout).mean()
             logged["reference_gold"] = gold_before.mean()
-            logged["reference_gold_sd"] = gold_before.std(correction=0)
+            self._reference_gold.append(gold_before)
         for key, value in logged.items():
             shown = key in ("score", "kl")
             self.log(f"val/{key}", value, batch_size=len(batch.row), prog_bar=shown, on_epoch=True)
 
     test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the spread of the reference's gold over all prompts; batch by batch it is smaller."""
+        if self._reference_gold:
+            spread = torch.cat(self._reference_gold).std(correction=0)
+            self.log("val/reference_gold_sd", spread)
+            self._reference_gold.clear()
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def answer(self, prompts: PromptBatch, role: Literal["policy", "reference"]) -> WrittenAnswers:
         """Texts and scores for prompts, with validation's sampling and noise."""
@@ -389,7 +399,7 @@ class OnPolicy(AdapterModule):
 
         def decoded(ids: Tensor, mask: Tensor) -> list[str]:
             rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-            return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+            return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
         return (
             decoded(rollout.prompt_ids, rollout.prompt_mask),
@@ -523,11 +533,13 @@ def distinct_pairs(ids: Tensor, mask: Tensor) -> Tensor:
     pairs = torch.stack([ids[:, :-1][both], ids[:, 1:][both]], dim=1)
     if len(pairs) == 0:
         return torch.ones(())
-    return torch.tensor(len(pairs.unique(dim=0)) / len(pairs))
+    return torch.tensor(len(torch.unique(pairs, dim=0)) / len(pairs))
 
 
 def correlation(left: Tensor, right: Tensor) -> Tensor:
     """Pearson correlation over rows; 0 where either side does not vary. Shape: ``()``."""
     left, right = left - left.mean(), right - right.mean()
     scale = left.norm() * right.norm()
-    return torch.where(scale > 0, (left * right).sum() / scale.clamp(min=1e-12), torch.zeros(()).to(scale))
+    return torch.where(
+        scale > 0, (left * right).sum() / scale.clamp(min=1e-12), torch.zeros(()).to(scale)
+    )

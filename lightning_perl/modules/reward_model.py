@@ -26,9 +26,7 @@ def rating_loss(
 
     Rows that stand in a pair carry no thumb, so nothing is counted twice.
     """
-    pair_loss, pair = bradley_terry(
-        scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]], margin
-    )
+    pair_loss, pair = bradley_terry(scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]], margin)
     thumb_loss, thumb = thumbs(scores, batch.label, batch.labelled, positive_weight)
     stats = {
         "reward_loss": (pair_loss + thumb_loss).detach(),
@@ -120,4 +118,4 @@ class RewardModel(Supervised):
             return
         target = folder / "adapters" / "reward"
         self.trunk.adapters.save(self.adapter, target, self.trunk.source)
-        save_heads(target, {"reward": self.reward_head})
+        save_heads(target, self.heads())

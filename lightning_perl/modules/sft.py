@@ -15,9 +15,7 @@ from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.supervised import Stats, Supervised, sequences_of
 
 
-def imitation_loss(
-    trunk: Trunk, hidden: Tensor, batch: RatedBatch
-) -> tuple[Tensor, Tensor]:
+def imitation_loss(trunk: Trunk, hidden: Tensor, batch: RatedBatch) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the responses to imitate, in nats per token, and how many tokens there were."""
     sequences = sequences_of(batch)
     states = predicting(hidden, sequences.response_mask.shape[1])
@@ -52,9 +50,7 @@ class SFT(Supervised):
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            trunk, "sft", lora, trunk_dtype, checkpointing, optimizer, scheduler, seed
-        )
+        super().__init__(trunk, "sft", lora, trunk_dtype, checkpointing, optimizer, scheduler, seed)
 
     def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
         """Mean cross-entropy per token."""

@@ -23,9 +23,7 @@ Stats = dict[str, Tensor]
 
 def sequences_of(batch: RatedBatch) -> Sequences:
     """The batch's rows, their response columns cut off the prompt's."""
-    return Sequences(
-        batch.ids, batch.attention_mask, batch.response_mask[:, batch.prompt_tokens :]
-    )
+    return Sequences(batch.ids, batch.attention_mask, batch.response_mask[:, batch.prompt_tokens :])
 
 
 class Supervised(AdapterModule):
@@ -72,6 +70,10 @@ class Supervised(AdapterModule):
         self.reward_head = ScalarHead(self.trunk.hidden_size, seed).to(dtype)
         self.head_learning_rate = learning_rate
 
+    def heads(self) -> dict[str, ScalarHead]:
+        """The heads by name."""
+        return {} if self.reward_head is None else {"reward": self.reward_head}
+
     def _head(self, hidden: Tensor) -> Tensor:
         if self.reward_head is None:
             raise RuntimeError(f"{type(self).__name__} has no reward head.")
@@ -92,9 +94,7 @@ class Supervised(AdapterModule):
         """One batch."""
         with self.trunk.training_pass():
             loss, stats = self.objective(batch)
-        self.log_stats(
-            {f"train/{key}": value for key, value in stats.items()}, len(batch.ids)
-        )
+        self.log_stats({f"train/{key}": value for key, value in stats.items()}, len(batch.ids))
         self.log("train/loss", loss.detach(), batch_size=len(batch.ids), prog_bar=True)
         return loss
 
@@ -123,7 +123,7 @@ class Supervised(AdapterModule):
         merged = None if self.adapter == OFF else self.adapter
         self.trunk.save(folder, merged, {"module": type(self).__name__})
         if self.reward_head is not None:
-            save_heads(folder, {"reward": self.reward_head})
+            save_heads(folder, self.heads())
         again = load_trunk(str(folder), dtype=self.hparams["trunk_dtype"])
         ids = torch.arange(16, device=self.device).unsqueeze(0) % self.trunk.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)

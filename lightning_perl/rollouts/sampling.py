@@ -1,7 +1,7 @@
 """Sampling responses from a trunk. The model's own generation config is never read.
 
-Each token is drawn by inverse CDF from one uniform number, and a row's uniforms come from (seed, rollout,
-row) alone: its text depends on no batch mate, no rank and no early exit.
+Each token is drawn by inverse CDF from one uniform number, and a row's uniforms come from (seed,
+rollout, row) alone: its text depends on no batch mate, no rank and no early exit.
 
 Shapes: ``B`` rows, ``P`` prompt tokens, ``R`` response tokens, ``V`` vocabulary.
 """
@@ -32,8 +32,8 @@ class SamplingSpec:
         max_new_tokens: Longest response, the stop token included.
         temperature: Divides the logits, here and when the tokens are scored. 0 takes the likeliest
             token (evaluation only).
-        top_p: Keep the smallest set of tokens with this much probability. Below 1 in evaluation only:
-            the scored distribution would not be the sampled one.
+        top_p: Keep the smallest set of tokens with this much probability. Below 1 in evaluation
+            only: the scored distribution would not be the sampled one.
         top_k: Keep this many tokens; 0 keeps all. Evaluation only.
         stop: Strings that end a response, besides the trunk's EOS.
     """
@@ -73,8 +73,8 @@ class SamplingSpec:
 def row_uniforms(seed: int, rollout: int, row: Tensor, count: int) -> Tensor:
     """Uniform numbers in (0, 1) that depend on their own row only.
 
-    A counter-based generator (the finalizer of SplitMix64 over seed, rollout, row and column), so that
-    no generator state has to be kept, sharded or resumed.
+    A counter-based generator (the finalizer of SplitMix64 over seed, rollout, row and column), so
+    that no generator state has to be kept, sharded or resumed.
 
     Args:
         seed: Of the run.
@@ -86,7 +86,7 @@ def row_uniforms(seed: int, rollout: int, row: Tensor, count: int) -> Tensor:
         Shape: ``(B, count)``, float32.
     """
     columns = torch.arange(count, device=row.device)
-    # One after the other, each mixed before the next is added: seed 3, rollout 9 is not seed 9, rollout 3.
+    # Each is mixed before the next is added: seed 3, rollout 9 is not seed 9, rollout 3.
     state = _mix(_mix(torch.full_like(row, seed)) + rollout)
     state = _mix(state + row).unsqueeze(-1)
     bits = _mix(state + columns) & 0x7FFFFF
@@ -95,7 +95,7 @@ def row_uniforms(seed: int, rollout: int, row: Tensor, count: int) -> Tensor:
 
 
 def _mix(state: Tensor) -> Tensor:
-    # int64 products wrap around, as SplitMix64 wants; shifts are arithmetic, so high bits are cleared.
+    # int64 products wrap, as SplitMix64 wants; shifts are arithmetic, so high bits are cleared.
     state = state + -7046029254386353131
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
@@ -170,8 +170,8 @@ def sample(
         spec: How tokens are drawn.
         uniforms: Shape: ``(B, spec.max_new_tokens)``.
         early_exit: Finished rows leave the batch, and the loop ends with the last of them. Off, the
-            loop reads no tensor's value (fake tensors, CUDA graphs); the responses are the same. Stop
-            strings need it.
+            loop reads no tensor's value (fake tensors, CUDA graphs); the responses are the same.
+            Stop strings need it.
 
     Returns:
         The rollout; ``R`` is the longest response, or ``max_new_tokens`` without early exit.

@@ -1,7 +1,8 @@
 """Tiny random models of every family, written as transformers folders: no hub, milliseconds each.
 
-Their settings are chosen to be felt: grouped heads, another rotary base, a sliding window of 8, soft
-caps, logit scales and multipliers far from 1, dropout above 0, a generation config full of warpers.
+Their settings are chosen to be felt: grouped heads, another rotary base, a sliding window of 8,
+soft caps, logit scales and multipliers far from 1, dropout above 0, a generation config full of
+warpers.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def save_tiny_trunk(
     settings["vocab_size"] = len(AutoTokenizer.from_pretrained(folder))
     settings.update(changes)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -15,7 +15,7 @@ from lightning_perl.models.roles import Layout, Role, Roles
 ROLES: tuple[Role, ...] = ("policy", "value", "reference", "reward")
 SPEC = LoraSpec(rank=3, alpha=6.0)
 LENGTHS = ((5, 7), (2, 13), (11, 1), (7, 9))
-"""(prompt, response) tokens of the rows: one response of a single token, rows past a window of 8."""
+"""(prompt, response) tokens of the rows: one response of one token, rows past a window of 8."""
 
 
 def texts(lengths: tuple[tuple[int, int], ...] = LENGTHS, seed: int = 3) -> list[list[int]]:
@@ -70,7 +70,7 @@ def train(roles: Roles, seed: int = 9, size: float = 0.2) -> None:
         for name, parameter in roles.named_parameters():
             if parameter.requires_grad and ("lora_" in name or "head" in name):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter += size * noise.to(parameter.dtype)
+                parameter.add_(size * noise.to(parameter.dtype))
 
 
 def own_weights(roles: Roles) -> dict[str, Tensor]:
@@ -90,6 +90,11 @@ def loss(roles: Roles, sequences: Sequences, role: Role) -> Tensor:
         raise RuntimeError(f"{role} did not answer.")
     weights = torch.linspace(0.5, 2, found.shape[1], dtype=found.dtype)
     return (found * weights * sequences.response_mask).pow(2).sum() / found.shape[1]
+
+
+def backward(objective: Tensor) -> None:
+    """``objective.backward()``, which torch has no types for."""
+    objective.backward()  # type: ignore[no-untyped-call]
 
 
 def gradients(roles: Roles) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import Sequences, pad_left, position_ids
 from lightning_perl.models.adapters import OFF
-from lightning_perl.models.roles import Roles
+from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.trunk import LogitTransform, Trunk, load_trunk
 from lightning_perl.modules import HydraPPO
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -26,15 +26,14 @@ from tests.models.families import (
     LLAMA_TARGETS,
     TARGETS,
 )
-from tests.models.rows import ROLES, SPEC, build, gradients, loss, own_weights, padded
+from tests.models.rows import ROLES, SPEC, backward, build, gradients, loss, own_weights, padded
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def bare(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model as transformers loads it, in eval mode."""
+    """The model as transformers loads it: in eval mode."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.eval()
     return model
 
 
@@ -119,7 +118,7 @@ def test_off_is_the_bare_model_bit_for_bit_before_and_after_training(
     adapted = []
     for _ in range(2):
         with trunk.training_pass():
-            (loss(roles, sequences, "policy") + loss(roles, sequences, "value")).backward()
+            backward(loss(roles, sequences, "policy") + loss(roles, sequences, "value"))
         optimizer.step()
         optimizer.zero_grad()
         with roles("policy"):
@@ -180,9 +179,9 @@ def test_gradients_with_and_without_checkpointing_are_equal(
 ) -> None:
     folder, sequences = tiny_trunk(family), padded()
     plain, lean = build(folder), build(folder, checkpointing=True)
-    expected: dict[str, Tensor] = {}
-    for role in ("policy", "value"):
-        loss(plain, sequences, role).backward()  # type: ignore[arg-type]
+    trained: tuple[Role, ...] = ("policy", "value")
+    for role in trained:
+        backward(loss(plain, sequences, role))
     expected = gradients(plain)
     assert len(expected) == 2 * len(plain.trunk("policy").adapters.parameters("actor")) + 2
     assert all(bool(gradient.any()) for gradient in expected.values())
@@ -193,15 +192,15 @@ def test_gradients_with_and_without_checkpointing_are_equal(
         joint = loss(lean, sequences, "policy") + loss(lean, sequences, "value")
         forward_runs = runs[0]
         with lean("reference"):
-            joint.backward()
+            backward(joint)
     assert runs[0] == 2 * forward_runs > 0
     assert_equal_gradients(gradients(lean), expected)
 
     # And one after the other.
     lean.zero_grad()
-    for role in ("policy", "value"):
+    for role in trained:
         with lean.trunk("policy").training_pass():
-            loss(lean, sequences, role).backward()  # type: ignore[arg-type]
+            backward(loss(lean, sequences, role))
     assert_equal_gradients(gradients(lean), expected)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -166,14 +167,16 @@ def test_base_classes_load_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["HydraSFT", "RewardModel", "PPO hydra"])
 @pytest.mark.filterwarnings("ignore:You passed `Trainer.accelerator")
 def test_other_precisions_are_refused(
-    kind: str, precision: Any, hydra_trunk: Path, tmp_path: Path
+    kind: str, precision: str, hydra_trunk: Path, tmp_path: Path
 ) -> None:
     module = MAKERS[kind](str(hydra_trunk))
     before = tiny.weights(module)
     trainer, folder = tiny.quiet_trainer(tmp_path, precision=precision)
     # On a CPU Lightning itself makes bf16-mixed of 16-mixed.
     found = "bf16-mixed" if precision == "16-mixed" else precision
-    words = f"trainer.precision must stay 32-true, got '{found}': Lightning would cast or autocast.*"
+    words = (
+        f"trainer.precision must stay 32-true, got '{found}': Lightning would cast or autocast.*"
+    )
     with pytest.raises(MisconfigurationException, match=words + "trunk_dtype: bfloat16"):
         trainer.fit(module, batches_for(module, 1))
     with pytest.raises(MisconfigurationException, match=words):
@@ -208,7 +211,7 @@ def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: 
     class Worse(ModelCheckpoint):
         """The measure gets worse with every epoch, so the first checkpoint is the best."""
 
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             trainer.callback_metrics[watch] = torch.tensor(float(trainer.current_epoch))
             super().on_validation_end(trainer, pl_module)
 
@@ -218,9 +221,7 @@ def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: 
     trainer.fit(module, batches_for(module, 2), batches_for(module, 1))
     checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
     assert len(checkpoints) == 3
-    best, *_, last = [
-        torch.load(path, weights_only=True)["state_dict"] for path in checkpoints
-    ]
+    best, *_, last = [torch.load(path, weights_only=True)["state_dict"] for path in checkpoints]
     state = module.state_dict()
     assert all(torch.equal(state[name], value) for name, value in best.items())
     assert not all(torch.equal(state[name], value) for name, value in last.items())
@@ -260,10 +261,10 @@ class Phases(PhaseCallback):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def on_phase_start(self, trainer: Any, pl_module: Any, phase: str) -> None:
+    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         self.seen.append(f"+{phase}")
 
-    def on_phase_end(self, trainer: Any, pl_module: Any, phase: str) -> None:
+    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         self.seen.append(f"-{phase}")
 
 

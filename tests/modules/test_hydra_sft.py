@@ -1,4 +1,4 @@
-"""Hydra-SFT is SFT and the reward model at once: each is what is left when the other is taken away."""
+"""Hydra-SFT is SFT and the reward model at once: take one away and the other is left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.losses.reward import bradley_terry, thumbs
-from lightning_perl.models.adapters import OFF
+from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import SFT, HydraSFT, RewardModel
@@ -22,7 +22,7 @@ LORAS = pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
 
 @LORAS
 def test_without_its_reward_term_it_is_sft_bit_for_bit(
-    lora: tiny.LoraSpec | None, plain_trunk: Path
+    lora: LoraSpec | None, plain_trunk: Path
 ) -> None:
     hydra = HydraSFT(str(plain_trunk), lora, reward_weight=0.0)
     sft = SFT(str(plain_trunk), lora)
@@ -44,7 +44,7 @@ def test_reward_term_moves_the_trunk(plain_trunk: Path) -> None:
 @LORAS
 @pytest.mark.parametrize("pairs", [0, 2, 3], ids=["thumbs", "both", "pairs"])
 def test_without_rows_to_imitate_it_is_the_reward_model(
-    pairs: int, lora: tiny.LoraSpec | None, plain_trunk: Path
+    pairs: int, lora: LoraSpec | None, plain_trunk: Path
 ) -> None:
     batch = tiny.rated(6, pairs=pairs, imitate=False)
     hydra = HydraSFT(
@@ -97,7 +97,7 @@ def test_head_has_its_own_learning_rate(plain_trunk: Path) -> None:
 
 @LORAS
 def test_hands_over_trunk_and_head_with_equal_logits_and_scores(
-    lora: tiny.LoraSpec | None, plain_trunk: Path, tmp_path: Path
+    lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
 ) -> None:
     module = HydraSFT(
         str(plain_trunk), lora, 1.0, optimizer=lambda params: torch.optim.SGD(params, lr=0.3)

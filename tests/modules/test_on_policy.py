@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -252,6 +253,22 @@ def test_scheduler_steps_once_per_rollout_batch(hydra_trunk: Path, tmp_path: Pat
     ]
 
 
+TRAINED = {
+    "train/loss",
+    "train/policy_loss",
+    "train/value_loss",
+    "train/entropy",
+    "train/clip_fraction",
+    "train/approx_kl",
+    "train/value_clip_fraction",
+    "train/explained_variance",
+    "train/reward",
+    "train/grad_norm_actor",
+    "train/grad_norm_critic",
+    "train/grad_norm_head",
+    "train/episodes",
+    "train/tokens",
+}
 VALIDATED = {
     "val/score",
     "val/kl",
@@ -284,8 +301,16 @@ def test_validation_compares_the_trained_policy_with_the_reference(
     tiny.train_adapters(module, scale=1.0)
     prompts = tiny.prompts(8, 1)
     trainer, _ = tiny.quiet_trainer(tmp_path)
-    (logged,) = trainer.validate(module, tiny.Batches([prompts]), verbose=False)
-    assert set(logged) == {*VALIDATED, "val/gold", "val/reference_gold"}
+    uneven = tiny.Batches(
+        [type(prompts)(*(part[rows] for part in prompts)) for rows in (slice(0, 7), slice(7, 8))]
+    )
+    (logged,) = trainer.validate(module, uneven, verbose=False)
+    assert set(logged) == {
+        *VALIDATED,
+        "val/gold",
+        "val/reference_gold",
+        "val/reference_gold_sd",
+    }
     ours = module.answer(prompts, "policy")
     theirs = module.answer(prompts, "reference")
     assert ours.prompts == theirs.prompts
@@ -301,6 +326,7 @@ def test_validation_compares_the_trained_policy_with_the_reference(
     for key, answers in (("val/gold", ours), ("val/reference_gold", theirs)):
         words = [len(response.split()) for response in answers.responses]
         assert logged[key] == pytest.approx(sum(words) / 8)
+    assert logged["val/reference_gold_sd"] == pytest.approx(statistics.pstdev(words))
 
 
 def test_gold_score_is_logged_only_where_there_is_one(hydra_trunk: Path, tmp_path: Path) -> None:
@@ -313,14 +339,7 @@ def test_gold_score_is_logged_only_where_there_is_one(hydra_trunk: Path, tmp_pat
         expected = {"score", "kl", "response_tokens", "truncated_fraction", "distinct_2"}
         expected = {f"rollout/{key}" for key in expected | {"length_score_correlation"}}
         assert {key for key in logged if key.startswith("rollout/")} == expected
-        assert {key for key in logged if key.startswith("train/")} == {
-            f"train/{key}"
-            for key in (
-                "loss policy_loss value_loss entropy clip_fraction approx_kl value_clip_fraction "
-                "explained_variance reward grad_norm_actor grad_norm_critic grad_norm_head "
-                "episodes tokens"
-            ).split()
-        }
+        assert {key for key in logged if key.startswith("train/")} == TRAINED
 
 
 def test_fit_then_test_reads_the_same_measures(hydra_trunk: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import at_columns, last_true
-from lightning_perl.models.adapters import OFF
+from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.trunk import load_trunk
@@ -269,7 +269,7 @@ def test_minibatches_cover_every_episode_once_per_epoch(hydra_trunk: Path) -> No
     orders = [[rows.tolist() for rows in module._minibatches(8, epoch)] for epoch in range(3)]
     for order in orders:
         assert [len(rows) for rows in order] == [3, 3, 2]
-        assert sorted(sum(order, [])) == list(range(8))
+        assert sorted(row for rows in order for row in rows) == list(range(8))
     assert orders[0] != orders[1]
     again = [rows.tolist() for rows in module._minibatches(8, 0)]
     assert again == orders[0]
@@ -371,7 +371,9 @@ def test_frozen_bf16_trunk_with_fp32_adapters(hydra_trunk: Path, tmp_path: Path)
     assert changed == module.trainable_names()
     for name, parameter in module.named_parameters():
         trained = ".lora_" in name or "_head." in name
-        assert parameter.dtype == (torch.float32 if trained and "lm_head" not in name else torch.bfloat16)
+        assert parameter.dtype == (
+            torch.float32 if trained and "lm_head" not in name else torch.bfloat16
+        )
 
 
 def test_groups_have_their_own_learning_rates(hydra_trunk: Path) -> None:
@@ -383,7 +385,9 @@ def test_groups_have_their_own_learning_rates(hydra_trunk: Path) -> None:
     assert rates(critic_learning_rate=2e-5) == {"actor": 1e-4, "critic": 2e-5, "head": 2e-5}
     both = {"critic_learning_rate": 0.0, "head_learning_rate": 1e-3}
     assert rates(**both) == {"actor": 1e-4, "critic": 0.0, "head": 1e-3}
-    joint = tiny.one_optimizer(tiny.hydra(hydra_trunk, layout="joint_hydra", critic_learning_rate=5.0))
+    joint = tiny.one_optimizer(
+        tiny.hydra(hydra_trunk, layout="joint_hydra", critic_learning_rate=5.0)
+    )
     assert [group["name"] for group in joint.param_groups] == ["actor", "head"]
 
 
@@ -506,7 +510,7 @@ def judging_head(trunk: Path) -> ScalarHead:
     design = torch.cat([states, torch.ones(400, 1)], 1)
     wanted = torch.where(ids[:, -1] < GOOD, 1.0, -1.0)
     solution = torch.linalg.lstsq(design, wanted.unsqueeze(-1)).solution.squeeze(-1)
-    head = ScalarHead(tiny.HIDDEN)
+    head = ScalarHead(model.hidden_size)
     with torch.no_grad():
         head.weight.copy_(solution[:-1])
         head.bias.copy_(solution[-1])
@@ -514,29 +518,28 @@ def judging_head(trunk: Path) -> ScalarHead:
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["as it is", "flipped"])
-def test_policy_learns_what_the_reward_head_likes(
-    sign: int, plain_trunk: Path, tmp_path: Path
-) -> None:
-    head = judging_head(plain_trunk)
+def test_policy_learns_what_the_reward_head_likes(sign: int, tmp_path: Path) -> None:
+    plain = tiny.save_trunk(tmp_path / "plain", hidden=32, spread=0.02)
+    head = judging_head(plain)
     with torch.no_grad():
         head.weight.mul_(sign)
         head.bias.mul_(sign)
     module = HydraPPO(
-        str(tiny.with_head(plain_trunk, tmp_path / "trunk", head)),
-        lora=tiny.LoraSpec(4, 8.0),
+        str(tiny.with_head(plain, tmp_path / "trunk", head)),
+        lora=LoraSpec(4, 8.0),
         sampling=SamplingSpec(max_new_tokens=3),
-        ppo_epochs=1,
+        ppo_epochs=2,
         micro_batch_size=64,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.02),
     )
     endings = Endings()
     trainer, _ = tiny.quiet_trainer(tmp_path / "runs", endings)
-    batches = [tiny.prompts(64, seed, longest=3) for seed in range(20)]
+    batches = [tiny.prompts(64, seed, longest=3) for seed in range(10)]
     trainer.fit(module, tiny.Batches(batches))
     assert trainer.global_step == 20
-    early, late = sum(endings.seen[:3]) / 3, sum(endings.seen[-3:]) / 3
-    assert 0.2 < early < 0.6
-    assert late > early + 0.2 if sign > 0 else late < early - 0.2
+    early, late = sum(endings.seen[:2]) / 2, sum(endings.seen[-2:]) / 2
+    assert 0.2 < early < 0.5
+    assert late > early + 0.3 if sign > 0 else late < early - 0.15
     # What it was paid for went up in either case.
     (logged,) = trainer.validate(module, tiny.Batches([tiny.prompts(64, 99)]), verbose=False)
     assert logged["val/score"] > logged["val/reference_score"] + 0.2
@@ -575,29 +578,41 @@ def test_hydra_is_ppo_with_the_layout_filled_in(hydra_trunk: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        (HydraPPO, {"layout": "lora"}, "HydraPPO is PPO with layout hydra; got layout 'lora'. Use the"),
+        (
+            HydraPPO,
+            {"layout": "lora"},
+            "HydraPPO is PPO with layout hydra; got layout 'lora'. Use the",
+        ),
         (JointHydraPPO, {"layout": "hydra"}, "JointHydraPPO is PPO with layout joint_hydra; got"),
         (HydraPPO, {"layout": "hydr"}, r"layout must be one of \['full', .*\], got 'hydr'"),
         (PPO, {"layout": "hydr"}, r"layout must be one of \['full', .*\], got 'hydr'"),
         (
             PPO,
             {"missing_eos_score": -1.0, "missing_eos_penalty": 2.0},
-            r"missing_eos_score \(sets the score\) or missing_eos_penalty .* not both; got -1.0 and 2.0",
+            r"missing_eos_score \(sets the score\) or missing_eos_penalty .*; got -1.0 and 2.0",
         ),
         (
             PPO,
             {"sampling": SamplingSpec(top_p=0.9)},
-            r"must be the distribution that is scored, got temperature 1.0, top_p 0.9, top_k 0. Use",
+            "the distribution that is scored, got temperature 1.0, top_p 0.9, top_k 0. Use",
         ),
         (PPO, {"sampling": SamplingSpec(top_k=5)}, "distribution that is scored.*top_k 5"),
-        (PPO, {"sampling": SamplingSpec(temperature=0.0)}, "distribution that is scored.*temperature 0"),
+        (
+            PPO,
+            {"sampling": SamplingSpec(temperature=0.0)},
+            "distribution that is scored.*temperature 0",
+        ),
         (PPO, {"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
         (PPO, {"minibatch_size": 0}, "minibatch_size must be at least 1, got 0"),
         (PPO, {"score_batch_size": -2}, "score_batch_size must be at least 1, got -2"),
         (PPO, {"ppo_epochs": 0}, "epochs must be at least 1, got 0"),
-        (PPO, {"lora": tiny.LoraSpec(dropout=0.1)}, "lora.dropout must be 0 in RL, got 0.1"),
+        (PPO, {"lora": LoraSpec(dropout=0.1)}, "lora.dropout must be 0 in RL, got 0.1"),
         (HydraPPO, {"reward": "RUN/trunk"}, "`reward` must stay empty; got RUN/trunk"),
-        (PPO, {"trunk_dtype": "float16"}, "trunk_dtype float16 is refused: RL ratios over- and underflow"),
+        (
+            PPO,
+            {"trunk_dtype": "float16"},
+            "trunk_dtype float16 is refused: RL ratios over- and underflow",
+        ),
     ],
 )
 def test_refused_at_construction(
@@ -609,7 +624,9 @@ def test_refused_at_construction(
 
 @EVERY_LAYOUT
 def test_trunk_without_a_reward_head_is_refused(layout: Layout, plain_trunk: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no reward head \(found: no heads file\)\. Train one"):
+    with pytest.raises(
+        ValueError, match=r"has no reward head \(found: no heads file\)\. Train one"
+    ):
         PPO(str(plain_trunk), layout)
 
 
@@ -647,6 +664,4 @@ def test_score_is_paid_for_the_eos_action(hydra_trunk: Path) -> None:
     experience, _ = module.experience(rollout, scored)
     mask = rollout.response_mask
     # Without a KL penalty and with lambda 1, every token's return is the score.
-    assert_close(
-        experience.returns[mask], scored.scores.unsqueeze(-1).expand_as(mask)[mask]
-    )
+    assert_close(experience.returns[mask], scored.scores.unsqueeze(-1).expand_as(mask)[mask])

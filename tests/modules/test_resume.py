@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data.loaders import BucketBatches, ResumableLoader
+from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
@@ -31,7 +32,7 @@ RL: dict[str, Any] = {
     "micro_batch_size": 2,
     "scheduler": halving,
 }
-DROPOUT = tiny.LoraSpec(2, 4.0, dropout=0.3)
+DROPOUT = LoraSpec(2, 4.0, dropout=0.3)
 MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "SFT full": lambda trunk: SFT(trunk, scheduler=halving),
     "SFT": lambda trunk: SFT(trunk, DROPOUT),

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import pad_right
-from lightning_perl.models.adapters import OFF
+from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import RewardModel
@@ -29,7 +29,7 @@ def separable(seed: int, pairs: bool) -> RatedBatch:
 @pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("pairs", [False, True], ids=["thumbs", "pairs"])
 def test_learns_a_separable_problem(
-    pairs: bool, lora: tiny.LoraSpec | None, plain_trunk: Path, tmp_path: Path
+    pairs: bool, lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
 ) -> None:
     module = RewardModel(
         str(plain_trunk), lora, optimizer=lambda params: torch.optim.AdamW(params, lr=0.01)

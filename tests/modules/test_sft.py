@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lightning_perl.models.adapters import OFF
+from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import SFT
 from tests.modules import tiny
@@ -53,7 +53,7 @@ def test_validation_loss_weighs_tokens_not_batches(plain_trunk: Path, tmp_path: 
 
 @pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
 def test_trunk_that_is_handed_over_gives_the_trained_models_logits(
-    lora: tiny.LoraSpec | None, plain_trunk: Path, tmp_path: Path
+    lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
 ) -> None:
     module = SFT(str(plain_trunk), lora, optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
     before = tiny.weights(module)
@@ -95,7 +95,7 @@ def test_folder_that_gives_other_logits_is_reported(
 
 
 def test_adapter_dropout_acts_in_training_only(plain_trunk: Path) -> None:
-    module = SFT(str(plain_trunk), tiny.LoraSpec(2, 4.0, dropout=0.5))
+    module = SFT(str(plain_trunk), LoraSpec(2, 4.0, dropout=0.5))
     tiny.train_adapters(module)
     batch = tiny.rated(6)
     assert module.objective(batch)[0] == module.objective(batch)[0]

@@ -52,31 +52,38 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(str(folder))
 
 
-def save_trunk(folder: Path, family: str = "llama", stops: Sequence[int] = (2, 17, 18, 19, 20, 21)) -> Path:
-    """Writes a random trunk whose responses end early now and then; no reward head."""
+def save_trunk(
+    folder: Path, family: str = "llama", hidden: int = HIDDEN, spread: float = 0.2
+) -> Path:
+    """Writes a random trunk without a reward head; a quarter of its words end a response.
+
+    A small ``spread`` of the weights leaves the last state close to the last word's embedding.
+    """
     torch.manual_seed(7)
     model: PreTrainedModel
     if family == "gpt2":
         # GPT-2's own dropout of 0.1 stays in the config: the library has to switch it off.
         model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=WORDS, n_positions=64, n_embd=HIDDEN, n_layer=2, n_head=2)
+            GPT2Config(vocab_size=WORDS, n_positions=64, n_embd=hidden, n_layer=2, n_head=2)
         )
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=WORDS,
-                hidden_size=HIDDEN,
+                hidden_size=hidden,
                 intermediate_size=24,
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                initializer_range=0.2,
+                initializer_range=spread,
             )
         )
+        # Logits of some size whatever the spread, or nothing could be preferred.
+        model.lm_head.weight.data *= 0.2 / spread
     model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id = 0, 1, 2
     generation = model.generation_config
     if generation is not None:
-        generation.eos_token_id = list(stops)
+        generation.eos_token_id = [2, 17, 18, 19, 20, 21]
         generation.pad_token_id, generation.bos_token_id = 0, 1
     model.save_pretrained(folder)
     save_tokenizer(folder)
