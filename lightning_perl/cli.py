@@ -11,8 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
@@ -32,10 +31,10 @@ CONFIG_HELP = (
     "A YAML file, or the name of one that comes with the package (quickstart). Several are laid "
     "over each other, the last one on top."
 )
-ALSO = f"""also:
-  {PROGRAM} new-trunk --help
-                        A small untrained trunk with a tokenizer trained on your data.
-"""
+ALSO = (
+    f"There is one more command: {PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer "
+    "trained on your data (see its --help)."
+)
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -77,7 +76,7 @@ class ConfigFile(ActionConfigFile):
             source = config_source(values)
         except FileNotFoundError as error:
             raise ArgumentError(self, str(error)) from error
-        super().__call__(parser, cfg, source, option_string)
+        super().__call__(parser, cfg, source, option_string)  # type: ignore[no-untyped-call]
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -96,7 +95,7 @@ class SaveRunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.config_filename
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(self.config, str(path), overwrite=True, multifile=False)
 
 
 class PerlCLI(LightningCLI):
@@ -120,7 +119,22 @@ class PerlCLI(LightningCLI):
         """No bars for a trunk that is read from disk in a moment; downloads keep theirs."""
         trunk = str(self._get(self.config, "model").init_args.get("trunk", ""))
         if trunk.startswith(PREFIX) or Path(trunk).exists():
-            disable_progress_bar()
+            disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; what a constructor refuses reaches the user in its own words.
+
+        jsonargparse takes a constructor's `ValueError` for a failed match of a Union's first type and
+        buries it in a dump of the whole configuration.
+        """
+        try:
+            super().instantiate_classes()
+            return
+        except ValueError as error:
+            refused: BaseException = error
+            while str(refused).startswith("Does not validate against") and refused.__cause__:
+                refused = refused.__cause__
+        raise refused
 
 
 def silence_known() -> None:
@@ -139,12 +153,12 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 def run_new_trunk(args: Sequence[str]) -> None:
     """``new-trunk``: its arguments are those of the function."""
-    parser = ArgumentParser(prog=f"{PROGRAM} new-trunk", description=new_trunk.__doc__)
+    parser = ArgumentParser(prog=f"{PROGRAM} new-trunk")
     parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
     parser.add_function_arguments(new_trunk)
-    chosen = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    chosen = parser.instantiate(parser.parse_args(args)).as_dict()
     chosen.pop("config")
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     new_trunk(**chosen)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,69 +18,17 @@ from lightning_perl.data import TaskmasterDataModule
 from lightning_perl.data.folds import assign_folds, hold_out
 from lightning_perl.data.rows import Item, Pair, Row, Turn
 from lightning_perl.data.taskmaster import dialog_key
+from tests.data.taskmaster_files import (
+    GREETING,
+    agent,
+    dialog,
+    rated,
+    thumbs,
+    user,
+    write,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-GREETING = {"role": "agent", "text": "Welcome to the Coffee Bar."}
-MENU_CALL = {"role": "agent", "api": {"get_menu_items": {"query": "espresso"}}}
-MENU = {"role": "api", "response": {"get_menu_items": {"items": ["é"]}}}
-
-
-def rated(context: list[Any], generation: object, reward: object = 1.0) -> dict[str, Any]:
-    return {
-        "conversation_id": "dlg-0",
-        "context": json.dumps(context),
-        "generation": json.dumps(generation),
-        "reward": reward,
-    }
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "text": text}
-
-
-def agent(text: str) -> dict[str, str]:
-    return {"role": "agent", "text": text}
-
-
-def annotation(name: str, value: str, context: str) -> dict[str, str]:
-    return {"name": name, "value": value, "context": context}
-
-
-def dialog(number: int) -> dict[str, Any]:
-    return {
-        "conversation_id": f"dlg-{number}",
-        "vertical": "Coffee",
-        "scenario": "one",
-        "instructions": None,
-        "utterances": [
-            {
-                "index": 0,
-                "speaker": "user",
-                "text": f"latte number {number} please",
-                "segments": [],
-                "annotations": [
-                    annotation("api_call", "get_menu_items", "api_call_0"),
-                    annotation("request", '{"query":"latte"}', "api_call_0"),
-                    annotation("api_response", "get_menu_items", "api_response_0"),
-                    annotation("response", '{"ok":true}', "api_response_0"),
-                    annotation("api_call", "show_menu", "api_call_1"),
-                    annotation("api_response", "show_menu", "api_response_1"),
-                    annotation("response", '{"ok": tru', "api_response_1"),
-                ],
-            },
-            {"speaker": "assistant", "text": "Done.", "annotations": []},
-            {"speaker": "user", "text": "thanks", "annotations": []},
-        ],
-    }
-
-
-def write(file: Path, rows: object) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(rows).encode()
-    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
-    return file
-
-
 Build = Callable[..., TaskmasterDataModule]
 
 
@@ -92,15 +39,6 @@ def build(tmp_path: Path, tokenizer_dir: Path) -> Build:
         return TaskmasterDataModule(data_dir=tmp_path, **defaults | arguments)
 
     return make
-
-
-def thumbs(dialogs: int = 20) -> list[dict[str, Any]]:
-    rows = []
-    for number in range(dialogs):
-        start = [GREETING, user(f"espresso number {number}")]
-        rows.append(rated(start, MENU_CALL))
-        rows.append(rated([*start, MENU_CALL, MENU], agent(f" Sure, {number}.\n"), 0.0))
-    return rows
 
 
 def single(items: Iterable[Item]) -> list[Row]:

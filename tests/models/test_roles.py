@@ -245,6 +245,8 @@ def test_full_trains_two_whole_models_and_leaves_two(tiny_trunk: TinyTrunk) -> N
     roles, rows = build(tiny_trunk(seed=1, tie_word_embeddings=False), "full"), padded()
     before = own_weights(roles)
     trained = [*roles.actor_parameters(), *roles.critic_parameters()]
+    wanted = {id(parameter) for parameter in (*trained, *roles.value_head.parameters())}
+    assert {id(parameter) for parameter in roles.parameters() if parameter.requires_grad} == wanted
     optimizer = torch.optim.SGD(trained, lr=0.01)
     backward(loss(roles, rows, "policy") + loss(roles, rows, "value"))
     optimizer.step()

@@ -165,6 +165,13 @@ def test_the_ends_of_the_cdf_draw_tokens_that_can_be_drawn(number: float) -> Non
     assert all(int(token) in wide[row].topk(2).indices for row, token in enumerate(kept))
 
 
+def test_a_token_owns_the_left_end_of_its_interval() -> None:
+    # A quarter each, but for a token in the middle that cannot be drawn.
+    logits = torch.tensor([0.0, 0.0, -torch.inf, 0.0, 0.0]).expand(5, -1)
+    edges = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.999])
+    assert draw(logits, edges, SamplingSpec()).tolist() == [0, 1, 3, 4, 4]
+
+
 def test_temperature_0_takes_the_likeliest() -> None:
     logits = torch.tensor([LOGITS, LOGITS[::-1]])
     for number in (1e-6, 0.5, 0.999):

@@ -1,0 +1,244 @@
+"""Every YAML that the repository offers runs, in a tiny form, in a folder of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import enable_progress_bar
+
+from lightning_perl.cli import main
+from lightning_perl.models.heads import load_head
+from lightning_perl.models.trunk import load_trunk
+from tests.conftest import TinyTrunk
+from tests.data.taskmaster_files import save_corpora
+
+ROOT = Path(__file__).parents[1]
+# A link and its target are one config.
+FOUND = [*ROOT.glob("lightning_perl/quickstart/*.yaml"), *ROOT.glob("configs/**/*.yaml")]
+CONFIGS = sorted({path.resolve() for path in FOUND})
+
+
+def content(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def kind(path: Path) -> str:
+    """Tells what a YAML is for by its keys; one that fits nothing is an error, not a skipped test."""
+    keys = content(path).keys()
+    if {"model", "data", "trainer"} <= keys:
+        return "fit"
+    if {"folder", "data"} <= keys:
+        return "new-trunk"
+    if keys == {"trainer"} and path.parent == ROOT / "configs" / "loggers":
+        return "logger"
+    raise AssertionError(f"{path}: no test knows how to run a config with the keys {sorted(keys)}")
+
+
+def of_kind(name: str) -> Any:
+    chosen = [path for path in CONFIGS if kind(path) == name]
+    assert chosen, f"no config of the kind {name}: its test would pass on nothing"
+    return pytest.mark.parametrize(
+        "path", chosen, ids=[path.relative_to(ROOT).as_posix() for path in chosen]
+    )
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Relative paths of the configs, such as ``runs``, lie in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
+    """Arguments that make a config's data small; the tests' tokenizer makes long rows."""
+    name = config["data"]["class_path"].rpartition(".")[2]
+    small: dict[str, dict[str, Any]] = {
+        "CoffeeOrdersDataModule": {
+            "demonstrations": 16,
+            "thumbs": 16,
+            "prompts": 16,
+            "val_prompts": 4,
+            "max_tokens": 300,
+            "max_response_tokens": 150,
+        },
+        "TaskmasterDataModule": {"data_dir": str(corpora), "max_tokens": 300},
+    }
+    assert name in small, f"no test makes the data of {name} small"
+    return small[name]
+
+
+def tiny_fit(path: Path, trunk: Path, corpora: Path) -> list[str]:
+    """Arguments of a short run of a config on a random trunk."""
+    config = content(path)
+    model: dict[str, Any] = {"trunk": str(trunk)}
+    if "sampling" in config["model"]["init_args"]:
+        model["sampling"] = {"max_new_tokens": 4}
+    if "reward" in config["model"]["init_args"]:
+        # The trunk's own head scores then, in every layout.
+        model["reward"] = None
+    tiny = {
+        "model": {"init_args": model},
+        "data": {"init_args": {**tiny_data(config, corpora), "batch_size": 4}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "limit_train_batches": 2,
+            "limit_val_batches": 1,
+            "val_check_interval": 2,
+            "enable_progress_bar": False,
+        },
+    }
+    Path("tiny.yaml").write_text(yaml.safe_dump(tiny), encoding="utf-8")
+    return ["fit", "--config", str(path), "--config", "tiny.yaml"]
+
+
+def run_of(config: dict[str, Any], version: int = 0) -> Path:
+    """The folder that the config's CSVLogger gives its run."""
+    logger = config["trainer"]["logger"]["init_args"]
+    return Path(logger["save_dir"]) / logger["name"] / f"version_{version}"
+
+
+def column(run: Path, key: str) -> list[float]:
+    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
+
+
+def assert_loads(run: Path, trunk: Path) -> None:
+    """What a run hands over is there, and loads as the next stage or a plain PEFT user loads it."""
+    adapters = sorted(run.glob("adapters/*"))
+    assert adapters or (run / "trunk").is_dir()
+    for folder in adapters:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trunk), folder)
+        assert model.peft_config["default"].peft_type == "LORA"
+    if (run / "trunk").is_dir():
+        assert load_trunk(str(run / "trunk")).vocabulary_size == load_trunk(str(trunk)).vocabulary_size
+
+
+@of_kind("fit")
+def test_fit_config_runs_and_hands_over(path: Path, tiny_trunk: TinyTrunk, corpora: Path) -> None:
+    trunk = tiny_trunk("llama", max_position_embeddings=512)
+    main(tiny_fit(path, trunk, corpora))
+    run = run_of(content(path))
+    losses = column(run, "train/loss")
+    assert losses
+    assert all(map(math.isfinite, losses))
+    if "sampling" in content(path)["model"]["init_args"]:
+        scores = column(run, "rollout/score")
+        assert len(scores) == 2
+        assert all(map(math.isfinite, scores))
+    assert_loads(run, trunk)
+    saved = content(run / "config.yaml")
+    assert saved["model"]["init_args"]["trunk"] == str(trunk)
+    assert saved["trainer"]["limit_train_batches"] == 2
+
+
+@of_kind("new-trunk")
+def test_new_trunk_config_runs(path: Path, corpora: Path) -> None:
+    config = content(path)
+    tiny = {
+        "vocabulary_size": 300,
+        "hidden_size": 16,
+        "layers": 1,
+        "heads": 2,
+        "data": {"init_args": tiny_data(config, corpora)},
+    }
+    Path("tiny.yaml").write_text(yaml.safe_dump(tiny), encoding="utf-8")
+    main(["new-trunk", "--config", str(path), "--config", "tiny.yaml"])
+    folder = Path(config["folder"])
+    trunk = load_trunk(str(folder))
+    assert (trunk.vocabulary_size, trunk.hidden_size) == (300, 16)
+    assert trunk.window == config["window"]
+    # The tokenizer has seen the corpus: a frequent word is fewer tokens than letters.
+    assert len(AutoTokenizer.from_pretrained(folder).encode("please")) < len("please")
+    with pytest.raises(FileExistsError, match="exists already; name another folder"):
+        main(["new-trunk", "--config", str(path), "--config", "tiny.yaml"])
+
+
+def outputs(path: Path) -> set[str]:
+    """Folders that a run of the config leaves for later stages."""
+    config = content(path)
+    if kind(path) == "new-trunk":
+        return {config["folder"]}
+    if kind(path) == "logger":
+        return set()
+    run = run_of(config)
+    return {(run / name).as_posix() for name in ("trunk", "adapters/reward")}
+
+
+@of_kind("fit")
+def test_folders_that_a_config_reads_are_what_another_writes(path: Path) -> None:
+    written = {folder for other in CONFIGS if other != path for folder in outputs(other)}
+    arguments = content(path)["model"]["init_args"]
+    read = {arguments[name] for name in ("trunk", "reward") if name in arguments}
+    assert {folder for folder in read if not folder.startswith("packaged:")} <= written
+
+
+def test_hydra_sft_config_hands_a_reward_head_to_hydra_ppo(
+    tiny_trunk: TinyTrunk, corpora: Path
+) -> None:
+    folder = ROOT / "configs" / "taskmaster"
+    main(tiny_fit(folder / "hydra_sft.yaml", tiny_trunk("llama"), corpora))
+    trunk = Path(content(folder / "hydra_ppo.yaml")["model"]["init_args"]["trunk"])
+    assert len(load_head(trunk, "reward").weight) == 32
+    main(tiny_fit(folder / "hydra_ppo.yaml", trunk, corpora))
+    run = run_of(content(folder / "hydra_ppo.yaml"))
+    adapter = json.loads((run / "adapters/actor/adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["base_model_name_or_path"] == str(trunk)
+
+
+def test_the_quickstart_in_configs_is_a_relative_link_into_the_package() -> None:
+    link = ROOT / "configs" / "quickstart.yaml"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../lightning_perl/quickstart/quickstart.yaml")
+    assert link.resolve() in CONFIGS
+
+
+def test_a_yaml_of_an_unknown_kind_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("model: {class_path: SFT}\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"odd.yaml: no test knows .* keys \['model'\]"):
+        kind(path)
+
+
+@of_kind("logger")
+def test_logger_config_lies_on_top_of_a_run(
+    path: Path, tiny_trunk: TinyTrunk, corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    arguments = tiny_fit(ROOT / "configs" / "quickstart.yaml", tiny_trunk("llama"), corpora)
+    for _ in range(2):
+        main([*arguments, "--config", str(path)])
+        # Lightning leaves the W&B run open for its process; a second process would have its own.
+        import wandb
+
+        wandb.finish()
+    logger = content(path)["trainer"]["logger"]["init_args"]
+    runs = sorted(Path(logger["save_dir"], logger["project"]).iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        assert (run / "adapters/actor/adapter_config.json").is_file()
+        assert content(run / "config.yaml")["trainer"]["logger"]["class_path"].endswith("WandbLogger")
+        (logged,) = Path(logger["save_dir"], "wandb").glob(f"offline-run-*-{run.name}")
+        tables = sorted(logged.rglob("samples_*.table.json"))
+        lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        last = [list(json.loads(line).values()) for line in lines[-4:]]
+        rows = [json.loads(table.read_text(encoding="utf-8"))["data"] for table in tables]
+        assert last in rows
+    # No key, and nothing that looks like one, in what a run writes.
+    assert not [file for file in Path(logger["save_dir"]).rglob("*.yaml") if "api_key" in file.read_text()]
