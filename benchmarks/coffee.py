@@ -33,7 +33,7 @@ from lightning_perl.batches import RatedBatch
 from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
 from lightning_perl.data.rows import Row
 from lightning_perl.data.taskmaster import TaskmasterDataModule
-from lightning_perl.data.tokenization import TurnEncoder
+from lightning_perl.data.tokenization import BadRow, TurnEncoder
 from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import Sequences, at_last_response, pad_left, predicting
 from lightning_perl.models.adapters import OFF
@@ -45,7 +45,7 @@ ROOT = Path("runs/coffee")
 CONFIGS = Path("configs/taskmaster")
 REPORT = Path("benchmarks/reports/coffee.md")
 FOLDS = 5
-MAX_TOKENS, MAX_RESPONSE_TOKENS = 256, 64
+MAX_TOKENS, MAX_RESPONSE_TOKENS = 320, 80
 BOOTSTRAPS = 2000
 # Hydra-PPO's reward and its judge never saw the same dialog, and neither saw the prompts' dialogs.
 PPO_FOLD, PPO_TRAIN_FOLDS, JUDGE_FOLDS = 0, [1, 2], [3, 4]
@@ -123,8 +123,16 @@ def held_out(fold: int, data_dir: str, split: str, demonstrations: bool) -> list
         max_tokens=MAX_TOKENS,
         max_response_tokens=MAX_RESPONSE_TOKENS,
     )
-    items = getattr(module.read(), split)
-    return [item for item in items if isinstance(item, Row)]
+    encoder = TurnEncoder(module.tokenizer)
+    kept = []
+    for item in getattr(module.read(), split):
+        try:
+            encoder.encode(item, MAX_TOKENS, MAX_RESPONSE_TOKENS)
+        except BadRow:
+            # Too long for the window: the trainings rejected and counted it, so no judge is asked.
+            continue
+        kept.append(item)
+    return kept
 
 
 def batches(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import warnings
-from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from transformers.utils.logging import disable_progress_bar
 
 import lightning_perl
@@ -70,13 +76,19 @@ def config_source(given: str) -> str:
 class ConfigFile(ActionConfigFile):
     """``--config`` that also knows the files of the package."""
 
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Read the file; a missing one ends the program with its name."""
         try:
-            source = config_source(values)
+            source = config_source(str(values))
         except FileNotFoundError as error:
-            raise ArgumentError(self, str(error)) from error
-        super().__call__(parser, cfg, source, option_string)  # type: ignore[no-untyped-call]
+            raise argparse.ArgumentError(self, str(error)) from error
+        super().__call__(parser, namespace, source, option_string)  # type: ignore[no-untyped-call]
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -94,8 +106,13 @@ class SaveRunConfig(SaveConfigCallback):
         """Write the file; called on rank zero."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        for key, value in list(config.items()):
+            # A module's own default, which YAML cannot say; left out, the module takes it again.
+            if isinstance(value, FunctionType) and "<lambda>" in value.__qualname__:
+                del config[key]
         path = folder / self.config_filename
-        self.parser.save(self.config, str(path), overwrite=True, multifile=False)
+        self.parser.save(config, str(path), overwrite=True, multifile=False)
 
 
 class PerlCLI(LightningCLI):
@@ -111,13 +128,13 @@ class PerlCLI(LightningCLI):
         """The data is tokenized as the trunk was trained."""
         parser.link_arguments("model.init_args.trunk", "data.init_args.tokenizer")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what `main` was given; LightningCLI would warn that ``sys.argv`` exists as well."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list, always
 
     def before_instantiate_classes(self) -> None:
         """No bars for a trunk that is read from disk in a moment; downloads keep theirs."""
-        trunk = str(self._get(self.config, "model").init_args.get("trunk", ""))
+        trunk = str(self.config.get(f"{self.subcommand}.model.init_args.trunk", ""))
         if trunk.startswith(PREFIX) or Path(trunk).exists():
             disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -153,7 +170,7 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 def run_new_trunk(args: Sequence[str]) -> None:
     """``new-trunk``: its arguments are those of the function."""
-    parser = ArgumentParser(prog=f"{PROGRAM} new-trunk")
+    parser = ArgumentParser(prog=f"{PROGRAM} new-trunk", allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
     parser.add_function_arguments(new_trunk)
     chosen = parser.instantiate(parser.parse_args(args)).as_dict()
@@ -173,9 +190,13 @@ def main(args: Sequence[str] | None = None) -> None:
     if given[:1] == ["new-trunk"]:
         run_new_trunk(given[1:])
         return
-    # A usage line per trainer argument would push the error itself off the screen.
-    usage = {
-        command: {"usage": f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]... (all: --help)"}
+    commands = {
+        command: {
+            # A usage line per trainer argument would push the error itself off the screen.
+            "usage": f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]... (all: --help)",
+            # A key that is almost right is an error, not a guess.
+            "allow_abbrev": False,
+        }
         for command in PerlCLI.subcommands()
     }
     PerlCLI(
@@ -190,7 +211,8 @@ def main(args: Sequence[str] | None = None) -> None:
             "prog": PROGRAM,
             "version": lightning_perl.__version__,
             "epilog": ALSO,
-            **usage,
+            "allow_abbrev": False,
+            **commands,
         },
         args=given,
     )

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_perl.batches import Bounded
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.models.adapters import LoraSpec
@@ -57,6 +58,15 @@ class AdapterModule(LightningModule, ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer, each with ``name`` and ``params``, and ``lr`` where it differs."""
 
+    @property
+    @abstractmethod
+    def window(self) -> int | None:
+        """Longest row in tokens that the trunk has positions for; None where it does not say."""
+
+    @abstractmethod
+    def longest_row(self, data: Bounded) -> int:
+        """Longest row in tokens that this module would make of the data's rows."""
+
     @abstractmethod
     def hand_over(self, folder: Path) -> None:
         """Write what the next stage loads below ``folder``."""
@@ -83,6 +93,19 @@ class AdapterModule(LightningModule, ABC):
                 f"trainer.precision must stay 32-true, got {precision!r}: Lightning would cast or autocast "
                 "the adapters, whose weights, gradients and moments must be fp32. For bf16 matrix products "
                 "set model.init_args.trunk_dtype: bfloat16."
+            )
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, Bounded):
+            self._refuse_longer_than_window(data)
+
+    def _refuse_longer_than_window(self, data: Bounded) -> None:
+        longest, window = self.longest_row(data), self.window
+        if window is not None and longest > window:
+            raise ValueError(
+                f"Rows may be {longest} tokens long (data.max_tokens {data.max_tokens}, "
+                f"data.max_response_tokens {data.max_response_tokens}), but the trunk has positions for "
+                f"{window} only. Lower data.max_tokens (prompts are cut from the left) or "
+                "sampling.max_new_tokens."
             )
 
     @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_perl.batches import Answers as WrittenAnswers
-from lightning_perl.batches import PromptBatch
+from lightning_perl.batches import Bounded, PromptBatch
 from lightning_perl.functional.kl import k1
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import Sequences
@@ -446,6 +446,17 @@ class OnPolicy(AdapterModule):
                 f"{what}: mean |difference of log-probabilities| is {float(gap):.3g} per token, rounding "
                 f"explains {allowed:.0e}. {cause}"
             )
+
+    @property
+    def window(self) -> int | None:
+        """The smallest of the trunks'."""
+        windows = [trunk.window for trunk in self.roles.distinct_trunks()]
+        return min((window for window in windows if window is not None), default=None)
+
+    def longest_row(self, data: Bounded) -> int:
+        """The longest prompt and the longest sampled response."""
+        sampled = max(self.sampling.max_new_tokens, self.validation_sampling.max_new_tokens)
+        return data.max_tokens - data.max_response_tokens + sampled
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Actor, critic and value head, each with its own learning rate and clipping."""

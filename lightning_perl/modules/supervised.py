@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_perl.batches import RatedBatch
+from lightning_perl.batches import Bounded, RatedBatch
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
@@ -89,6 +89,15 @@ class Supervised(AdapterModule):
         with self.trunk.switch.use(self.adapter):
             states: Tensor = self.trunk(batch.ids, batch.attention_mask)
         return states
+
+    @property
+    def window(self) -> int | None:
+        """The trunk's."""
+        return self.trunk.window
+
+    def longest_row(self, data: Bounded) -> int:
+        """Rows as they are."""
+        return data.max_tokens
 
     def training_step(self, batch: RatedBatch, batch_idx: int) -> Tensor:
         """One batch."""

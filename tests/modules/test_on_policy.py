@@ -217,7 +217,7 @@ def test_global_step_counts_updates(hydra_trunk: Path, tmp_path: Path) -> None:
 
 def test_max_episodes_ends_training(hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(hydra_trunk, max_episodes=9)
-    trainer, folder = tiny.quiet_trainer(tmp_path, max_epochs=-1)
+    trainer, folder = tiny.quiet_trainer(tmp_path, max_epochs=5)
     trainer.fit(module, tiny.Batches([tiny.prompts(4, seed) for seed in range(6)]))
     assert module.episodes == 12  # the first count past nine
     assert trainer.global_step == 3

@@ -1,0 +1,408 @@
+"""The command line: what it finds, what it refuses and in which words, what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
+
+import lightning_perl
+from lightning_perl.cli import config_source, main, packaged_configs
+from tests.conftest import TinyTrunk
+from tests.modules import tiny
+
+ROOT = Path(__file__).parents[1]
+
+MODEL: dict[str, Any] = {
+    "class_path": "HydraPPO",
+    "init_args": {"lora": {"rank": 2}, "sampling": {"max_new_tokens": 3}, "micro_batch_size": 4},
+}
+DATA: dict[str, Any] = {
+    "class_path": "CoffeeOrdersDataModule",
+    "init_args": {
+        "rows": "prompts",
+        "prompts": 8,
+        "val_prompts": 2,
+        "batch_size": 4,
+        "max_tokens": 300,
+    },
+}
+TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "max_epochs": 1,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    filters = list(tips.filters)
+    yield
+    tips.filters = filters
+    enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def trunk(tiny_trunk: TinyTrunk) -> str:
+    return str(tiny_trunk("llama", max_position_embeddings=512))
+
+
+def write_yaml(name: str, content: dict[str, Any]) -> str:
+    Path(name).write_text(yaml.safe_dump(content), encoding="utf-8")
+    return name
+
+
+def fit(*arguments: str, **parts: dict[str, Any]) -> None:
+    """Runs ``fit`` on three config files, one per part."""
+    parts = {"model": MODEL, "data": DATA, "trainer": TRAINER} | parts
+    configs = [write_yaml(f"{name}.yaml", {name: part}) for name, part in parts.items()]
+    flags = [flag for config in configs for flag in ("--config", config)]
+    main(["fit", *flags, *arguments])
+
+
+def rows_of(run: str) -> list[dict[str, str]]:
+    with Path(run, "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def exits(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """Exit status and everything printed."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out + printed.err
+
+
+# ---- what it finds -------------------------------------------------------------------------------
+
+
+def test_a_file_wins_over_a_packaged_config(tmp_path: Path) -> None:
+    shipped = packaged_configs()
+    assert {"quickstart.yaml", "hydra_sft.yaml", "new_trunk.yaml"} <= shipped.keys()
+    for name in ("quickstart.yaml", "quickstart", "packaged:quickstart/quickstart.yaml"):
+        assert config_source(name) == str(shipped["quickstart.yaml"])
+    Path("quickstart.yaml").write_text("{}", encoding="utf-8")
+    assert config_source("quickstart.yaml") == "quickstart.yaml"
+    assert config_source("quickstart") == str(shipped["quickstart.yaml"])
+    # jsonargparse's own kinds of values stay possible.
+    for other in (
+        "{trainer: {max_epochs: 1}}",
+        "trainer:\n  max_epochs: 1\n",
+        "https://a.b/c.yaml",
+    ):
+        assert config_source(other) == other
+
+
+@pytest.mark.parametrize("flags", [["--config", "{}"], ["-c", "{}"], ["--config={}"]])
+def test_every_spelling_of_config_finds_the_packaged_quickstart(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [flag.format("quickstart.yaml") for flag in flags]
+    code, printed = exits(capsys, "fit", *given, "--print_config")
+    assert code == 0
+    assert yaml.safe_load(printed)["model"]["class_path"].endswith("HydraPPO")
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("command", ["fit", "new-trunk"])
+def test_a_missing_config_is_named_with_the_packaged_ones(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = exits(capsys, command, "--config", "nope.yaml")
+    assert code == 2
+    assert "nope.yaml is no file" in printed
+    assert "hydra_sft.yaml, new_trunk.yaml, quickstart.yaml" in printed
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed = exits(capsys, "--help")
+    assert code == 0
+    assert "{fit,validate,test,predict}" in printed
+    assert "python -m lightning_perl new-trunk" in printed
+    code, printed = exits(capsys, "--version")
+    assert (code, printed.split()[-1]) == (0, lightning_perl.__version__)
+    code, printed = exits(capsys, "fit", "--model.help", "HydraPPO")
+    assert code == 0
+    # The help of an argument is its line of the docstring.
+    assert "--model.kl_coef" in printed
+    assert "Hydra-RLHF 0.02" in printed
+    code, printed = exits(capsys, "new-trunk", "--help")
+    assert code == 0
+    assert "--vocabulary_size" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--trainer.max_epoch", "1"], "max_epoch"),
+        (["--model.kl_coeff", "1"], "kl_coeff"),
+        (["--data.batchsize", "1"], "batchsize"),
+        (["--config", "{model: {init_args: {lora: {rnk: 4}}}}"], "rnk"),
+        (["--config", "{modle: 1}"], "modle"),
+    ],
+)
+def test_unknown_keys_are_refused_by_name(
+    arguments: list[str], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = exits(capsys, "fit", "--config", "quickstart", *arguments)
+    assert code == 2
+    error = printed.partition("error:")[2]
+    assert key in error
+    assert "not accept" in error or "nrecognized" in error
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_three_configs_compose_and_two_runs_do_not_collide(trunk: str) -> None:
+    for version in range(2):
+        fit("--model.trunk", trunk)
+        run = Path(f"runs/tiny/version_{version}")
+        assert (run / "adapters/actor/adapter_model.safetensors").is_file()
+        saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        assert saved["model"]["init_args"]["trunk"] == trunk
+        assert saved["data"]["init_args"]["prompts"] == 8
+        assert saved["trainer"]["max_epochs"] == 1
+    # Nothing of a run lies outside its folder.
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [
+        "data.yaml",
+        "model.yaml",
+        "runs",
+        "trainer.yaml",
+    ]
+    first, second = (rows_of(f"runs/tiny/version_{version}") for version in range(2))
+    assert [row["rollout/score"] for row in first] == [row["rollout/score"] for row in second]
+    assert first[0]["rollout/score"]
+
+
+def test_a_saved_config_repeats_its_run(trunk: str) -> None:
+    fit("--model.trunk", trunk)
+    main(["fit", "--config", "runs/tiny/version_0/config.yaml"])
+    first, second = (rows_of(f"runs/tiny/version_{version}") for version in range(2))
+    assert [row["train/loss"] for row in first] == [row["train/loss"] for row in second]
+
+
+def test_a_later_config_lies_on_top(trunk: str) -> None:
+    # Of the same class: what the later file does not name stays.
+    fit("--model.trunk", trunk, "--config", "{model: {init_args: {lora: {rank: 3}}}}")
+    adapter = Path("runs/tiny/version_0/adapters/actor/adapter_config.json")
+    assert json.loads(adapter.read_text(encoding="utf-8"))["r"] == 3
+    saved = yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text(encoding="utf-8"))
+    assert saved["model"]["init_args"]["micro_batch_size"] == 4
+
+
+def test_runs_without_a_logger_have_folders_too(trunk: str) -> None:
+    for version in range(2):
+        fit("--model.trunk", trunk, trainer={**TRAINER, "logger": False})
+        assert Path(f"version_{version}/config.yaml").is_file()
+        assert Path(f"version_{version}/adapters/actor").is_dir()
+
+
+def test_resume_and_validate_from_a_checkpoint(trunk: str) -> None:
+    fit("--model.trunk", trunk)
+    (checkpoint,) = Path("runs/tiny/version_0/checkpoints").glob("*.ckpt")
+    fit("--model.trunk", trunk, "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint))
+    assert [
+        row["train/episodes"] for row in rows_of("runs/tiny/version_1") if row["train/episodes"]
+    ] == [
+        "12.0",
+        "16.0",
+    ]
+    configs = [flag for name in ("model", "data", "trainer") for flag in ("-c", f"{name}.yaml")]
+    main(["validate", *configs, "--model.trunk", trunk, "--ckpt_path", str(checkpoint)])
+    (row,) = rows_of("runs/tiny/version_2")
+    assert float(row["val/response_tokens"]) > 0
+
+
+def test_a_run_is_quiet_about_what_is_known(
+    trunk: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        fit("--model.trunk", trunk)
+    said = " ".join(str(warning.message) for warning in heard)
+    assert "LeafSpec" not in said
+    assert "in eval mode" not in said
+    assert "args parameter" not in said
+    assert "Tip:" not in caplog.text
+    assert "handed over in" in caplog.text
+    printed = capsys.readouterr()
+    assert "Loading weights" not in printed.err
+    assert not is_progress_bar_enabled()
+
+
+# ---- what it refuses, before the first step --------------------------------------------------------
+
+
+def refused(kind: type[Exception], words: str, *arguments: str, **parts: dict[str, Any]) -> None:
+    """The error's own first words, not a dump around them; and no step was made."""
+    with pytest.raises(kind, match=rf"^{words}"):
+        fit(*arguments, **parts)
+    assert not list(Path.cwd().rglob("metrics.csv"))
+    assert not list(Path.cwd().rglob("*.ckpt"))
+
+
+def test_a_missing_trunk_folder() -> None:
+    sft = {"class_path": "SFT", "init_args": {"trunk": "runs/nope/version_0/trunk"}}
+    refused(
+        FileNotFoundError,
+        r"trunk: runs/nope/version_0/trunk is no model folder \(no config.json there\)",
+        model=sft,
+    )
+    refused(
+        FileNotFoundError,
+        "packaged:nope: lightning_perl ships no such",
+        "--model.trunk=packaged:nope",
+    )
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match=r"^(trunk: )?runs/nope/version_0/trunk"
+    ):
+        fit("--model.trunk", "runs/nope/version_0/trunk")
+
+
+def test_a_trunk_without_a_reward_head(tmp_path: Path) -> None:
+    bare = tiny.save_trunk(tmp_path / "bare")
+    words = rf"{bare} has no reward head \(found: no heads file\). Train one first: `HydraSFT`"
+    refused(ValueError, words, "--model.trunk", str(bare))
+
+
+def test_a_layout_that_is_not_the_classes_own(trunk: str) -> None:
+    refused(
+        ValueError,
+        "HydraPPO is PPO with layout hydra; got layout 'perl'. Use the class PPO",
+        "--model.trunk",
+        trunk,
+        "--model.layout",
+        "perl",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.layout", "hidra"], ["layout", "'joint_hydra'", "hidra"]),
+        (["--model.trunk_dtype", "float16"], ["trunk_dtype", "'bfloat16'", "float16"]),
+        (["--data.rows", "promts"], ["rows", "'prompts'", "promts"]),
+    ],
+)
+def test_a_value_that_is_no_choice_is_refused_with_the_choices(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = exits(capsys, "fit", "--config", "quickstart", *arguments)
+    assert code == 2
+    error = printed.partition("error:")[2]
+    assert all(word in error for word in words)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_refused_precision(trunk: str, precision: str) -> None:
+    refused(
+        MisconfigurationException,
+        f"trainer.precision must stay 32-true, got '{precision}'.*model.init_args.trunk_dtype: bfloat16",
+        "--model.trunk",
+        trunk,
+        "--trainer.precision",
+        precision,
+    )
+
+
+def test_arguments_out_of_range_reach_the_user_in_their_own_words(trunk: str) -> None:
+    given = ["--model.trunk", trunk]
+    refused(ValueError, "data.batch_size must be at least 1, got 0", *given, "--data.batch_size=0")
+    refused(ValueError, "lora.dropout must be 0 in RL, got 0.1", *given, "--model.lora.dropout=0.1")
+    writer = {"class_path": "SampleWriter", "init_args": {"prompts": 0}}
+    refused(
+        ValueError,
+        r"SampleWriter\(prompts=0\): give a number of at least 1",
+        *given,
+        trainer={**TRAINER, "callbacks": [writer]},
+    )
+
+
+def own_data(text: str | None, **arguments: Any) -> dict[str, Any]:
+    if text is not None:
+        Path("rows.jsonl").write_text(text, encoding="utf-8")
+    return {
+        "class_path": "PreferenceDataModule",
+        "init_args": {"train": "rows.jsonl", "val_fraction": 0.0, "batch_size": 1, **arguments},
+    }
+
+
+GOOD = '{"prompt": "hi", "response": "hello", "label": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "words"),
+    [
+        (None, {}, r"No file 'rows.jsonl' \(data.train.*Give the path"),
+        (
+            GOOD + '{"prompt": "hi", "label": 1}\n',
+            {},
+            "rows.jsonl:2: missing column: got .*'label'",
+        ),
+        (GOOD + '{"prompt": "hi",\n', {}, "rows.jsonl:2: broken JSON"),
+        (
+            GOOD + '{"prompt": "hi", "response": " ", "label": 0}\n',
+            {},
+            "rows.jsonl:2: empty answer in response. Remove the row, or set on_bad_row: reject",
+        ),
+        (
+            GOOD + json.dumps({"prompt": "tea " * 99, "response": "no", "label": 0}) + "\n",
+            {"max_tokens": 40, "max_response_tokens": 20},
+            "rows.jsonl:2: prompt longer than the window: its last turn takes .* the limit is 20",
+        ),
+    ],
+)
+def test_bad_rows_name_file_line_and_fix(
+    trunk: str, text: str | None, arguments: dict[str, Any], words: str
+) -> None:
+    reward = {"class_path": "RewardModel", "init_args": {"trunk": trunk}}
+    kind = FileNotFoundError if text is None else ValueError
+    refused(kind, words, model=reward, data=own_data(text, **arguments))
+
+
+# ---- as a process --------------------------------------------------------------------------------
+
+
+def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path: Path) -> None:
+    bare = tiny.save_trunk(tmp_path / "bare")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_perl", "fit", "--config", "quickstart.yaml"]
+    run = subprocess.run(
+        [*command, "--model.trunk", str(bare)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(f"ValueError: {bare} has no reward head")
+    assert "args parameter" not in run.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoints_hold_no_secret_and_load_with_weights_only(trunk: str) -> None:
+    fit("--model.trunk", trunk)
+    (checkpoint,) = Path("runs/tiny/version_0/checkpoints").glob("*.ckpt")
+    stored = torch.load(checkpoint, weights_only=True)
+    assert stored["hyper_parameters"]["trunk"] == trunk
