@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +62,9 @@ def fit(config: str, name: str, done: str, *overrides: str) -> None:
     if (folder / done).exists():
         print(f"kept {folder / done}")
         return
+    if folder.exists():
+        print(f"starting {folder} again, it was not finished")
+        shutil.rmtree(folder)
     command = [
         *(sys.executable, "-m", "lightning_perl", "fit", "--config", str(CONFIGS / config)),
         *("--trainer.logger.init_args.name", name, "--trainer.enable_progress_bar", "false"),
@@ -72,19 +76,25 @@ def fit(config: str, name: str, done: str, *overrides: str) -> None:
     (folder / "minutes.json").write_text(json.dumps((time.monotonic() - started) / 60))
 
 
+def decay_over(steps: int) -> list[str]:
+    """The learning rate falls over this many steps: two folds' rows instead of four."""
+    return ["--model.init_args.scheduler.init_args.total_iters", str(steps)]
+
+
 def train_fold(
     fold: int, data_dir: str, train_folds: list[int] | None = None, tag: str = ""
 ) -> None:
     """Hydra-SFT, plain SFT (the same with reward_weight 0) and a separate reward model."""
     where = ["--data.data_dir", data_dir, "--data.init_args.fold", str(fold)]
     if train_folds is not None:
+        where += decay_over(160)
         where += ["--data.init_args.train_folds", json.dumps(train_folds)]
     monitor = "--trainer.callbacks.init_args.monitor"
     fit("hydra_sft.yaml", f"hydra_sft/fold{fold}{tag}", "trunk", *where)
     if train_folds is None:
         plain = ["--model.init_args.reward_weight", "0", monitor, "val/lm_loss"]
         fit("hydra_sft.yaml", f"sft_plain/fold{fold}", "trunk", *where, *plain)
-        fit("reward_model.yaml", f"reward_model/fold{fold}", "adapters/reward", *where)
+        fit("reward_model.yaml", f"reward_model/fold{fold}", "trunk", *where)
 
 
 def train_policy(data_dir: str) -> None:
@@ -92,7 +102,7 @@ def train_policy(data_dir: str) -> None:
     train_fold(PPO_FOLD, data_dir, PPO_TRAIN_FOLDS, "_policy")
     where = ["--data.data_dir", data_dir, "--data.init_args.fold", str(PPO_FOLD)]
     fit(
-        *("reward_model.yaml", "judge", "adapters/reward", *where),
+        *("reward_model.yaml", "judge", "trunk", *where, *decay_over(130)),
         *("--data.init_args.train_folds", json.dumps(JUDGE_FOLDS)),
     )
     trunk = str(ROOT / f"hydra_sft/fold{PPO_FOLD}_policy/version_0/trunk")
@@ -193,12 +203,9 @@ def token_losses(trunk: Trunk, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]
 
 
 def reward_model(name: str) -> tuple[Trunk, str, ScalarHead]:
-    """A trained reward adapter on its trunk."""
-    folder = ROOT / name / "version_0/adapters/reward"
-    trunk = load_trunk(str(ROOT / "sft/version_0/trunk"))
-    trunk.adapters.load("reward", folder, trainable=False)
-    trunk.eval()
-    return trunk, "reward", load_head(folder, "reward")
+    """A trained reward model: its trunk, tuned whole, and its head."""
+    folder = ROOT / name / "version_0/trunk"
+    return load_trunk(str(folder)), OFF, load_head(folder, "reward")
 
 
 # ---- baselines ----------------------------------------------------------------------------------

@@ -6,20 +6,22 @@ Shapes: ``B`` rows, ``P`` prompt tokens, ``T`` tokens of a whole row. Masks are 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 
 @runtime_checkable
 class Bounded(Protocol):
-    """A datamodule that says how long its rows may be, so that a trunk can refuse them at once.
+    """A datamodule that says what its rows are, so that a module can refuse them at once.
 
     Attributes:
+        rows: ``rated`` (`RatedBatch`) or ``prompts`` (`PromptBatch`).
         max_tokens: Longest row, prompt and response.
         max_response_tokens: Longest response; prompts have at most the rest.
     """
 
+    rows: Literal["rated", "prompts"]
     max_tokens: int
     max_response_tokens: int
 

@@ -5,7 +5,7 @@ from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySn
 from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.callbacks.samples import Answering, SampleWriter
-from lightning_perl.callbacks.speed import ThroughputMonitor
+from lightning_perl.callbacks.speed import SpeedMonitor
 
 __all__ = [
     "Answering",
@@ -14,6 +14,6 @@ __all__ = [
     "CudaMemorySnapshot",
     "PhaseCallback",
     "SampleWriter",
-    "ThroughputMonitor",
+    "SpeedMonitor",
     "run_folder",
 ]

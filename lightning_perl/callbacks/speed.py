@@ -19,7 +19,7 @@ _PHASES = {
 }
 
 
-class ThroughputMonitor(PhaseCallback):
+class SpeedMonitor(PhaseCallback):
     """Logs how fast each phase runs, once per train batch.
 
     Keys:

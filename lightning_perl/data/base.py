@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -25,6 +27,35 @@ from lightning_perl.data.loaders import BucketBatches, FixedLoader, ResumableLoa
 from lightning_perl.data.rows import Item, Pair, Row, Splits
 from lightning_perl.data.tokenization import BadRow, TurnEncoder
 from lightning_perl.packaged import unpackaged
+
+
+def parse_json(text: str) -> object:
+    """Returns the value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: Broken JSON, and what Python alone refuses, each in other words:
+            nesting deeper than its stack, integers of more digits than it converts.
+    """
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
+    except ValueError:
+        longest = max(re.finditer(r"\d+", text), key=lambda digits: len(digits[0]))
+        raise json.JSONDecodeError("too long an integer", text, longest.start()) from None
+    return value
+
+
+def _deepest(text: str) -> int:
+    """Returns the position of the innermost bracket of a JSON text."""
+    depth = deepest = position = 0
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if depth > deepest:
+            deepest, position = depth, token.start()
+    return position
 
 
 @dataclass
@@ -176,8 +207,12 @@ class ConversationDataModule(LightningDataModule, ABC):
                 self._tokenizer = source
             else:
                 try:
-                    self._tokenizer = AutoTokenizer.from_pretrained(unpackaged(str(source)))
-                except (OSError, ValueError) as error:
+                    name = unpackaged(str(source))
+                    if name.startswith("~"):
+                        name = str(Path(name).expanduser())
+                    self._tokenizer = AutoTokenizer.from_pretrained(name)
+                # A RuntimeError: the ~ of a user that the machine does not know.
+                except (OSError, ValueError, RuntimeError) as error:
                     raise ValueError(
                         f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
                         "the trunk's folder (it holds tokenizer.json) or a hub name."
@@ -216,6 +251,8 @@ class ConversationDataModule(LightningDataModule, ABC):
             report.tokens = [example.tokens for example in examples]
             self._examples[name] = list(examples)
         self.splits = splits
+        if splits.val and not self._examples["val"]:
+            self.report.notes["validation rows, of which none could be used"] = len(splits.val)
         rank_zero_info(f"{type(self).__name__}\n{self.report}")
         if not self._examples["train"]:
             raise ValueError(

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 def stable_hash(text: str) -> str:
     """Returns a hash that is the same on every machine and in every run."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    # Half a surrogate pair is refused where the row is encoded, by file and line.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def assign_folds(groups: Iterable[str], folds: int) -> dict[str, int]:
@@ -35,9 +36,13 @@ def assign_folds(groups: Iterable[str], folds: int) -> dict[str, int]:
 def hold_out(groups: Iterable[str], fraction: float) -> set[str]:
     """Returns a stable choice of ``round(fraction * groups)`` groups.
 
+    At least one, where one can be spared: a checkpoint callback that watches a validation loss
+    stops a run without any.
+
     Args:
         groups: Group names; repetitions do not count.
-        fraction: From 0 to 1.
+        fraction: From 0 to 1; 0 chooses none.
     """
     ordered = sorted(set(groups), key=stable_hash)
-    return set(ordered[: round(fraction * len(ordered))])
+    least = int(fraction > 0 and len(ordered) > 1)
+    return set(ordered[: max(least, round(fraction * len(ordered)))])

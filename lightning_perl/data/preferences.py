@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
-from lightning_perl.data.base import ConversationDataModule
+from lightning_perl.data.base import ConversationDataModule, parse_json
 from lightning_perl.data.folds import hold_out
 from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn
 from lightning_perl.data.tokenization import BadRow
@@ -24,8 +26,8 @@ _KINDS = (
     ("prompt", "response", "label"),
     ("prompt", "response"),
     ("messages",),
-    ("prompt",),
 )
+_PROMPT_KINDS = (("prompt",), ("messages",))
 _NAMES = ("prompt", "chosen", "rejected", "response", "label", "messages")
 _ROLES: dict[object, Literal["system", "user", "agent"]] = {
     "system": "system",
@@ -48,15 +50,21 @@ class PreferenceDataModule(ConversationDataModule):
     prompt                      a prompt to answer (``rows: prompts``)
     ==========================  ==========================================================
 
+    With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at; of
+    ``messages`` it is all of them where the user has the last word, else those before the first
+    answer (before the last one with ``chat_template``).
+
     A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role
     ``system``, ``user`` or ``assistant``; in CSV such a list is written as JSON. An answer is a
     string or a list of one assistant message. Chosen and thumbs-up answers also enter the
-    language-modelling loss of Hydra-SFT. Other columns are ignored.
+    language-modelling loss of Hydra-SFT. Other columns are ignored; a label that is there but null
+    is a bad row.
 
     Args:
         tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
         train: ``.jsonl``, ``.csv`` (with ``.gz`` if compressed) or ``.parquet``, in UTF-8.
-        val: Validation rows; None takes ``val_fraction`` of the training prompts.
+        val: Validation rows; None takes ``val_fraction`` of the training prompts, at least one
+            of two or more.
         test: Test rows; None takes the validation rows.
         val_fraction: Share of the training prompts held out when ``val`` is None. All rows of one
             prompt go to one split.
@@ -153,22 +161,33 @@ class PreferenceDataModule(ConversationDataModule):
         return items
 
     def _item(self, row: Mapping[str, Any], where: str) -> Item:
+        kinds = _PROMPT_KINDS if self.rows == "prompts" else _KINDS
+        columns = {name: self.columns[name] for kind in kinds for name in kind}
         named = {
-            name: row[column]
-            for name, column in self.columns.items()
-            if column in row and row[column] is not None
+            name: row[column] for name, column in columns.items() if row.get(column) is not None
         }
+        null = sorted(
+            column for column in columns.values() if column in row and row[column] is None
+        )
+        # An answer whose thumb got lost may be a bad one: nothing to imitate.
+        answered = named.keys() & {"prompt", "response", "chosen", "rejected"}
+        if answered == {"prompt", "response"} and columns["label"] in null:
+            raise BadRow(
+                "label is null",
+                f"{where}: {columns['label']} is null, so whether the answer is good is not known. "
+                "Leave the column out of demonstrations, or set on_bad_row: reject.",
+            )
         # Half of a kind is a slip of the pen, not a row of a smaller kind.
         half = ("chosen" in named) != ("rejected" in named) or any(
-            self.columns[name] != name and name not in named for name in self.columns
+            column != name and name not in named for name, column in columns.items()
         )
-        usable = _KINDS if self.rows == "prompts" else _KINDS[:-1]
-        if half or not any(all(name in named for name in kind) for kind in usable):
-            kinds = "; ".join(" + ".join(self.columns[name] for name in kind) for kind in usable)
+        if half or not any(all(name in named for name in kind) for kind in kinds):
+            wanted = "; ".join(" + ".join(columns[name] for name in kind) for kind in kinds)
+            empty = f" (null: {null})" if null else ""
             raise BadRow(
                 "missing column",
-                f"{where}: missing column: got {sorted(row)}, expected one of: {kinds}. Map your "
-                "names with data.columns, for example {prompt: question}.",
+                f"{where}: missing column: got {sorted(row)}{empty}, expected one of: {wanted}. "
+                "Map your names with data.columns, for example {prompt: question}.",
             )
         if "prompt" not in named:
             return self._dialog_row(named["messages"], where)
@@ -198,6 +217,8 @@ class PreferenceDataModule(ConversationDataModule):
 
     def _dialog_row(self, messages: object, where: str) -> Row:
         turns = _messages(messages, "messages", where)
+        if self.rows == "prompts" and turns[-1].role != "agent":
+            return Row(turns, (), None, False, _key(turns[:1]), where)
         agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
         if not agent:
             raise BadRow("no answer", f"{where}: messages hold no assistant message to imitate.")
@@ -225,7 +246,7 @@ def _messages(value: object, column: str, where: str) -> tuple[Turn, ...]:
     expected = 'a list of {"role": "system" | "user" | "assistant", "content": text} messages'
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except json.JSONDecodeError:
             raise _wrong_type(where, column, expected, value) from None
     if not isinstance(value, list) or not value:
@@ -245,10 +266,12 @@ def _is_message_list(value: str) -> bool:
     if not value.lstrip().startswith("[{"):
         return False
     try:
-        messages = json.loads(value)
+        messages = parse_json(value)
     except json.JSONDecodeError:
         return False
-    return all(isinstance(message, dict) and "role" in message for message in messages)
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and "role" in message for message in messages
+    )
 
 
 def _prompt(value: object, where: str) -> tuple[Turn, ...]:
@@ -310,7 +333,7 @@ def _rows(
 def _text(file: Path) -> str:
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not a whole gzip file ({error}).") from error
     try:
         return data.decode("utf-8-sig")
@@ -330,7 +353,7 @@ def _jsonl_rows(
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             bad_row(
                 "broken JSON",
@@ -349,24 +372,52 @@ def _csv_rows(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     # A cell may hold a whole dialog; the csv module's own limit is 131,072 characters.
     csv.field_size_limit(1 << 30)
+    header: list[str] = []
     with io.StringIO(_text(file), newline="") as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            where = f"{file}:{reader.line_num}"
-            if None in row or None in row.values():
-                bad_row(
-                    "wrong number of cells",
-                    f"{where}: the row does not have the header's {len(reader.fieldnames or ())} "
-                    "cells. Quote cells that hold commas.",
-                )
-                continue
-            yield where, row
+        # Lenient, an unclosed quote would take the rest of the file for its cell.
+        reader = csv.reader(lines, strict=True)
+        line = 1
+        try:
+            for cells in reader:
+                where = f"{file}:{line}"
+                line = reader.line_num + 1
+                if not cells:
+                    continue
+                if not header:
+                    header = _header(cells, where)
+                elif len(cells) == len(header):
+                    yield where, dict(zip(header, cells, strict=True))
+                else:
+                    bad_row(
+                        "wrong number of cells",
+                        f"{where}: the row does not have the header's {len(header)} cells. Quote "
+                        "cells that hold commas.",
+                    )
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}:{line}: broken CSV ({error}) in the row that begins here. Close its quotes, "
+                'and write a quote inside a quoted cell twice: "".'
+            ) from error
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    # Spreadsheets leave columns without a name, as many as they like.
+    twice = sorted(name for name, count in Counter(cells).items() if name and count > 1)
+    if twice:
+        raise ValueError(f"{where}: the header names {twice} more than once. Rename the columns.")
+    return cells
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         table = pyarrow.parquet.read_table(str(file))
-    except pyarrow.ArrowInvalid as error:
+    # An OSError: pages that cannot be decompressed.
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a Parquet file ({error}).") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"{file}:{number}", row
+    for number, single in enumerate(table.to_batches(max_chunksize=1), start=1):
+        where = f"{file}:{number}"
+        try:
+            (row,) = single.to_pylist()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error}).") from error
+        yield where, row

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_perl.data.base import ConversationDataModule
+from lightning_perl.data.base import ConversationDataModule, parse_json
 from lightning_perl.data.folds import assign_folds, hold_out, stable_hash
 from lightning_perl.data.rows import Item, Row, Splits, Turn
 
@@ -97,7 +98,8 @@ class TaskmasterDataModule(ConversationDataModule):
         folds: Into how many folds the rated dialogs are divided.
         fold: The fold that is the test split.
         train_folds: Folds to train and validate on; None takes every other fold.
-        val_fraction: Share of the training dialogs that become the validation split.
+        val_fraction: Share of the training dialogs that become the validation split; above 0 at
+            least one dialog of two or more.
         rows: ``rated`` for :class:`~lightning_perl.batches.RatedBatch`, ``prompts`` for the
             distinct contexts as :class:`~lightning_perl.batches.PromptBatch`.
         batch_size: Rows of a training batch.
@@ -216,7 +218,9 @@ class TaskmasterDataModule(ConversationDataModule):
         ordered = sorted(distinct.values(), key=lambda row: stable_hash(f"kept {row.dialog}"))
         kept = ordered[: self.max_demonstrations]
         held = hold_out((row.dialog for row in kept), 2 * self.val_fraction)
-        test = set(sorted(held, key=stable_hash)[::2])
+        # A single dialog validates: a checkpoint callback may watch that loss, nothing watches the
+        # test's.
+        test = set(sorted(held, key=stable_hash)[::2]) if len(held) > 1 else set()
         for row in kept:
             if row.dialog in test:
                 splits.test.append(row)
@@ -277,13 +281,13 @@ def _text_of(file: Path) -> str:
         raise ValueError(
             f"{file}: byte {error.start} is not UTF-8. Download the file again."
         ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not a whole gzip file ({error}). Download it again.") from error
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(_text_of(file))
+        rows = parse_json(_text_of(file))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the "
@@ -312,12 +316,11 @@ def _parse(row: dict[str, Any], key: str, where: str) -> object:
             "file again."
         )
     try:
-        parsed: object = json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where}: {key!r} holds broken JSON ({error}). Download the file again."
         ) from error
-    return parsed
 
 
 def _turn(turn: object, where: str) -> Turn:
@@ -417,33 +420,45 @@ def _calls(annotations: list[dict[str, Any]], where: str) -> list[Turn]:
 def _loaded(call: dict[str, str], key: str) -> object:
     """Returns the parsed JSON, so that both corpora space it alike; broken JSON as the text."""
     try:
-        return json.loads(call[key]) if key in call else None
+        return parse_json(call[key]) if key in call else None
     except json.JSONDecodeError:
         return call[key]
 
 
 def _ticketing_turns(file: Path) -> Iterator[Row]:
-    with io.StringIO(_text_of(file), newline="") as lines:
-        for number, fields in enumerate(csv.reader(lines, "excel-tab"), start=1):
-            where = f"{file}:{number}"
-            if len(fields) != 3:
-                raise ValueError(
-                    f"{where}: expected 3 columns (context, target, conversation id), got "
-                    f"{len(fields)}. Download the file again."
-                )
-            latest, _, history = fields[0].partition("<C>")
-            context = [*_linear_turns(history, where), *_linear_turns(latest, where)]
-            target = _linear_turns(fields[1], where)
-            if any(turn.role != "agent" for turn in target):
-                raise ValueError(f"{where}: the target holds a turn that is not the agent's.")
-            yield Row(
-                context=tuple(context),
-                response=tuple(target),
-                label=None,
-                imitate=True,
-                dialog=fields[2],
-                where=where,
+    for where, fields in _tsv_rows(file):
+        if len(fields) != 3:
+            raise ValueError(
+                f"{where}: expected 3 columns (context, target, conversation id), got "
+                f"{len(fields)}. Download the file again."
             )
+        latest, _, history = fields[0].partition("<C>")
+        context = [*_linear_turns(history, where), *_linear_turns(latest, where)]
+        target = _linear_turns(fields[1], where)
+        if any(turn.role != "agent" for turn in target):
+            raise ValueError(f"{where}: the target holds a turn that is not the agent's.")
+        yield Row(
+            context=tuple(context),
+            response=tuple(target),
+            label=None,
+            imitate=True,
+            dialog=fields[2],
+            where=where,
+        )
+
+
+def _tsv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    with io.StringIO(_text_of(file), newline="") as lines:
+        reader = csv.reader(lines, "excel-tab", strict=True)
+        number = 1
+        try:
+            for fields in reader:
+                yield f"{file}:{number}", fields
+                number += 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}:{number}: broken table ({error}). Download the file again."
+            ) from error
 
 
 def _linear_turns(text: str, where: str) -> list[Turn]:

@@ -20,6 +20,7 @@ asked exactly what the reward model was shown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.data.rows import Row, Turn
 
 _TAGS = {"system": "System", "user": "User", "api": "API"}
+# Stands for a special token that a text spells while a chat template renders that text.
+_STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 _CHAT_ROLES = {"system": "system", "user": "user", "agent": "assistant"}
 
 
@@ -101,6 +104,10 @@ class TurnEncoder:
         self._start: list[int] = [] if bos is None else [int(bos)]
         # Dialogs share most of their turns (each rated row repeats its predecessors).
         self._cache: dict[str, list[int]] = {}
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # The longest first: one may begin like another. A text may spell a stand-in, too.
+        names = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._spelled = re.compile("|".join([*map(re.escape, names), _STAND_IN.pattern]))
 
     def _text(self, text: str) -> list[int]:
         ids = self._cache.get(text)
@@ -134,8 +141,9 @@ class TurnEncoder:
             where: ``file:row``, for the error message.
 
         Raises:
-            BadRow: The last turn and the header do not fit.
+            BadRow: The last turn and the header do not fit, or a turn is no valid Unicode.
         """
+        _check_unicode(context, where)
         fixed = list(context[:1]) if context and context[0].role == "system" else []
         turns = list(context[len(fixed) :])
         render = self._chat if self.chat_template else self._plain
@@ -165,12 +173,27 @@ class TurnEncoder:
                 f"{where}: has an API turn, which a chat template cannot say. Use "
                 "chat_template=False.",
             )
-        messages = [{"role": _CHAT_ROLES[turn.role], "content": turn.text} for turn in turns]
+        spelled: list[str] = []
+
+        def stand_in(match: re.Match[str]) -> str:
+            spelled.append(match[0])
+            return f"\ue000{len(spelled) - 1}\ue001"
+
+        messages = [
+            {"role": _CHAT_ROLES[turn.role], "content": self._spelled.sub(stand_in, turn.text)}
+            for turn in turns
+        ]
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
-        # The template writes its special tokens, the leading one too, as text.
-        return list(self.tokenizer.encode(str(text), add_special_tokens=False))
+        # The template writes its own special tokens, the leading one too, as text.
+        ids: list[int] = []
+        for number, piece in enumerate(_STAND_IN.split(str(text))):
+            if number % 2:
+                ids += self._text(spelled[int(piece)])
+            elif piece:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False)
+        return ids
 
     def encode(self, row: Row, max_tokens: int, max_response_tokens: int) -> Encoded:
         """Encodes a row's prompt and response.
@@ -184,9 +207,11 @@ class TurnEncoder:
             max_response_tokens: Tokens of a single answer, EOS included.
 
         Raises:
-            BadRow: An empty answer, too long an answer, or a prompt longer than the window.
+            BadRow: An empty answer, too long an answer, a prompt longer than the window, or a turn
+                that is no valid Unicode.
         """
         self._check_answers(row)
+        _check_unicode(row.response, row.where)
         prompt = self.encode_prompt(row.context, max_tokens - max_response_tokens, row.where)
         if len(row.response) == 1:
             content = self._content(row.response[0])
@@ -245,6 +270,19 @@ class TurnEncoder:
                     "empty answer",
                     f"{row.where}: empty answer. Remove the row, or set on_bad_row: reject.",
                 )
+
+
+def _check_unicode(turns: Sequence[Turn], where: str) -> None:
+    for turn in turns:
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow(
+                "half a surrogate pair",
+                f"{where}: half a surrogate pair, {turn.text[error.start]!r}, at character "
+                f"{error.start} of the {turn.role} turn: no valid Unicode. Write the character "
+                "whole, or set on_bad_row: reject.",
+            ) from error
 
 
 def encode(

@@ -259,6 +259,12 @@ class Adapters:
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
+        stored = load_file(folder / "adapter_model.safetensors")
+        if any(
+            not torch.equal(stored[PEFT_PREFIX + key], parameter.detach().cpu())
+            for key, parameter in self.tensors(name).items()
+        ):
+            raise RuntimeError(f"{folder} was written but does not read back as adapter {name}.")
 
     def load(self, name: str, folder: Path, seed: int = 0, trainable: bool = True) -> None:
         """Add an adapter from a PEFT folder.

@@ -20,7 +20,14 @@ from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
-from lightning_perl.models.trunk import Trunk, TrunkDtype, load_trunk
+from lightning_perl.models.trunk import (
+    NO_BF16_TUNING,
+    Trunk,
+    TrunkDtype,
+    load_trunk,
+    model_source,
+    require_trunk_of,
+)
 
 Role = Literal["policy", "value", "reference", "reward"]
 Layout = Literal["full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra"]
@@ -141,8 +148,11 @@ class Roles(nn.Module):
             )
         self.layout: Layout = layout
         self.seats = LAYOUTS[layout]
-        # Heads first: a missing one is found before gigabytes are read.
-        reward_folder = Path(reward or trunk)
+        # Heads before trunks: a missing one is found before gigabytes are read.
+        trunk = model_source(trunk)
+        reward_folder = Path(reward or trunk).expanduser()
+        if layout == "full" and dtype == "bfloat16":
+            raise ValueError(NO_BF16_TUNING)
         self.reward_head = load_head(reward_folder, "reward").requires_grad_(False)
         self.value_head = load_head(reward_folder, "reward")
         reward_trunks = {self.seats["value"].trunk, self.seats["reward"].trunk}
@@ -177,7 +187,9 @@ class Roles(nn.Module):
             critic.add("reward", lora, seed + 1, trainable=False)
             critic.add("critic", lora, seed + 1)
         else:
-            critic.load("reward", Path(reward), trainable=False)
+            folder = Path(reward).expanduser()
+            require_trunk_of(folder, self.trunk("reward"))
+            critic.load("reward", folder, trainable=False)
             critic.add("critic", critic.specs["reward"], seed + 1)
             critic.copy("reward", "critic")
 

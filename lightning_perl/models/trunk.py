@@ -5,6 +5,7 @@ Shapes: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,11 @@ from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
 MANIFEST_FILE = "manifest.json"
+NO_BF16_TUNING = (
+    "A trunk that is tuned whole must be float32, got bfloat16: most steps of a usual learning rate are "
+    "smaller than a bf16 weight can move, and would be lost. Use trunk_dtype float32, or LoRA, whose weights "
+    "are fp32 over a bf16 trunk."
+)
 
 
 class Trunk(nn.Module):
@@ -63,12 +69,12 @@ class Trunk(nn.Module):
         self.passes = 0
         self._transform = LogitTransform(model.config)
         if checkpointing:
-            model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={
-                    "use_reentrant": False,
-                    "context_fn": self.switch.pinned,
-                }
-            )
+            options = {"use_reentrant": False, "context_fn": self.switch.pinned}
+            if hasattr(model, "activation_checkpointing_enable"):
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+            else:
+                # The older name, for the last transformers that runs on Python 3.10.
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.train(False)
         self._compare_with_own_forward()
 
@@ -109,7 +115,8 @@ class Trunk(nn.Module):
     def pad_id(self) -> int:
         """What fills masked columns; any id the embedding knows would do."""
         pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else 0
+        # A [PAD] may be added to the tokenizer without a row in the embedding.
+        return int(pad) if pad is not None and pad < self.vocabulary_size else 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,6 +157,15 @@ class Trunk(nn.Module):
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def fingerprint(self) -> str:
+        """A hash of some of the trunk's own weights, the same in every dtype it is loaded in."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.adapters.merged(None).items()):
+            digest.update(key.encode())
+            some = value.detach().flatten()[:256].to("cpu", torch.bfloat16)
+            digest.update(some.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits as the model's own forward gives them. Shape: ``(..., H)`` to ``(..., V)``."""
@@ -244,6 +260,34 @@ class LogitTransform:
         return logits
 
 
+def model_source(source: str) -> str:
+    """What transformers should be asked for: an existing folder's path, or a hub name.
+
+    Raises:
+        FileNotFoundError: A path that is no model folder.
+    """
+    path = Path(source).expanduser()
+    # A hub name is OWNER/NAME; where OWNER is a folder here, a path was meant.
+    looks_like_path = (
+        source.startswith((".", "/", "~")) or source.count("/") != 1 or path.parent.is_dir()
+    )
+    if looks_like_path and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"trunk: {source} is no model folder (no config.json there). Give the folder that an "
+            "earlier stage wrote (RUN/trunk), a transformers folder, or a hub name like Qwen/Qwen2-0.5B."
+        )
+    return str(path) if path.exists() else source
+
+
+def without_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout probability of a configuration, and of those inside it, to 0."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif isinstance(value, float) and "drop" in key:
+            setattr(config, key, 0.0)
+
+
 def load_trunk(source: str, dtype: TrunkDtype = "float32", checkpointing: bool = False) -> Trunk:
     """A trunk from a transformers folder or a hub name, every dropout 0.
 
@@ -266,18 +310,46 @@ def load_trunk(source: str, dtype: TrunkDtype = "float32", checkpointing: bool =
         )
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(f"trunk_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
-    path = Path(source).expanduser()
-    if looks_like_path and not (path / "config.json").is_file():
+    where = model_source(source)
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except OSError as error:
         raise FileNotFoundError(
-            f"trunk: {source} is no model folder (no config.json there). Give the folder that an "
-            "earlier stage wrote (RUN/trunk), a transformers folder, or a hub name like Qwen/Qwen2-0.5B."
-        )
-    where = str(path) if path.exists() else source
-    config = AutoConfig.from_pretrained(where)
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("drop" in key or key.endswith("pdrop")):
-            setattr(config, key, 0.0)
+            f"trunk: {source} is no folder here, and no hub name that could be read "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+    without_dropout(config)
     model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(where)
     return Trunk(model, tokenizer, checkpointing, source)
+
+
+def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
+    """Say beside an adapter which trunk it was trained on."""
+    about = {
+        "kind": "adapter",
+        "trunk": trunk.source,
+        "trunk_fingerprint": trunk.fingerprint(),
+        "stop_ids": list(trunk.stop_ids),
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def require_trunk_of(folder: Path, trunk: Trunk) -> None:
+    """Refuse an adapter that its manifest says was trained on other weights.
+
+    Raises:
+        ValueError: The fingerprints differ, or the tokens that end a response do.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return
+    about = json.loads(path.read_text())
+    mine = {"trunk_fingerprint": trunk.fingerprint(), "stop_ids": list(trunk.stop_ids)}
+    for key, value in mine.items():
+        if about.get(key, value) != value:
+            raise ValueError(
+                f"{folder} was trained on another trunk ({about.get('trunk')}): its {key} is "
+                f"{about[key]}, that of {trunk.source} is {value}. Give the trunk that `RewardModel` was "
+                "trained on, or train the reward model again on this one."
+            )

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -43,6 +43,8 @@ class AdapterModule(LightningModule, ABC):
         scheduler: Makes the learning-rate scheduler; none by default.
     """
 
+    rows: ClassVar[Literal["rated", "prompts"]]
+
     def __init__(
         self, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None
     ) -> None:
@@ -71,7 +73,7 @@ class AdapterModule(LightningModule, ABC):
     def hand_over(self, folder: Path) -> None:
         """Write what the next stage loads below ``folder``."""
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 (a dozen forms, see Lightning)
         """One optimizer, so that ``global_step`` counts updates."""
         optimizer = self._make_optimizer(self.parameter_groups())
         if self._make_scheduler is None:
@@ -94,8 +96,19 @@ class AdapterModule(LightningModule, ABC):
                 "the adapters, whose weights, gradients and moments must be fp32. For bf16 matrix products "
                 "set model.init_args.trunk_dtype: bfloat16."
             )
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"{type(self).__name__} is tested on one device only, got {self.trainer.world_size}: "
+                "gradients and logged means of several processes are not verified yet. Set "
+                "trainer.devices: 1 (and trainer.num_nodes: 1)."
+            )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, Bounded):
+            if data.rows != self.rows:
+                raise ValueError(
+                    f"{type(self).__name__} learns from {self.rows}, but data.rows is {data.rows!r}. Set "
+                    f"data.init_args.rows: {self.rows}."
+                )
             self._refuse_longer_than_window(data)
 
     def _refuse_longer_than_window(self, data: Bounded) -> None:
@@ -119,9 +132,16 @@ class AdapterModule(LightningModule, ABC):
         ]
         for listener in listeners:
             listener.on_phase_start(self.trainer, self, name)
-        yield
-        for listener in listeners:
-            listener.on_phase_end(self.trainer, self, name)
+        try:
+            yield
+        finally:
+            for listener in listeners:
+                listener.on_phase_end(self.trainer, self, name)
+
+    @property
+    def held_out(self) -> str:
+        """Prefix of what is logged of held-out rows: ``val``, or ``test`` in ``trainer.test``."""
+        return "test" if self.trainer.testing else "val"
 
     def log_stats(
         self, stats: Mapping[str, Tensor | float], batch_size: int, **options: Any
@@ -173,6 +193,39 @@ class AdapterModule(LightningModule, ABC):
         if len(self._rng["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([state.cpu() for state in self._rng["cuda"]])
         self._rng = None
+
+
+class FiniteGuard:
+    """Says whether a step may be taken, and gives up when it may not several times in a row.
+
+    Args:
+        patience: Steps in a row with a non-finite gradient after which training stops.
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        self.patience = patience
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def __call__(self, norms: Mapping[str, Tensor]) -> bool:
+        """Look at the gradient norms before clipping.
+
+        Raises:
+            RuntimeError: ``patience`` steps in a row were not finite.
+        """
+        broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
+        if not broken:
+            self._in_a_row = 0
+            return True
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self.patience:
+            raise RuntimeError(
+                f"The gradients of {broken} were not finite {self._in_a_row} times in a row; nothing was "
+                "learned from those steps. Look at the scores (a reward that is inf or NaN), at the learning "
+                "rate, and at trunk_dtype."
+            )
+        return False
 
 
 def require_trainable(optimizer: Optimizer) -> None:

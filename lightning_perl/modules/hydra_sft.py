@@ -6,11 +6,13 @@ from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.metrics import RewardMetrics
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.reward_model import rating_loss
@@ -52,12 +54,19 @@ class HydraSFT(SFT):
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
+        if reward_weight < 0:
+            raise ValueError(f"reward_weight must be at least 0, got {reward_weight}.")
         super().__init__(trunk, lora, trunk_dtype, checkpointing, optimizer, scheduler, seed)
         self.add_reward_head(head_learning_rate, seed)
         self.reward_weight = reward_weight
         self.margin = margin
         self.positive_weight = positive_weight
         self.metrics = RewardMetrics()
+        self.mean_lm, self.mean_reward = MeanMetric(), MeanMetric()
+
+    def heads(self) -> dict[str, ScalarHead]:
+        """The reward head, unless nothing ever trained it."""
+        return super().heads() if self.reward_weight > 0 else {}
 
     def losses(self, batch: RatedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Stats]:
         """Language-modelling loss, its tokens, reward loss, scores and statistics, from one forward."""
@@ -78,20 +87,30 @@ class HydraSFT(SFT):
         rated = int(batch.labelled.sum()) + len(batch.pairs)
         if lm_tokens > 0:
             self.log(
-                "val/lm_loss", lm_loss, batch_size=int(lm_tokens), on_epoch=True, prog_bar=True
+                f"{self.held_out}/lm_loss",
+                lm_loss,
+                batch_size=int(lm_tokens),
+                on_epoch=True,
+                prog_bar=True,
             )
         if rated:
-            self.log("val/reward_loss", reward_loss, batch_size=rated, on_epoch=True)
-        loss = lm_loss + self.reward_weight * reward_loss
-        self.log("val/loss", loss, batch_size=len(batch.ids), on_epoch=True)
+            self.log(f"{self.held_out}/reward_loss", reward_loss, batch_size=rated, on_epoch=True)
+        # Summed at the end: a batch without thumbs would otherwise count as one whose thumbs cost 0.
+        self.mean_lm.update(lm_loss, int(lm_tokens))
+        self.mean_reward.update(reward_loss, rated)
         self.metrics.update(scores, batch.label, batch.labelled, batch.pairs)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log AUROC, balanced accuracy, pair accuracy and margin."""
+        """Log AUROC, balanced accuracy, pair accuracy and margin, and the loss of all rows."""
+        loss = self.mean_lm.compute().nan_to_num()
+        loss = loss + self.reward_weight * self.mean_reward.compute().nan_to_num()
+        self.log(f"{self.held_out}/loss", loss)
+        self.mean_lm.reset()
+        self.mean_reward.reset()
         for key, value in self.metrics.compute().items():
-            self.log(f"val/{key}", value, prog_bar=key in ("auroc", "accuracy"))
+            self.log(f"{self.held_out}/{key}", value, prog_bar=key in ("auroc", "accuracy"))
 
     on_test_epoch_end = on_validation_epoch_end
 

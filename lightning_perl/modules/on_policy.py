@@ -9,7 +9,7 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,7 +27,13 @@ from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Answers, Layout, Role, Roles
 from lightning_perl.models.trunk import Trunk, TrunkDtype
-from lightning_perl.modules.base import AdapterModule, Backward, clip_by_group, require_trainable
+from lightning_perl.modules.base import (
+    AdapterModule,
+    Backward,
+    FiniteGuard,
+    clip_by_group,
+    require_trainable,
+)
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
 from lightning_perl.rollouts.rollout import Rollout
@@ -84,6 +90,8 @@ class Experience(NamedTuple):
 
 
 Stats = dict[str, Tensor]
+Accept = Callable[[Mapping[str, Tensor]], bool]
+"""Called with the gradient norms before a step; False leaves the step out."""
 FirstRead = Callable[[Answers, Experience], None]
 """Called with the policy's first answers of a rollout, before anything was updated."""
 
@@ -116,6 +124,7 @@ class OnPolicy(AdapterModule):
     """
 
     automatic_optimization: bool
+    rows: ClassVar[Literal["rated", "prompts"]] = "prompts"
     own_layout: ClassVar[Layout]
     trained_roles: ClassVar[tuple[Role, ...]] = ("policy", "value")
 
@@ -151,6 +160,7 @@ class OnPolicy(AdapterModule):
             "minibatch_size": minibatch_size,
             "score_batch_size": score_batch_size,
             "epochs": epochs,
+            "max_episodes": max_episodes,
         }
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -174,6 +184,7 @@ class OnPolicy(AdapterModule):
         self.gold = gold
         self._reference_gold: list[Tensor] = []
         self.seed = seed
+        self.guard = FiniteGuard()
         self.rollout_index = 0
         self.episodes = 0
         self.tokens = 0
@@ -213,13 +224,14 @@ class OnPolicy(AdapterModule):
 
     def score(self, rollout: Rollout) -> Scored:
         """All four roles on a rollout, one forward per distinct (trunk, adapter)."""
-        return self._read(rollout, ("policy", "value", "reference", "reward"))
+        roles: tuple[Role, ...] = ("policy", "value", "reference", "reward")
+        return self._read(rollout, roles, self.sampling.temperature)
 
     @torch.no_grad()
-    def _read(self, rollout: Rollout, roles: tuple[Role, ...]) -> Scored:
+    def _read(self, rollout: Rollout, roles: tuple[Role, ...], temperature: float) -> Scored:
         sequences = rollout.sequences()
         pieces = [
-            self.roles.answer(sequences.rows(rows), roles, self.sampling.temperature)
+            self.roles.answer(sequences.rows(rows), roles, temperature)
             for rows in _slices(len(sequences.ids), self.score_batch_size)
         ]
 
@@ -239,6 +251,7 @@ class OnPolicy(AdapterModule):
         optimizer: Optimizer,
         backward: Backward = torch.Tensor.backward,
         first_read: FirstRead | None = None,
+        accept: Accept = lambda norms: True,
     ) -> Stats:
         """Epochs of minibatch steps, each accumulated over micro-batches.
 
@@ -258,10 +271,12 @@ class OnPolicy(AdapterModule):
                 first_read = None
                 with self.phase("optimizer"):
                     require_trainable(optimizer)
-                    for name, norm in clip_by_group(optimizer, self.max_grad_norms).items():
+                    norms = clip_by_group(optimizer, self.max_grad_norms)
+                    for name, norm in norms.items():
                         key = f"grad_norm_{name}"
                         sums[key] = sums.get(key, torch.zeros_like(norm)) + norm
-                    optimizer.step()
+                    if accept(norms):
+                        optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 steps += 1
         return {key: value / steps for key, value in sums.items()}
@@ -302,6 +317,18 @@ class OnPolicy(AdapterModule):
 
     # ---- Lightning -----------------------------------------------------------------------------
 
+    def on_train_batch_start(  # type: ignore[override]
+        self,
+        batch: Any,  # noqa: ANN401 (as Lightning says it)
+        batch_idx: int,
+    ) -> int | None:
+        """Learn nothing more where a resumed run already has its episodes."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.max_episodes is not None and self.episodes >= self.max_episodes:
+            self.trainer.should_stop = True
+            return -1
+        return None
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """One rollout batch, learned from and forgotten."""
         with self.phase("rollout"):
@@ -317,6 +344,7 @@ class OnPolicy(AdapterModule):
             optimizer,  # type: ignore[arg-type]  # Lightning's wrapper counts the steps
             self.manual_backward,
             self._check_first_ratio,
+            self.guard,
         )
         if self._make_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -331,6 +359,7 @@ class OnPolicy(AdapterModule):
         self.log_stats({f"train/{key}": value for key, value in stats.items()}, episodes)
         self.log("train/episodes", float(self.episodes), batch_size=episodes)
         self.log("train/tokens", float(self.tokens), batch_size=episodes)
+        self.log("train/skipped_steps", float(self.guard.skipped), batch_size=episodes)
         seen = describe(rollout, scored)
         if self.gold is not None:
             self.log("gold/score", self._gold(rollout).mean(), batch_size=episodes)
@@ -346,12 +375,15 @@ class OnPolicy(AdapterModule):
         """Answer held-out prompts as policy and as reference, with the same noise, and compare."""
         spec = self.validation_sampling
         rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
-        scored = self.score(rollout)
+        roles: tuple[Role, ...] = ("policy", "value", "reference", "reward")
+        scored = self._read(rollout, roles, spec.temperature or 1.0)
         before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
         before_scores = self._scores(before)
         wins = (scored.scores > before_scores).float() + 0.5 * (scored.scores == before_scores)
         seen = describe(rollout, scored)
-        logged = {key: seen[key] for key in ("score", "kl", "response_tokens")}
+        logged = {key: seen[key] for key in ("score", "response_tokens")}
+        if spec.scored_as_sampled:
+            logged["kl"] = seen["kl"]
         logged["win_rate"] = wins.mean()
         logged["reference_score"] = before_scores.mean()
         if self.gold is not None:
@@ -361,7 +393,13 @@ class OnPolicy(AdapterModule):
             self._reference_gold.append(gold_before)
         for key, value in logged.items():
             shown = key in ("score", "kl")
-            self.log(f"val/{key}", value, batch_size=len(batch.row), prog_bar=shown, on_epoch=True)
+            self.log(
+                f"{self.held_out}/{key}",
+                value,
+                batch_size=len(batch.row),
+                prog_bar=shown,
+                on_epoch=True,
+            )
 
     test_step = validation_step
 
@@ -369,7 +407,7 @@ class OnPolicy(AdapterModule):
         """Log the spread of the reference's gold over all prompts; batch by batch it is smaller."""
         if self._reference_gold:
             spread = torch.cat(self._reference_gold).std(correction=0)
-            self.log("val/reference_gold_sd", spread)
+            self.log(f"{self.held_out}/reference_gold_sd", spread)
             self._reference_gold.clear()
 
     on_test_epoch_end = on_validation_epoch_end
@@ -385,6 +423,11 @@ class OnPolicy(AdapterModule):
         prompt_texts, response_texts = self._texts(rollout)
         return WrittenAnswers(prompt_texts, response_texts, self._scores(rollout).tolist())
 
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Row numbers, prompts, the policy's responses and their scores."""
+        found = self.answer(batch, "policy")
+        return {"row": batch.row, **found._asdict()}
+
     @torch.no_grad()
     def _scores(self, rollout: Rollout) -> Tensor:
         sequences = rollout.sequences()
@@ -395,11 +438,16 @@ class OnPolicy(AdapterModule):
         return torch.cat([piece for piece in pieces if piece is not None])
 
     def _texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
-        tokenizer = self.policy_trunk.tokenizer
+        tokenizer, stop_ids = self.policy_trunk.tokenizer, self.policy_trunk.stop_ids
 
         def decoded(ids: Tensor, mask: Tensor) -> list[str]:
             rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-            return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+            # EOS ends every turn of a prompt; dropped, one turn would run into the next.
+            turns = [split_at(row, stop_ids) for row in rows]
+            return [
+                "\n".join(str(tokenizer.decode(turn, skip_special_tokens=True)) for turn in row)
+                for row in turns
+            ]
 
         return (
             decoded(rollout.prompt_ids, rollout.prompt_mask),
@@ -412,6 +460,11 @@ class OnPolicy(AdapterModule):
         prompts, responses = self._texts(rollout)
         # Whole numbers are scores too; torch would make them int64, which has no mean.
         scores = [*self.gold(prompts, responses, rollout.row.tolist())]
+        if len(scores) != len(responses):
+            raise ValueError(
+                f"gold ({type(self.gold).__name__}) gave {len(scores)} scores for {len(responses)} "
+                "responses; it must give one each."
+            )
         return torch.tensor(scores, dtype=torch.float32)
 
     def _check_fresh_start(self, rollout: Rollout, scored: Scored) -> None:
@@ -511,6 +564,17 @@ class OnPolicy(AdapterModule):
                 trunk.adapters.save(adapter, folder / "adapters" / adapter, trunk.source)
                 written.add(adapter)
         save_heads(folder / "adapters" / self.roles.seats["value"].adapter, heads)
+
+
+def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:
+    """The runs of ids between stop ids, without them; an empty run at the end is left out."""
+    runs: list[list[int]] = [[]]
+    for token in ids:
+        if token in stop_ids:
+            runs.append([])
+        else:
+            runs[-1].append(token)
+    return runs[:-1] if len(runs) > 1 and not runs[-1] else runs
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

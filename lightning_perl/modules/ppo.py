@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -120,6 +121,18 @@ class PPO(OnPolicy):
                 "Give missing_eos_score (sets the score) or missing_eos_penalty (subtracts from it), not "
                 f"both; got {missing_eos_score} and {missing_eos_penalty}."
             )
+        ranges = {
+            "kl_coef": (kl_coef, 0.0, math.inf),
+            "clip_range": (clip_range, 1e-6, math.inf),
+            "value_clip_range": (value_clip_range, 1e-6, math.inf),
+            "value_coef": (value_coef, 0.0, math.inf),
+            "discount": (discount, 0.0, 1.0),
+            "gae_lambda": (gae_lambda, 0.0, 1.0),
+            "max_grad_norm": (max_grad_norm, 1e-12, math.inf),
+        }
+        for name, (value, low, high) in ranges.items():
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
         super().__init__(
             chosen,
             trunk,

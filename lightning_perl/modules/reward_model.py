@@ -14,7 +14,7 @@ from lightning_perl.losses.reward import bradley_terry, thumbs
 from lightning_perl.metrics import RewardMetrics
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
-from lightning_perl.models.trunk import TrunkDtype
+from lightning_perl.models.trunk import TrunkDtype, write_adapter_manifest
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.supervised import Stats, Supervised, sequences_of
 
@@ -95,7 +95,7 @@ class RewardModel(Supervised):
         loss, _ = rating_loss(scores, batch, self.margin, self.positive_weight)
         rated = int(batch.labelled.sum()) + len(batch.pairs)
         if rated:
-            self.log("val/loss", loss, batch_size=rated, on_epoch=True, prog_bar=True)
+            self.log(f"{self.held_out}/loss", loss, batch_size=rated, on_epoch=True, prog_bar=True)
         self.metrics.update(scores, batch.label, batch.labelled, batch.pairs)
 
     test_step = validation_step
@@ -103,7 +103,7 @@ class RewardModel(Supervised):
     def on_validation_epoch_end(self) -> None:
         """Log AUROC, balanced accuracy, pair accuracy and margin."""
         for key, value in self.metrics.compute().items():
-            self.log(f"val/{key}", value, prog_bar=key in ("auroc", "accuracy"))
+            self.log(f"{self.held_out}/{key}", value, prog_bar=key in ("auroc", "accuracy"))
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -119,3 +119,4 @@ class RewardModel(Supervised):
         target = folder / "adapters" / "reward"
         self.trunk.adapters.save(self.adapter, target, self.trunk.source)
         save_heads(target, self.heads())
+        write_adapter_manifest(target, self.trunk)

@@ -62,7 +62,7 @@ class SFT(Supervised):
         loss, tokens = imitation_loss(self.trunk, self.hidden(batch), batch)
         if tokens > 0:
             options = {"batch_size": int(tokens), "on_epoch": True}
-            self.log("val/lm_loss", loss, **options)  # type: ignore[arg-type]
-            self.log("val/loss", loss, prog_bar=True, **options)  # type: ignore[arg-type]
+            self.log(f"{self.held_out}/lm_loss", loss, **options)  # type: ignore[arg-type]
+            self.log(f"{self.held_out}/loss", loss, prog_bar=True, **options)  # type: ignore[arg-type]
 
     test_step = validation_step

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_perl.batches import Bounded, RatedBatch
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
-from lightning_perl.models.trunk import Trunk, TrunkDtype, load_trunk
-from lightning_perl.modules.base import AdapterModule
+from lightning_perl.models.trunk import NO_BF16_TUNING, Trunk, TrunkDtype, load_trunk
+from lightning_perl.modules.base import AdapterModule, FiniteGuard, clip_by_group
 from lightning_perl.packaged import unpackaged
 
 Stats = dict[str, Tensor]
@@ -40,6 +41,8 @@ class Supervised(AdapterModule):
         seed: Of the adapter.
     """
 
+    rows: ClassVar[Literal["rated", "prompts"]] = "rated"
+
     def __init__(
         self,
         trunk: str,
@@ -51,7 +54,11 @@ class Supervised(AdapterModule):
         scheduler: LRSchedulerCallable | None,
         seed: int,
     ) -> None:
+        if lora is None and trunk_dtype == "bfloat16":
+            raise ValueError(NO_BF16_TUNING)
         super().__init__(optimizer, scheduler)
+        self.guard = FiniteGuard()
+        self.rated = 0
         self.trunk: Trunk = load_trunk(unpackaged(trunk), trunk_dtype, checkpointing)
         self.adapter = adapter if lora else OFF
         self.reward_head: ScalarHead | None = None
@@ -69,6 +76,19 @@ class Supervised(AdapterModule):
         dtype = torch.promote_types(self.trunk.dtype, torch.float32)
         self.reward_head = ScalarHead(self.trunk.hidden_size, seed).to(dtype)
         self.head_learning_rate = learning_rate
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse to go on where a reward head had nothing to learn from.
+
+        Raises:
+            ValueError: No row of the epoch had a thumb or stood in a pair.
+        """
+        if self.reward_head is not None and self.rated == 0:
+            raise ValueError(
+                f"{type(self).__name__} saw no thumb and no pair in a whole epoch, so its reward head is "
+                "still random. Give rows with `label` or with `chosen` and `rejected`; for demonstrations "
+                "alone use SFT."
+            )
 
     def heads(self) -> dict[str, ScalarHead]:
         """The heads by name."""
@@ -101,11 +121,18 @@ class Supervised(AdapterModule):
 
     def training_step(self, batch: RatedBatch, batch_idx: int) -> Tensor:
         """One batch."""
+        self.rated += int(batch.labelled.sum()) + len(batch.pairs)
         with self.trunk.training_pass():
             loss, stats = self.objective(batch)
         self.log_stats({f"train/{key}": value for key, value in stats.items()}, len(batch.ids))
         self.log("train/loss", loss.detach(), batch_size=len(batch.ids), prog_bar=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave out a step whose gradient is not finite: without gradients nothing moves."""
+        if not self.guard(clip_by_group(optimizer, {})):
+            optimizer.zero_grad(set_to_none=True)
+        self.log("train/skipped_steps", float(self.guard.skipped))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trunk or its adapter, and the head."""
@@ -131,7 +158,7 @@ class Supervised(AdapterModule):
         """
         merged = None if self.adapter == OFF else self.adapter
         self.trunk.save(folder, merged, {"module": type(self).__name__})
-        if self.reward_head is not None:
+        if self.heads():
             save_heads(folder, self.heads())
         again = load_trunk(str(folder), dtype=self.hparams["trunk_dtype"])
         ids = torch.arange(16, device=self.device).unsqueeze(0) % self.trunk.vocabulary_size

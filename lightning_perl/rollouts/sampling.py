@@ -56,13 +56,18 @@ class SamplingSpec:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}.")
         object.__setattr__(self, "stop", tuple(self.stop))
 
+    @property
+    def scored_as_sampled(self) -> bool:
+        """Whether the sampled distribution is the one that log-probabilities are taken of."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+
     def refuse_unscored(self) -> None:
         """Refuse what training cannot score.
 
         Raises:
             ValueError: The sampled distribution would not be the scored one.
         """
-        if self.temperature == 0 or self.top_p < 1 or self.top_k > 0:
+        if not self.scored_as_sampled:
             raise ValueError(
                 f"sampling for training must be the distribution that is scored, got temperature "
                 f"{self.temperature}, top_p {self.top_p}, top_k {self.top_k}. Use temperature > 0, "

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_perl.callbacks import ThroughputMonitor, speed
+from lightning_perl.callbacks import SpeedMonitor, speed
 from tests.callbacks.phased import Phased, Rows, Work, quiet_trainer
 
 
@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def fit(folder: Path, work: Work, batches: int = 1) -> dict[str, float]:
-    trainer = quiet_trainer(folder, [ThroughputMonitor()])
+    trainer = quiet_trainer(folder, [SpeedMonitor()])
     trainer.fit(Phased(work), Rows(batches))
     return {key: value.item() for key, value in trainer.logged_metrics.items()}
 

@@ -121,7 +121,7 @@ def test_pairs_become_two_rows_of_a_batch(build: Build, tmp_path: Path) -> None:
         ({**THUMB, "label": "0"}, (0.0, False)),
         ({"prompt": "q", "response": "a"}, (None, True)),
         ({"prompt": "q", "response": [{"role": "assistant", "content": "a"}]}, (None, True)),
-        ({"prompt": "q", "response": "a", "note": 3, "label": None}, (None, True)),
+        ({"prompt": "q", "response": "a", "note": None}, (None, True)),
     ],
 )
 def test_kinds_are_recognised_by_their_columns(
@@ -207,6 +207,8 @@ BAD: list[tuple[object, str, str]] = [
     ),
     ({"prompt": "q", "chosen": "a"}, "missing column", r"missing column: got \['chosen'"),
     ([1], "wrong type", "expected an object, got list"),
+    ({**THUMB, "label": None}, "label is null", "label is null, so whether the answer is good"),
+    ({**ROWS[0], "chosen": None}, "missing column", r"got \['chosen', .*\] \(null: \['chosen'\]\)"),
 ]
 
 
@@ -231,6 +233,89 @@ def test_broken_json_names_file_and_line(build: Build, tmp_path: Path) -> None:
     module = build(file, on_bad_row="reject", val_fraction=0.0)
     module.setup()
     assert module.report.rejected == {"broken JSON": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "words"),
+    [
+        (
+            r'{"prompt": "q", "response": "ab\ud800"}',
+            "half a surrogate pair",
+            r"half a surrogate pair, '\\ud800', at character 2 of the agent turn",
+        ),
+        (
+            r'{"prompt": "\udc00", "response": "a"}',
+            "half a surrogate pair",
+            r"half a surrogate pair, '\\udc00', at character 0 of the user turn",
+        ),
+        (
+            f'{{"prompt": {"[" * 9000}{"]" * 9000}, "response": "a"}}',
+            "broken JSON",
+            r"broken JSON \(nested too deeply, column 9011\)",
+        ),
+        (
+            f'{{"prompt": {"1" * 9000}, "response": "a"}}',
+            "broken JSON",
+            r"broken JSON \(too long an integer, column 12\)",
+        ),
+    ],
+)
+def test_odd_text_names_file_and_line_or_is_counted(
+    build: Build, tmp_path: Path, line: str, reason: str, words: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(THUMB)}\n{line}\n")
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: {words}"):
+        build(file).setup()
+    prompts = build(file, on_bad_row="reject", val_fraction=0.0, rows="prompts")
+    rated = build(file, on_bad_row="reject", val_fraction=0.0)
+    rated.setup()
+    assert rated.report.rejected == {reason: 1}
+    prompts.setup()
+    # Of a prompt nobody reads the answer.
+    assert prompts.report.rejected == ({} if "agent" in words else {reason: 1})
+
+
+def test_deep_messages_in_a_cell_are_no_messages(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    cell = f"[{{{'[' * 9000}"
+    file.write_text(f"messages\n{cell}\n")
+    with pytest.raises(ValueError, match=r"rows.csv:2: messages must be a list of .*got str"):
+        build(file).read()
+    file.write_text(f"prompt,response\n{cell},a\n")
+    item = one(build, file)
+    assert isinstance(item, Row)
+    assert item.context[0].text == cell
+
+
+def test_an_unclosed_quote_does_not_swallow_the_file(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,response\nq,a\n\nr,"b\ns,c\nt,d\n')
+    words = r"rows.csv:4: broken CSV \(unexpected end of data\) in the row that begins here. Close"
+    with pytest.raises(ValueError, match=words):
+        build(file, on_bad_row="reject").read()
+    file.write_text('prompt,response\nr,"say "b"\ns,c\n')
+    with pytest.raises(ValueError, match=r"rows.csv:2: broken CSV \(.*expected after"):
+        build(file).read()
+
+
+def test_csv_rows_are_named_by_their_first_line(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,response\n"q\nq",a\n\n"x\ny\nz",b\n"u\nv",c,d\n')
+    module = build(file, on_bad_row="reject", val_fraction=0.0)
+    rows = [item for item in module.read().train if isinstance(item, Row)]
+    assert [row.where for row in rows] == [f"{file}:2", f"{file}:5"]
+    with pytest.raises(ValueError, match=r"rows.csv:8: the row does not have"):
+        build(file).read()
+
+
+def test_a_csv_header_names_a_column_once(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,response,response\nq,a,b\n")
+    with pytest.raises(ValueError, match=r"rows.csv:1: the header names \['response'\] more than"):
+        build(file, on_bad_row="reject").read()
+    file.write_text("prompt,response,,\nq,a,,\n")
+    assert one(build, file)
 
 
 def test_csv_rows_with_too_few_cells(build: Build, tmp_path: Path) -> None:
@@ -262,9 +347,26 @@ def test_files_that_cannot_be_read_always_stop(build: Build, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"rows.parquet: not a Parquet file"):
         build(parquet).read()
     zipped = tmp_path / "rows.jsonl.gz"
-    zipped.write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"rows.jsonl.gz: not a whole gzip file"):
-        build(zipped).read()
+    whole = gzip.compress(b"{}")
+    for data in (b"{}", whole[:-4], whole[:10] + b"\xff" + whole[11:]):
+        zipped.write_bytes(data)
+        with pytest.raises(ValueError, match=r"rows.jsonl.gz: not a whole gzip file"):
+            build(zipped).read()
+
+
+def test_parquet_pages_that_are_damaged_or_not_utf8(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    texts = pyarrow.array([b"q", b"caf\xe9"]).view(pyarrow.utf8())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts, "response": texts}), str(file))
+    with pytest.raises(ValueError, match=r"rows.parquet:2: not UTF-8 \(.*0xe9"):
+        build(file).read()
+    rows = [{"prompt": f"question {n}", "response": "an answer"} for n in range(500)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), str(file))
+    data = bytearray(file.read_bytes())
+    data[40:400] = bytes(255 - byte for byte in data[40:400])
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"rows.parquet: not a Parquet file \(.*orrupt"):
+        build(file).read()
 
 
 def test_no_row_left_and_no_tokenizer_stop_in_setup(build: Build, tmp_path: Path) -> None:
@@ -290,3 +392,97 @@ def test_too_long_prompts_name_file_and_line(build: Build, tmp_path: Path) -> No
     module.setup("test")
     assert module.report.rejected == {"prompt longer than the window": 1}
     assert module.report.splits["train"].up == 1
+
+
+def test_a_null_label_of_a_mapped_column_and_of_a_pair(build: Build, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"prompt": "q", "response": "a", "thumb": None}])
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: thumb is null, so whether"):
+        build(file, columns={"label": "thumb"}).read()
+    # One table of several kinds has to fill the columns of the others with null.
+    assert isinstance(one(build, jsonl(tmp_path, [{**ROWS[0], "label": None}])), Pair)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "q", "response": "", "label": None}, ["q"]),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, ["q"]),
+        ({"prompt": "q", "chosen": "a"}, ["q"]),
+        ({"messages": [{"role": "user", "content": "q"}]}, ["q"]),
+        (
+            {
+                "messages": [
+                    {"role": role, "content": text}
+                    for role, text in (("user", "q"), ("assistant", "a"), ("user", "r"))
+                ]
+            },
+            ["q", "a", "r"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            ["q"],
+        ),
+    ],
+)
+def test_a_prompt_needs_no_answer(
+    build: Build, tmp_path: Path, row: object, words: list[str]
+) -> None:
+    file = jsonl(tmp_path, [row])
+    item = one(build, file, rows="prompts", columns={"rejected": "worse"})
+    assert isinstance(item, Row)
+    assert [turn.text for turn in item.context] == words
+    module = build(file, rows="prompts")
+    module.setup()
+    assert module.report.splits["train"].kept == 1
+
+
+def test_prompts_still_need_a_prompt(build: Build, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"response": "a"}])
+    with pytest.raises(
+        ValueError, match=r"got \['response'\], expected one of: prompt; messages. "
+    ):
+        build(file, rows="prompts").read()
+
+
+@pytest.mark.parametrize(("prompts", "val"), [(1, 0), (2, 1), (4, 1), (20, 2)])
+def test_a_small_file_keeps_one_prompt_for_validation(
+    build: Build, tmp_path: Path, prompts: int, val: int
+) -> None:
+    file = jsonl(tmp_path, [{**THUMB, "prompt": f"q{n}"} for n in range(prompts)])
+    assert [len(split) for split in build(file).read()] == [prompts - val, val, val]
+    assert [len(split) for split in build(file, val_fraction=0.0).read()] == [prompts, 0, 0]
+
+
+def test_validation_rows_that_cannot_be_used_are_noted(build: Build, tmp_path: Path) -> None:
+    long = jsonl(tmp_path, [{**THUMB, "response": "long " * 200}], "val.jsonl")
+    module = build(jsonl(tmp_path, [THUMB]), val=long, on_bad_row="reject")
+    module.setup()
+    assert "validation rows, of which none could be used" in module.report.notes
+    used = build(jsonl(tmp_path, ROWS))
+    used.setup()
+    assert not used.report.notes
+
+
+def test_a_tokenizer_below_the_home_folder(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tokenizer_dir.parent))
+    monkeypatch.setenv("USERPROFILE", str(tokenizer_dir.parent))
+    file = jsonl(tmp_path, [THUMB])
+    module = PreferenceDataModule(tokenizer=f"~/{tokenizer_dir.name}", train=file)
+    assert module.tokenizer.eos_token == "<eos>"
+    stranger = PreferenceDataModule(tokenizer="~no-such-user/trunk", train=file)
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded from '~no-such-user/tr"):
+        stranger.setup()
+
+
+def test_a_tokenizer_without_eos_stops_in_setup(build: Build, tmp_path: Path) -> None:
+    module = build(jsonl(tmp_path, [THUMB]))
+    module.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"has no EOS token, so no answer could end. Set one"):
+        module.setup()

@@ -253,6 +253,7 @@ def test_linearised_ticketing_turns(build: Build, tmp_path: Path) -> None:
         ("hi<U>\t[A]x\td", "text before the first tag: 'hi'"),
         ("<U>hi<PAV>x\t[A]x\td", "<PAV> without the name"),
         ("<U>hi\t[U]x\td", "a turn that is not the agent's"),
+        ('<U>hi\t[A]x\t"d\r\n<U>hi\t[A]x\td', r"broken table \(unexpected end of data\)"),
     ],
 )
 def test_broken_ticketing_rows_name_file_and_row(
@@ -349,9 +350,44 @@ def test_broken_files_name_file_and_line(build: Build, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reward_00.json: byte 1 is not UTF-8"):
         module.read()
     file.unlink()
-    file.with_name("reward_00.json.gz").write_bytes(gzip.compress(b"[]")[:-4])
-    with pytest.raises(ValueError, match=r"reward_00.json.gz: not a whole gzip file"):
+    whole = gzip.compress(b"[]")
+    for data in (whole[:-4], whole[:10] + b"\xff" + whole[11:]):
+        file.with_name("reward_00.json.gz").write_bytes(data)
+        with pytest.raises(ValueError, match=r"reward_00.json.gz: not a whole gzip file"):
+            module.read()
+
+
+def test_deep_json_names_file_and_line(build: Build, tmp_path: Path) -> None:
+    deep = "[" * 9000 + "]" * 9000
+    module = build(demonstrations=False)
+    file = tmp_path / "taskmaster-coffee/reward/reward_00.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'[\n{{"context": "]]",\n"a": {deep}}}]')
+    words = r"reward_00.json:3: broken JSON \(nested too deeply, column 9005\)"
+    with pytest.raises(ValueError, match=words):
         module.read()
+    write(file, [thumbs(1)[0], {**thumbs(1)[0], "generation": deep}])
+    with pytest.raises(ValueError, match=r"json:2: 'generation' holds broken JSON \(nested too"):
+        module.read()
+
+
+def test_half_a_surrogate_pair_is_counted_or_raises(build: Build, tmp_path: Path) -> None:
+    broken = rated([GREETING, user("hi \ud800")], agent("x"))
+    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", [*thumbs(), broken])
+    module = build(demonstrations=False)
+    module.setup()
+    assert module.report.rejected == {"half a surrogate pair": 1}
+    with pytest.raises(ValueError, match=r"reward_00.json:41: half a surrogate pair"):
+        build(demonstrations=False, on_bad_row="raise").setup()
+
+
+@pytest.mark.parametrize(("dialogs", "sizes"), [(1, [1, 0, 0]), (3, [2, 1, 0]), (10, [8, 1, 1])])
+def test_few_demonstrations_keep_one_for_validation(
+    build: Build, tmp_path: Path, dialogs: int, sizes: list[int]
+) -> None:
+    rows = [dialog(number) for number in range(dialogs)]
+    write(tmp_path / "taskmaster-coffee/data/data_00.json", rows)
+    assert [len(split) for split in build(thumbs=False).read()] == sizes
 
 
 @pytest.mark.parametrize(

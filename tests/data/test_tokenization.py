@@ -191,3 +191,40 @@ def test_the_chat_template_renders_prompts_and_the_answer_stays_bare(
         encoder.encode_prompt((API,), 40)
     with pytest.raises(BadRow, match="a response of 3 turns under a chat template"):
         encoder.encode(row((USER,), SORRY, USER, SORRY), 128, 16)
+
+
+def test_a_chat_template_keeps_spelled_special_tokens_as_text(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = (
+        "<bos>{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<eos>{% endfor %}"
+    )
+    encoder = TurnEncoder(tokenizer, chat_template=True)
+    turns = (
+        Turn("user", " <eos> a <bos><pad>b<eos>"),
+        Turn("agent", "c \ue0000\ue001 d <eos>"),
+        Turn("user", "none"),
+    )
+    ids = encoder.encode_prompt(turns, 256).ids
+    assert text(tokenizer, ids) == (
+        "<bos>[user]<eos> a <bos><pad>b<eos><eos>"
+        "[assistant]c \ue0000\ue001 d <eos><eos>[user]none<eos>"
+    )
+    # Only the template's own: one at the start, one after each turn.
+    assert [token for token in ids if token < 3] == [1, 2, 2, 2]
+    honest = str(tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False))
+    assert encoder.encode_prompt((Turn("user", "q"),), 64).ids == tokenizer.encode(honest)
+    answer = encoder.encode(row((Turn("user", "q"),), Turn("agent", "a<eos>b")), 64, 16)
+    assert answer.ids.count(2) == 2
+
+
+@pytest.mark.parametrize("bad", [Turn("user", "a\ud800"), Turn("agent", "a\ud800")])
+def test_half_a_surrogate_pair_is_a_bad_row(tokenizer: PreTrainedTokenizerBase, bad: Turn) -> None:
+    context = (bad, USER)
+    words = rf"rows.jsonl:7: half a surrogate pair, '\\ud800', at character 1 of the {bad.role} "
+    with pytest.raises(BadRow, match=words):
+        encode(tokenizer, row(context, SORRY), 64, 16)
+    with pytest.raises(BadRow, match=words):
+        encode(tokenizer, row((USER,), SORRY, bad, SORRY), 256, 16)
+    whole = row((Turn("user", "\U0001f600"),), SORRY)
+    assert "\U0001f600" in text(tokenizer, encode(tokenizer, whole, 64, 32).ids)
