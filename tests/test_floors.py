@@ -22,7 +22,7 @@ BELOW: dict[str, set[str]] = {
     "models": {"functional"},
     "rollouts": {"functional", "models"},
     "packaged": set(),
-    "data": {"batches", "packaged"},
+    "data": {"batches", "functional", "packaged"},
     "rewards": {"data"},
     "callbacks": {"batches"},
     "metrics": {"functional"},

@@ -24,9 +24,10 @@ class HandsOver(Protocol):
 def best_checkpoint(trainer: Trainer) -> str | None:
     """Path of the best checkpoint, if a `ModelCheckpoint` of the trainer watches a measure."""
     for callback in trainer.checkpoint_callbacks:
-        watches = isinstance(callback, ModelCheckpoint) and callback.monitor
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+            continue
         # A resumed run may remember a best file of its first part that was cleared away since.
-        if watches and Path(callback.best_model_path).is_file():
+        if Path(callback.best_model_path).is_file():
             return callback.best_model_path
     return None
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.functional.sequences import pad_left, pad_right
 
 _PAD = 0
 
@@ -74,15 +75,12 @@ def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
         if len(example.rows) == 2:
             pairs.append((len(rows), len(rows) + 1))
         rows.extend(example.rows)
-    width = max(len(row.ids) for row in rows)
+    ids, attention_mask = pad_right([row.ids for row in rows], _PAD)
+    counted, _ = pad_right([row.response_mask for row in rows], _PAD)
     return RatedBatch(
-        ids=torch.tensor([row.ids + [_PAD] * (width - len(row.ids)) for row in rows]),
-        attention_mask=torch.tensor(
-            [[True] * len(row.ids) + [False] * (width - len(row.ids)) for row in rows]
-        ),
-        response_mask=torch.tensor(
-            [row.response_mask + [False] * (width - len(row.ids)) for row in rows]
-        ),
+        ids=ids,
+        attention_mask=attention_mask,
+        response_mask=counted.bool(),
         prompt_tokens=max(1, min(row.response_mask.index(True) for row in rows)),
         imitate=torch.tensor([row.imitate for row in rows]),
         label=torch.tensor([row.label or 0.0 for row in rows], dtype=torch.float32),
@@ -98,9 +96,5 @@ def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
     Args:
         examples: At least one.
     """
-    width = max(len(example.ids) for example in examples)
-    return PromptBatch(
-        ids=torch.tensor([[_PAD] * (width - len(e.ids)) + e.ids for e in examples]),
-        mask=torch.tensor([[False] * (width - len(e.ids)) + [True] * len(e.ids) for e in examples]),
-        row=torch.tensor([example.row for example in examples]),
-    )
+    ids, mask = pad_left([example.ids for example in examples], _PAD)
+    return PromptBatch(ids, mask, torch.tensor([example.row for example in examples]))

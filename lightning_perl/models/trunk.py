@@ -74,7 +74,7 @@ class Trunk(nn.Module):
                 model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
             else:
                 # The older name, for the last transformers that runs on Python 3.10.
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+                model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
         model.train(False)
         self._compare_with_own_forward()
 
