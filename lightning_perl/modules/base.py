@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -101,6 +102,11 @@ class AdapterModule(LightningModule, ABC):
                 f"{type(self).__name__} is tested on one device only, got {self.trainer.world_size}: "
                 "gradients and logged means of several processes are not verified yet. Set "
                 "trainer.devices: 1 (and trainer.num_nodes: 1)."
+            )
+        if self.automatic_optimization and self.trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                "With accumulate_grad_batches every batch weighs the same, however many tokens or thumbs it "
+                "has: the step is not quite that of one larger batch."
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, Bounded):

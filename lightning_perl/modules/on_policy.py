@@ -185,6 +185,7 @@ class OnPolicy(AdapterModule):
         self._reference_gold: list[Tensor] = []
         self.seed = seed
         self.guard = FiniteGuard()
+        self._stood_on: dict[str, str] | None = None
         self.rollout_index = 0
         self.episodes = 0
         self.tokens = 0
@@ -316,6 +317,28 @@ class OnPolicy(AdapterModule):
             yield order[start : start + size]
 
     # ---- Lightning -----------------------------------------------------------------------------
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of the trunks that reference and reward stand on; they never move."""
+        roles: tuple[Role, ...] = ("reference", "reward")
+        return {role: self.roles.trunk(role).fingerprint() for role in roles}
+
+    def _require_unmoved(self, before: Mapping[str, str], since: str) -> None:
+        moved = [role for role, found in self._fingerprints().items() if before[role] != found]
+        if moved:
+            raise RuntimeError(
+                f"The trunk of {moved} has other weights than {since}, so scores and KL are measured "
+                "against something else. Was it trained, merged into, or exchanged in its folder?"
+            )
+
+    def on_train_start(self) -> None:
+        """Remember what reference and reward stand on."""
+        self._stood_on = self._fingerprints()
+
+    def on_validation_start(self) -> None:
+        """The reference must be what it was."""
+        if self._stood_on is not None:
+            self._require_unmoved(self._stood_on, "when training started")
 
     def on_train_batch_start(  # type: ignore[override]
         self,
@@ -539,17 +562,21 @@ class OnPolicy(AdapterModule):
             "rollout_index": self.rollout_index,
             "episodes": self.episodes,
             "tokens": self.tokens,
+            "fingerprints": self._fingerprints(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stand where the checkpoint stood."""
         super().on_load_checkpoint(checkpoint)
         stood = checkpoint["on_policy"]
+        self._require_unmoved(stood["fingerprints"], "in the checkpoint")
         self.rollout_index = stood["rollout_index"]
         self.episodes, self.tokens = stood["episodes"], stood["tokens"]
 
     def hand_over(self, folder: Path) -> None:
         """Write ``RUN/adapters/{actor,critic}``, or trunks under ``RUN/{policy,critic}`` after full PPO."""
+        if self._stood_on is not None:
+            self._require_unmoved(self._stood_on, "when training started")
         heads = {"value": self.roles.value_head}
         if self.roles.layout == "full":
             for role, name in (("policy", "policy"), ("value", "critic")):
