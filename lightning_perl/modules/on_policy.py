@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -20,9 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_perl.batches import Answers as WrittenAnswers
 from lightning_perl.batches import Bounded, PromptBatch
-from lightning_perl.functional.kl import k1
 from lightning_perl.functional.masked import masked_mean
-from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Answers, Layout, Role, Roles
@@ -36,57 +34,15 @@ from lightning_perl.modules.base import (
 )
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.experience import Experience, Scored
+from lightning_perl.rollouts.rollout import Rollout, split_at
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
+from lightning_perl.rollouts.statistics import describe
 
 # Mean |log ratio| per token that rounding explains: passes differ in their batch mates only.
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 VALIDATION_ROLLOUT = -1
 """Rollout index of validation's noise: the same at every validation, never a training rollout's."""
-
-
-class Scored(NamedTuple):
-    """What the roles said of a rollout before any update.
-
-    Attributes:
-        logprobs: Of the policy that sampled. Shape: ``(B, R)``.
-        reference: Shape: ``(B, R)``.
-        values: Shape: ``(B, R)``.
-        scores: Raw scores of the reward role. Shape: ``(B,)``.
-    """
-
-    logprobs: Tensor
-    reference: Tensor
-    values: Tensor
-    scores: Tensor
-
-
-class Experience(NamedTuple):
-    """What an update learns from; every field has a row per rollout.
-
-    Attributes:
-        sequences: Prompts and responses.
-        old_logprobs: Shape: ``(B, R)``.
-        old_values: Shape: ``(B, R)``.
-        advantages: Shape: ``(B, R)``.
-        returns: Shape: ``(B, R)``.
-    """
-
-    sequences: Sequences
-    old_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    def rows(self, rows: Tensor) -> Experience:
-        """The named rows only."""
-        return Experience(
-            self.sequences.rows(rows),
-            self.old_logprobs[rows],
-            self.old_values[rows],
-            self.advantages[rows],
-            self.returns[rows],
-        )
 
 
 Stats = dict[str, Tensor]
@@ -593,55 +549,6 @@ class OnPolicy(AdapterModule):
         save_heads(folder / "adapters" / self.roles.seats["value"].adapter, heads)
 
 
-def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:
-    """The runs of ids between stop ids, without them; an empty run at the end is left out."""
-    runs: list[list[int]] = [[]]
-    for token in ids:
-        if token in stop_ids:
-            runs.append([])
-        else:
-            runs[-1].append(token)
-    return runs[:-1] if len(runs) > 1 and not runs[-1] else runs
-
-
 def _slices(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def describe(rollout: Rollout, scored: Scored) -> Stats:
-    """What a rollout looked like, each a mean over its responses.
-
-    ``score``, ``kl`` (k1 summed over the response, nats), ``response_tokens``, ``truncated_fraction``,
-    ``distinct_2`` (different pairs of neighbouring tokens over all pairs, in the whole batch) and
-    ``length_score_correlation`` (Pearson; 0 where either does not vary).
-    """
-    mask = rollout.response_mask
-    kl = torch.where(mask, k1(scored.logprobs, scored.reference), torch.zeros_like(scored.logprobs))
-    lengths = rollout.response_tokens().float()
-    return {
-        "score": scored.scores.mean(),
-        "kl": kl.sum(1).mean(),
-        "response_tokens": lengths.mean(),
-        "truncated_fraction": (~rollout.stopped).float().mean(),
-        "distinct_2": distinct_pairs(rollout.response_ids, mask),
-        "length_score_correlation": correlation(lengths, scored.scores.float()),
-    }
-
-
-def distinct_pairs(ids: Tensor, mask: Tensor) -> Tensor:
-    """Distinct neighbouring token pairs over all of them; 1 where there is no pair."""
-    both = mask[:, :-1] & mask[:, 1:]
-    pairs = torch.stack([ids[:, :-1][both], ids[:, 1:][both]], dim=1)
-    if len(pairs) == 0:
-        return torch.ones(())
-    return torch.tensor(len(torch.unique(pairs, dim=0)) / len(pairs))
-
-
-def correlation(left: Tensor, right: Tensor) -> Tensor:
-    """Pearson correlation over rows; 0 where either side does not vary. Shape: ``()``."""
-    left, right = left - left.mean(), right - right.mean()
-    scale = left.norm() * right.norm()
-    return torch.where(
-        scale > 0, (left * right).sum() / scale.clamp(min=1e-12), torch.zeros(()).to(scale)
-    )

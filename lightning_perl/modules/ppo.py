@@ -16,8 +16,9 @@ from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Answers, Layout, Role
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
-from lightning_perl.modules.on_policy import Experience, OnPolicy, Scored, Stats
+from lightning_perl.modules.on_policy import OnPolicy, Stats
 from lightning_perl.rewards import RewardFunction
+from lightning_perl.rollouts.experience import Experience, Scored
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 

@@ -43,3 +43,14 @@ class Rollout(NamedTuple):
     def response_tokens(self) -> Tensor:
         """Length of each response, the stop token included. Shape: ``(B,)``, int64."""
         return self.response_mask.sum(1)
+
+
+def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:
+    """The runs of ids between stop ids, without them; an empty run at the end is left out."""
+    runs: list[list[int]] = [[]]
+    for token in ids:
+        if token in stop_ids:
+            runs.append([])
+        else:
+            runs[-1].append(token)
+    return runs[:-1] if len(runs) > 1 and not runs[-1] else runs

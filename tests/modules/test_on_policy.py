@@ -19,16 +19,11 @@ from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import PPO, RewardModel
 from lightning_perl.modules.base import require_trainable
-from lightning_perl.modules.on_policy import (
-    Experience,
-    Scored,
-    Stats,
-    correlation,
-    describe,
-    distinct_pairs,
-)
+from lightning_perl.modules.on_policy import Stats
+from lightning_perl.rollouts.experience import Experience, Scored
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.statistics import correlation, describe, distinct_pairs
 from tests.modules import tiny
 
 

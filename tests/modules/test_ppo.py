@@ -18,7 +18,7 @@ from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
-from lightning_perl.modules.on_policy import Scored
+from lightning_perl.rollouts.experience import Scored
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny

@@ -29,9 +29,10 @@ from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
 from lightning_perl.modules import PPO
 from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.on_policy import Experience, Stats
+from lightning_perl.modules.on_policy import Stats
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
+from lightning_perl.rollouts.experience import Experience
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 WORDS = 24
