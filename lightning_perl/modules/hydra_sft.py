@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -62,7 +63,9 @@ class HydraSFT(SFT):
         self.margin = margin
         self.positive_weight = positive_weight
         self.metrics = RewardMetrics()
-        self.mean_lm, self.mean_reward = MeanMetric(), MeanMetric()
+        # By default NaN is left out, and a diverged model would have the best loss of all.
+        self.mean_lm = MeanMetric(nan_strategy=float("nan"))
+        self.mean_reward = MeanMetric(nan_strategy=float("nan"))
 
     def heads(self) -> dict[str, ScalarHead]:
         """The reward head, unless nothing ever trained it."""
@@ -93,22 +96,23 @@ class HydraSFT(SFT):
                 on_epoch=True,
                 prog_bar=True,
             )
+            # Summed at the end: a batch without thumbs would otherwise count as one whose thumbs cost 0.
+            self.mean_lm.update(lm_loss, int(lm_tokens))
         if rated:
             self.log(f"{self.held_out}/reward_loss", reward_loss, batch_size=rated, on_epoch=True)
-        # Summed at the end: a batch without thumbs would otherwise count as one whose thumbs cost 0.
-        self.mean_lm.update(lm_loss, int(lm_tokens))
-        self.mean_reward.update(reward_loss, rated)
+            self.mean_reward.update(reward_loss, rated)
         self.metrics.update(scores, batch.label, batch.labelled, batch.pairs)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log AUROC, balanced accuracy, pair accuracy and margin, and the loss of all rows."""
-        loss = self.mean_lm.compute().nan_to_num()
-        loss = loss + self.reward_weight * self.mean_reward.compute().nan_to_num()
-        self.log(f"{self.held_out}/loss", loss)
-        self.mean_lm.reset()
-        self.mean_reward.reset()
+        parts = ((1.0, self.mean_lm), (self.reward_weight, self.mean_reward))
+        seen = [weight * mean.compute() for weight, mean in parts if mean.update_called]
+        if seen:
+            self.log(f"{self.held_out}/loss", torch.stack(seen).sum())
+        for _, mean in parts:
+            mean.reset()
         for key, value in self.metrics.compute().items():
             self.log(f"{self.held_out}/{key}", value, prog_bar=key in ("auroc", "accuracy"))
 

@@ -131,6 +131,8 @@ class PPO(OnPolicy):
             "gae_lambda": (gae_lambda, 0.0, 1.0),
             "max_grad_norm": (max_grad_norm, 1e-12, math.inf),
         }
+        if critic_max_grad_norm is not None:
+            ranges["critic_max_grad_norm"] = (critic_max_grad_norm, 1e-12, math.inf)
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")

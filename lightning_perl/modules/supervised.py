@@ -83,12 +83,24 @@ class Supervised(AdapterModule):
         Raises:
             ValueError: No row of the epoch had a thumb or stood in a pair.
         """
-        if self.reward_head is not None and self.rated == 0:
+        # A dry run reads a batch or two of the epoch, perhaps none of them rated.
+        dry: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.heads() and self.rated == 0 and not dry:
             raise ValueError(
                 f"{type(self).__name__} saw no thumb and no pair in a whole epoch, so its reward head is "
                 "still random. Give rows with `label` or with `chosen` and `rejected`; for demonstrations "
                 "alone use SFT."
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also how many ratings were seen: the rest of an epoch may have none."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rated"] = self.rated
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        super().on_load_checkpoint(checkpoint)
+        self.rated = checkpoint.get("rated", 0)
 
     def heads(self) -> dict[str, ScalarHead]:
         """The heads by name."""

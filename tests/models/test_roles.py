@@ -9,15 +9,16 @@ from typing import get_args
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import LoraSpec, NoRoleError
 from lightning_perl.models.heads import ScalarHead, load_head, save_heads
 from lightning_perl.models.roles import LAYOUTS, Answers, Layout, Role, Roles
-from lightning_perl.models.trunk import load_trunk
+from lightning_perl.models.trunk import TrunkDtype, load_trunk, write_adapter_manifest
 from tests.conftest import TinyTrunk
 from tests.models.rows import (
     LENGTHS,
@@ -411,6 +412,80 @@ def test_an_adapter_of_another_model_is_refused_as_reward(
 ) -> None:
     with pytest.raises(ValueError, match=r"does not fit this trunk.*another model"):
         Roles("perl", str(tiny_trunk("gpt2")), SPEC, str(reward_adapter))
+
+
+@pytest.fixture
+def named_adapter(tiny_trunk: TinyTrunk, reward_adapter: Path, tmp_path: Path) -> Path:
+    """The reward adapter, with the manifest that says on which trunk it was trained."""
+    folder = tmp_path / "reward"
+    shutil.copytree(reward_adapter, folder)
+    write_adapter_manifest(folder, load_trunk(str(tiny_trunk())))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reward_adapter_goes_on_its_own_trunk_wherever_that_lies(
+    tiny_trunk: TinyTrunk, named_adapter: Path, dtype: TrunkDtype, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(tiny_trunk(), tmp_path / "moved")
+    for trunk in (tiny_trunk(), moved):
+        roles = Roles("perl", str(trunk), SPEC, str(named_adapter), dtype)
+        stored = load_file(named_adapter / "adapter_model.safetensors")
+        for key, value in roles.trunk("reward").adapters.tensors("reward").items():
+            assert torch.equal(value, stored[f"base_model.model.{key}"])
+
+
+def test_a_reward_adapter_of_another_trunk_of_the_same_shape_is_refused(
+    tiny_trunk: TinyTrunk, named_adapter: Path, reward_adapter: Path
+) -> None:
+    other = tiny_trunk(seed=1)
+    words = (
+        rf"{named_adapter} was trained on another trunk \({tiny_trunk()}\): its trunk_fingerprint is "
+        rf"[0-9a-f]{{16}}, that of {other} is [0-9a-f]{{16}}\. Give the trunk that `RewardModel` was"
+    )
+    with pytest.raises(ValueError, match=words):
+        Roles("perl", str(other), SPEC, str(named_adapter))
+    # An adapter that names no trunk (PEFT's own) is taken at its word.
+    Roles("perl", str(other), SPEC, str(reward_adapter))
+
+
+def test_a_reward_adapter_of_other_stop_tokens_is_refused(
+    tiny_trunk: TinyTrunk, named_adapter: Path, tmp_path: Path
+) -> None:
+    trunk = shutil.copytree(tiny_trunk(), tmp_path / "trunk")
+    config = GenerationConfig(eos_token_id=[2, 7])  # type: ignore[no-untyped-call]
+    config.save_pretrained(trunk)
+    with pytest.raises(
+        ValueError, match=r"its stop_ids is \[2, 20, .*, 49\], that of .* is \[2, 7\]"
+    ):
+        Roles("perl", str(trunk), SPEC, str(named_adapter))
+
+
+def test_paths_below_home_are_found(
+    tiny_trunk: TinyTrunk, named_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = named_adapter.parent
+    shutil.copytree(tiny_trunk(), home / "trunk")
+    monkeypatch.setenv("HOME", str(home))
+    for layout, reward in (("hydra", None), ("perl", "~/reward"), ("lora", "~/trunk")):
+        roles = Roles(layout, "~/trunk", SPEC, reward)  # type: ignore[arg-type]
+        where = reward and reward.replace("~", str(home))
+        plain = Roles(layout, str(tiny_trunk()), SPEC, where)  # type: ignore[arg-type]
+        assert_close(tuple(answers(roles)), tuple(answers(plain)), rtol=0, atol=0)
+    with pytest.raises(FileNotFoundError, match="trunk: ~/nothing is no model folder"):
+        Roles("hydra", "~/nothing", SPEC)
+
+
+@every_layout
+def test_only_adapters_are_trained_over_bf16(tiny_trunk: TinyTrunk, layout: Layout) -> None:
+    if layout == "full":
+        with pytest.raises(ValueError, match=r"tuned whole must be float32, got bfloat16.*or LoRA"):
+            Roles(layout, str(tiny_trunk()), SPEC, dtype="bfloat16")
+        return
+    roles = Roles(layout, str(tiny_trunk()), SPEC, dtype="bfloat16")
+    trained = {weight.dtype for weight in roles.parameters() if weight.requires_grad}
+    assert trained == {torch.float32}
+    assert {trunk.dtype for trunk in roles.distinct_trunks()} == {torch.bfloat16}
 
 
 def test_trained_fixtures_answer_unlike_each_other(tiny_trunk: TinyTrunk) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from lightning_perl.models.adapters import OFF
-from lightning_perl.models.trunk import load_trunk
+from lightning_perl.models.trunk import TrunkDtype, load_trunk, without_dropout
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, STOP_IDS
-from tests.models.rows import backward, build, padded
+from tests.models.rows import SPEC, backward, build, padded
 
 DROPPING = ("llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon")
 
@@ -46,6 +46,46 @@ def test_a_relative_folder_is_found(tiny_trunk: TinyTrunk, monkeypatch: pytest.M
     assert load_trunk(folder.name).vocabulary_size == load_trunk(f"./{folder.name}").vocabulary_size
 
 
+@pytest.mark.parametrize("name", ["runs/trunk", "runs/trunk/"])
+def test_a_name_below_a_folder_here_is_a_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"trunk: {name} is no model folder.*RUN/trunk"):
+        load_trunk(name)
+    # Also a folder that is there, and is none of a model.
+    (tmp_path / "runs" / "trunk").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"trunk: {name} is no model folder.*config.json"):
+        load_trunk(name)
+
+
+def test_a_name_below_no_folder_is_a_hub_name(
+    tiny_trunk: TinyTrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def absent(where: str) -> None:
+        asked.append(where)
+        raise OSError("not there")
+
+    monkeypatch.setattr("lightning_perl.models.trunk.AutoConfig.from_pretrained", absent)
+    with pytest.raises(FileNotFoundError, match=r"no hub name that could be read \(not there\)"):
+        load_trunk("owner/name")
+    assert asked == ["owner/name"]
+
+
+def test_a_folder_below_home_is_found(
+    tiny_trunk: TinyTrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path / "trunk")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_trunk("~/trunk").fingerprint() == load_trunk(str(tiny_trunk())).fingerprint()
+    with pytest.raises(FileNotFoundError, match="trunk: ~/nothing is no model folder"):
+        load_trunk("~/nothing")
+
+
 def test_weights_that_are_not_finite_are_refused(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
     shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
@@ -69,6 +109,19 @@ def test_dropout_is_zero_also_in_train_mode(tiny_trunk: TinyTrunk, family: str) 
             assert torch.equal(trunk(rows.ids, rows.attention_mask), quiet)
     rates = [module.p for module in trunk.model.modules() if isinstance(module, torch.nn.Dropout)]
     assert not any(rates)
+
+
+def test_dropout_of_a_configuration_inside_another_is_zero() -> None:
+    config = LlamaConfig(attention_dropout=0.1)
+    config.text_config = OPTConfig(dropout=0.2, attention_dropout=0.3, layerdrop=0.4)
+    config.text_config.inner = GPT2Config(resid_pdrop=0.5, embd_pdrop=0.6, attn_pdrop=0.7)
+    kept = (config.rms_norm_eps, config.text_config.init_std, config.text_config.inner.n_layer)
+    without_dropout(config)
+    text, inner = config.text_config, config.text_config.inner
+    found = [config.attention_dropout, text.dropout, text.attention_dropout, text.layerdrop]
+    found += [inner.resid_pdrop, inner.embd_pdrop, inner.attn_pdrop]
+    assert found == [0.0] * 7
+    assert kept == (config.rms_norm_eps, text.init_std, inner.n_layer)
 
 
 def test_a_training_pass_gives_the_mode_back(tiny_trunk: TinyTrunk) -> None:
@@ -127,6 +180,54 @@ def test_stop_ids_are_the_tokenizers_and_the_generation_configs(
         config = GenerationConfig(eos_token_id=eos)  # type: ignore[no-untyped-call]
         config.save_pretrained(tmp_path)
         assert load_trunk(str(tmp_path)).stop_ids == expected
+
+
+@pytest.mark.parametrize(("token", "expected"), [("<eos>", 2), ("[PAD]", 0)])
+def test_pad_id_is_one_that_the_embedding_has(
+    tiny_trunk: TinyTrunk, tmp_path: Path, token: str, expected: int
+) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": token})
+    tokenizer.save_pretrained(tmp_path)
+    trunk = load_trunk(str(tmp_path))
+    known = trunk.tokenizer.pad_token_id < trunk.vocabulary_size
+    assert known == (token == "<eos>")
+    assert trunk.pad_id == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fingerprint_is_of_the_weights_alone(tiny_trunk: TinyTrunk, family: str) -> None:
+    dtypes: tuple[TrunkDtype, ...] = ("float32", "bfloat16", "float64")
+    trunks = [load_trunk(str(tiny_trunk(family)), dtype) for dtype in dtypes]
+    (fingerprint,) = {trunk.fingerprint() for trunk in trunks}
+    assert len(fingerprint) == 16
+    assert load_trunk(str(tiny_trunk(family, seed=1))).fingerprint() != fingerprint
+    trunk, rows = trunks[0], padded()
+    trunk.adapters.add("actor", SPEC, 0)
+    assert trunk.fingerprint() == fingerprint
+    optimizer = torch.optim.SGD(trunk.adapters.parameters("actor"), lr=1.0)
+    for _ in range(2):
+        with trunk.switch.use("actor"):
+            backward(trunk(rows.ids, rows.attention_mask).sum())
+        optimizer.step()
+    assert all(bool((weight != 0).any()) for weight in trunk.adapters.parameters("actor"))
+    assert trunk.fingerprint() == fingerprint
+    # One weight of one layer that moves is enough.
+    with torch.no_grad():
+        trunk.lm_head.weight[0, 3] += 0.5
+    assert trunk.fingerprint() != fingerprint
+
+
+def test_fingerprint_of_a_trunk_with_an_adapter_merged_is_another(
+    tiny_trunk: TinyTrunk, tmp_path: Path
+) -> None:
+    roles = build(tiny_trunk())
+    trunk = roles.trunk("policy")
+    trunk.save(tmp_path / "bare", None, {})
+    trunk.save(tmp_path / "merged", "actor", {})
+    assert load_trunk(str(tmp_path / "bare")).fingerprint() == trunk.fingerprint()
+    assert load_trunk(str(tmp_path / "merged")).fingerprint() != trunk.fingerprint()
 
 
 def test_a_saved_trunk_says_where_it_comes_from(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
