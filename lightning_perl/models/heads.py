@@ -5,6 +5,7 @@ Shapes: ``B`` rows, ``N`` positions, ``H`` hidden size.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -39,6 +40,11 @@ class ScalarHead(nn.Module):
         promoted = at_least_fp32(hidden)
         weight = self.weight.to(promoted.dtype)
         return F.linear(promoted, weight.unsqueeze(0)).squeeze(-1) + self.bias
+
+    def fingerprint(self) -> str:
+        """A hash of the head's values."""
+        values = torch.cat([self.weight.detach(), self.bias.detach().reshape(1)])
+        return hashlib.sha256(values.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
     def clone_from(self, other: ScalarHead) -> None:
         """Take another head's values; the two stay two tensors."""

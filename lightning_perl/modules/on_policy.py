@@ -275,15 +275,18 @@ class OnPolicy(AdapterModule):
     # ---- Lightning -----------------------------------------------------------------------------
 
     def _fingerprints(self) -> dict[str, str]:
-        """Of the trunks that reference and reward stand on; they never move."""
-        roles: tuple[Role, ...] = ("reference", "reward")
-        return {role: self.roles.trunk(role).fingerprint() for role in roles}
+        """Of what reference and reward stand on; it never moves."""
+        return {
+            "reference trunk": self.roles.trunk("reference").fingerprint(),
+            "reward trunk": self.roles.trunk("reward").fingerprint(),
+            "reward head": self.roles.reward_head.fingerprint(),
+        }
 
     def _require_unmoved(self, before: Mapping[str, str], since: str) -> None:
-        moved = [role for role, found in self._fingerprints().items() if before[role] != found]
+        moved = [name for name, found in self._fingerprints().items() if before[name] != found]
         if moved:
             raise RuntimeError(
-                f"The trunk of {moved} has other weights than {since}, so scores and KL are measured "
+                f"{moved} has other weights than {since}, so scores and KL are measured "
                 "against something else. Was it trained, merged into, or exchanged in its folder?"
             )
 
@@ -317,17 +320,26 @@ class OnPolicy(AdapterModule):
         if self.rollout_index == 0:
             self._check_fresh_start(rollout, scored)
         experience, stats = self.experience(rollout, scored)
+        trained = self._learn(experience)
+        if self._make_scheduler is not None:
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+        return self._account(rollout, scored, {**stats, **trained})
+
+    def _learn(self, experience: Experience) -> Stats:
+        mask = experience.sequences.response_mask
+        learned_from = torch.where(mask, experience.advantages + experience.returns, 0.0)
+        if not bool(torch.isfinite(learned_from).all()):
+            # Every epoch would fail on it again; one count for the whole rollout.
+            self.guard({"rollout (scores, values or log-probabilities)": learned_from.sum()})
+            return {}
         optimizer = self.optimizers()
-        trained = self.update(
+        return self.update(
             experience,
             optimizer,  # type: ignore[arg-type]  # Lightning's wrapper counts the steps
             self.manual_backward,
             self._check_first_ratio,
             self.guard,
         )
-        if self._make_scheduler is not None:
-            self.lr_schedulers().step()  # type: ignore[union-attr]
-        return self._account(rollout, scored, {**stats, **trained})
 
     def _account(self, rollout: Rollout, scored: Scored, stats: Stats) -> dict[str, Any]:
         episodes, generated = len(rollout.row), int(rollout.response_mask.sum())

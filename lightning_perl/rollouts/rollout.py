@@ -46,11 +46,11 @@ class Rollout(NamedTuple):
 
 
 def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:
-    """The runs of ids between stop ids, without them; an empty run at the end is left out."""
+    """The runs of ids between stop ids, without them; empty runs are left out, but for a lone one."""
     runs: list[list[int]] = [[]]
     for token in ids:
         if token in stop_ids:
             runs.append([])
         else:
             runs[-1].append(token)
-    return runs[:-1] if len(runs) > 1 and not runs[-1] else runs
+    return [run for run in runs if run] or [[]]
