@@ -50,7 +50,7 @@ MAX_TOKENS, MAX_RESPONSE_TOKENS = 320, 80
 BOOTSTRAPS = 2000
 # Hydra-PPO's reward and its judge never saw the same dialog, and neither saw the prompts' dialogs.
 PPO_FOLD, PPO_TRAIN_FOLDS, JUDGE_FOLDS = 0, [1, 2], [3, 4]
-SAMPLES_PER_PROMPT = 4
+SAMPLES_PER_PROMPT = 2
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -506,6 +506,7 @@ def minutes() -> list[str]:
 def write_report(data_dir: str) -> None:
     """All tables into the committed report."""
     folds = list(range(FOLDS))
+    plain = [fold for fold in folds if (ROOT / f"sft_plain/fold{fold}/version_0/trunk").exists()]
     lines = [
         "# The coffee chain on Taskmaster's rows",
         "",
@@ -524,8 +525,9 @@ def write_report(data_dir: str) -> None:
         "",
         "## Language: loss in nats per token",
         "",
-        *language_table(data_dir, folds),
+        *language_table(data_dir, plain),
         "",
+        f"Folds {plain}. "
         "Plain SFT is Hydra-SFT with reward_weight 0 on the same rows; its checkpoint is chosen by val/lm_loss, "
         "Hydra-SFT's by val/reward_loss.",
         "",
