@@ -1,6 +1,12 @@
 """``python -m lightning_perl``."""
 
-from lightning_perl.cli import main
+import os
+
+# Before torch is loaded: its threads sleep instead of spinning while they wait for each other. A small
+# model on a few shared cores is many times slower otherwise.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from lightning_perl.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     main()
