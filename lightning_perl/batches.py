@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lightning_perl.functional.packing import Packing
+
 
 @runtime_checkable
 class Bounded(Protocol):
@@ -56,10 +58,14 @@ class RatedBatch(NamedTuple):
         prompt_tokens: Columns at the start of the batch that hold no response token in any row, so
             that nothing is projected onto the vocabulary for them. At least 1.
         imitate: True where the row's response enters the language-modelling loss. Shape: ``(B,)``, bool.
-        label: 1 for thumbs up, 0 for thumbs down; read only where ``labelled``. Shape: ``(B,)``, float32.
+        label: 1 for thumbs up, 0 for thumbs down, between them for a rating; read only where
+            ``labelled``. Shape: ``(B,)``, float32.
         labelled: True where the row has a thumb. Shape: ``(B,)``, bool.
         pairs: Row numbers within the batch, (chosen, rejected). Shape: ``(K, 2)``, int64; K may be 0.
         row: The row's number in its corpus. Shape: ``(B,)``, int64.
+        turns: Turns of the row's prompt in the corpus. Shape: ``(B,)``, int64.
+        packing: How rows of one prompt lie on one line, so that a trunk reads the prompt once;
+            None where no row shares anything.
     """
 
     ids: Tensor
@@ -71,6 +77,8 @@ class RatedBatch(NamedTuple):
     labelled: Tensor
     pairs: Tensor
     row: Tensor
+    turns: Tensor
+    packing: Packing | None = None
 
 
 class Answers(NamedTuple):

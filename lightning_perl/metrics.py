@@ -1,58 +1,348 @@
-"""Measures of a reward model, as torchmetrics, so that they add up over batches and ranks."""
+"""How good a reward model is, as a torchmetrics metric, so that it adds up over batches and ranks.
+
+Shapes: ``B`` rows, ``K`` pairs, ``N`` judged rows, ``J`` judgements.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import BinaryAUROC, BinaryRecall, BinarySpecificity
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional import pearson_corrcoef
+from torchmetrics.functional.classification import binary_auroc, binary_recall, binary_specificity
+from torchmetrics.utilities import dim_zero_cat
+
+BINS = 10
 
 
-class RewardMetrics(nn.Module):
-    """Thumbs: AUROC and balanced accuracy. Pairs: accuracy and margin.
+class Reliability(NamedTuple):
+    """What was predicted and what came true, in `BINS` bins of the predicted probability.
 
-    Keys appear only for what was seen: AUROC and balanced accuracy need both classes.
+    Attributes:
+        counts: Judgements in the bin; a pair counts as half a one in two bins. Shape: ``(BINS,)``.
+        predicted: Mean probability; NaN in an empty bin. Shape: ``(BINS,)``.
+        observed: Mean outcome; NaN in an empty bin. Shape: ``(BINS,)``.
     """
+
+    counts: Tensor
+    predicted: Tensor
+    observed: Tensor
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: ``sum_b n_b / n |observed_b - predicted_b|`` (1706.04599, Eq. 3)."""
+        gaps = (self.observed - self.predicted).abs() * self.counts / self.counts.sum()
+        return float(gaps[self.counts > 0].sum())
+
+
+class RewardMeasures(NamedTuple):
+    """What `RewardMetrics` found.
+
+    Attributes:
+        values: Every measure by its key.
+        counts: How many rows or pairs a measure stands on, by the same keys.
+        reliability: Of all judgements.
+        good_scores: Of chosen answers and thumbs up.
+        bad_scores: Of rejected answers and thumbs down.
+        pairs: How many.
+        thumbs: How many.
+    """
+
+    values: dict[str, float]
+    counts: dict[str, int]
+    reliability: Reliability
+    good_scores: list[float]
+    bad_scores: list[float]
+    pairs: int
+    thumbs: int
+
+
+class Judgements(NamedTuple):
+    """Logits beside what was true: a thumb once, a pair in both orders.
+
+    A pair is judged by ``r_w - r_l`` with outcome 1 and by ``r_l - r_w`` with outcome 0, each with
+    half a vote. So nothing depends on which answer is named first, and calibration is that of
+    "the better-scored answer is the preferred one".
+
+    Attributes:
+        logits: Shape: ``(J,)``, float64.
+        outcomes: 1, 0, or between them for a rating. Shape: ``(J,)``, float64.
+        votes: 1 for a thumb, 0.5 for an order of a pair. Shape: ``(J,)``, float64.
+    """
+
+    logits: Tensor
+    outcomes: Tensor
+    votes: Tensor
+
+
+class RewardMetrics(Metric):
+    """Measures of scores on pairs and thumbs, and of what the answers' length alone would give.
+
+    Thumbs:
+
+    - ``auroc``: share of (up, down) couples in the right order.
+    - ``balanced_accuracy``: mean of the shares of ups above 0 and of downs at or below 0.
+    - ``length_auroc``: AUROC of the length as score, or of its negative, whichever is higher.
+
+    Pairs; a tie counts half:
+
+    - ``accuracy``: share of pairs whose chosen answer scores higher.
+    - ``margin``: mean of ``r_w - r_l``.
+    - ``accuracy_chosen_longer``, ``accuracy_same_length``, ``accuracy_chosen_shorter``: of the pairs
+      whose chosen answer has more, as many or fewer tokens.
+    - ``accuracy_turns_1``, ``accuracy_turns_2_3``, ``accuracy_turns_4_up``: by turns of the prompt.
+    - ``longer_wins``: share of pairs whose chosen answer is the longer one.
+    - ``length_accuracy``: ``longer_wins`` or 1 minus it, whichever is higher. The direction is chosen
+      on the very rows it is measured on, so the baseline is rather too high than too low.
+
+    Both, over all judgements (see `Judgements`); a probability is ``sigmoid(r)`` of a thumb and
+    ``sigmoid(r_w - r_l)`` of a pair, without the training margin:
+
+    - ``ece``: see `Reliability.error`.
+    - ``brier``: mean of ``(probability - outcome)^2``.
+    - ``temperature``: see `fit_temperature`.
+    - ``length_score_correlation``: Pearson's, over rated answers.
+
+    A rating between 0 and 1 is an outcome as it is, and a thumb up above 0.5 where a class is asked
+    for. Keys appear only for what was seen; the ``auroc``s and ``balanced_accuracy`` need both classes.
+    """
+
+    full_state_update = False
+
+    scores: list[Tensor]
+    labels: list[Tensor]
+    lengths: list[Tensor]
+    chosen_scores: list[Tensor]
+    rejected_scores: list[Tensor]
+    chosen_lengths: list[Tensor]
+    rejected_lengths: list[Tensor]
+    turns: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.auroc = BinaryAUROC()
-        self.recall = BinaryRecall()
-        self.specificity = BinarySpecificity()
-        self.positive = MeanMetric()
-        self.accuracy = MeanMetric()
-        self.margin = MeanMetric()
+        # Rows themselves, not sums: ranks cannot be added up, and a row is eight numbers.
+        for state in (*_THUMB_STATES, *_PAIR_STATES):
+            self.add_state(state, [], dist_reduce_fx="cat")
 
-    def update(self, scores: Tensor, label: Tensor, labelled: Tensor, pairs: Tensor) -> None:
+    def update(
+        self,
+        scores: Tensor,
+        label: Tensor,
+        labelled: Tensor,
+        pairs: Tensor,
+        lengths: Tensor,
+        turns: Tensor,
+    ) -> None:
         """Add a batch.
 
         Args:
             scores: Shape: ``(B,)``.
-            label: 1 or 0. Shape: ``(B,)``.
+            label: 1, 0 or a rating between them. Shape: ``(B,)``.
             labelled: Shape: ``(B,)``, bool.
             pairs: Rows (chosen, rejected). Shape: ``(K, 2)``.
+            lengths: Tokens of each answer. Shape: ``(B,)``.
+            turns: Turns of each prompt. Shape: ``(B,)``.
         """
-        if bool(labelled.any()):
-            # Into (0, 1): torchmetrics would squash some batches' logits and not others'. Not by a
-            # sigmoid, which is 1 in fp32 from 17 on and makes ties of scores that differ.
-            seen, target = (1 + F.softsign(scores[labelled])) / 2, label[labelled].long()
-            for metric in (self.auroc, self.recall, self.specificity):
-                metric.update(seen, target)
-            self.positive.update(target.float())
-        if len(pairs):
-            difference = scores[pairs[:, 0]] - scores[pairs[:, 1]]
-            self.accuracy.update((difference > 0).float() + 0.5 * (difference == 0).float())
-            self.margin.update(difference)
+        chosen, rejected = pairs[:, 0], pairs[:, 1]
+        self.scores.append(scores[labelled])
+        self.labels.append(label[labelled])
+        self.lengths.append(lengths[labelled])
+        self.chosen_scores.append(scores[chosen])
+        self.rejected_scores.append(scores[rejected])
+        self.chosen_lengths.append(lengths[chosen])
+        self.rejected_lengths.append(lengths[rejected])
+        self.turns.append(turns[chosen])
 
-    def compute(self) -> dict[str, Tensor]:
-        """Values of what was seen since the last reset, which this is."""
-        values = {}
-        if self.positive.update_called and 0 < float(self.positive.compute()) < 1:
-            values["auroc"] = self.auroc.compute()
-            values["balanced_accuracy"] = (self.recall.compute() + self.specificity.compute()) / 2
-        if self.accuracy.update_called:
-            values["accuracy"] = self.accuracy.compute()
-            values["margin"] = self.margin.compute()
-        for metric in self.children():
-            metric.reset()  # type: ignore[operator]
-        return values
+    def compute(self) -> RewardMeasures:
+        """Measures of what was seen since the last reset, in float64."""
+        scores, labels, lengths = (_column(getattr(self, state)) for state in _THUMB_STATES)
+        chosen, rejected, chosen_length, rejected_length, turns = (
+            _column(getattr(self, state)) for state in _PAIR_STATES
+        )
+        judgements = judgements_of(scores, labels, chosen - rejected)
+        answers = torch.cat([scores, chosen, rejected])
+        tokens = torch.cat([lengths, chosen_length, rejected_length])
+        found = {
+            **thumb_measures(scores, labels, lengths),
+            **pair_measures(chosen - rejected, chosen_length - rejected_length, turns),
+            **calibration_measures(judgements, len(scores) + len(chosen)),
+            **length_measures(answers, tokens),
+        }
+        up = labels > 0.5
+        return RewardMeasures(
+            {key: value for key, (value, _) in found.items()},
+            {key: count for key, (_, count) in found.items()},
+            reliability_of(judgements),
+            [*chosen.tolist(), *scores[up].tolist()],
+            [*rejected.tolist(), *scores[~up].tolist()],
+            len(chosen),
+            len(scores),
+        )
+
+
+_THUMB_STATES = ("scores", "labels", "lengths")
+_PAIR_STATES = ("chosen_scores", "rejected_scores", "chosen_lengths", "rejected_lengths", "turns")
+
+
+def _column(state: list[Tensor] | Tensor) -> Tensor:
+    """One state's rows; a list before ranks are gathered, a tensor after. On the CPU, for float64."""
+    if isinstance(state, list) and not state:
+        return torch.zeros(0, dtype=torch.float64)
+    rows: Tensor = dim_zero_cat(state)
+    return rows.cpu().double()
+
+
+Found = dict[str, tuple[float, int]]
+"""Measures, each with the number of rows or pairs it stands on."""
+
+
+def thumb_measures(scores: Tensor, labels: Tensor, lengths: Tensor) -> Found:
+    """The thumbs' own measures; none unless both classes are there. Shapes: ``(N,)``."""
+    up = labels > 0.5
+    if bool(up.all()) or not bool(up.any()):
+        return {}
+    above = (scores > 0).long()
+    recalls = binary_recall(above, up.long()) + binary_specificity(above, up.long())
+    by_length = auroc(lengths, up)
+    return {
+        "auroc": (auroc(scores, up), len(up)),
+        "balanced_accuracy": (float(recalls) / 2, len(up)),
+        "length_auroc": (max(by_length, 1 - by_length), len(up)),
+    }
+
+
+def auroc(scores: Tensor, up: Tensor) -> float:
+    """AUROC of any real scores, NaN where a score is. Shapes: ``(N,)``."""
+    if bool(scores.isnan().any()):
+        return math.nan
+    # torchmetrics would press logits through a sigmoid, which makes ties of large ones; the order
+    # of the scores is all that counts, so their ranks do as well.
+    ranks = torch.unique(scores, return_inverse=True)[1].double()
+    return float(binary_auroc(ranks / ranks.max().clamp(min=1), up.long()))
+
+
+def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Found:
+    """The pairs' own measures; none without pairs.
+
+    Args:
+        margins: ``r_w - r_l``. Shape: ``(K,)``.
+        longer_by: Tokens of the chosen answer minus tokens of the rejected one. Shape: ``(K,)``.
+        turns: Turns of the prompt. Shape: ``(K,)``.
+    """
+    if not len(margins):
+        return {}
+    right = _wins(margins)
+    longer_wins = float(_wins(longer_by).mean())
+    found = {
+        "accuracy": (float(right.mean()), len(right)),
+        "margin": (float(margins.mean()), len(right)),
+        "longer_wins": (longer_wins, len(right)),
+        "length_accuracy": (max(longer_wins, 1 - longer_wins), len(right)),
+    }
+    slices = {
+        "accuracy_chosen_longer": longer_by > 0,
+        "accuracy_same_length": longer_by == 0,
+        "accuracy_chosen_shorter": longer_by < 0,
+        "accuracy_turns_1": turns <= 1,
+        "accuracy_turns_2_3": (turns > 1) & (turns <= 3),
+        "accuracy_turns_4_up": turns > 3,
+    }
+    for key, rows in slices.items():
+        if bool(rows.any()):
+            found[key] = (float(right[rows].mean()), int(rows.sum()))
+    return found
+
+
+def _wins(differences: Tensor) -> Tensor:
+    """1, 0, or 0.5 for a tie."""
+    return (differences > 0).double() + 0.5 * (differences == 0)
+
+
+def calibration_measures(judgements: Judgements, count: int) -> Found:
+    """How far probabilities can be believed; nothing without judgements."""
+    if not count:
+        return {}
+    return {
+        "ece": (reliability_of(judgements).error, count),
+        "brier": (brier_score(judgements), count),
+        "temperature": (fit_temperature(judgements), count),
+    }
+
+
+def length_measures(scores: Tensor, lengths: Tensor) -> Found:
+    """How scores go with lengths; nothing where either is constant. Shapes: ``(N,)``."""
+    if not bool(scores.isfinite().all()):
+        return {"length_score_correlation": (math.nan, len(scores))}
+    if len(scores) < 2 or bool((scores == scores[0]).all()) or bool((lengths == lengths[0]).all()):
+        return {}
+    correlation = float(pearson_corrcoef(scores, lengths))
+    return {"length_score_correlation": (correlation, len(scores))}
+
+
+def judgements_of(scores: Tensor, labels: Tensor, margins: Tensor) -> Judgements:
+    """Thumbs ``(N,)`` and pairs ``(K,)`` as logits with outcomes."""
+    won, lost = torch.ones_like(margins), torch.zeros_like(margins)
+    return Judgements(
+        torch.cat([scores, margins, -margins]),
+        torch.cat([labels, won, lost]),
+        torch.cat([torch.ones_like(scores), won / 2, won / 2]),
+    )
+
+
+def reliability_of(judgements: Judgements) -> Reliability:
+    """Bins of equal width; one that reads from 0.3 to 0.4 holds 0.3 itself, the last one also 1."""
+    probabilities = judgements.logits.sigmoid()
+    bins = (probabilities * BINS).long().clamp(0, BINS - 1)
+
+    def total(weights: Tensor) -> Tensor:
+        return torch.bincount(bins, weights, BINS)
+
+    counts = total(judgements.votes)
+    return Reliability(
+        counts,
+        total(judgements.votes * probabilities) / counts,
+        total(judgements.votes * judgements.outcomes) / counts,
+    )
+
+
+def brier_score(judgements: Judgements) -> float:
+    """Mean of ``(probability - outcome)^2``."""
+    errors = (judgements.logits.sigmoid() - judgements.outcomes) ** 2
+    return float((judgements.votes * errors).sum() / judgements.votes.sum())
+
+
+def fit_temperature(judgements: Judgements) -> float:
+    """The T at which ``sigmoid(logit / T)`` fits the outcomes best (temperature scaling, 1706.04599).
+
+    The negative log-likelihood is convex in ``w = 1 / T``; its slope is
+    ``sum (sigmoid(w z) - y) z``, whose root is bracketed and bisected in float64.
+
+    Returns:
+        Above 1 for scores that are too sure, below 1 for too timid ones. 0 where the scores' signs
+        are never wrong (the surer the better), infinity where they are no better than a coin (the
+        less sure the better), NaN where a score is not finite.
+    """
+    logits, outcomes, votes = judgements
+    if not bool(logits.isfinite().all()):
+        return math.nan
+
+    def slope(inverse: float) -> float:
+        return float((votes * ((logits * inverse).sigmoid() - outcomes) * logits).sum())
+
+    if slope(0.0) >= 0:
+        return math.inf
+    if float((votes * ((logits > 0).double() - outcomes) * logits).sum()) <= 0:
+        return 0.0
+    high = 1 / float(logits.abs().max())
+    while slope(high) < 0:
+        high *= 2
+    low = high / 2
+    while slope(low) > 0:
+        low /= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return 2 / (low + high)

@@ -81,7 +81,8 @@ def fit(*arguments: str, **parts: dict[str, Any]) -> None:
 
 def rows_of(run: str) -> list[dict[str, str]]:
     with Path(run, "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        # The first row is the data's report.
+        return [row for row in csv.DictReader(file) if not row["data/rows"]]
 
 
 def exits(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:

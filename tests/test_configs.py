@@ -20,7 +20,7 @@ from lightning_perl.cli import main
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import load_trunk
 from tests.conftest import TinyTrunk
-from tests.data.taskmaster_files import save_corpora
+from tests.data import corpus_files, taskmaster_files
 
 ROOT = Path(__file__).parents[1]
 # A link and its target are one config.
@@ -38,6 +38,10 @@ def kind(path: Path) -> str:
     keys = content(path).keys()
     if {"model", "data", "trainer"} <= keys:
         return "fit"
+    if {"model", "trainer"} <= keys:
+        return "recipe"
+    if keys == {"data"}:
+        return "data"
     if {"folder", "data"} <= keys:
         return "new-trunk"
     if keys == {"trainer"} and path.parent == ROOT / "configs" / "loggers":
@@ -46,8 +50,11 @@ def kind(path: Path) -> str:
 
 
 def of_kind(name: str) -> pytest.MarkDecorator:
+    """Runs a test on each config of a kind."""
     chosen = [path for path in CONFIGS if kind(path) == name]
-    assert chosen, f"no config of the kind {name}: its test would pass on nothing"
+    assert chosen or name == "recipe", (
+        f"no config of the kind {name}: its test would pass on nothing"
+    )
     return pytest.mark.parametrize(
         "path", chosen, ids=[path.relative_to(ROOT).as_posix() for path in chosen]
     )
@@ -63,12 +70,16 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_corpora(tmp_path_factory.mktemp("corpora"))
+    folder = tmp_path_factory.mktemp("corpora")
+    taskmaster_files.save_corpora(folder)
+    return corpus_files.save_corpora(folder)
 
 
 def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
     """Arguments that make a config's data small; the tests' tokenizer makes long rows."""
     name = config["data"]["class_path"].rpartition(".")[2]
+    arguments = config["data"]["init_args"]
+    copy = {"data_dir": str(corpora), "max_tokens": 300, "max_response_tokens": 128}
     small: dict[str, dict[str, Any]] = {
         "CoffeeOrdersDataModule": {
             "demonstrations": 16,
@@ -78,36 +89,62 @@ def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
             "max_tokens": 300,
             "max_response_tokens": 150,
         },
-        "TaskmasterDataModule": {"data_dir": str(corpora), "max_tokens": 300},
+        "TaskmasterDataModule": copy,
+        "HarmlessnessDataModule": copy,
+        "HelpfulnessDataModule": copy,
+        "SummarizationDataModule": copy,
+        "PreferenceDataModule": {
+            "train": str(corpora / Path(arguments.get("train", "")).name),
+            "max_tokens": 300,
+            "max_response_tokens": 128,
+        },
     }
     assert name in small, f"no test makes the data of {name} small"
     return small[name]
 
 
-def tiny_fit(path: Path, trunk: Path, corpora: Path) -> list[str]:
-    """Arguments of a short run of a config on a random trunk."""
-    config = content(path)
+def tiny_model(arguments: dict[str, Any], trunk: Path) -> dict[str, Any]:
+    """Arguments that run a model on a random trunk."""
     model: dict[str, Any] = {"trunk": str(trunk)}
-    if "sampling" in config["model"]["init_args"]:
+    if "sampling" in arguments:
         model["sampling"] = {"max_new_tokens": 4}
-    if "reward" in config["model"]["init_args"]:
+    if "reward" in arguments:
         # The trunk's own head scores then, in every layout.
         model["reward"] = None
-    tiny = {
-        "model": {"init_args": model},
-        "data": {"init_args": {**tiny_data(config, corpora), "batch_size": 4}},
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "limit_train_batches": 2,
-            "limit_val_batches": 1,
-            "val_check_interval": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-        },
+    return model
+
+
+TINY_TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "max_epochs": 1,
+    "limit_train_batches": 2,
+    "limit_val_batches": 1,
+    "val_check_interval": 2,
+    "log_every_n_steps": 1,
+    "enable_progress_bar": False,
+}
+
+
+def tiny_fit(
+    path: Path, trunk: Path, corpora: Path, data: Path | None = None, **model: object
+) -> list[str]:
+    """Arguments of a short run of a config on a random trunk, its data its own or another YAML's."""
+    config = content(path)
+    rows = content(data or path)
+    tiny: dict[str, Any] = {
+        "data": {"init_args": {**tiny_data(rows, corpora), "batch_size": 4}},
+        "trainer": dict(TINY_TRAINER),
     }
+    if "model" in config:
+        tiny["model"] = {"init_args": tiny_model(config["model"]["init_args"], trunk)}
+    else:
+        tiny["model"] = model
+        logger = {"save_dir": "runs", "name": path.stem}
+        tiny["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": logger}
     Path("tiny.yaml").write_text(yaml.safe_dump(tiny), encoding="utf-8")
-    return ["fit", "--config", str(path), "--config", "tiny.yaml"]
+    sources = [str(file) for file in (path, data) if file is not None]
+    layers = [argument for file in sources for argument in ("--config", file)]
+    return ["fit", *layers, "--config", "tiny.yaml"]
 
 
 def run_of(config: dict[str, Any], version: int = 0) -> Path:
@@ -152,6 +189,34 @@ def test_fit_config_runs_and_hands_over(path: Path, tiny_trunk: TinyTrunk, corpo
     assert saved["trainer"]["limit_train_batches"] == 2
 
 
+@of_kind("data")
+def test_data_config_feeds_a_model(path: Path, tiny_trunk: TinyTrunk, corpora: Path) -> None:
+    trunk = tiny_trunk("llama", max_position_embeddings=512)
+    learners = {"tldr": "SFT", "dialogsum": "SFT", "bolt": "PPO"}
+    arguments: dict[str, Any] = {"trunk": str(trunk)}
+    if path.stem == "bolt":
+        arguments["sampling"] = {"max_new_tokens": 4}
+    learner = learners.get(path.stem, "RewardModel")
+    main(tiny_fit(path, trunk, corpora, class_path=learner, init_args=arguments))
+    losses = column(Path("runs", path.stem, "version_0"), "train/loss")
+    assert losses
+    assert all(map(math.isfinite, losses))
+
+
+@of_kind("recipe")
+@pytest.mark.parametrize("data", ["hh_harmless", "coffee"])
+def test_recipe_runs_on_pairs_and_on_thumbs(
+    path: Path, data: str, tiny_trunk: TinyTrunk, corpora: Path
+) -> None:
+    trunk = tiny_trunk("llama", max_position_embeddings=512)
+    main(tiny_fit(path, trunk, corpora, ROOT / f"configs/data/{data}.yaml"))
+    run = run_of(content(path))
+    losses = column(run, "train/loss")
+    assert losses
+    assert all(map(math.isfinite, losses))
+    assert_loads(run, trunk)
+
+
 @of_kind("new-trunk")
 def test_new_trunk_config_runs(path: Path, corpora: Path) -> None:
     config = content(path)
@@ -179,7 +244,7 @@ def outputs(path: Path) -> set[str]:
     config = content(path)
     if kind(path) == "new-trunk":
         return {config["folder"]}
-    if kind(path) == "logger":
+    if kind(path) in ("logger", "data"):
         return set()
     run = run_of(config)
     return {(run / name).as_posix() for name in ("trunk", "adapters/reward")}

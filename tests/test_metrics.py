@@ -2,84 +2,398 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+from torchmetrics.utilities import dim_zero_cat
 
-from lightning_perl.metrics import RewardMetrics
+from lightning_perl.metrics import (
+    BINS,
+    Judgements,
+    RewardMeasures,
+    RewardMetrics,
+    fit_temperature,
+    judgements_of,
+    reliability_of,
+)
 
 NO_PAIRS = torch.zeros(0, 2, dtype=torch.int64)
 
 
+class Rated(NamedTuple):
+    """What `RewardMetrics.update` takes."""
+
+    scores: Tensor
+    label: Tensor
+    labelled: Tensor
+    pairs: Tensor
+    lengths: Tensor
+    turns: Tensor
+
+
 def slow_auroc(scores: Tensor, label: Tensor) -> float:
     """Share of (up, down) couples in the right order; a tie is half."""
-    ups, downs = scores[label > 0.5].tolist(), scores[label < 0.5].tolist()
+    ups, downs = scores[label > 0.5].tolist(), scores[label <= 0.5].tolist()
     right = [1.0 if up > down else 0.5 * (up == down) for up in ups for down in downs]
     return float(sum(right) / len(right))
 
 
-def everything_labelled(count: int) -> Tensor:
-    return torch.ones(count, dtype=torch.bool)
+def thumbs(scores: Tensor, label: Tensor, lengths: Tensor | None = None) -> Rated:
+    count = len(scores)
+    lengths = torch.full((count,), 7) if lengths is None else lengths
+    labelled = torch.ones(count, dtype=torch.bool)
+    return Rated(scores, label, labelled, NO_PAIRS, lengths, torch.ones(count).long())
+
+
+def pairs(
+    chosen: Tensor, rejected: Tensor, lengths: Tensor | None = None, turns: Tensor | None = None
+) -> Rated:
+    """Chosen rows, then rejected rows; lengths ``(K, 2)``, turns ``(K,)``."""
+    count = len(chosen)
+    lengths = torch.full((count, 2), 7) if lengths is None else lengths
+    turns = torch.ones(count).long() if turns is None else turns
+    return Rated(
+        torch.cat([chosen, rejected]),
+        torch.full((2 * count,), 9.0),
+        torch.zeros(2 * count, dtype=torch.bool),
+        torch.stack([torch.arange(count), torch.arange(count) + count], 1),
+        lengths.T.reshape(-1),
+        turns.repeat(2),
+    )
+
+
+def random_thumbs(count: int, seed: int, share: float = 0.6) -> Rated:
+    generator = torch.Generator().manual_seed(seed)
+    label = (torch.rand(count, generator=generator) < share).float()
+    scores = torch.randn(count, generator=generator) + label
+    return thumbs(scores, label, torch.randint(3, 30, (count,), generator=generator))
+
+
+def random_pairs(count: int, seed: int) -> Rated:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randn(count, generator=generator) + 0.5
+    rejected = torch.randn(count, generator=generator)
+    rejected[::7] = chosen[::7]  # ties
+    lengths = torch.randint(3, 9, (count, 2), generator=generator)
+    return pairs(chosen, rejected, lengths, torch.randint(0, 7, (count,), generator=generator))
+
+
+def measured(*batches: Rated) -> RewardMeasures:
+    metrics = RewardMetrics()
+    for batch in batches:
+        metrics.update(*batch)
+    found: RewardMeasures = metrics.compute()
+    return found
+
+
+def sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("share", [0.156, 0.86])
 def test_thumbs_over_batches(share: float, scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    label = (torch.rand(90, generator=generator) < share).float()
+    rated = random_thumbs(90, 0, share)
     # Scores far from 0: as probabilities in fp32 the larger ones would all be 1.
-    scores = scale * (torch.randn(90, generator=generator) + label + 1)
-    metrics = RewardMetrics()
-    for start in range(0, 90, 20):
-        rows = slice(start, start + 20)
-        metrics.update(scores[rows], label[rows], everything_labelled(90)[rows], NO_PAIRS)
-    values = metrics.compute()
-    assert set(values) == {"auroc", "balanced_accuracy"}
-    assert values["auroc"].item() == pytest.approx(slow_auroc(scores, label), abs=1e-6)
+    scores, label = scale * (rated.scores + 1), rated.label
+    values = measured(
+        *(
+            thumbs(scores[start : start + 20], label[start : start + 20])
+            for start in range(0, 90, 20)
+        )
+    ).values
+    assert set(values) == {
+        "auroc",
+        "balanced_accuracy",
+        "length_auroc",
+        "ece",
+        "brier",
+        "temperature",
+    }
+    assert values["auroc"] == pytest.approx(slow_auroc(scores, label), abs=1e-6)
     recall = (scores[label > 0.5] > 0).float().mean()
     specificity = (scores[label < 0.5] <= 0).float().mean()
-    assert values["balanced_accuracy"].item() == pytest.approx(((recall + specificity) / 2).item())
+    assert values["balanced_accuracy"] == pytest.approx(((recall + specificity) / 2).item())
+    assert values["length_auroc"] == 0.5  # all of one length
 
 
 def test_ties_count_half() -> None:
-    metrics = RewardMetrics()
     label = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    metrics.update(torch.tensor([2.0, 2.0, 3.0, 1.0]), label, everything_labelled(4), NO_PAIRS)
-    assert metrics.compute()["auroc"] == pytest.approx(3.5 / 4)
+    assert measured(thumbs(torch.tensor([2.0, 2.0, 3.0, 1.0]), label)).values["auroc"] == 3.5 / 4
+
+
+def test_length_alone_takes_the_better_direction() -> None:
+    label = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    scores = torch.zeros(4)
+    for lengths in ([5, 4, 2, 4], [2, 4, 5, 4]):
+        found = measured(thumbs(scores, label, torch.tensor(lengths)))
+        assert found.values["length_auroc"] == 3.5 / 4
+        assert found.values["auroc"] == 0.5
 
 
 def test_pairs_over_batches() -> None:
-    metrics = RewardMetrics()
-    unlabelled = torch.zeros(4, dtype=torch.bool)
     scores = torch.tensor([3.0, 1.0, 2.0, 2.0])
-    metrics.update(scores, torch.zeros(4), unlabelled, torch.tensor([[0, 1], [2, 3]]))
-    metrics.update(scores, torch.zeros(4), unlabelled, torch.tensor([[1, 0]]))
-    values = metrics.compute()
-    assert set(values) == {"accuracy", "margin"}
-    assert values["accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)  # a tie is half right
-    assert values["margin"] == pytest.approx((2 + 0 - 2) / 3)
+    rated = thumbs(scores, torch.zeros(4))._replace(labelled=torch.zeros(4, dtype=torch.bool))
+    found = measured(
+        rated._replace(pairs=torch.tensor([[0, 1], [2, 3]])),
+        rated._replace(pairs=torch.tensor([[1, 0]])),
+    )
+    assert found.values["accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)  # a tie is half right
+    assert found.values["margin"] == pytest.approx((2 + 0 - 2) / 3)
+    assert found.pairs == 3
+    assert found.thumbs == 0
+    assert found.good_scores == [3, 2, 1]
+    assert found.bad_scores == [1, 2, 3]
+
+
+def test_slices_by_brute_force() -> None:
+    rated = random_pairs(80, 3)
+    rows = [
+        (
+            1.0 if won > lost else 0.5 if won == lost else 0.0,
+            int(rated.lengths[first]) - int(rated.lengths[second]),
+            int(rated.turns[first]),
+        )
+        for first, second in rated.pairs.tolist()
+        for won, lost in [(float(rated.scores[first]), float(rated.scores[second]))]
+    ]
+    expected: dict[str, Callable[[int, int], bool]] = {
+        "accuracy": lambda longer, turns: True,
+        "accuracy_chosen_longer": lambda longer, turns: longer > 0,
+        "accuracy_same_length": lambda longer, turns: longer == 0,
+        "accuracy_chosen_shorter": lambda longer, turns: longer < 0,
+        "accuracy_turns_1": lambda longer, turns: turns in (0, 1),
+        "accuracy_turns_2_3": lambda longer, turns: turns in (2, 3),
+        "accuracy_turns_4_up": lambda longer, turns: turns >= 4,
+    }
+    found = measured(rated)
+    for key, belongs in expected.items():
+        right = [one for one, longer, turns in rows if belongs(longer, turns)]
+        assert right, key
+        assert found.values[key] == pytest.approx(sum(right) / len(right)), key
+        assert found.counts[key] == len(right), key
+    longer_wins = sum((longer > 0) + 0.5 * (longer == 0) for _, longer, _ in rows) / 80
+    assert found.values["longer_wins"] == pytest.approx(longer_wins)
+    assert found.values["length_accuracy"] == pytest.approx(max(longer_wins, 1 - longer_wins))
+
+
+def test_shorter_wins_is_a_baseline_too() -> None:
+    lengths = torch.tensor([[3, 5], [3, 5], [4, 4], [9, 5]])
+    found = measured(pairs(torch.zeros(4), torch.zeros(4), lengths))
+    assert found.values["longer_wins"] == 1.5 / 4
+    assert found.values["length_accuracy"] == 2.5 / 4
+
+
+def test_calibration_by_hand() -> None:
+    # probabilities 0.2, 0.2, 0.7 and 0.99; what came true 1, 0, 1, 1
+    predicted = [0.2, 0.2, 0.7, 0.99]
+    logits = torch.tensor([math.log(p / (1 - p)) for p in predicted], dtype=torch.float64)
+    values = measured(thumbs(logits, torch.tensor([1.0, 0.0, 1.0, 1.0]))).values
+    assert values["ece"] == pytest.approx(2 / 4 * 0.3 + 1 / 4 * 0.3 + 1 / 4 * 0.01)
+    assert values["brier"] == pytest.approx((0.64 + 0.04 + 0.09 + 0.0001) / 4)
+
+
+def test_calibration_is_torchmetrics_own() -> None:
+    rated = random_thumbs(300, 5)
+    probabilities = rated.scores.double().sigmoid()
+    expected = binary_calibration_error(probabilities, rated.label.long(), n_bins=BINS)
+    assert measured(rated).values["ece"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_rating_is_an_outcome() -> None:
+    ratings = torch.tensor([0.25, 0.75, 0.5])
+    found = measured(thumbs(torch.zeros(3), ratings))
+    assert found.values["brier"] == pytest.approx((0.0625 + 0.0625) / 3)
+    assert found.values["ece"] == 0  # they are 0.5 on average, which is what was said
+    assert len(found.good_scores) == 1  # above 0.5 it is a thumb up
+
+
+def test_calibration_of_pairs_is_that_of_the_better_scored_answer() -> None:
+    rated = random_pairs(70, 8)
+    differences = (rated.scores[:70] - rated.scores[70:]).double()
+    differences = differences[differences != 0]
+    untied = pairs(differences, torch.zeros(len(differences)))
+    confidence, right = differences.abs().sigmoid(), (differences > 0).long()
+    values = measured(untied).values
+    expected = binary_calibration_error(confidence, right, n_bins=BINS)
+    assert values["ece"] == pytest.approx(expected.item(), rel=1e-6)
+    brier = sum((1 - sigmoid(one)) ** 2 for one in differences.tolist()) / len(differences)
+    assert values["brier"] == pytest.approx(brier)
+
+
+def test_a_pair_counts_as_one_judgement() -> None:
+    bins = reliability_of(judgements_of(torch.ones(3), torch.ones(3), torch.tensor([0.3, -2.0])))
+    assert bins.counts.sum() == 5
+    assert bins.counts[[4, 5]].tolist() == [0.5, 0.5]  # 0.43 and 0.57
+    assert bins.predicted[bins.counts == 0].isnan().all()
+
+
+def test_a_bin_holds_its_lower_edge_and_the_last_one_also_one() -> None:
+    logits = torch.tensor([-1e9, 0.0, math.log(0.85 / 0.15), math.log(0.95 / 0.05), 1e9]).double()
+    bins = reliability_of(Judgements(logits, torch.ones(5), torch.ones(5).double()))
+    assert bins.counts.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 4.0])
+def test_temperature_is_found_again(temperature: float) -> None:
+    # Outcomes are the very probabilities, so the likelihood is greatest at the temperature itself.
+    logits = torch.linspace(-5, 4, 50, dtype=torch.float64)
+    judgements = Judgements(temperature * logits, logits.sigmoid(), torch.ones(50))
+    assert fit_temperature(judgements) == pytest.approx(temperature, rel=1e-12)
+
+
+def test_temperature_is_the_best_of_a_grid() -> None:
+    rated = random_pairs(60, 2)
+    differences = (rated.scores[:60] - rated.scores[60:]).tolist()
+
+    def loss(temperature: float) -> float:
+        return sum(math.log1p(math.exp(-one / temperature)) for one in differences)
+
+    found = measured(rated).values["temperature"]
+    assert 0.3 < found < 3
+    assert all(loss(found) <= loss(found * (1 + step)) for step in (-0.3, -1e-3, 1e-3, 0.3))
+
+
+def test_temperature_of_mixed_judgements_votes_once_each() -> None:
+    # One pair, wrong, and one thumb, right, equally sure: together a coin, so T is infinite; a pair
+    # with two votes would make it worse than a coin, one with none perfect.
+    worthless = judgements_of(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([-2.0]))
+    assert fit_temperature(worthless) == math.inf
+    better = judgements_of(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([-1.9]))
+    assert 10 < fit_temperature(better) < 1000
+
+
+@pytest.mark.parametrize(
+    ("logits", "outcomes", "temperature"),
+    [
+        ([1.0, -2.0], [1.0, 0.0], 0.0),  # never wrong: the surer the better
+        ([1.0, -2.0], [0.0, 1.0], math.inf),  # always wrong
+        ([0.0, 0.0], [0.0, 1.0], math.inf),  # says nothing
+        ([1e-9, 5.0, -1e9], [1.0, 1.0, 0.0], 0.0),
+    ],
+)
+def test_temperature_without_a_best(
+    logits: list[float], outcomes: list[float], temperature: float
+) -> None:
+    found = fit_temperature(
+        Judgements(
+            torch.tensor(logits).double(), torch.tensor(outcomes).double(), torch.ones(len(logits))
+        )
+    )
+    assert found == temperature
+
+
+def test_temperature_of_scores_of_any_size() -> None:
+    rated = random_thumbs(50, 1)
+    found = measured(rated).values["temperature"]
+    for scale in (1e-6, 1e6):
+        scaled = measured(rated._replace(scores=rated.scores.double() * scale))
+        assert scaled.values["temperature"] == pytest.approx(scale * found, rel=1e-6)
+
+
+def test_correlation_is_over_every_rated_answer() -> None:
+    first, second = random_thumbs(20, 1), random_pairs(15, 2)
+    scores = torch.cat([first.scores, second.scores]).double()
+    lengths = torch.cat([first.lengths, second.lengths]).double()
+    expected = torch.corrcoef(torch.stack([scores, lengths]))[0, 1]
+    found = measured(first, second)
+    assert found.values["length_score_correlation"] == pytest.approx(expected.item(), rel=1e-9)
+    assert found.counts["length_score_correlation"] == 50
+    assert found.counts["ece"] == 35
+
+
+def test_which_answer_is_named_first_is_no_matter() -> None:
+    rated = random_pairs(30, 4)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    where = torch.empty(60, dtype=torch.int64)
+    where[order] = torch.arange(60)
+    shuffled = Rated(
+        rated.scores[order],
+        rated.label[order],
+        rated.labelled[order],
+        where[rated.pairs].flip(0),
+        rated.lengths[order],
+        rated.turns[order],
+    )
+    assert measured(shuffled).values == pytest.approx(measured(rated).values)
 
 
 def test_unlabelled_rows_are_not_judged() -> None:
-    metrics = RewardMetrics()
-    scores, label = torch.tensor([1.0, -1.0, 9.0, 9.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
-    metrics.update(scores, label, torch.tensor([True, True, False, False]), NO_PAIRS)
-    assert metrics.compute()["auroc"] == 1
+    rated = thumbs(torch.tensor([1.0, -1.0, 9.0, 9.0]), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    found = measured(rated._replace(labelled=torch.tensor([True, True, False, False])))
+    assert found.values["auroc"] == 1
+    assert found.counts["auroc"] == found.thumbs == 2
 
 
 def test_keys_only_for_what_was_seen() -> None:
+    assert measured(thumbs(torch.zeros(0), torch.zeros(0))).values == {}
     metrics = RewardMetrics()
-    assert metrics.compute() == {}
-    metrics.update(torch.ones(3), torch.ones(3), everything_labelled(3), NO_PAIRS)
-    assert metrics.compute() == {}  # one class only
-    metrics.update(torch.ones(3), torch.zeros(3), everything_labelled(3), NO_PAIRS)
-    assert metrics.compute() == {}  # the epoch before is forgotten
-    metrics.update(torch.tensor([2.0, 1.0]), torch.zeros(2), ~everything_labelled(2), NO_PAIRS)
-    assert metrics.compute() == {}
+    classless = {"ece", "brier", "temperature"}
+    metrics.update(*thumbs(torch.ones(3), torch.ones(3)))
+    assert set(metrics.compute().values) == classless  # one class only
+    metrics.reset()
+    metrics.update(*thumbs(torch.ones(3), torch.zeros(3)))
+    assert set(metrics.compute().values) == classless  # the epoch before is forgotten
+    metrics.reset()
+    unrated = thumbs(torch.tensor([2.0, 1.0]), torch.zeros(2))
+    metrics.update(*unrated._replace(labelled=torch.zeros(2, dtype=torch.bool)))
+    assert metrics.compute().values == {}
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_diverged_model_measures_nothing_good(broken: float) -> None:
+    first, second = random_thumbs(9, 1), random_pairs(9, 2)
+    first.scores[4] = broken
+    second.scores[4] = broken
+    values = measured(first, second).values
+    assert math.isnan(values["temperature"])
+    if math.isnan(broken):
+        for key in ("auroc", "margin", "ece", "brier", "length_score_correlation"):
+            assert math.isnan(values[key]), key
+
+
+def test_two_ranks_make_one() -> None:
+    batches = [random_thumbs(11, 1), random_pairs(9, 2), random_thumbs(4, 3), random_pairs(6, 4)]
+    first, second = RewardMetrics(), RewardMetrics()
+    for batch in batches[:2]:
+        first.update(*batch)
+    for batch in batches[2:]:
+        second.update(*batch)
+    second.merge_state(first)
+    merged, whole = second.compute(), measured(*batches)
+    assert merged.values == pytest.approx(whole.values, rel=1e-12)
+    assert merged.counts == whole.counts
+    assert sorted(merged.good_scores) == sorted(whole.good_scores)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_saw_different_kinds_gather_the_same(rank: int) -> None:
+    # One rank saw thumbs alone, the other pairs: both have to ask for the same states in one order.
+    ranks = [RewardMetrics(), RewardMetrics()]
+    ranks[0].update(*random_thumbs(11, 1))
+    ranks[1].update(*random_pairs(9, 2))
+    ours, theirs = ranks[rank], ranks[1 - rank]
+    sent = [dim_zero_cat(state) for state in theirs.metric_state.values()]
+    arrived = iter(sent)
+
+    def gather(state: Tensor, group: object) -> list[Tensor]:
+        other = next(arrived)
+        assert state.dtype == other.dtype
+        return [state, other] if rank == 0 else [other, state]
+
+    ours.dist_sync_fn, ours.distributed_available_fn = gather, lambda: True
+    whole = measured(random_thumbs(11, 1), random_pairs(9, 2))
+    assert ours.compute().values == pytest.approx(whole.values, rel=1e-12)
+    assert next(arrived, None) is None
 
 
 def test_nothing_of_it_is_stored() -> None:
     metrics = RewardMetrics()
-    metrics.update(torch.ones(2), torch.tensor([0.0, 1.0]), everything_labelled(2), NO_PAIRS)
+    metrics.update(*random_thumbs(5, 1))
     assert metrics.state_dict() == {}
     assert list(metrics.parameters()) == []

@@ -3,6 +3,7 @@
 from lightning_perl.callbacks.before_after import BeforeAfter
 from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
 from lightning_perl.callbacks.phases import PhaseCallback
+from lightning_perl.callbacks.reward_report import RewardReport
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.callbacks.samples import Answering, SampleWriter
 from lightning_perl.callbacks.speed import SpeedMonitor
@@ -13,6 +14,7 @@ __all__ = [
     "CudaMemoryMonitor",
     "CudaMemorySnapshot",
     "PhaseCallback",
+    "RewardReport",
     "SampleWriter",
     "SpeedMonitor",
     "run_folder",

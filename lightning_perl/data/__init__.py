@@ -2,12 +2,20 @@
 
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.coffee_orders import CoffeeOrdersDataModule
+from lightning_perl.data.corpus import CorpusDataModule
+from lightning_perl.data.harmlessness import HarmlessnessDataModule
+from lightning_perl.data.helpfulness import HelpfulnessDataModule
 from lightning_perl.data.preferences import PreferenceDataModule
+from lightning_perl.data.summarization import SummarizationDataModule
 from lightning_perl.data.taskmaster import TaskmasterDataModule
 
 __all__ = [
     "CoffeeOrdersDataModule",
     "ConversationDataModule",
+    "CorpusDataModule",
+    "HarmlessnessDataModule",
+    "HelpfulnessDataModule",
     "PreferenceDataModule",
+    "SummarizationDataModule",
     "TaskmasterDataModule",
 ]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-import statistics
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,105 +19,34 @@ from lightning_perl.data.collate import (
     collate_prompts,
     collate_rated,
 )
-from lightning_perl.data.loaders import BucketBatches, FixedLoader, ResumableLoader
-from lightning_perl.data.rows import Item, Pair, Row, Splits
-from lightning_perl.data.tokenization import BadRow, TurnEncoder
+from lightning_perl.data.loaders import (
+    BucketBatches,
+    FixedLoader,
+    FixedStream,
+    ResumableLoader,
+    StreamingLoader,
+    mixture,
+)
+from lightning_perl.data.report import DataReport, SplitReport
+from lightning_perl.data.rows import (
+    Item,
+    Pair,
+    Splits,
+    conflicting,
+    first_row,
+    judged,
+    verdict,
+)
+from lightning_perl.data.tokenization import BadRow, TurnEncoder, template_of
 from lightning_perl.packaged import unpackaged
-
-
-def parse_json(text: str) -> object:
-    """Returns the value of a JSON text.
-
-    Raises:
-        json.JSONDecodeError: Broken JSON, and what Python alone refuses, each in other words:
-            nesting deeper than its stack, integers of more digits than it converts.
-    """
-    try:
-        value: object = json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
-    except ValueError:
-        longest = max(re.finditer(r"\d+", text), key=lambda digits: len(digits[0]))
-        raise json.JSONDecodeError("too long an integer", text, longest.start()) from None
-    return value
-
-
-def _deepest(text: str) -> int:
-    """Returns the position of the innermost bracket of a JSON text."""
-    depth = deepest = position = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        if depth > deepest:
-            deepest, position = depth, token.start()
-    return position
-
-
-@dataclass
-class SplitReport:
-    """What became of one split.
-
-    Attributes:
-        rows: Rows read; a pair is one.
-        kept: Rows the loader yields; for prompts the distinct ones.
-        up: Kept rows with a thumb up.
-        down: Kept rows with a thumb down.
-        unlabelled: Kept rows without a thumb, pairs included.
-        cut_turns: Turns that did not fit the window.
-        tokens: Tokens of each kept row (of the longer side of a pair).
-    """
-
-    rows: int = 0
-    kept: int = 0
-    up: int = 0
-    down: int = 0
-    unlabelled: int = 0
-    cut_turns: int = 0
-    tokens: list[int] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        """Returns one line."""
-        if not self.tokens:
-            return f"{self.rows} rows, 0 kept"
-        ordered = sorted(self.tokens)
-        high = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
-        return (
-            f"{self.rows} rows, {self.kept} kept; thumbs up {self.up}, down {self.down}, "
-            f"without {self.unlabelled}; tokens median {statistics.median(ordered):g}, 95% {high}, "
-            f"max {ordered[-1]}; {self.cut_turns} turns cut"
-        )
-
-
-@dataclass
-class DataReport:
-    """What was read, kept, rejected and cut.
-
-    Attributes:
-        splits: One report per split: train, val, test.
-        rejected: Rejected rows by reason.
-        notes: What else was counted while reading, for example duplicates.
-    """
-
-    splits: dict[str, SplitReport] = field(default_factory=dict)
-    rejected: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        """Returns a line per split, one for the rejections and one for the notes."""
-        lines = [f"{name}: {report}" for name, report in self.splits.items()]
-        for title, counts in (("rejected", self.rejected), ("noted", self.notes)):
-            if counts:
-                items = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-                lines.append(f"{title}: {items}")
-        return "\n".join(lines)
 
 
 class ConversationDataModule(LightningDataModule, ABC):
     """Encodes the conversations that a leaf reads, and yields rated rows or prompts.
 
     Leaves fill one hole, :meth:`read`. After :meth:`setup`, ``report`` says what was read, rejected
-    and cut, and ``splits`` holds the rows themselves.
+    and cut, how long the rows are and how they are labelled; it is printed once, and its numbers go
+    to the trainer's loggers (``data/train_rows`` and so on). ``splits`` holds the rows themselves.
 
     Args:
         tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
@@ -139,6 +64,8 @@ class ConversationDataModule(LightningDataModule, ABC):
         num_workers: Processes that collate; 0 is enough for text.
         on_bad_row: ``raise`` stops at the first row that cannot be used, ``reject`` counts it in
             ``report`` and goes on.
+        keep_conflicts: Learn from rows whose labels contradict each other, and count them; False
+            takes them for bad rows. See :meth:`distinct`.
 
     Raises:
         ValueError: An argument out of its range.
@@ -156,6 +83,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         seed: int = 0,
         num_workers: int = 0,
         on_bad_row: Literal["reject", "raise"] = "raise",
+        keep_conflicts: bool = True,
     ) -> None:
         super().__init__()
         if rows not in ("rated", "prompts"):
@@ -180,18 +108,28 @@ class ConversationDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.num_workers = num_workers
         self.on_bad_row = on_bad_row
+        self.keep_conflicts = keep_conflicts
         self.chat_template = False
+        #: Whether training rows are read while training; then the leaf announces the report.
+        self.streaming = False
         self.report = DataReport()
+        self.announced = False
         self.splits: Splits | None = None
+        #: Of the sources of the training rows, by number; None draws every row once an epoch.
+        self.weights: list[float] | None = None
         self._examples: dict[str, list[Any]] = {}
+        self._sources: dict[str, list[int]] = {}
+        self._distinct = 0
+        self._reported_to: Trainer | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
     def read(self) -> Splits:
         """Returns the rows of the corpus, divided by dialog.
 
-        Rows that cannot be used go through :meth:`bad_row`; what is only worth knowing is counted
-        in ``self.report.notes``.
+        Rows that cannot be used go through :meth:`bad_row`, the others through :meth:`distinct`
+        before they are divided. Good rows that are passed over before that are counted in
+        ``self.report.left_out``; what is only worth knowing in ``self.report.notes``.
         """
 
     @property
@@ -233,108 +171,215 @@ class ConversationDataModule(LightningDataModule, ABC):
             raise BadRow(reason, message)
         self.report.rejected[reason] += 1
 
+    def distinct(self, items: Iterable[Item]) -> list[Item]:
+        """Drops rows that were there already, and counts those whose labels contradict each other.
+
+        Leaves call this once, with every row they read, before they divide them: a row and its
+        duplicate would otherwise lie on two sides of a split. A leaf whose repetitions are meant
+        (drawn rows) does not call it.
+
+        Two rows are duplicates where context, answers and label are the same. An answer with a
+        thumb up and a thumb down, or a pair that is there in both orders, is a conflict. With
+        ``keep_conflicts`` it is counted and stays: people disagree, and the loss takes the mean.
+        Without, each of its rows goes through :meth:`bad_row`.
+
+        Raises:
+            ValueError: A conflict while ``on_bad_row`` is ``raise``, unless ``keep_conflicts``.
+        """
+        verdicts: dict[tuple[object, ...], dict[object, Item]] = defaultdict(dict)
+        kept: list[Item] = []
+        for item in items:
+            said = verdicts[judged(item)]
+            if verdict(item) in said:
+                self.report.duplicates += 1
+                continue
+            said[verdict(item)] = item
+            kept.append(item)
+        # A dict, for its order: the first one in the file is named first.
+        contested = {key: said for key, said in verdicts.items() if conflicting(said)}
+        self.report.conflicts += len(contested)
+        if contested and not self.keep_conflicts:
+            for said in contested.values():
+                self._refuse_conflict(list(said.values()))
+            kept = [item for item in kept if judged(item) not in contested]
+        self._distinct += len(kept)
+        return kept
+
+    def _refuse_conflict(self, items: list[Item]) -> None:
+        for item in items:
+            against = (one for one in items if conflicting((verdict(one), verdict(item))))
+            other = first_row(next(against, items[0])).where
+            self.bad_row(
+                "conflicting labels",
+                f"{first_row(item).where}: conflicting labels: {other} says the opposite of the same "
+                "answers. Remove one, set keep_conflicts: true to learn from both, or on_bad_row: "
+                "reject to use neither.",
+            )
+
     def setup(self, stage: str | None = None) -> None:
         """Reads, encodes and reports once, whatever the stage.
 
         Raises:
             ValueError: A bad row while ``on_bad_row`` is ``raise``, or no training row is left.
         """
-        if self.splits is not None:
-            return
-        encoder = TurnEncoder(self.tokenizer, self.chat_template)
+        if self.splits is None:
+            self._read_and_encode()
+
+    def _read_and_encode(self) -> None:
+        # First: a tokenizer that cannot be used should not wait for the files.
+        encoder = self.encoder
         splits = self.read()
+        divided = sum({id(items): len(items) for items in splits}.values())
+        if self._distinct > divided:
+            self.report.left_out["not asked for"] = self._distinct - divided
         for name, items in splits._asdict().items():
-            report = self.report.splits[name] = SplitReport(rows=len(items))
-            encode = self._encode_prompts if self.rows == "prompts" else self._encode_rated
-            examples = encode(encoder, items, report)
-            report.kept = len(examples)
-            report.tokens = [example.tokens for example in examples]
-            self._examples[name] = list(examples)
+            if name == "test" and items is splits.val:
+                self.report.splits[name] = self.report.splits["val"]
+                self._examples[name] = self._examples["val"]
+                continue
+            report = self.report.splits[name] = SplitReport()
+            self._examples[name], self._sources[name] = self._encode(encoder, items, report)
         self.splits = splits
         if splits.val and not self._examples["val"]:
             self.report.notes["validation rows, of which none could be used"] = len(splits.val)
+        if not self.streaming:
+            self.announce()
+
+    def announce(self) -> None:
+        """Prints the report, once everything that is read was read.
+
+        Raises:
+            ValueError: No training row is left; with all that was read.
+        """
+        self.announced = True
         rank_zero_info(f"{type(self).__name__}\n{self.report}")
-        if not self._examples["train"]:
+        if not self.report.splits["train"].kept:
             raise ValueError(
                 f"{type(self).__name__}: no training row is left. What was read:\n{self.report}"
             )
 
-    def _encode_rated(
-        self, encoder: TurnEncoder, items: Sequence[Item], report: SplitReport
-    ) -> list[RatedExample]:
-        examples = []
-        numbers = iter(range(2 * len(items)))
-        for item in items:
-            sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
-            try:
-                encoded = [
-                    encoder.encode(side, self.max_tokens, self.max_response_tokens)
-                    for side in sides
-                ]
-            except BadRow as error:
-                self.bad_row(error.reason, str(error))
-                continue
-            examples.append(
-                RatedExample(
-                    tuple(
-                        RatedRow(row.ids, row.response_mask, side.imitate, side.label, number)
-                        for row, side, number in zip(encoded, sides, numbers, strict=False)
-                    )
-                )
-            )
-            report.cut_turns += sum(row.cut_turns for row in encoded)
-            labels = [side.label for side in sides]
-            report.up += labels.count(1.0)
-            report.down += labels.count(0.0)
-            report.unlabelled += None in labels
-        return examples
+    def log_report(self) -> None:
+        """Sends the report's numbers to the trainer's loggers, once for each trainer.
 
-    def _encode_prompts(
-        self, encoder: TurnEncoder, items: Sequence[Item], report: SplitReport
-    ) -> list[PromptExample]:
-        limit = self.max_tokens - self.max_response_tokens
-        examples: list[PromptExample] = []
-        seen: set[tuple[int, ...]] = set()
-        for item in items:
-            row: Row = item.chosen if isinstance(item, Pair) else item
-            try:
-                prompt = encoder.encode_prompt(row.context, limit, row.where)
-            except BadRow as error:
-                self.bad_row(error.reason, str(error))
-                continue
-            key = tuple(prompt.ids)
-            if key in seen:
-                continue
-            seen.add(key)
-            examples.append(PromptExample(prompt.ids, len(examples)))
-            report.cut_turns += prompt.cut_turns
-        report.unlabelled = len(examples)
-        return examples
+        When loaders are asked for, not in :meth:`setup`: a run that the module refuses leaves
+        nothing in its folder.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer is self._reported_to or not self.announced:
+            return
+        self._reported_to = trainer
+        for logger in trainer.loggers:
+            logger.log_metrics(self.report.numbers(), step=0)
 
     @property
-    def _collate(self) -> Callable[[list[Any]], Any]:
+    def template(self) -> str:
+        """Names how turns become tokens, for manifests; see :func:`template_of`."""
+        return template_of(self.tokenizer if self.chat_template else None)
+
+    @property
+    def encoder(self) -> TurnEncoder:
+        """A fresh encoder of turns.
+
+        Raises:
+            ValueError: The tokenizer cannot be loaded, or cannot be used.
+        """
+        return TurnEncoder(self.tokenizer, self.chat_template)
+
+    def _encode(
+        self, encoder: TurnEncoder, items: Iterable[Item], report: SplitReport
+    ) -> tuple[list[Any], list[int]]:
+        examples: list[Any] = []
+        sources: list[int] = []
+        seen: set[tuple[int, ...]] = set()
+        number = 0
+        for item in items:
+            report.rows += 1
+            try:
+                example, cut_turns = self.encode_item(encoder, item, number)
+            except BadRow as error:
+                self.bad_row(error.reason, str(error))
+                report.rejected[error.reason] += 1
+                continue
+            if isinstance(example, PromptExample):
+                key = tuple(example.ids)
+                if key in seen:
+                    report.duplicates += 1
+                    continue
+                seen.add(key)
+            number += len(example.rows) if isinstance(example, RatedExample) else 1
+            report.keep(example, cut_turns)
+            examples.append(example)
+            sources.append(first_row(item).source)
+        return examples, sources
+
+    def encode_item(
+        self, encoder: TurnEncoder, item: Item, number: int
+    ) -> tuple[RatedExample | PromptExample, int]:
+        """Encodes an item as ``rows`` says.
+
+        Args:
+            encoder: Of this datamodule's template.
+            item: The row or pair.
+            number: Its number, or that of its first row.
+
+        Returns:
+            What a loader yields of it, and how many turns were cut.
+
+        Raises:
+            BadRow: It cannot be encoded.
+        """
+        if self.rows == "rated":
+            return self._encode_rated(encoder, item, number)
+        row = first_row(item)
+        limit = self.max_tokens - self.max_response_tokens
+        prompt = encoder.encode_prompt(row.context, limit, row.where)
+        return PromptExample(prompt.ids, number), prompt.cut_turns
+
+    def _encode_rated(
+        self, encoder: TurnEncoder, item: Item, number: int
+    ) -> tuple[RatedExample, int]:
+        sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+        encoded = [
+            encoder.encode(side, self.max_tokens, self.max_response_tokens) for side in sides
+        ]
+        rows = tuple(
+            RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
+            for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
+        )
+        return RatedExample(rows), sum(row.cut_turns for row in encoded)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """Makes a batch of what a loader yields."""
         return collate_prompts if self.rows == "prompts" else collate_rated
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Returns shuffled batches; the loader's position goes into checkpoints."""
+    def train_dataloader(self) -> ResumableLoader | StreamingLoader:
+        """Returns shuffled batches; the loader's position goes into checkpoints.
+
+        Raises:
+            ValueError: A weighted source has no training row left.
+        """
+        self.log_report()
         examples = self._examples["train"]
         lengths = [example.tokens for example in examples]
-        sampler = BucketBatches(lengths, self.batch_size, self.seed, self.bucket)
-        return ResumableLoader(examples, sampler, self._collate, self.num_workers)
+        parts = None if self.weights is None else mixture(self._sources["train"], self.weights)
+        sampler = BucketBatches(lengths, self.batch_size, self.seed, self.bucket, parts)
+        return ResumableLoader(examples, sampler, self.collate, self.num_workers)
 
-    def val_dataloader(self) -> FixedLoader:
+    def val_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the validation rows in their order."""
         return self._fixed("val")
 
-    def test_dataloader(self) -> FixedLoader:
+    def test_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the test rows in their order."""
         return self._fixed("test")
 
-    def predict_dataloader(self) -> FixedLoader:
+    def predict_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the test rows in their order."""
         return self._fixed("test")
 
     def _fixed(self, split: str) -> FixedLoader:
+        self.log_report()
         return FixedLoader(
-            self._examples[split], self.val_batch_size, self._collate, self.num_workers
+            self._examples[split], self.val_batch_size, self.collate, self.num_workers
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.functional.packing import packed_tokens, plan
 from lightning_perl.functional.sequences import pad_left, pad_right
 
 _PAD = 0
@@ -26,6 +27,7 @@ class RatedRow(NamedTuple):
         imitate: Whether the response enters the language-modelling loss.
         label: 1.0, 0.0, or None without a thumb.
         row: The row's number in its split.
+        turns: Turns of the prompt.
     """
 
     ids: list[int]
@@ -33,6 +35,7 @@ class RatedRow(NamedTuple):
     imitate: bool
     label: float | None
     row: int
+    turns: int = 1
 
 
 class RatedExample(NamedTuple):
@@ -42,8 +45,8 @@ class RatedExample(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(row.ids) for row in self.rows)
+        """Tokens that a trunk reads: of a pair the prompt once, and both answers."""
+        return packed_tokens([row.ids for row in self.rows])
 
 
 class PromptExample(NamedTuple):
@@ -87,6 +90,10 @@ def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
         labelled=torch.tensor([row.label is not None for row in rows]),
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         row=torch.tensor([row.row for row in rows]),
+        turns=torch.tensor([row.turns for row in rows]),
+        packing=plan([[row.ids for row in example.rows] for example in examples])
+        if pairs
+        else None,
     )
 
 

@@ -7,8 +7,10 @@ They are plain iterables, not ``torch.utils.data.DataLoader``: Lightning rebuild
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -32,46 +34,118 @@ class ListDataset(Dataset[object]):
         return len(self.examples)
 
 
+def shuffled(
+    rows: list[int], lengths: Sequence[int], batch_size: int, order: random.Random, bucket: bool
+) -> list[list[int]]:
+    """Returns the rows in shuffled batches, rows of like length together.
+
+    The rows are shuffled, sorted by length inside mega-batches of 16 batches, cut into batches, and
+    the batches are shuffled.
+
+    Args:
+        rows: Row numbers.
+        lengths: Tokens of each row of the corpus.
+        batch_size: Rows of a batch; one batch may hold fewer.
+        order: Decides.
+        bucket: False sorts nothing.
+    """
+    order.shuffle(rows)
+    if bucket:
+        mega = batch_size * MEGA_BATCHES
+        rows = [
+            row
+            for start in range(0, len(rows), mega)
+            for row in sorted(rows[start : start + mega], key=lengths.__getitem__)
+        ]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    order.shuffle(batches)
+    return batches
+
+
+class Part(NamedTuple):
+    """The rows of one source, and how many of them an epoch draws.
+
+    Attributes:
+        rows: Row numbers.
+        drawn: At least as many as there are rows.
+    """
+
+    rows: list[int]
+    drawn: int
+
+
+def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
+    """Returns how many rows of each source an epoch draws, so that they stand as the weights do.
+
+    An epoch ends when every row was drawn: the source that has the most rows for its weight is
+    drawn once through, the others begin again.
+
+    Args:
+        sources: Number of the source of each row.
+        weights: Of the sources, each above 0.
+
+    Raises:
+        ValueError: A source without a row.
+    """
+    rows: list[list[int]] = [[] for _ in weights]
+    for row, source in enumerate(sources):
+        rows[source].append(row)
+    if not all(rows):
+        empty = [number for number, members in enumerate(rows, start=1) if not members]
+        raise ValueError(
+            f"data.train: sources {empty} (in their order) have a weight but no training row left. "
+            "Remove them, or look at the report for what was rejected."
+        )
+    epoch = max(len(members) / weight for members, weight in zip(rows, weights, strict=True))
+    return [
+        Part(members, max(len(members), round(epoch * weight)))
+        for members, weight in zip(rows, weights, strict=True)
+    ]
+
+
 class BucketBatches:
     """Shuffled batches of rows of like length, a function of (seed, epoch) alone.
 
-    Each epoch the rows are shuffled, sorted by length inside mega-batches of 16 batches, cut into
-    batches, and the batches are shuffled. Holds the position, in (epoch, batch), of the next batch.
+    Each epoch goes through :func:`shuffled`. Holds the position, in (epoch, batch), of the next
+    batch.
 
     Args:
         lengths: Tokens of each row.
         batch_size: Rows of a batch; the last batch may hold fewer.
         seed: Seed of the order.
         bucket: False shuffles the rows and sorts nothing.
+        parts: What an epoch draws of which rows; None every row once. See :func:`mixture`.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int = 0, bucket: bool = True
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        bucket: bool = True,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket
+        self.parts = parts
         self.epoch = 0
         self.batch = 0
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Returns the row numbers of every batch of an epoch."""
         order = random.Random(f"{self.seed}/{epoch}")
-        rows = list(range(len(self.lengths)))
-        order.shuffle(rows)
-        if self.bucket:
-            mega = self.batch_size * MEGA_BATCHES
-            rows = [
-                row
-                for start in range(0, len(rows), mega)
-                for row in sorted(rows[start : start + mega], key=self.lengths.__getitem__)
-            ]
-        batches = [
-            rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)
-        ]
-        order.shuffle(batches)
-        return batches
+        return shuffled(self._drawn(order), self.lengths, self.batch_size, order, self.bucket)
+
+    def _drawn(self, order: random.Random) -> list[int]:
+        if self.parts is None:
+            return list(range(len(self.lengths)))
+        drawn: list[int] = []
+        for rows, count in self.parts:
+            times, more = divmod(count, len(rows))
+            drawn += rows * times + order.sample(rows, more)
+        return drawn
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of a later epoch; an epoch that has begun is left where it is.
@@ -88,7 +162,7 @@ class BucketBatches:
             "epoch": self.epoch,
             "batch": self.batch,
             "seed": self.seed,
-            "rows": len(self.lengths),
+            "rows": len(self.lengths) if self.parts is None else sum(n for _, n in self.parts),
             "batch_size": self.batch_size,
         }
 
@@ -98,15 +172,18 @@ class BucketBatches:
         Raises:
             ValueError: The position belongs to other rows, another batch size or another seed.
         """
-        mine = self.state_dict()
-        for key in ("seed", "rows", "batch_size"):
-            if state[key] != mine[key]:
-                raise ValueError(
-                    f"The checkpoint's data has {key} = {state[key]}, this run's has {mine[key]}, "
-                    "so the position in the epoch means nothing. Resume with the same data "
-                    "arguments, or start a new run from the exported weights."
-                )
+        _compare(state, self.state_dict(), ("seed", "rows", "batch_size"))
         self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+def _compare(state: dict[str, int], mine: dict[str, int], keys: Sequence[str]) -> None:
+    for key in keys:
+        if state[key] != mine[key]:
+            raise ValueError(
+                f"The checkpoint's data has {key} = {state[key]}, this run's has {mine[key]}, "
+                "so the position in the epoch means nothing. Resume with the same data "
+                "arguments, or start a new run from the exported weights."
+            )
 
 
 def shard(batches: list[list[int]]) -> list[list[int]]:
@@ -216,3 +293,138 @@ class ResumableLoader(FixedLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to a saved position."""
         self.sampler.load_state_dict(state)
+
+
+class Place(NamedTuple):
+    """A place in an endless stream of epochs.
+
+    Attributes:
+        epoch: Epochs before it.
+        rows: Rows of the stream before the block that is being read.
+        batch: Batches of that block before it.
+    """
+
+    epoch: int
+    rows: int
+    batch: int
+
+
+class StreamingLoader:
+    """Batches of rows that are read as they come; no more than one block of them is in memory.
+
+    The stream is cut into blocks of about ``block`` rows. Each goes through :func:`shuffled` as a
+    whole corpus does in :class:`BucketBatches`, so the order is a function of (seed, epoch, place in
+    the stream). Its length is not known before its end, so it has none.
+
+    The position can be saved and loaded: the rows before the block are read past, not encoded, and
+    the block is made again.
+
+    Args:
+        read: Called with an epoch and a row number, yields from this row on the epoch's rows that
+            can be used, each with its number. Rows may be missing.
+        batch_size: Rows of a batch.
+        collate: Makes a batch of a list of examples, which have ``tokens``.
+        seed: Seed of the order.
+        block: Rows that are shuffled together, rounded up to whole batches.
+        bucket: Batch rows of like length.
+        ahead: Batches that are asked for before they are used, which a saved position must not
+            count: 1 where Lightning fits without ``limit_train_batches``, which is how it finds out
+            that a batch is the last one.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Iterator[tuple[int, Any]]],
+        batch_size: int,
+        collate: Callable[[list[Any]], Any],
+        seed: int = 0,
+        block: int = 4096,
+        bucket: bool = True,
+        ahead: int = 0,
+    ) -> None:
+        self.read = read
+        self.batch_size = batch_size
+        self.collate = collate
+        self.seed = seed
+        self.block = -(-block // batch_size) * batch_size
+        self.bucket = bucket
+        self._places = deque([Place(0, 0, 0)], maxlen=1 + ahead)
+
+    @property
+    def sampler(self) -> StreamingLoader:
+        """Itself: Lightning looks for ``sampler.set_epoch`` under this name."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of a later epoch; see :meth:`BucketBatches.set_epoch`."""
+        if epoch > self._places[-1].epoch:
+            self._go_to(Place(epoch, 0, 0))
+
+    def _go_to(self, place: Place) -> None:
+        self._places.clear()
+        self._places.append(place)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the rest of the epoch; the iteration after that begins the next one."""
+        # What was asked for ahead and never used is made again.
+        self._go_to(self._places[0])
+        epoch, rows, batch = self._places[0]
+        stream = self.read(epoch, rows)
+        while block := list(islice(stream, self.block)):
+            examples = [example for _, example in block]
+            lengths = [example.tokens for example in examples]
+            order = random.Random(f"{self.seed}/{epoch}/{rows}")
+            numbers = list(range(len(examples)))
+            batches = shard(shuffled(numbers, lengths, self.batch_size, order, self.bucket))
+            for number, members in enumerate(batches[batch:], start=batch + 1):
+                self._places.append(Place(epoch, rows, number))
+                yield self.collate([examples[member] for member in members])
+            rows, batch = block[-1][0] + 1, 0
+        # Only now is it known that the last batch was the last: it is in use.
+        self._go_to(Place(epoch + 1, 0, 0))
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the position of the batch after the one in use, and what its order depends on."""
+        return {
+            **self._places[0]._asdict(),
+            "seed": self.seed,
+            "block": self.block,
+            "batch_size": self.batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a saved position.
+
+        Raises:
+            ValueError: The position belongs to another seed, block or batch size.
+        """
+        _compare(state, self.state_dict(), ("seed", "block", "batch_size"))
+        self._go_to(Place(state["epoch"], state["rows"], state["batch"]))
+
+
+class FixedStream:
+    """Batches of rows that are read as they come, in their order, from the start at every pass.
+
+    Every rank reads all of them.
+
+    Args:
+        read: Yields the examples.
+        batch_size: Rows of a batch.
+        collate: Makes a batch of a list of examples.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Iterator[Any]],
+        batch_size: int,
+        collate: Callable[[list[Any]], Any],
+    ) -> None:
+        self.read = read
+        self.batch_size = batch_size
+        self.collate = collate
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the batches."""
+        stream = self.read()
+        while examples := list(islice(stream, self.batch_size)):
+            yield self.collate(examples)

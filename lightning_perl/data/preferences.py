@@ -1,34 +1,42 @@
-"""A user's own rows: preferences, thumbs, demonstrations or prompts from JSONL, CSV or Parquet."""
+"""A user's own rows: preferences, thumbs, ratings, demonstrations or prompts."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
-import pyarrow
-import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
-from lightning_perl.data.base import ConversationDataModule, parse_json
-from lightning_perl.data.folds import hold_out
-from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn
+from lightning_perl.data.base import ConversationDataModule
+from lightning_perl.data.collate import PromptExample, RatedExample
+from lightning_perl.data.files import BadRowHook, parse_json
+from lightning_perl.data.folds import hold_out, stable_hash
+from lightning_perl.data.loaders import (
+    FixedLoader,
+    FixedStream,
+    ResumableLoader,
+    StreamingLoader,
+)
+from lightning_perl.data.report import DataReport, SplitReport
+from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn, first_row
+from lightning_perl.data.sources import Source, Sources, mixed, sources_of
 from lightning_perl.data.tokenization import BadRow
 
 _KINDS = (
     ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
     ("prompt", "response", "label"),
+    ("prompt", "response", "rating"),
     ("prompt", "response"),
     ("messages",),
 )
-_PROMPT_KINDS = (("prompt",), ("messages",))
-_NAMES = ("prompt", "chosen", "rejected", "response", "label", "messages")
+_PROMPT_KINDS = (("prompt",), ("messages",), ("chosen", "rejected"))
+_NAMES = ("prompt", "chosen", "rejected", "response", "label", "rating", "messages")
 _ROLES: dict[object, Literal["system", "user", "agent"]] = {
     "system": "system",
     "user": "user",
@@ -38,13 +46,17 @@ _LABELS = {"1": 1.0, "1.0": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "false": 0.0
 
 
 class PreferenceDataModule(ConversationDataModule):
-    """Rows of your own, of one of these kinds, recognised by the columns of the file.
+    """Rows of your own, of one of these kinds, recognised by their columns; the first that fits.
 
     ==========================  ==========================================================
     columns                     a row is
     ==========================  ==========================================================
     prompt, chosen, rejected    a preference pair
+    chosen, rejected            a preference pair of two message lists, which are the same
+                                but for the last message
     prompt, response, label     an answer with a thumb: 1 or true up, 0 or false down
+    prompt, response, rating    an answer with a rating from ``rating_range[0]`` to
+                                ``rating_range[1]``
     prompt, response            a demonstration
     messages                    a demonstrated dialog; every assistant message counts
     prompt                      a prompt to answer (``rows: prompts``)
@@ -56,19 +68,42 @@ class PreferenceDataModule(ConversationDataModule):
 
     A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role
     ``system``, ``user`` or ``assistant``; in CSV such a list is written as JSON. An answer is a
-    string or a list of one assistant message. Chosen and thumbs-up answers also enter the
-    language-modelling loss of Hydra-SFT. Other columns are ignored; a label that is there but null
+    string or a list of one assistant message; before it may stand the messages of the prompt.
+    Chosen and thumbs-up answers, and those rated above the middle, also enter the
+    language-modelling loss of Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft
+    target of the cross-entropy. Other columns are ignored; a label or rating that is there but null
     is a bad row.
+
+    Rows of one dialog (the same words up to the first user turn) go to one split. Rows that are
+    there twice are used once. Rows that contradict each other (a thumb up and a thumb down for one
+    answer, a pair in both orders) are bad rows, all of them, unless ``keep_conflicts``.
+
+    Rows come from a file (``.jsonl``, ``.json`` with one array, ``.csv``, each also with ``.gz``, or
+    ``.parquet``; in UTF-8), from the Hugging Face hub (``owner/name``, with a configuration and a
+    split ``owner/name/config:split``, split ``train`` unless named), from a list of mappings, or
+    from several of them: a list of files and names is read as one after the other, a mapping
+    ``{file or name: weight}`` is mixed. Mixed, a batch has of each source what its weight says on
+    average, and an epoch ends when every row was drawn: the source with the most rows for its weight
+    is read once through, the others begin again.
+
+    With ``streaming`` training rows are read and encoded while training, ``shuffle_block`` of them
+    in memory; the loader has no length, so give ``trainer.max_steps``, and ``val_check_interval`` as
+    a number of batches. Duplicates and conflicts are not looked for. Without ``val``, the prompts
+    whose hash is below ``val_fraction`` are held out, and every validation reads the sources again
+    for them (``trainer.limit_val_batches`` stops it early). The report counts the first pass and
+    comes at its end. A resumed run reads past the rows before its position.
 
     Args:
         tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
-        train: ``.jsonl``, ``.csv`` (with ``.gz`` if compressed) or ``.parquet``, in UTF-8.
-        val: Validation rows; None takes ``val_fraction`` of the training prompts, at least one
-            of two or more.
-        test: Test rows; None takes the validation rows.
-        val_fraction: Share of the training prompts held out when ``val`` is None. All rows of one
-            prompt go to one split.
+        train: Where the training rows come from, see above.
+        val: Validation rows, as ``train`` but without weights; None takes ``val_fraction`` of the
+            training prompts, at least one of two or more.
+        test: Test rows, as ``val``; None takes the validation rows.
+        val_fraction: Share of the training prompts held out when ``val`` is None.
         columns: The file's names for ours, for example ``{prompt: question, chosen: better}``.
+        rating_range: The lowest and the highest rating there can be; what lies outside is a bad row.
+        streaming: Read training rows while training instead of all of them before.
+        shuffle_block: Rows of a stream that are shuffled together.
         chat_template: Render prompts with the tokenizer's own chat template, for a trunk that was
             tuned with it, instead of the plain turn template. Of ``messages`` then only the last
             answer counts.
@@ -80,24 +115,29 @@ class PreferenceDataModule(ConversationDataModule):
         max_response_tokens: Tokens of an answer, EOS included.
         bucket: Batch rows of like length.
         seed: Seed of the order of rows.
-        num_workers: Processes that collate.
+        num_workers: Processes that collate; none in a stream.
         on_bad_row: ``raise`` stops at the first row that cannot be used, with file and line;
             ``reject`` counts it in ``report`` and goes on. A file that cannot be read at all always
             stops.
+        keep_conflicts: Learn from rows that contradict each other, and count them.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad file or row.
-        FileNotFoundError: In ``setup``, a file that is not there.
+        FileNotFoundError: In ``setup``, a file that is not there, or a data set of the hub that
+            cannot be had.
     """
 
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase,
-        train: str | Path,
-        val: str | Path | None = None,
-        test: str | Path | None = None,
+        train: Sources,
+        val: Sources | None = None,
+        test: Sources | None = None,
         val_fraction: float = 0.1,
         columns: dict[str, str] | None = None,
+        rating_range: tuple[float, float] | None = None,
+        streaming: bool = False,
+        shuffle_block: int = 4096,
         chat_template: bool = False,
         rows: Literal["rated", "prompts"] = "rated",
         batch_size: int = 8,
@@ -108,6 +148,7 @@ class PreferenceDataModule(ConversationDataModule):
         seed: int = 0,
         num_workers: int = 0,
         on_bad_row: Literal["reject", "raise"] = "raise",
+        keep_conflicts: bool = False,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -120,6 +161,7 @@ class PreferenceDataModule(ConversationDataModule):
             seed=seed,
             num_workers=num_workers,
             on_bad_row=on_bad_row,
+            keep_conflicts=keep_conflicts,
         )
         unknown = sorted(set(columns or {}) - set(_NAMES))
         if unknown:
@@ -128,111 +170,329 @@ class PreferenceDataModule(ConversationDataModule):
             raise ValueError(
                 f"data.val_fraction must be at least 0 and below 1, got {val_fraction}."
             )
-        self.train_file = Path(train)
-        self.val_file = None if val is None else Path(val)
-        self.test_file = None if test is None else Path(test)
+        if (
+            rating_range is not None
+            and not -math.inf < rating_range[0] < rating_range[1] < math.inf
+        ):
+            raise ValueError(
+                "data.rating_range must be the lowest and the highest rating there can be, got "
+                f"{list(rating_range)}."
+            )
+        if shuffle_block < 1:
+            raise ValueError(f"data.shuffle_block must be at least 1, got {shuffle_block}.")
+        self.train_sources = sources_of(train, "data.train")
+        self.val_sources = None if val is None else sources_of(val, "data.val")
+        self.test_sources = None if test is None else sources_of(test, "data.test")
+        for source in [*(self.val_sources or []), *(self.test_sources or [])]:
+            if source.weight is not None:
+                raise ValueError(
+                    f"{source.argument}: rows to measure on are read as they are, so weights mean "
+                    "nothing. Give a list."
+                )
+        weights = [source.weight for source in self.train_sources if source.weight is not None]
+        self.weights = weights or None
         self.val_fraction = val_fraction
         self.columns = {name: name for name in _NAMES} | (columns or {})
+        self.rating_range = rating_range
+        self.streaming = streaming
+        self.shuffle_block = shuffle_block
+        self._counted = False
         self.chat_template = chat_template
 
+    def prepare_data(self) -> None:
+        """Fetches data sets of the hub into its cache."""
+        held_out = [*(self.val_sources or []), *(self.test_sources or [])]
+        for source in held_out if self.streaming else [*self.train_sources, *held_out]:
+            source.fetch()
+
     def read(self) -> Splits:
-        """Returns the rows of the files, the training file divided by prompt if need be."""
-        train = self._items(self.train_file)
-        if self.val_file is None:
-            held = hold_out((_dialog(item) for item in train), self.val_fraction)
-            val = [item for item in train if _dialog(item) in held]
-            train = [item for item in train if _dialog(item) not in held]
-        else:
-            val = self._items(self.val_file)
-            prompts = {_dialog(item) for item in train}
-            shared = sum(_dialog(item) in prompts for item in val)
-            if shared:
-                self.report.notes["validation rows whose prompt is a training prompt"] = shared
-        test = list(val) if self.test_file is None else self._items(self.test_file)
+        """Returns the rows of the sources, the training rows divided by dialog if need be."""
+        train, val = self._training(), []
+        if self.val_sources is not None:
+            val = self._items(self.val_sources)
+        elif not self.streaming:
+            held = hold_out((first_row(item).dialog for item in train), self.val_fraction)
+            val = [item for item in train if first_row(item).dialog in held]
+            train = [item for item in train if first_row(item).dialog not in held]
+        test = val if self.test_sources is None else self._items(self.test_sources)
+        trained = {first_row(item).dialog for item in train}
+        for name, items in (("validation", val), ("test", test)):
+            shared = sum(first_row(item).dialog in trained for item in items)
+            if shared and (name == "validation" or test is not val):
+                self.report.notes[f"{name} rows whose prompt is a training prompt"] = shared
         return Splits(train, val, test)
 
-    def _items(self, file: Path) -> list[Item]:
+    def _training(self) -> list[Item]:
+        if not self.streaming:
+            return self._items(self.train_sources)
+        for source in self.train_sources:
+            # A file that is not there should not be found out in the middle of a run.
+            next(source.rows(_ignore, streaming=True), None)
+        return []
+
+    def _items(self, sources: list[Source]) -> list[Item]:
         items = []
-        for where, row in _rows(file, self.bad_row):
+        for number, source in enumerate(sources):
+            for where, row in source.rows(self.bad_row):
+                try:
+                    items.append(self._item(row, where, number))
+                except BadRow as error:
+                    self.bad_row(error.reason, str(error))
+        return self.distinct(items)
+
+    def train_dataloader(self) -> ResumableLoader | StreamingLoader:
+        """Returns shuffled batches; the loader's position goes into checkpoints."""
+        if not self.streaming:
+            return super().train_dataloader()
+        # Where it limits the batches, Lightning knows how many there are and asks for none ahead.
+        limited = self.trainer is None or isinstance(self.trainer.limit_train_batches, int)
+        return StreamingLoader(
+            self._train_stream,
+            self.batch_size,
+            self.collate,
+            self.seed,
+            self.shuffle_block,
+            self.bucket,
+            ahead=0 if limited else 1,
+        )
+
+    def val_dataloader(self) -> FixedLoader | FixedStream:
+        """Returns the validation rows in their order."""
+        return self._held_out_loader() if self._streams_val else super().val_dataloader()
+
+    def test_dataloader(self) -> FixedLoader | FixedStream:
+        """Returns the test rows in their order."""
+        if self._streams_val and self.test_sources is None:
+            return self._held_out_loader()
+        return super().test_dataloader()
+
+    predict_dataloader = test_dataloader
+
+    @property
+    def _streams_val(self) -> bool:
+        return self.streaming and self.val_sources is None and self.val_fraction > 0
+
+    def _held_out_loader(self) -> FixedStream:
+        return FixedStream(self._held_out_stream, self.val_batch_size, self.collate)
+
+    def _raw_stream(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, str, Any]]:
+        """Yields number of the source, place and raw row of a whole epoch."""
+
+        def read(number: int, source: Source) -> Iterator[tuple[int, str, Any]]:
+            for where, row in source.rows(bad_row, streaming=True):
+                yield number, where, row
+
+        parts = [partial(read, *numbered) for numbered in enumerate(self.train_sources)]
+        if self.weights is not None:
+            yield from mixed(parts, self.weights, Random(f"{self.seed}/{epoch}"))
+            return
+        for part in parts:
+            yield from part()
+
+    def _held(self, item: Item) -> bool:
+        """Whether a row of a stream is held out for validation."""
+        if not self._streams_val:
+            return False
+        return int(stable_hash(first_row(item).dialog)[:12], 16) < self.val_fraction * 16**12
+
+    def _train_stream(
+        self, epoch: int, start: int
+    ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
+        """Yields an epoch's training rows from row ``start`` on; the first pass is counted."""
+        first, self._counted = not self._counted, True
+        report = self.report if first else DataReport({"train": SplitReport()})
+        split = report.splits["train"]
+        encoder = self.encoder
+        counting = start == 0
+
+        def refuse(reason: str, message: str) -> None:
+            if self.on_bad_row == "raise":
+                raise BadRow(reason, message)
+            report.rejected[reason] += counting
+
+        for position, (source, where, row) in enumerate(self._raw_stream(epoch, refuse)):
+            if position < start:
+                continue
+            counting = True
+            known = split.rows
             try:
-                items.append(self._item(row, where))
+                item = self._item(row, where, source)
+                if self._held(item):
+                    report.left_out["held out for validation"] += 1
+                    continue
+                split.rows += 1
+                example, cut_turns = self.encode_item(encoder, item, 2 * position)
             except BadRow as error:
-                self.bad_row(error.reason, str(error))
-        return items
+                refuse(error.reason, str(error))
+                split.rejected[error.reason] += split.rows - known
+                continue
+            split.keep(example, cut_turns)
+            yield position, example
+        if first:
+            self._end_first_pass()
 
-    def _item(self, row: Mapping[str, Any], where: str) -> Item:
-        kinds = _PROMPT_KINDS if self.rows == "prompts" else _KINDS
-        columns = {name: self.columns[name] for kind in kinds for name in kind}
+    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
+        """Yields the rows that are held out, of all sources."""
+        encoder = self.encoder
+
+        def refuse(reason: str, message: str) -> None:
+            if self.on_bad_row == "raise":
+                raise BadRow(reason, message)
+
+        for number, source in enumerate(self.train_sources):
+            for position, (where, row) in enumerate(source.rows(refuse, streaming=True)):
+                try:
+                    item = self._item(row, where, number)
+                    if self._held(item):
+                        yield self.encode_item(encoder, item, 2 * position)[0]
+                except BadRow as error:
+                    refuse(error.reason, str(error))
+
+    def teardown(self, stage: str) -> None:
+        """Reports on a stream that was not read to its end."""
+        if self._counted and not self.announced:
+            self._end_first_pass()
+
+    def _end_first_pass(self) -> None:
+        self.announce()
+        self.log_report()
+
+    def _item(self, row: Mapping[str, Any], where: str, source: int) -> Item:
         named = {
-            name: row[column] for name, column in columns.items() if row.get(column) is not None
+            name: row[column]
+            for name, column in self.columns.items()
+            if row.get(column) is not None
         }
-        null = sorted(
-            column for column in columns.values() if column in row and row[column] is None
-        )
-        # An answer whose thumb got lost may be a bad one: nothing to imitate.
-        answered = named.keys() & {"prompt", "response", "chosen", "rejected"}
-        if answered == {"prompt", "response"} and columns["label"] in null:
-            raise BadRow(
-                "label is null",
-                f"{where}: {columns['label']} is null, so whether the answer is good is not known. "
-                "Leave the column out of demonstrations, or set on_bad_row: reject.",
-            )
+        if self.rows == "prompts":
+            return self._prompt_row(row, named, where, source)
+        self._refuse_null(row, named, where)
+        kind = next((kind for kind in _KINDS if all(name in named for name in kind)), ())
         # Half of a kind is a slip of the pen, not a row of a smaller kind.
-        half = ("chosen" in named) != ("rejected" in named) or any(
-            column != name and name not in named for name, column in columns.items()
-        )
-        if half or not any(all(name in named for name in kind) for kind in kinds):
-            wanted = "; ".join(" + ".join(columns[name] for name in kind) for kind in kinds)
-            empty = f" (null: {null})" if null else ""
-            raise BadRow(
-                "missing column",
-                f"{where}: missing column: got {sorted(row)}{empty}, expected one of: {wanted}. "
-                "Map your names with data.columns, for example {prompt: question}.",
-            )
-        if "prompt" not in named:
-            return self._dialog_row(named["messages"], where)
+        half = ("chosen" in named) != ("rejected" in named)
+        if half or not kind or self._mapped_in_vain(named):
+            raise self._missing(row, _KINDS, where)
+        if "messages" in kind:
+            return self._dialog_row(named["messages"], where, source)
+        if kind == ("chosen", "rejected"):
+            prompt, better, worse = _common_prompt(named["chosen"], named["rejected"], where)
+            return _pair(prompt, better, worse, where, source)
         prompt = _prompt(named["prompt"], where)
-        if "chosen" in named and "rejected" in named:
-            return self._pair(prompt, named["chosen"], named["rejected"], where)
-        if "response" not in named:
-            return Row(prompt, (), None, False, _key(prompt), where)
-        response = (_answer(named["response"], "response", where),)
-        label = _label(named["label"], where) if "label" in named else None
-        return Row(prompt, response, label, label != 0.0, _key(prompt), where)
+        if "chosen" in kind:
+            better = _answer(named["chosen"], "chosen", where, prompt)
+            worse = _answer(named["rejected"], "rejected", where, prompt)
+            return _pair(prompt, better, worse, where, source)
+        response = (_answer(named["response"], "response", where, prompt),)
+        label = self._label(named, where)
+        imitate = label is None or label > 0.5
+        return Row(prompt, response, label, imitate, _opening(prompt), where, source)
 
-    def _pair(self, prompt: tuple[Turn, ...], chosen: object, rejected: object, where: str) -> Pair:
-        better = _answer(chosen, "chosen", where)
-        worse = _answer(rejected, "rejected", where)
-        if better.text.strip() == worse.text.strip():
-            raise BadRow(
-                "identical pair",
-                f"{where}: identical pair: chosen and rejected are the same text, which says "
-                "nothing. Remove the row, or set on_bad_row: reject.",
-            )
-        key = _key(prompt)
-        return Pair(
-            Row(prompt, (better,), None, True, key, where),
-            Row(prompt, (worse,), None, False, key, where),
-        )
+    def _prompt_row(
+        self, row: Mapping[str, Any], named: dict[str, Any], where: str, source: int
+    ) -> Row:
+        if "prompt" in named:
+            context = _prompt(named["prompt"], where)
+        elif "messages" in named:
+            turns = _messages(named["messages"], "messages", where)
+            asked = turns[-1].role != "agent"
+            context = turns if asked else self._dialog_row(named["messages"], where, source).context
+        elif "chosen" in named and "rejected" in named:
+            context, _, _ = _common_prompt(named["chosen"], named["rejected"], where)
+        else:
+            raise self._missing(row, _PROMPT_KINDS, where)
+        return Row(context, (), None, False, _opening(context), where, source)
 
-    def _dialog_row(self, messages: object, where: str) -> Row:
+    def _dialog_row(self, messages: object, where: str, source: int) -> Row:
         turns = _messages(messages, "messages", where)
-        if self.rows == "prompts" and turns[-1].role != "agent":
-            return Row(turns, (), None, False, _key(turns[:1]), where)
         agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
         if not agent:
             raise BadRow("no answer", f"{where}: messages hold no assistant message to imitate.")
         first = agent[-1] if self.chat_template else agent[0]
-        context = turns[:first]
-        return Row(context, turns[first : agent[-1] + 1], None, True, _key(turns[:1]), where)
+        response = turns[first : agent[-1] + 1]
+        return Row(turns[:first], response, None, True, _opening(turns), where, source)
+
+    def _refuse_null(self, row: Mapping[str, Any], named: dict[str, Any], where: str) -> None:
+        # An answer whose thumb got lost may be a bad one: nothing to imitate.
+        if named.keys() & {"prompt", "response", "chosen", "rejected"} != {"prompt", "response"}:
+            return
+        for name in ("label", "rating"):
+            column = self.columns[name]
+            if column in row and row[column] is None and not named.keys() & {"label", "rating"}:
+                raise BadRow(
+                    f"{name} is null",
+                    f"{where}: {column} is null, so whether the answer is good is not known. "
+                    "Leave the column out of demonstrations, or set on_bad_row: reject.",
+                )
+
+    def _mapped_in_vain(self, named: dict[str, Any]) -> bool:
+        return any(column != name and name not in named for name, column in self.columns.items())
+
+    def _missing(
+        self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...], where: str
+    ) -> BadRow:
+        wanted = "; ".join(" + ".join(self.columns[name] for name in kind) for kind in kinds)
+        null = sorted(name for name in self.columns.values() if name in row and row[name] is None)
+        empty = f" (null: {null})" if null else ""
+        return BadRow(
+            "missing column",
+            f"{where}: missing column: got {sorted(row)}{empty}, expected one of: {wanted}. "
+            "Map your names with data.columns, for example {prompt: question}.",
+        )
+
+    def _label(self, named: dict[str, Any], where: str) -> float | None:
+        if "label" in named:
+            return _thumb(named["label"], where)
+        if "rating" not in named:
+            return None
+        if self.rating_range is None:
+            raise ValueError(
+                f"{where}: has a {self.columns['rating']}, and data.rating_range does not say what "
+                "it means. Give the lowest and the highest rating there can be, for example [1, 5]; "
+                "or take the column out, to imitate every answer."
+            )
+        return _rating(named["rating"], self.rating_range, where)
 
 
-def _dialog(item: Item) -> str:
-    return item.chosen.dialog if isinstance(item, Pair) else item.dialog
+def _opening(turns: tuple[Turn, ...]) -> str:
+    """Returns the group of a row: its dialog up to the first user turn."""
+    users = [number for number, turn in enumerate(turns, start=1) if turn.role == "user"]
+    return json.dumps(turns[: users[0] if users else None], ensure_ascii=False)
 
 
-def _key(turns: tuple[Turn, ...]) -> str:
-    return json.dumps(turns, ensure_ascii=False)
+def _pair(prompt: tuple[Turn, ...], better: Turn, worse: Turn, where: str, source: int) -> Pair:
+    if better.text.strip() == worse.text.strip():
+        raise BadRow(
+            "identical pair",
+            f"{where}: identical pair: chosen and rejected are the same text, which says "
+            "nothing. Remove the row, or set on_bad_row: reject.",
+        )
+    group = _opening(prompt)
+    return Pair(
+        Row(prompt, (better,), None, True, group, where, source),
+        Row(prompt, (worse,), None, False, group, where, source),
+    )
+
+
+def _common_prompt(
+    chosen: object, rejected: object, where: str
+) -> tuple[tuple[Turn, ...], Turn, Turn]:
+    """Returns what two dialogs share, and the last answer of each."""
+    better = _messages(chosen, "chosen", where)
+    worse = _messages(rejected, "rejected", where)
+    prompt = better[:-1]
+    if not prompt or worse[:-1] != prompt:
+        raise BadRow(
+            "no common prompt",
+            f"{where}: there is no prompt column, and chosen and rejected differ before their last "
+            "messages. Cut them where they part, or set on_bad_row: reject.",
+        )
+    answers = [
+        _answer([{"role": "assistant", "content": turn.text}], column, where, ())
+        for column, turn in (("chosen", better[-1]), ("rejected", worse[-1]))
+        if turn.role == "agent"
+    ]
+    if len(answers) < 2:
+        raise BadRow("no answer", f"{where}: chosen or rejected does not end with the assistant.")
+    return prompt, answers[0], answers[1]
 
 
 def _wrong_type(where: str, column: str, expected: str, got: object) -> BadRow:
@@ -284,12 +544,12 @@ def _prompt(value: object, where: str) -> tuple[Turn, ...]:
     raise _wrong_type(where, "prompt", "a string or a list of messages", value)
 
 
-def _answer(value: object, column: str, where: str) -> Turn:
+def _answer(value: object, column: str, where: str, prompt: tuple[Turn, ...]) -> Turn:
     if isinstance(value, list):
         turns = _messages(value, column, where)
-        if len(turns) != 1 or turns[0].role != "agent":
-            raise _wrong_type(where, column, "one assistant message", value)
-        value = turns[0].text
+        if turns[:-1] not in ((), prompt) or turns[-1].role != "agent":
+            raise _wrong_type(where, column, "one assistant message, or it after the prompt", value)
+        value = turns[-1].text
     if not isinstance(value, str):
         raise _wrong_type(where, column, "a string or one assistant message", value)
     if not value.strip():
@@ -300,124 +560,31 @@ def _answer(value: object, column: str, where: str) -> Turn:
     return Turn("agent", value)
 
 
-def _label(value: object, where: str) -> float:
+def _thumb(value: object, where: str) -> float:
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
         raise _wrong_type(where, "label", "1, 0, true or false", value)
     return label
 
 
-def _rows(
-    file: Path, bad_row: Callable[[str, str], None]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields ``file:line`` and the row; ``bad_row`` gets the lines that are not a row."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No file {str(file)!r} (data.train, data.val or data.test; looked from {Path.cwd()}). "
-            "Give the path of a .jsonl, .csv or .parquet file."
+def _rating(value: object, limits: tuple[float, float], where: str) -> float:
+    """Returns the rating's place between the limits, from 0 to 1."""
+    try:
+        # In CSV a number is text.
+        rating = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        rating = math.nan
+    if math.isnan(rating):
+        raise _wrong_type(where, "rating", "a number", value)
+    low, high = limits
+    if not low <= rating <= high:
+        raise BadRow(
+            "rating out of range",
+            f"{where}: rating out of range: {rating:g} is not from {low:g} to {high:g} "
+            "(data.rating_range). Widen the range, or set on_bad_row: reject.",
         )
-    suffix = Path(file.name.removesuffix(".gz")).suffix
-    if suffix == ".jsonl":
-        yield from _jsonl_rows(file, bad_row)
-    elif suffix == ".csv":
-        yield from _csv_rows(file, bad_row)
-    elif file.suffix == ".parquet":
-        yield from _parquet_rows(file)
-    else:
-        raise ValueError(
-            f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .csv (also with "
-            ".gz) or .parquet."
-        )
+    return (rating - low) / (high - low)
 
 
-def _text(file: Path) -> str:
-    try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: not a whole gzip file ({error}).") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}:{line}: not UTF-8 (byte {data[error.start]:#04x}). Save the file as UTF-8."
-        ) from error
-
-
-def _jsonl_rows(
-    file: Path, bad_row: Callable[[str, str], None]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # Only \n ends a line: JSON strings may hold U+2028 and its like, at which splitlines() splits.
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            row = parse_json(line)
-        except json.JSONDecodeError as error:
-            bad_row(
-                "broken JSON",
-                f"{where}: broken JSON ({error.msg}, column {error.colno}). A .jsonl file has one "
-                "whole JSON object per line.",
-            )
-            continue
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            bad_row("wrong type", f"{where}: expected an object, got {type(row).__name__}.")
-
-
-def _csv_rows(
-    file: Path, bad_row: Callable[[str, str], None]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # A cell may hold a whole dialog; the csv module's own limit is 131,072 characters.
-    csv.field_size_limit(1 << 30)
-    header: list[str] = []
-    with io.StringIO(_text(file), newline="") as lines:
-        # Lenient, an unclosed quote would take the rest of the file for its cell.
-        reader = csv.reader(lines, strict=True)
-        line = 1
-        try:
-            for cells in reader:
-                where = f"{file}:{line}"
-                line = reader.line_num + 1
-                if not cells:
-                    continue
-                if not header:
-                    header = _header(cells, where)
-                elif len(cells) == len(header):
-                    yield where, dict(zip(header, cells, strict=True))
-                else:
-                    bad_row(
-                        "wrong number of cells",
-                        f"{where}: the row does not have the header's {len(header)} cells. Quote "
-                        "cells that hold commas.",
-                    )
-        except csv.Error as error:
-            raise ValueError(
-                f"{file}:{line}: broken CSV ({error}) in the row that begins here. Close its quotes, "
-                'and write a quote inside a quoted cell twice: "".'
-            ) from error
-
-
-def _header(cells: list[str], where: str) -> list[str]:
-    # Spreadsheets leave columns without a name, as many as they like.
-    twice = sorted(name for name, count in Counter(cells).items() if name and count > 1)
-    if twice:
-        raise ValueError(f"{where}: the header names {twice} more than once. Rename the columns.")
-    return cells
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        table = pyarrow.parquet.read_table(str(file))
-    # An OSError: pages that cannot be decompressed.
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a Parquet file ({error}).") from error
-    for number, single in enumerate(table.to_batches(max_chunksize=1), start=1):
-        where = f"{file}:{number}"
-        try:
-            (row,) = single.to_pylist()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error}).") from error
-        yield where, row
+def _ignore(reason: str, message: str) -> None:
+    """Takes a bad row that will be met again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -27,10 +28,11 @@ class Row:
         context: The turns before the response; may be empty.
         response: One agent turn; or, for a demonstrated dialog, everything from its first agent
             turn on, of which only the agent turns count. Empty for a row that is only a prompt.
-        label: 1.0 thumbs up, 0.0 thumbs down, None without a thumb.
+        label: 1.0 thumbs up, 0.0 thumbs down, between them for a rating, None without a label.
         imitate: Whether the response enters the language-modelling loss.
         dialog: The group that is never divided between splits.
         where: ``file:row``, for error messages.
+        source: Number of the source that it comes from, where sources are weighted.
     """
 
     context: tuple[Turn, ...]
@@ -39,6 +41,7 @@ class Row:
     imitate: bool
     dialog: str
     where: str
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,37 @@ class Pair:
 
 
 Item: TypeAlias = Row | Pair
+
+
+def first_row(item: Item) -> Row:
+    """Returns a row, or the chosen row of a pair: both have the context, the group and the place."""
+    return item.chosen if isinstance(item, Pair) else item
+
+
+def judged(item: Item) -> tuple[object, ...]:
+    """Returns what a judge was shown: the context and the answer, or both answers in any order."""
+    if isinstance(item, Pair):
+        answers = frozenset((item.chosen.response, item.rejected.response))
+        return item.chosen.context, answers
+    return item.context, item.response
+
+
+def verdict(item: Item) -> object:
+    """Returns what the judge said: the label, or of a pair which answer was chosen."""
+    return item.chosen.response if isinstance(item, Pair) else item.label
+
+
+def conflicting(verdicts: Iterable[object]) -> bool:
+    """Whether judges of one thing disagree: thumbs up and down, or a pair in both orders.
+
+    Ratings disagree where one is above the middle and one below.
+    """
+    sides = {
+        verdict > 0.5 if isinstance(verdict, float) else verdict
+        for verdict in verdicts
+        if verdict is not None and verdict != 0.5
+    }
+    return len(sides) > 1
 
 
 class Splits(NamedTuple):

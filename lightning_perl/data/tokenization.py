@@ -20,6 +20,7 @@ asked exactly what the reward model was shown.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,6 +29,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.rows import Row, Turn
 
+#: The name of the plain turn template; a change of a single id of it is a new number.
+PLAIN = "plain-1"
+#: Characters of text whose ids an encoder remembers.
+MOST_CACHED = 1 << 24
 _TAGS = {"system": "System", "user": "User", "api": "API"}
 # Stands for a special token that a text spells while a chat template renders that text.
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
@@ -74,6 +79,36 @@ class EncodedPrompt(NamedTuple):
     cut_turns: int
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Names how turns become text and answers end: stored in manifests, compared when loaded.
+
+    Args:
+        tokenizer: Whose chat template is used; None for the plain turn template.
+
+    Returns:
+        ``plain-1``, or ``chat-`` and eight hex digits of the SHA-256 of the chat template's text.
+        Another rendering, or another rule for EOS, is another name.
+
+    Raises:
+        ValueError: The tokenizer has no chat template.
+    """
+    return PLAIN if tokenizer is None else f"chat-{_hash(_chat_template(tokenizer))}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    # Some tokenizers have several by name; this is the one that apply_chat_template takes.
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
+            "template. Use chat_template=False (the plain turn template) or another tokenizer."
+        )
+    return tokenizer.get_chat_template()
+
+
 class TurnEncoder:
     """Encodes turns by the plain template, or prompts by the tokenizer's own chat template.
 
@@ -92,18 +127,17 @@ class TurnEncoder:
                 f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could "
                 "end. Set one before saving it: tokenizer.eos_token = '<eos>'."
             )
-        if chat_template and not tokenizer.chat_template:
-            raise ValueError(
-                f"chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
-                "template. Use chat_template=False (the plain turn template) or another tokenizer."
-            )
+        #: The name of the rendering, for manifests.
+        self.template = template_of(tokenizer if chat_template else None)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self._eos = int(tokenizer.eos_token_id)
         bos = tokenizer.bos_token_id
         self._start: list[int] = [] if bos is None else [int(bos)]
-        # Dialogs share most of their turns (each rated row repeats its predecessors).
+        # Dialogs share most of their turns (each rated row repeats its predecessors). A stream
+        # may be longer than memory.
         self._cache: dict[str, list[int]] = {}
+        self._cached = 0
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         # The longest first: one may begin like another. A text may spell a stand-in, too.
         names = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
@@ -115,6 +149,10 @@ class TurnEncoder:
             ids = list(
                 self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
             )
+            self._cached += len(text)
+            if self._cached > MOST_CACHED:
+                self._cache.clear()
+                self._cached = len(text)
             self._cache[text] = ids
         return ids
 

@@ -61,17 +61,34 @@ def bradley_terry(
     return -F.logsigmoid(difference - margin).sum() / count, stats
 
 
+def centering(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """``(r_w + r_l)^2``: keeps a pair's scores around 0, which Bradley-Terry leaves anywhere.
+
+    The regularizer of Eisenstein et al. (2312.09244), to be added with a small coefficient; TRL, where it
+    is ``center_rewards_coefficient``, recommends 0.01.
+
+    Args:
+        chosen_scores: Shape: ``(K,)``.
+        rejected_scores: Shape: ``(K,)``.
+
+    Returns:
+        Mean over the pairs, shape ``()``; 0 without pairs.
+    """
+    return ((chosen_scores + rejected_scores) ** 2).sum() / max(chosen_scores.shape[0], 1)
+
+
 def thumbs(
     scores: Tensor, labels: Tensor, labelled: Tensor, positive_weight: float = 1.0
 ) -> tuple[Tensor, ThumbStats]:
     """Binary cross-entropy of the score as a logit: PERL's pointwise loss.
 
-    Differs from PERL's print, whose second term reads ``log sigmoid(1 - r)``; this is the standard
-    ``log(1 - sigmoid(r))``.
+    ``-w y log sigmoid(r) - (1 - y) log sigmoid(-r)`` with the weight ``w`` of a thumbs up. Differs from
+    PERL's print, whose second term reads ``log sigmoid(1 - r)``.
 
     Args:
         scores: Shape: ``(B,)``.
-        labels: 1 for thumbs up, 0 for down. Shape: ``(B,)``.
+        labels: 1 for thumbs up, 0 for down; a rating between them is that much of a thumbs up and the
+            rest of a thumbs down. Shape: ``(B,)``.
         labelled: True where there is a thumb. Shape: ``(B,)``, bool.
         positive_weight: Weight of a thumbs up against a thumbs down, for skewed classes.
 
@@ -79,8 +96,10 @@ def thumbs(
         Mean loss over the labelled rows, shape ``()`` (0 without any), and statistics.
     """
     targets = labels.to(scores.dtype)
-    weights = 1 + (positive_weight - 1) * targets
-    losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none") * weights
+    weight = scores.new_tensor(positive_weight)
+    losses = F.binary_cross_entropy_with_logits(
+        scores, targets, reduction="none", pos_weight=weight
+    )
     with torch.no_grad():
         right = ((scores > 0) == (targets > 0.5)).to(scores.dtype)
         stats = ThumbStats(masked_mean(right, labelled), masked_mean(scores, labelled))

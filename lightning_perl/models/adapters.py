@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -273,6 +273,53 @@ class Adapters:
             FileNotFoundError: The folder is no adapter folder.
             ValueError: Its tensors are not those this trunk would have.
         """
+        self.add(name, self._spec_of(folder), seed, trainable)
+        wanted = self.tensors(name)
+        stored = _stored(folder, {key: parameter.shape for key, parameter in wanted.items()})
+        with torch.no_grad():
+            for key, parameter in wanted.items():
+                parameter.copy_(stored[key])
+
+    def load_average(
+        self, name: str, folders: Sequence[Path], seed: int = 0, trainable: bool = True
+    ) -> None:
+        """Add the mean of the adapters of several PEFT folders: the exact mean of their deltas.
+
+        The mean of ``k`` products ``s_i B_i A_i`` has no rank of theirs, and the product of a mean
+        ``B`` and a mean ``A`` is another matrix. So the ranks stand beside each other,
+        ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter of the sum of the ranks, with
+        scale 1, on every layer that one of them has.
+
+        Raises:
+            FileNotFoundError: A folder is no adapter folder.
+            ValueError: A folder's tensors are not those this trunk would have.
+        """
+        specs = [self._spec_of(folder) for folder in folders]
+        rank = sum(spec.rank for spec in specs)
+        targets = tuple(sorted({target for spec in specs for target in spec.targets}))
+        self.add(name, LoraSpec(rank, float(rank), targets), seed, trainable)
+        start = 0
+        for folder, spec in zip(folders, specs, strict=True):
+            scale = spec.alpha / spec.rank / len(folders)
+            blocks = self._blocks(name, spec.targets, slice(start, start + spec.rank))
+            stored = _stored(folder, {key: block.shape for key, block in blocks.items()})
+            with torch.no_grad():
+                for key, block in blocks.items():
+                    block.copy_(stored[key])
+                    block.mul_(scale if key.endswith("lora_B.weight") else 1.0)
+            start += spec.rank
+
+    def _blocks(self, name: str, targets: tuple[str, ...], ranks: slice) -> dict[str, Tensor]:
+        """Views of some ranks of an adapter, on the layers that ``targets`` name."""
+        found = {}
+        for key, weight in self.tensors(name).items():
+            layer, _, part = key.removesuffix(".weight").rpartition(".lora_")
+            if any(f".{layer}".endswith(f".{target}") for target in targets):
+                found[key] = weight[ranks] if part == "A" else weight[:, ranks]
+        return found
+
+    def _spec_of(self, folder: Path) -> LoraSpec:
+        """The shape of a stored adapter."""
         config_path = folder / "adapter_config.json"
         if not config_path.is_file():
             raise FileNotFoundError(
@@ -303,29 +350,7 @@ class Adapters:
             raise ValueError(
                 f"{folder} does not fit this trunk. Was it trained on another model? {error}"
             ) from error
-        self.add(name, spec, seed, trainable)
-        stored = load_file(folder / "adapter_model.safetensors")
-        wanted = {PEFT_PREFIX + key: parameter for key, parameter in self.tensors(name).items()}
-        wrong = [
-            f"{key} {tuple(stored[key].shape)} instead of {tuple(parameter.shape)}"
-            for key, parameter in wanted.items()
-            if key in stored and stored[key].shape != parameter.shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"{folder} does not fit this trunk: {len(wrong)} tensors have another shape "
-                f"({wrong[0]}). Was it trained on another model?"
-            )
-        if stored.keys() != wanted.keys():
-            missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
-            raise ValueError(
-                f"{folder} does not fit this trunk: {len(missing)} tensors missing "
-                f"({sorted(missing)[:3]}), {len(extra)} unknown ({sorted(extra)[:3]}). Was it trained "
-                "on another model?"
-            )
-        with torch.no_grad():
-            for key, parameter in wanted.items():
-                parameter.copy_(stored[key])
+        return spec
 
     def merged(self, name: str | None) -> dict[str, Tensor]:
         """The model's weights under their bare names, ``name`` added in at least fp32.
@@ -348,6 +373,34 @@ class Adapters:
             else:
                 weights[bare] = value
         return weights
+
+
+def _stored(folder: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of an adapter folder under the keys of ``wanted``.
+
+    Raises:
+        ValueError: They are not exactly those, or have other shapes.
+    """
+    stored = load_file(folder / "adapter_model.safetensors")
+    shapes = {PEFT_PREFIX + key: shape for key, shape in wanted.items()}
+    wrong = [
+        f"{key} {tuple(stored[key].shape)} instead of {tuple(shape)}"
+        for key, shape in shapes.items()
+        if key in stored and stored[key].shape != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder} does not fit this trunk: {len(wrong)} tensors have another shape "
+            f"({wrong[0]}). Was it trained on another model?"
+        )
+    if stored.keys() != shapes.keys():
+        missing, extra = shapes.keys() - stored.keys(), stored.keys() - shapes.keys()
+        raise ValueError(
+            f"{folder} does not fit this trunk: {len(missing)} tensors missing "
+            f"({sorted(missing)[:3]}), {len(extra)} unknown ({sorted(extra)[:3]}). Was it trained "
+            "on another model?"
+        )
+    return {key: stored[PEFT_PREFIX + key] for key in wanted}
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:

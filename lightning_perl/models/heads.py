@@ -6,6 +6,7 @@ Shapes: ``B`` rows, ``N`` positions, ``H`` hidden size.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,6 +63,21 @@ def save_heads(folder: Path, heads: dict[str, ScalarHead]) -> None:
         for key, value in head.state_dict().items()
     }
     save_file(tensors, folder / HEADS_FILE, metadata={"format": "pt"})
+
+
+def has_head(folder: Path, name: str) -> bool:
+    """Whether `load_head` finds the head ``name`` there."""
+    path = folder / HEADS_FILE
+    return path.is_file() and f"{name}.weight" in load_file(path)
+
+
+def average(heads: Sequence[ScalarHead]) -> ScalarHead:
+    """The head whose values are the mean of theirs."""
+    head = ScalarHead(len(heads[0].weight))
+    with torch.no_grad():
+        head.weight.copy_(torch.stack([one.weight for one in heads]).mean(0))
+        head.bias.copy_(torch.stack([one.bias for one in heads]).mean(0))
+    return head
 
 
 def load_head(folder: Path, name: str) -> ScalarHead:

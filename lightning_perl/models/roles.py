@@ -8,10 +8,10 @@ Shapes: ``B`` rows, ``R`` response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
-from lightning_perl.models.heads import load_head
+from lightning_perl.models.heads import ScalarHead, average, has_head, load_head
 from lightning_perl.models.trunk import (
     NO_BF16_TUNING,
     Trunk,
@@ -86,6 +86,17 @@ LAYOUTS: dict[Layout, dict[Role, Seat]] = {
 }
 REWARD_TRUNK_LAYOUTS: tuple[Layout, ...] = ("full", "lora", "dynamic_lora")
 
+RewardEnsemble = Literal["mean", "minimum", "weight_average"]
+# What several reward adapters say together, of their scores. Shape: (k, B) to (B,).
+REDUCTIONS: dict[RewardEnsemble, Callable[[Tensor], Tensor]] = {
+    "mean": lambda scores: scores.mean(0),
+    "minimum": lambda scores: scores.amin(0),
+    # Their weights were averaged when they were loaded: one adapter scores.
+    "weight_average": lambda scores: scores[0],
+}
+
+Name = TypeVar("Name", bound=str)
+
 
 class Answers(NamedTuple):
     """What roles said about some rows; None where a role was not asked.
@@ -113,13 +124,24 @@ class Roles(nn.Module):
         trunk: Folder or hub name of the SFT or Hydra-SFT trunk.
         lora: The adapters' shape.
         reward: Where the reward model is. None: the trunk's own reward head. For ``perl`` an
-            adapter folder of `RewardModel`; for ``full``, ``lora`` and ``dynamic_lora`` a trunk folder.
+            adapter folder of `RewardModel`, or several; for ``full``, ``lora`` and ``dynamic_lora``
+            a trunk folder.
         dtype: Of the trunks.
         checkpointing: Recompute activations in training passes.
         seed: Of the fresh adapters.
+        ensemble: What several reward adapters say together, each with the head it was trained with:
+            the mean or the minimum of their scores, one forward each; or the score of the average
+            of their weights, one forward. The critic starts as a copy of the first one, or of that
+            average; so values are scores at step 0 for one adapter and for ``weight_average`` only.
+        learned_reward: False: nobody answers the role reward, and the trunk needs no reward head.
+            The value head is then a copy of the trunk's reward head where there is one, else 0.
+
+    Attributes:
+        judges: Who answers the role reward: names of reward adapters, or ``reward`` alone.
 
     Raises:
-        ValueError: The layout is unknown, or there is no reward head where it needs one.
+        ValueError: The layout is unknown, there is no reward head where it needs one, or the rewards
+            do not go with the layout.
     """
 
     def __init__(
@@ -127,50 +149,58 @@ class Roles(nn.Module):
         layout: Layout,
         trunk: str,
         lora: LoraSpec,
-        reward: str | None = None,
+        reward: str | list[str] | None = None,
         dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
         seed: int = 0,
+        ensemble: RewardEnsemble = "mean",
+        learned_reward: bool = True,
     ) -> None:
         super().__init__()
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
-        if reward is not None and layout in ("hydra", "joint_hydra"):
-            raise ValueError(
-                f"layout {layout} takes its reward from the trunk's own head, so `reward` must stay "
-                f"empty; got {reward}. Use layout perl for a reward adapter, dynamic_lora for a reward "
-                "trunk."
-            )
+        rewards = [reward] if isinstance(reward, str) else list(reward or [])
+        _require_known(layout, ensemble)
+        _require_fitting_rewards(layout, rewards, learned_reward)
         if lora.dropout > 0:
             raise ValueError(
                 f"lora.dropout must be 0 in RL, got {lora.dropout}: dropout makes the first ratio "
                 "differ from 1 although nothing has been learned."
             )
-        self.layout: Layout = layout
-        self.seats = LAYOUTS[layout]
-        # Heads before trunks: a missing one is found before gigabytes are read.
-        trunk = model_source(trunk)
-        reward_folder = Path(reward or trunk).expanduser()
         if layout == "full" and dtype == "bfloat16":
             raise ValueError(NO_BF16_TUNING)
-        self.reward_head = load_head(reward_folder, "reward").requires_grad_(False)
-        self.value_head = load_head(reward_folder, "reward")
-        reward_trunks = {self.seats["value"].trunk, self.seats["reward"].trunk}
-        reward_trunk = reward if layout in REWARD_TRUNK_LAYOUTS and reward else trunk
-        self.trunks = nn.ModuleList(
-            load_trunk(reward_trunk if number in reward_trunks else trunk, dtype, checkpointing)
+        self.layout: Layout = layout
+        self.ensemble: RewardEnsemble = ensemble
+        # Heads before trunks: a missing one is found before gigabytes are read.
+        trunk = model_source(trunk)
+        folders = [Path(folder).expanduser() for folder in rewards or [trunk]]
+        heads = [
+            load_head(folder, "reward")
+            for folder in folders
+            if learned_reward or has_head(folder, "reward")
+        ]
+        averaged = len(heads) > 1 and ensemble == "weight_average"
+        self.judges = _judges(learned_reward * (1 if averaged else len(heads)))
+        self.seats = _seats(layout, self.judges)
+        reward_trunk = rewards[0] if layout in REWARD_TRUNK_LAYOUTS and rewards else trunk
+        on_reward = {self.seats[name].trunk for name in ("value", *self.judges)}
+        trunks = [
+            load_trunk(reward_trunk if number in on_reward else trunk, dtype, checkpointing)
             for number in range(1 + max(seat.trunk for seat in self.seats.values()))
-        )
-        head_dtype = torch.promote_types(self.trunk("policy").dtype, torch.float32)
-        self.reward_head.to(head_dtype)
-        self.value_head.to(head_dtype)
+        ]
+        critic_trunk = trunks[self.seats["value"].trunk]
+        for head, folder in zip(heads, folders, strict=False):
+            _require_width(head, folder, critic_trunk)
+        heads = [average(heads)] if averaged else heads
+        self.reward_heads = nn.ModuleDict(dict(zip(self.judges, heads, strict=False)))
+        self.value_head = _first_value_head(heads, critic_trunk.hidden_size)
+        # The heads alone so far; trunks keep theirs.
+        self.to(torch.promote_types(critic_trunk.dtype, torch.float32))
+        self.trunks = nn.ModuleList(trunks)
         self._compare_tokenizers()
-        self._compare_head_size(reward_folder)
         self.requires_grad_(False)
         self.value_head.requires_grad_(True)
-        self._place_adapters(lora, reward, seed)
+        self._place_adapters(lora, folders if rewards else [], seed)
 
-    def _place_adapters(self, lora: LoraSpec, reward: str | None, seed: int) -> None:
+    def _place_adapters(self, lora: LoraSpec, rewards: list[Path], seed: int) -> None:
         if self.layout == "full":
             self.trunk("policy").requires_grad_(True)
             # The value role never uses its LM head; weights without a gradient are not trained.
@@ -180,18 +210,25 @@ class Roles(nn.Module):
         if self.layout == "joint_hydra":
             return
         critic = self.trunk("value").adapters
-        if self.layout != "perl":
-            critic.add("critic", lora, seed + 1)
-        elif reward is None:
-            # The trunk's own head scores: the reward adapter is a fresh one that changes nothing.
-            critic.add("reward", lora, seed + 1, trainable=False)
-            critic.add("critic", lora, seed + 1)
-        else:
-            folder = Path(reward).expanduser()
-            require_trunk_of(folder, self.trunk("reward"))
-            critic.load("reward", folder, trainable=False)
+        if rewards and self.layout == "perl":
+            self._load_judges(rewards)
             critic.add("critic", critic.specs["reward"], seed + 1)
             critic.copy("reward", "critic")
+            return
+        if self.layout == "perl" and self.judges:
+            # The trunk's own head scores: the reward adapter is a fresh one that changes nothing.
+            critic.add("reward", lora, seed + 1, trainable=False)
+        critic.add("critic", lora, seed + 1)
+
+    def _load_judges(self, rewards: list[Path]) -> None:
+        adapters = self.trunk("reward").adapters
+        for folder in rewards:
+            require_trunk_of(folder, self.trunk("reward"))
+        if len(self.judges) < len(rewards):
+            adapters.load_average("reward", rewards, trainable=False)
+            return
+        for judge, folder in zip(self.judges, rewards, strict=True):
+            adapters.load(judge, folder, trainable=False)
 
     def _compare_tokenizers(self) -> None:
         vocabularies = [trunk.tokenizer.get_vocab() for trunk in self.distinct_trunks()]
@@ -202,35 +239,30 @@ class Roles(nn.Module):
                 "so train the reward model on a trunk with the policy's tokenizer."
             )
 
-    def _compare_head_size(self, folder: Path) -> None:
-        reads, gives = len(self.reward_head.weight), self.trunk("reward").hidden_size
-        if reads != gives:
-            raise ValueError(
-                f"{folder}: its reward head reads {reads} numbers per token, but the reward trunk "
-                f"{self.trunk('reward').source} gives {gives}. Was the head trained on another "
-                "model?"
-            )
+    def reward_head(self, judge: str = "reward") -> ScalarHead:
+        """The frozen head of one of the `judges`."""
+        return cast(ScalarHead, self.reward_heads[judge])
 
     def distinct_trunks(self) -> list[Trunk]:
         """Every trunk once."""
         return [trunk for trunk in self.trunks if isinstance(trunk, Trunk)]
 
-    def trunk(self, role: Role) -> Trunk:
-        """The trunk that answers ``role``."""
-        return self.distinct_trunks()[self.seats[role].trunk]
+    def trunk(self, name: str) -> Trunk:
+        """The trunk that answers a role, or is a judge's."""
+        return self.distinct_trunks()[self.seats[name].trunk]
 
     @contextmanager
-    def __call__(self, role: Role) -> Iterator[Trunk]:
-        """``with roles("policy") as trunk:`` lets ``role``'s adapter answer inside the block."""
-        trunk = self.trunk(role)
-        with trunk.switch.use(self.seats[role].adapter):
+    def __call__(self, name: str) -> Iterator[Trunk]:
+        """``with roles("policy") as trunk:`` lets a role's (or judge's) adapter answer inside the block."""
+        trunk = self.trunk(name)
+        with trunk.switch.use(self.seats[name].adapter):
             yield trunk
 
-    def groups(self, roles: Iterable[Role]) -> list[tuple[Role, ...]]:
+    def groups(self, names: Iterable[Name]) -> list[tuple[Name, ...]]:
         """The asked roles, those answered by one forward together, in the order asked."""
-        seated: dict[Seat, list[Role]] = {}
-        for role in roles:
-            seated.setdefault(self.seats[role], []).append(role)
+        seated: dict[Seat, list[Name]] = {}
+        for name in names:
+            seated.setdefault(self.seats[name], []).append(name)
         return [tuple(group) for group in seated.values()]
 
     def answer(
@@ -240,30 +272,37 @@ class Roles(nn.Module):
 
         Args:
             sequences: Rows with their responses.
-            roles: Who is asked.
+            roles: Who is asked. The reward is None where there is no learned one.
             temperature: Divides the logits of policy and reference, as in sampling.
         """
+        asked = [name for role in roles for name in self._answerers(role)]
         found: dict[str, Tensor] = {}
-        for group in self.groups(roles):
+        for group in self.groups(asked):
             with self(group[0]) as trunk:
                 hidden = trunk(sequences.ids, sequences.attention_mask)
-                for role in group:
-                    found.update(self._read(role, trunk, hidden, sequences, temperature))
+                for name in group:
+                    found.update(self._read(name, trunk, hidden, sequences, temperature))
+        scores = [found.pop(judge) for judge in self.judges if judge in found]
+        if scores:
+            found["reward"] = REDUCTIONS[self.ensemble](torch.stack(scores))
         return Answers(**found)
 
+    def _answerers(self, role: Role) -> tuple[str, ...]:
+        return self.judges if role == "reward" else (role,)
+
     def _read(
-        self, role: Role, trunk: Trunk, hidden: Tensor, sequences: Sequences, temperature: float
+        self, name: str, trunk: Trunk, hidden: Tensor, sequences: Sequences, temperature: float
     ) -> dict[str, Tensor]:
-        if role == "reward":
+        if name in self.judges:
             last = at_last_response(hidden, sequences.response_mask)
-            return {"reward": self.reward_head(last)}
+            return {name: self.reward_heads[name](last)}
         states = predicting(hidden, sequences.response_mask.shape[1])
-        if role == "value":
+        if name == "value":
             return {"value": self.value_head(states)}
         logprobs, entropy = chunked_logprobs(
             states, sequences.response_ids, trunk.project, temperature
         )
-        return {role: logprobs, "entropy": entropy} if role == "policy" else {role: logprobs}
+        return {name: logprobs, "entropy": entropy} if name == "policy" else {name: logprobs}
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """What the policy's gradient trains (in ``joint_hydra`` the critic's too)."""
@@ -278,3 +317,61 @@ class Roles(nn.Module):
         if self.layout == "joint_hydra":
             return []
         return self.trunk("value").adapters.parameters("critic")
+
+
+def _first_value_head(heads: list[ScalarHead], hidden_size: int) -> ScalarHead:
+    """A copy of the (first) reward head where there is one, else all zeros."""
+    head = ScalarHead(hidden_size)
+    with torch.no_grad():
+        head.weight.zero_()
+    if heads:
+        head.clone_from(heads[0])
+    return head
+
+
+def _require_width(head: ScalarHead, folder: Path, trunk: Trunk) -> None:
+    if len(head.weight) != trunk.hidden_size:
+        raise ValueError(
+            f"{folder}: its reward head reads {len(head.weight)} numbers per token, but the reward "
+            f"trunk {trunk.source} gives {trunk.hidden_size}. Was the head trained on another model?"
+        )
+
+
+def _judges(count: int) -> tuple[str, ...]:
+    return tuple(f"reward_{number}" if number else "reward" for number in range(count))
+
+
+def _seats(layout: Layout, judges: tuple[str, ...]) -> dict[str, Seat]:
+    """The layout's seats; none for a reward without a judge, one more for each further judge."""
+    reward = LAYOUTS[layout]["reward"]
+    seats = {str(role): seat for role, seat in LAYOUTS[layout].items() if role != "reward"}
+    return seats | {
+        judge: reward if number == 0 else Seat(reward.trunk, judge)
+        for number, judge in enumerate(judges)
+    }
+
+
+def _require_known(layout: Layout, ensemble: RewardEnsemble) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
+    if ensemble not in REDUCTIONS:
+        raise ValueError(f"reward_ensemble must be one of {list(REDUCTIONS)}, got {ensemble!r}.")
+
+
+def _require_fitting_rewards(layout: Layout, rewards: list[str], learned: bool) -> None:
+    if rewards and layout in ("hydra", "joint_hydra"):
+        raise ValueError(
+            f"layout {layout} takes its reward from the trunk's own head, so `reward` must stay "
+            f"empty; got {', '.join(rewards)}. Use layout perl for a reward adapter, dynamic_lora for "
+            "a reward trunk."
+        )
+    if len(rewards) > 1 and layout != "perl":
+        raise ValueError(
+            f"layout {layout} holds one reward model, got {len(rewards)}: {', '.join(rewards)}. Reward "
+            "ensembles are adapters on one trunk: train them with RewardModel's lora and use layout perl."
+        )
+    if rewards and not learned:
+        raise ValueError(
+            f"reward is {', '.join(rewards)}, but learned_reward_weight is 0, so nobody would ask it. "
+            "Leave `reward` empty, or give it a weight."
+        )

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
 
@@ -63,11 +64,14 @@ class Trunk(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
+        # Who says how turns become tokens: folder (or data) to template.
+        self.templates: dict[str, str] = {}
         self.switch = AdapterSwitch()
         self.adapters = Adapters(model, self.switch)
         # Each read of the trunk is one pass; tests and benchmarks count them.
         self.passes = 0
         self._transform = LogitTransform(model.config)
+        self._packs: dict[int, bool] = {}
         if checkpointing:
             options = {"use_reentrant": False, "context_fn": self.switch.pinned}
             if hasattr(model, "activation_checkpointing_enable"):
@@ -158,6 +162,74 @@ class Trunk(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
+        """What `forward` gives for these rows, with what they share read once.
+
+        Where that cannot be had (see `packs`), the rows are read one by one after all.
+
+        Args:
+            ids: Rows padded on the right. Shape: ``(B, T)``.
+            attention_mask: Shape: ``(B, T)``, bool.
+            packing: Their plan.
+
+        Returns:
+            Shape: ``(B, T, H)``, in the trunk's dtype.
+        """
+        if not self.packs(ids.shape[1]):
+            separate: Tensor = self(ids, attention_mask)
+            return separate
+        return self._packed(ids, attention_mask, packing)
+
+    def _packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
+        self.switch.current  # noqa: B018 (raises outside a role)
+        self.passes += 1
+        lines = pack(ids, attention_mask, packing)
+        output = self.model.base_model(
+            input_ids=lines.ids,
+            attention_mask=attention_bias(lines.owner, self.dtype),
+            position_ids=lines.position_ids,
+            use_cache=False,
+        )
+        return unpack(output.last_hidden_state, packing, ids.shape[1])
+
+    def packs(self, tokens: int) -> bool:
+        """Whether rows of up to ``tokens`` tokens may be packed: tried out, once per power of two.
+
+        Some families refuse a mask of ours (ALiBi), read it otherwise, or attend through a sliding
+        window, which it replaces; some are no transformers. So two rows that share half their tokens
+        are read both ways, at least as long as those in question.
+        """
+        length = 32
+        while length < tokens:
+            length *= 2
+        if length not in self._packs:
+            longest = length if self.window is None else min(length, self.window)
+            shorter = length == 32 or self.packs(length // 2)
+            self._packs[length] = shorter and self._packs_exactly(longest)
+        return self._packs[length]
+
+    def _packs_exactly(self, tokens: int) -> bool:
+        drawn = torch.Generator().manual_seed(0)
+        rows = torch.randint(self.vocabulary_size, (2, tokens), generator=drawn)
+        rows[1, : tokens // 2] = rows[0, : tokens // 2]
+        packing = plan([rows.tolist()], self.model.device)
+        ids = rows.to(self.model.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        passes = self.passes
+        with torch.no_grad(), self.switch.use(OFF):
+            try:
+                ours = self._packed(ids, mask, packing).double()
+            # Whatever a family says to a mask that it cannot read.
+            except (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError):
+                return False
+            finally:
+                self.passes = passes
+            own = self(ids, mask).double()
+        self.passes = passes
+        # Rounding in other kernels; a wrong mask or position is off by tens of percent.
+        allowed = torch.finfo(self.dtype).eps ** 0.5
+        return bool((ours - own).norm() <= allowed * own.norm())
+
     def fingerprint(self) -> str:
         """A hash of some of the trunk's own weights, the same in every dtype it is loaded in."""
         digest = hashlib.sha256()
@@ -213,6 +285,32 @@ class Trunk(nn.Module):
                 "changes its logits in a way that LogitTransform does not know; add it there."
             )
 
+    def agree_on_template(self, template: str, said_by: str) -> None:
+        """Note how turns become tokens, for the manifests; all who say it must say the same.
+
+        Args:
+            template: Name of the rendering, for example ``plain-1``.
+            said_by: A folder whose manifest names it, or ``data``.
+
+        Raises:
+            ValueError: Somebody said another one before.
+        """
+        for other, said in self.templates.items():
+            if said != template:
+                raise ValueError(
+                    f"{said_by} has the template {template!r}, {other} has {said!r}: the model would "
+                    "read turns written as it never saw them. Set data.chat_template as it was there "
+                    "(false for plain-1, true for chat-..., with that tokenizer), or train that stage "
+                    'again with this one. To change templates on purpose, take "template" out of the '
+                    f"folder's {MANIFEST_FILE}."
+                )
+        self.templates[said_by] = template
+
+    @property
+    def named_template(self) -> dict[str, str]:
+        """What a manifest says of the template; empty where nobody said."""
+        return {"template": next(iter(self.templates.values()))} if self.templates else {}
+
     def save(self, folder: Path, adapter: str | None, manifest: dict[str, Any]) -> None:
         """Write a transformers folder with tokenizer and manifest, ``adapter`` merged into it.
 
@@ -229,6 +327,7 @@ class Trunk(nn.Module):
             "dtype": sorted(dtypes),
             "pad_id": self.pad_id,
             "stop_ids": list(self.stop_ids),
+            **self.named_template,
             **manifest,
         }
         (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
@@ -321,7 +420,16 @@ def load_trunk(source: str, dtype: TrunkDtype = "float32", checkpointing: bool =
     without_dropout(config)
     model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(where)
-    return Trunk(model, tokenizer, checkpointing, source)
+    trunk = Trunk(model, tokenizer, checkpointing, source)
+    _note_template(Path(where), trunk)
+    return trunk
+
+
+def _note_template(folder: Path, trunk: Trunk) -> None:
+    path = folder / MANIFEST_FILE
+    template = json.loads(path.read_text()).get("template") if path.is_file() else None
+    if template is not None:
+        trunk.agree_on_template(template, str(folder))
 
 
 def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
@@ -331,6 +439,7 @@ def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
         "trunk": trunk.source,
         "trunk_fingerprint": trunk.fingerprint(),
         "stop_ids": list(trunk.stop_ids),
+        **trunk.named_template,
     }
     (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
 
@@ -339,7 +448,7 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
     """Refuse an adapter that its manifest says was trained on other weights.
 
     Raises:
-        ValueError: The fingerprints differ, or the tokens that end a response do.
+        ValueError: The fingerprints differ, or the tokens that end a response or the templates do.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -353,3 +462,4 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
                 f"{about[key]}, that of {trunk.source} is {value}. Give the trunk that `RewardModel` was "
                 "trained on, or train the reward model again on this one."
             )
+    _note_template(folder, trunk)

@@ -20,6 +20,7 @@ from lightning_perl.batches import Bounded
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 # From Python a module's specs are pickled into its checkpoints, which are read with weights_only.
@@ -51,7 +52,7 @@ class AdapterModule(LightningModule, ABC):
     ) -> None:
         super().__init__()
         # Callables and functions cannot be read back with weights_only; the values can.
-        self.save_hyperparameters(ignore=["optimizer", "scheduler", "gold"])
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "gold", "reward_function"])
         self.strict_loading = False
         self._rng: dict[str, Any] | None = None
         self._make_optimizer = optimizer
@@ -109,6 +110,7 @@ class AdapterModule(LightningModule, ABC):
                 "has: the step is not quite that of one larger batch."
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._agree_on_template(getattr(data, "template", None))
         if isinstance(data, Bounded):
             if data.rows != self.rows:
                 raise ValueError(
@@ -116,6 +118,17 @@ class AdapterModule(LightningModule, ABC):
                     f"data.init_args.rows: {self.rows}."
                 )
             self._refuse_longer_than_window(data)
+
+    def _agree_on_template(self, template: str | None) -> None:
+        """Every trunk, and every adapter loaded on one, was trained on turns written as the data's."""
+        trunks = [module for module in self.modules() if isinstance(module, Trunk)]
+        # What one trunk's folder says holds for the others, also where the data says nothing.
+        said = {by: named for trunk in trunks for by, named in trunk.templates.items()}
+        if template is not None:
+            said["data"] = template
+        for trunk in trunks:
+            for by, named in said.items():
+                trunk.agree_on_template(named, by)
 
     def _refuse_longer_than_window(self, data: Bounded) -> None:
         longest, window = self.longest_row(data), self.window

@@ -8,10 +8,11 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -21,9 +22,10 @@ from torch.optim import Optimizer
 from lightning_perl.batches import Answers as WrittenAnswers
 from lightning_perl.batches import Bounded, PromptBatch
 from lightning_perl.functional.masked import masked_mean
+from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
-from lightning_perl.models.roles import Answers, Layout, Role, Roles
+from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role, Roles
 from lightning_perl.models.trunk import Trunk, TrunkDtype
 from lightning_perl.modules.base import (
     AdapterModule,
@@ -33,7 +35,7 @@ from lightning_perl.modules.base import (
     require_trainable,
 )
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rewards import RewardFunction
+from lightning_perl.rewards import RewardFunction, checked_scores
 from lightning_perl.rollouts.experience import Experience, Scored
 from lightning_perl.rollouts.rollout import Rollout, split_at
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
@@ -41,6 +43,8 @@ from lightning_perl.rollouts.statistics import describe
 
 # Mean |log ratio| per token that rounding explains: passes differ in their batch mates only.
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+POSITIVE = 1e-12
+"""Lower end of a range that leaves 0 out."""
 VALIDATION_ROLLOUT = -1
 """Rollout index of validation's noise: the same at every validation, never a training rollout's."""
 
@@ -52,13 +56,43 @@ FirstRead = Callable[[Answers, Experience], None]
 """Called with the policy's first answers of a rollout, before anything was updated."""
 
 
+class MinibatchSize(NamedTuple):
+    """How much a whole minibatch holds; what a micro-batch's sums are divided by.
+
+    Attributes:
+        episodes: Responses.
+        tokens: Response tokens, at least 1. Shape: ``()``, int64.
+    """
+
+    episodes: int
+    tokens: Tensor
+
+
+def require_in_range(ranges: Mapping[str, tuple[float, float, float]]) -> None:
+    """Refuse a ``(value, low, high)`` whose value is not between the others.
+
+    Raises:
+        ValueError: With the name, the range and the value.
+    """
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
+
+
 class OnPolicy(AdapterModule):
     """Learns from its own samples. Leaves fill `experience` and `role_loss`.
 
     Args:
         layout: Who answers which role.
         trunk: Folder of the SFT or Hydra-SFT trunk.
-        reward: Folder of the reward model where the layout has one.
+        reward: Folder of the reward model where the layout has one; in ``perl`` also several.
+        reward_ensemble: What several reward adapters say together.
+        learned_reward_weight: Of the reward role's score; 0 asks nobody, and no head is needed.
+        reward_function: A reward in Python, added to the learned one.
+        reward_function_weight: Of its score.
+        score_clip: Scores, learned and in Python together, are clipped to plus-minus this.
+        missing_eos_score: What a response without EOS gets.
+        missing_eos_penalty: What a response without EOS loses.
         lora: Shape of the actor and critic adapters.
         sampling: How rollouts are drawn.
         validation_sampling: How validation answers are drawn; None as rollouts.
@@ -81,14 +115,21 @@ class OnPolicy(AdapterModule):
 
     automatic_optimization: bool
     rows: ClassVar[Literal["rated", "prompts"]] = "prompts"
-    own_layout: ClassVar[Layout]
     trained_roles: ClassVar[tuple[Role, ...]] = ("policy", "value")
 
     def __init__(
         self,
+        *,
         layout: Layout,
         trunk: str,
-        reward: str | None,
+        reward: str | list[str] | None,
+        reward_ensemble: RewardEnsemble,
+        learned_reward_weight: float,
+        reward_function: RewardFunction | None,
+        reward_function_weight: float,
+        score_clip: float | None,
+        missing_eos_score: float | None,
+        missing_eos_penalty: float | None,
         lora: LoraSpec,
         sampling: SamplingSpec,
         validation_sampling: SamplingSpec | None,
@@ -121,9 +162,42 @@ class OnPolicy(AdapterModule):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
-        self.roles = Roles(
-            layout, unpackaged(trunk), lora, reward, trunk_dtype, checkpointing, seed
+        critic_norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
+        require_in_range(
+            {
+                "max_grad_norm": (max_grad_norm, POSITIVE, math.inf),
+                "critic_max_grad_norm": (critic_norm, POSITIVE, math.inf),
+                "learned_reward_weight": (learned_reward_weight, 0.0, math.inf),
+                "reward_function_weight": (reward_function_weight, 0.0, math.inf),
+            }
         )
+        if learned_reward_weight == 0 and (reward_function is None or reward_function_weight == 0):
+            raise ValueError(
+                "learned_reward_weight is 0 and there is no reward_function with a weight, so every "
+                "score would be 0. Give one of them."
+            )
+        if missing_eos_score is not None and missing_eos_penalty is not None:
+            raise ValueError(
+                "Give missing_eos_score (sets the score) or missing_eos_penalty (subtracts from it), not "
+                f"both; got {missing_eos_score} and {missing_eos_penalty}."
+            )
+        self.roles = Roles(
+            layout,
+            unpackaged(trunk),
+            lora,
+            reward,
+            trunk_dtype,
+            checkpointing,
+            seed,
+            reward_ensemble,
+            learned_reward=learned_reward_weight > 0,
+        )
+        self.learned_reward_weight = learned_reward_weight
+        self.reward_function = reward_function
+        self.reward_function_weight = reward_function_weight
+        self.score_clip = score_clip
+        self.missing_eos_score = missing_eos_score
+        self.missing_eos_penalty = missing_eos_penalty
         self.sampling = sampling
         self.validation_sampling = validation_sampling or sampling
         self.epochs = epochs
@@ -134,7 +208,6 @@ class OnPolicy(AdapterModule):
         self.head_learning_rate = (
             critic_learning_rate if head_learning_rate is None else head_learning_rate
         )
-        critic_norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
         self.max_grad_norms = {"actor": max_grad_norm, "critic": critic_norm, "head": critic_norm}
         self.max_episodes = max_episodes
         self.gold = gold
@@ -154,9 +227,13 @@ class OnPolicy(AdapterModule):
 
     @abstractmethod
     def role_loss(
-        self, role: Role, answers: Answers, experience: Experience, denominator: Tensor
+        self, role: Role, answers: Answers, experience: Experience, size: MinibatchSize
     ) -> tuple[Tensor, Stats]:
-        """Loss of one trained role on a micro-batch, as its share of the minibatch's token mean."""
+        """Loss of one trained role on a micro-batch, as its share of the minibatch's mean.
+
+        ``size`` is the minibatch's: over micro-batches the losses add up to the mean over its tokens
+        or its episodes, as the leaf divides, and so do the statistics.
+        """
 
     # ---- the algorithm's acts, without a Trainer -------------------------------------------------
 
@@ -180,27 +257,65 @@ class OnPolicy(AdapterModule):
             return sample(trunk, prompts.ids, prompts.mask, prompts.row, spec, uniforms, early_exit)
 
     def score(self, rollout: Rollout) -> Scored:
-        """All four roles on a rollout, one forward per distinct (trunk, adapter)."""
-        roles: tuple[Role, ...] = ("policy", "value", "reference", "reward")
-        return self._read(rollout, roles, self.sampling.temperature)
+        """All four roles on a rollout, one forward per distinct (trunk, adapter).
+
+        Where there is no learned reward, nobody is asked for it and every score is 0.
+        """
+        return self._read(rollout, self.sampling.temperature)
 
     @torch.no_grad()
-    def _read(self, rollout: Rollout, roles: tuple[Role, ...], temperature: float) -> Scored:
-        sequences = rollout.sequences()
-        pieces = [
-            self.roles.answer(sequences.rows(rows), roles, temperature)
-            for rows in _slices(len(sequences.ids), self.score_batch_size)
-        ]
-
-        def joined(values: list[Tensor | None]) -> Tensor:
-            return torch.cat([value for value in values if value is not None])
-
+    def _read(self, rollout: Rollout, temperature: float) -> Scored:
+        roles: tuple[Role, ...] = ("policy", "value", "reference", "reward")
+        pieces = [self.roles.answer(piece, roles, temperature) for piece in self._pieces(rollout)]
+        values = _joined([piece.value for piece in pieces])
         return Scored(
-            joined([piece.policy for piece in pieces]),
-            joined([piece.reference for piece in pieces]),
-            joined([piece.value for piece in pieces]),
-            joined([piece.reward for piece in pieces]),
+            _joined([piece.policy for piece in pieces]),
+            _joined([piece.reference for piece in pieces]),
+            values,
+            _joined([piece.reward for piece in pieces])
+            if self.roles.judges
+            else torch.zeros_like(values[:, 0]),
         )
+
+    def _pieces(self, rollout: Rollout) -> Iterator[Sequences]:
+        sequences = rollout.sequences()
+        for rows in _slices(len(sequences.ids), self.score_batch_size):
+            yield sequences.rows(rows)
+
+    def rewarded(self, rollout: Rollout, learned: Tensor) -> tuple[Tensor, Stats]:
+        """What the responses earn: the learned scores and the Python reward, each by its weight.
+
+        Decodes texts and calls Python, so it stands between `score`, which does neither, and
+        `experience`.
+
+        Args:
+            rollout: What was sampled.
+            learned: Scores of the reward role. Shape: ``(B,)``.
+
+        Returns:
+            Scores, shape ``(B,)``, and the means of their parts where there is a Python reward.
+
+        Raises:
+            ValueError: The Python reward raised, or did not give a finite number per response.
+        """
+        scores = self.learned_reward_weight * learned
+        if self.reward_function is None:
+            return scores, {}
+        own = self._ask(self.reward_function, "reward_function", rollout).to(learned)
+        parts = {"function_score": own.mean()}
+        if self.roles.judges:
+            parts["learned_score"] = learned.mean()
+        return scores + self.reward_function_weight * own, parts
+
+    def shaped_scores(self, scores: Tensor, stopped: Tensor) -> Tensor:
+        """Scores after clipping and the missing-EOS rule. Shape: ``(B,)``."""
+        if self.score_clip is not None:
+            scores = scores.clamp(-self.score_clip, self.score_clip)
+        if self.missing_eos_score is not None:
+            scores = torch.where(stopped, scores, torch.full_like(scores, self.missing_eos_score))
+        if self.missing_eos_penalty is not None:
+            scores = torch.where(stopped, scores, scores - self.missing_eos_penalty)
+        return scores
 
     def update(
         self,
@@ -242,7 +357,8 @@ class OnPolicy(AdapterModule):
         self, minibatch: Experience, backward: Backward, first_read: FirstRead | None
     ) -> Stats:
         sums: Stats = {}
-        denominator = minibatch.sequences.response_mask.sum().clamp(min=1)
+        mask = minibatch.sequences.response_mask
+        size = MinibatchSize(len(mask), mask.sum().clamp(min=1))
         for group in self.roles.groups(self.trained_roles):
             with self.phase("actor" if "policy" in group else "critic"):
                 for rows in _slices(len(minibatch.old_logprobs), self.micro_batch_size):
@@ -254,9 +370,7 @@ class OnPolicy(AdapterModule):
                         if first_read is not None and answers.policy is not None:
                             first_read(answers, piece)
                             first_read = None
-                        parts = [
-                            self.role_loss(role, answers, piece, denominator) for role in group
-                        ]
+                        parts = [self.role_loss(role, answers, piece, size) for role in group]
                         backward(torch.stack([loss for loss, _ in parts]).sum())
                     for _, stats in parts:
                         for key, value in stats.items():
@@ -276,14 +390,14 @@ class OnPolicy(AdapterModule):
 
     def _fingerprints(self) -> dict[str, str]:
         """Of what reference and reward stand on; it never moves."""
-        return {
-            "reference trunk": self.roles.trunk("reference").fingerprint(),
-            "reward trunk": self.roles.trunk("reward").fingerprint(),
-            "reward head": self.roles.reward_head.fingerprint(),
-        }
+        found = {"reference trunk": self.roles.trunk("reference").fingerprint()}
+        for judge in self.roles.judges:
+            found[f"{judge} trunk"] = self.roles.trunk(judge).fingerprint()
+            found[f"{judge} head"] = self.roles.reward_head(judge).fingerprint()
+        return found
 
     def _require_unmoved(self, before: Mapping[str, str], since: str) -> None:
-        moved = [name for name, found in self._fingerprints().items() if before[name] != found]
+        moved = [name for name, found in self._fingerprints().items() if before.get(name) != found]
         if moved:
             raise RuntimeError(
                 f"{moved} has other weights than {since}, so scores and KL are measured "
@@ -317,13 +431,15 @@ class OnPolicy(AdapterModule):
             rollout = self.collect(batch, self.rollout_index)
         with self.phase("score"):
             scored = self.score(rollout)
+            scores, parts = self.rewarded(rollout, scored.scores)
+            scored = scored._replace(scores=scores)
         if self.rollout_index == 0:
             self._check_fresh_start(rollout, scored)
         experience, stats = self.experience(rollout, scored)
         trained = self._learn(experience)
         if self._make_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
-        return self._account(rollout, scored, {**stats, **trained})
+        return self._account(rollout, {**describe(rollout, scored), **parts}, {**stats, **trained})
 
     def _learn(self, experience: Experience) -> Stats:
         mask = experience.sequences.response_mask
@@ -341,7 +457,7 @@ class OnPolicy(AdapterModule):
             self.guard,
         )
 
-    def _account(self, rollout: Rollout, scored: Scored, stats: Stats) -> dict[str, Any]:
+    def _account(self, rollout: Rollout, seen: Stats, stats: Stats) -> dict[str, Any]:
         episodes, generated = len(rollout.row), int(rollout.response_mask.sum())
         whole = int(rollout.prompt_mask.sum()) + generated
         self.rollout_index += 1
@@ -351,9 +467,9 @@ class OnPolicy(AdapterModule):
         self.log("train/episodes", float(self.episodes), batch_size=episodes)
         self.log("train/tokens", float(self.tokens), batch_size=episodes)
         self.log("train/skipped_steps", float(self.guard.skipped), batch_size=episodes)
-        seen = describe(rollout, scored)
         if self.gold is not None:
-            self.log("gold/score", self._gold(rollout).mean(), batch_size=episodes)
+            gold = self._ask(self.gold, "gold", rollout)
+            self.log("gold/score", gold.mean(), batch_size=episodes)
         for key, value in seen.items():
             shown = key in ("score", "kl")
             self.log(f"rollout/{key}", value, batch_size=episodes, prog_bar=shown)
@@ -366,20 +482,21 @@ class OnPolicy(AdapterModule):
         """Answer held-out prompts as policy and as reference, with the same noise, and compare."""
         spec = self.validation_sampling
         rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
-        roles: tuple[Role, ...] = ("policy", "value", "reference", "reward")
-        scored = self._read(rollout, roles, spec.temperature or 1.0)
+        scored = self._read(rollout, spec.temperature or 1.0)
+        scores, parts = self.rewarded(rollout, scored.scores)
+        scored = scored._replace(scores=scores)
         before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
         before_scores = self._scores(before)
         wins = (scored.scores > before_scores).float() + 0.5 * (scored.scores == before_scores)
         seen = describe(rollout, scored)
-        logged = {key: seen[key] for key in ("score", "response_tokens")}
+        logged = {key: seen[key] for key in ("score", "response_tokens")} | parts
         if spec.scored_as_sampled:
             logged["kl"] = seen["kl"]
         logged["win_rate"] = wins.mean()
         logged["reference_score"] = before_scores.mean()
         if self.gold is not None:
-            gold_before = self._gold(before)
-            logged["gold"] = self._gold(rollout).mean()
+            gold_before = self._ask(self.gold, "gold", before)
+            logged["gold"] = self._ask(self.gold, "gold", rollout).mean()
             logged["reference_gold"] = gold_before.mean()
             self._reference_gold.append(gold_before)
         for key, value in logged.items():
@@ -421,12 +538,11 @@ class OnPolicy(AdapterModule):
 
     @torch.no_grad()
     def _scores(self, rollout: Rollout) -> Tensor:
-        sequences = rollout.sequences()
-        pieces = [
-            self.roles.answer(sequences.rows(rows), ("reward",)).reward
-            for rows in _slices(len(sequences.ids), self.score_batch_size)
-        ]
-        return torch.cat([piece for piece in pieces if piece is not None])
+        learned = torch.zeros(len(rollout.row), device=rollout.row.device)
+        if self.roles.judges:
+            pieces = self._pieces(rollout)
+            learned = _joined([self.roles.answer(one, ("reward",)).reward for one in pieces])
+        return self.rewarded(rollout, learned)[0]
 
     def _texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
         tokenizer, stop_ids = self.policy_trunk.tokenizer, self.policy_trunk.stop_ids
@@ -445,17 +561,9 @@ class OnPolicy(AdapterModule):
             decoded(rollout.response_ids, rollout.response_mask),
         )
 
-    def _gold(self, rollout: Rollout) -> Tensor:
-        if self.gold is None:
-            raise RuntimeError("No gold reward was given.")
+    def _ask(self, function: RewardFunction, argument: str, rollout: Rollout) -> Tensor:
         prompts, responses = self._texts(rollout)
-        # Whole numbers are scores too; torch would make them int64, which has no mean.
-        scores = [*self.gold(prompts, responses, rollout.row.tolist())]
-        if len(scores) != len(responses):
-            raise ValueError(
-                f"gold ({type(self.gold).__name__}) gave {len(scores)} scores for {len(responses)} "
-                "responses; it must give one each."
-            )
+        scores = checked_scores(function, argument, prompts, responses, rollout.row.tolist())
         return torch.tensor(scores, dtype=torch.float32)
 
     def _check_fresh_start(self, rollout: Rollout, scored: Scored) -> None:
@@ -549,7 +657,7 @@ class OnPolicy(AdapterModule):
         if self.roles.layout == "full":
             for role, name in (("policy", "policy"), ("value", "critic")):
                 manifest = {"module": type(self).__name__}
-                self.roles.trunk(role).save(folder / name, None, manifest)  # type: ignore[arg-type]
+                self.roles.trunk(role).save(folder / name, None, manifest)
             save_heads(folder / "critic", heads)
             return
         written = set()
@@ -559,6 +667,10 @@ class OnPolicy(AdapterModule):
                 trunk.adapters.save(adapter, folder / "adapters" / adapter, trunk.source)
                 written.add(adapter)
         save_heads(folder / "adapters" / self.roles.seats["value"].adapter, heads)
+
+
+def _joined(values: list[Tensor | None]) -> Tensor:
+    return torch.cat([value for value in values if value is not None])
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

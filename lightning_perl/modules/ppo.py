@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
@@ -13,14 +12,15 @@ from lightning_perl.functional.advantages import generalized_advantages, token_r
 from lightning_perl.functional.masked import masked_mean, whiten
 from lightning_perl.losses.ppo import clipped_surrogate, clipped_value_loss
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.roles import Answers, Layout, Role
+from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
-from lightning_perl.modules.on_policy import OnPolicy, Stats
+from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, Stats, require_in_range
 from lightning_perl.rewards import RewardFunction
 from lightning_perl.rollouts.experience import Experience, Scored
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.statistics import explained_variance
 
 
 class PPO(OnPolicy):
@@ -35,8 +35,8 @@ class PPO(OnPolicy):
         layout: ``full`` (four models), ``lora`` (LoRA-PPO), ``dynamic_lora``, ``perl``, ``hydra`` or
             ``joint_hydra``. None takes the class's own: `PPO` lora, `HydraPPO` hydra, `JointHydraPPO`
             joint_hydra.
-        reward: For ``perl`` the folder RUN/adapters/reward; for ``full``, ``lora`` and ``dynamic_lora`` a
-            trunk folder with a reward head. None: the trunk's own reward head.
+        reward: For ``perl`` the folder RUN/adapters/reward, or several of them; for ``full``, ``lora``
+            and ``dynamic_lora`` a trunk folder with a reward head. None: the trunk's own reward head.
         lora: Shape of the actor and critic adapters. Hydra-RLHF: rank 128 on all linear layers.
         sampling: How rollouts are drawn; its temperature also divides the scored logits.
         validation_sampling: How validation answers are drawn; None as rollouts.
@@ -51,7 +51,15 @@ class PPO(OnPolicy):
         discount: The papers' gamma.
         gae_lambda: Hydra-RLHF 0.95.
         whiten_advantages: Shift and scale advantages over the whole rollout batch.
-        score_clip: Scores are clipped to plus-minus this; None not at all (DeepSpeed-Chat 5).
+        reward_ensemble: What several reward adapters say together (PERL's outlook against reward
+            hacking): ``mean`` or ``minimum`` of their scores, a forward each, or the score of their
+            ``weight_average``, one forward.
+        learned_reward_weight: Of the learned score. 0: the Python reward alone; no reward is
+            computed, and the trunk needs no reward head.
+        reward_function: A reward in plain Python, added to the learned one.
+        reward_function_weight: Of its score.
+        score_clip: Scores (all of the above) are clipped to plus-minus this; None not at all
+            (DeepSpeed-Chat 5).
         missing_eos_score: A response without EOS *gets* this score (2403.17031: -1).
         missing_eos_penalty: A response without EOS *loses* this much of its score (TRL's rule).
         critic_learning_rate: Of the critic; None takes the optimizer's. Often a tenth of the actor's.
@@ -81,7 +89,7 @@ class PPO(OnPolicy):
         self,
         trunk: str,
         layout: Layout | None = None,
-        reward: str | None = None,
+        reward: str | list[str] | None = None,
         lora: LoraSpec = LoraSpec(),
         sampling: SamplingSpec = SamplingSpec(),
         validation_sampling: SamplingSpec | None = None,
@@ -96,6 +104,10 @@ class PPO(OnPolicy):
         discount: float = 1.0,
         gae_lambda: float = 0.95,
         whiten_advantages: bool = True,
+        reward_ensemble: RewardEnsemble = "mean",
+        learned_reward_weight: float = 1.0,
+        reward_function: RewardFunction | None = None,
+        reward_function_weight: float = 1.0,
         score_clip: float | None = None,
         missing_eos_score: float | None = None,
         missing_eos_penalty: float | None = None,
@@ -117,47 +129,45 @@ class PPO(OnPolicy):
                 f"{type(self).__name__} is PPO with layout {self.own_layout}; got layout {layout!r}. Use the "
                 "class PPO for other layouts."
             )
-        if missing_eos_score is not None and missing_eos_penalty is not None:
-            raise ValueError(
-                "Give missing_eos_score (sets the score) or missing_eos_penalty (subtracts from it), not "
-                f"both; got {missing_eos_score} and {missing_eos_penalty}."
-            )
-        ranges = {
-            "kl_coef": (kl_coef, 0.0, math.inf),
-            "clip_range": (clip_range, 1e-6, math.inf),
-            "value_clip_range": (value_clip_range, 1e-6, math.inf),
-            "value_coef": (value_coef, 0.0, math.inf),
-            "discount": (discount, 0.0, 1.0),
-            "gae_lambda": (gae_lambda, 0.0, 1.0),
-            "max_grad_norm": (max_grad_norm, 1e-12, math.inf),
-        }
-        if critic_max_grad_norm is not None:
-            ranges["critic_max_grad_norm"] = (critic_max_grad_norm, 1e-12, math.inf)
-        for name, (value, low, high) in ranges.items():
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
+        require_in_range(
+            {
+                "kl_coef": (kl_coef, 0.0, math.inf),
+                "clip_range": (clip_range, 1e-6, math.inf),
+                "value_clip_range": (value_clip_range, 1e-6, math.inf),
+                "value_coef": (value_coef, 0.0, math.inf),
+                "discount": (discount, 0.0, 1.0),
+                "gae_lambda": (gae_lambda, 0.0, 1.0),
+            }
+        )
         super().__init__(
-            chosen,
-            trunk,
-            reward,
-            lora,
-            sampling,
-            validation_sampling,
-            ppo_epochs,
-            minibatch_size,
-            micro_batch_size,
-            score_batch_size,
-            critic_learning_rate,
-            head_learning_rate,
-            max_grad_norm,
-            critic_max_grad_norm,
-            max_episodes,
-            trunk_dtype,
-            checkpointing,
-            optimizer,
-            scheduler,
-            gold,
-            seed,
+            layout=chosen,
+            trunk=trunk,
+            reward=reward,
+            reward_ensemble=reward_ensemble,
+            learned_reward_weight=learned_reward_weight,
+            reward_function=reward_function,
+            reward_function_weight=reward_function_weight,
+            score_clip=score_clip,
+            missing_eos_score=missing_eos_score,
+            missing_eos_penalty=missing_eos_penalty,
+            lora=lora,
+            sampling=sampling,
+            validation_sampling=validation_sampling,
+            epochs=ppo_epochs,
+            minibatch_size=minibatch_size,
+            micro_batch_size=micro_batch_size,
+            score_batch_size=score_batch_size,
+            critic_learning_rate=critic_learning_rate,
+            head_learning_rate=head_learning_rate,
+            max_grad_norm=max_grad_norm,
+            critic_max_grad_norm=critic_max_grad_norm,
+            max_episodes=max_episodes,
+            trunk_dtype=trunk_dtype,
+            checkpointing=checkpointing,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            gold=gold,
+            seed=seed,
         )
         self.kl_coef = kl_coef
         self.clip_range = clip_range
@@ -166,19 +176,6 @@ class PPO(OnPolicy):
         self.discount = discount
         self.gae_lambda = gae_lambda
         self.whiten_advantages = whiten_advantages
-        self.score_clip = score_clip
-        self.missing_eos_score = missing_eos_score
-        self.missing_eos_penalty = missing_eos_penalty
-
-    def shaped_scores(self, scores: Tensor, stopped: Tensor) -> Tensor:
-        """Scores after clipping and the missing-EOS rule. Shape: ``(B,)``."""
-        if self.score_clip is not None:
-            scores = scores.clamp(-self.score_clip, self.score_clip)
-        if self.missing_eos_score is not None:
-            scores = torch.where(stopped, scores, torch.full_like(scores, self.missing_eos_score))
-        if self.missing_eos_penalty is not None:
-            scores = torch.where(stopped, scores, scores - self.missing_eos_penalty)
-        return scores
 
     def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
         """KL-shaped token rewards, GAE, whitening."""
@@ -193,10 +190,8 @@ class PPO(OnPolicy):
         advantages, returns = generalized_advantages(
             rewards, scored.values, mask, self.discount, self.gae_lambda
         )
-        unexplained = masked_mean((returns - scored.values) ** 2, mask)
-        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
         stats = {
-            "explained_variance": 1 - unexplained / spread.clamp(min=1e-8),
+            "explained_variance": explained_variance(scored.values, returns, mask),
             "reward": rewards.sum(1).mean(),
         }
         if self.whiten_advantages:
@@ -207,10 +202,10 @@ class PPO(OnPolicy):
         return experience, stats
 
     def role_loss(
-        self, role: Role, answers: Answers, experience: Experience, denominator: Tensor
+        self, role: Role, answers: Answers, experience: Experience, size: MinibatchSize
     ) -> tuple[Tensor, Stats]:
         """Clipped surrogate for the policy, clipped squared error for the value."""
-        mask = experience.sequences.response_mask
+        mask, denominator = experience.sequences.response_mask, size.tokens
         if role == "policy" and answers.policy is not None and answers.entropy is not None:
             loss, policy = clipped_surrogate(
                 answers.policy,

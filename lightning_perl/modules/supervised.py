@@ -61,6 +61,8 @@ class Supervised(AdapterModule):
         self.rated = 0
         self.trunk: Trunk = load_trunk(unpackaged(trunk), trunk_dtype, checkpointing)
         self.adapter = adapter if lora else OFF
+        # A pair's prompt is read once; False reads both rows whole, for comparison.
+        self.share_prompts = True
         self.reward_head: ScalarHead | None = None
         self.head_learning_rate: float | None = None
         self.trunk.requires_grad_(False)
@@ -119,7 +121,10 @@ class Supervised(AdapterModule):
     def hidden(self, batch: RatedBatch) -> Tensor:
         """Last hidden states with the adapter on. Shape: ``(B, T, H)``."""
         with self.trunk.switch.use(self.adapter):
-            states: Tensor = self.trunk(batch.ids, batch.attention_mask)
+            if batch.packing is None or not self.share_prompts:
+                states: Tensor = self.trunk(batch.ids, batch.attention_mask)
+            else:
+                states = self.trunk.packed(batch.ids, batch.attention_mask, batch.packing)
         return states
 
     @property

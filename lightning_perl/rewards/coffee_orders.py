@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_perl.data.coffee_orders import Order, parse_order, quality
-from lightning_perl.rewards import RewardFunction
+from lightning_perl.rewards.function import RewardFunction
 
 
 class CoffeeOrderQuality(RewardFunction):

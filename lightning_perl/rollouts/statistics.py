@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_perl.functional.kl import k1
+from lightning_perl.functional.masked import masked_mean
 from lightning_perl.rollouts.experience import Scored
 from lightning_perl.rollouts.rollout import Rollout
 
@@ -31,6 +32,19 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
         "distinct_2": distinct_pairs(rollout.response_ids, mask),
         "length_score_correlation": correlation(lengths, scored.scores.float()),
     }
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values explain; 1 is all. Shape: ``()``.
+
+    Args:
+        values: Shape: ``(B, R)``.
+        returns: Shape: ``(B, R)``.
+        mask: Shape: ``(B, R)``, bool.
+    """
+    unexplained = masked_mean((returns - values) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - unexplained / spread.clamp(min=1e-8)
 
 
 def distinct_pairs(ids: Tensor, mask: Tensor) -> Tensor:

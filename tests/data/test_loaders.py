@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_perl.data.collate import PromptExample, collate_prompts
-from lightning_perl.data.loaders import BucketBatches, FixedLoader, ResumableLoader, shard
+from lightning_perl.data.loaders import (
+    BucketBatches,
+    FixedLoader,
+    FixedStream,
+    ResumableLoader,
+    StreamingLoader,
+    mixture,
+    shard,
+)
 
 LENGTHS = [1 + (37 * number) % 50 for number in range(103)]
 
@@ -21,7 +31,23 @@ def loader(batch_size: int = 4, seed: int = 0, num_workers: int = 0) -> Resumabl
     return ResumableLoader(examples, sampler, collate_prompts, num_workers)
 
 
-def rows(batches: ResumableLoader) -> list[list[int]]:
+def read(epoch: int, start: int) -> Iterator[tuple[int, PromptExample]]:
+    """Every ninth row cannot be used."""
+    for row, length in enumerate(LENGTHS):
+        if row >= start and row % 9:
+            yield row, PromptExample([1] * length, row)
+
+
+USED = [row for row in range(len(LENGTHS)) if row % 9]
+
+
+def streamed(
+    ahead: int = 0, seed: int = 0, bucket: bool = True, block: int = 30
+) -> StreamingLoader:
+    return StreamingLoader(read, 4, collate_prompts, seed, block, bucket, ahead)
+
+
+def rows(batches: ResumableLoader | StreamingLoader) -> list[list[int]]:
     return [batch.row.tolist() for batch in batches]
 
 
@@ -114,6 +140,130 @@ def test_ranks_share_the_batches_evenly(monkeypatch: pytest.MonkeyPatch) -> None
     assert shares == [[[0], [3]], [[1], [4]], [[2], [0]]]
 
 
+def test_a_stream_has_every_row_once_in_every_epoch() -> None:
+    stream = streamed()
+    for _ in range(3):
+        batches = rows(stream)
+        assert sorted(row for batch in batches for row in batch) == USED
+        # 91 rows in blocks of 32: only the last block has a batch that is not full.
+        assert sorted(map(len, batches)) == [3, *[4] * 22]
+        for block in range(3):
+            inside = USED[32 * block : 32 * block + 32]
+            assert {row for batch in batches[8 * block : 8 * block + 8] for row in batch} == set(
+                inside
+            )
+    with pytest.raises(TypeError, match="has no len"):
+        len(stream)  # type: ignore[arg-type]
+
+
+def test_the_order_of_a_stream_is_a_function_of_seed_epoch_and_place() -> None:
+    stream = streamed()
+    first, second = rows(stream), rows(stream)
+    assert first != second
+    assert first == rows(streamed())
+    assert first != rows(streamed(seed=1))
+    assert first != rows(streamed(bucket=False))
+    blocks = [[sorted(LENGTHS[row] for row in batch) for batch in first[n : n + 8]] for n in (0, 8)]
+    assert blocks[0] != blocks[1]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 8, 9, 22, 23, 24, 40])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_loaded_position_of_a_stream_continues_at_the_next_batch(stop: int, ahead: int) -> None:
+    whole = streamed()
+    straight = rows(whole) + rows(whole)
+    first = streamed(ahead)
+    # What is asked for is used `ahead` batches later; an epoch's end uses all.
+    seen: list[list[int]] = []
+    while len(seen) < stop:
+        asked: list[list[int]] = []
+        for batch in first:
+            asked.append(batch.row.tolist())
+            if len(asked) - ahead + len(seen) == stop:
+                break
+        else:
+            seen += asked
+            continue
+        seen += asked[: len(asked) - ahead]
+    second = streamed(ahead)
+    second.load_state_dict(first.state_dict())
+    while len(seen) < len(straight):
+        seen += rows(second)
+    assert seen == straight
+
+
+def test_what_was_asked_for_ahead_and_never_used_comes_again() -> None:
+    stream, whole = streamed(ahead=1), rows(streamed())
+    for _ in zip(range(3), stream, strict=False):
+        pass
+    assert stream.state_dict()["batch"] == 2
+    again = iter(stream)
+    assert next(again).row.tolist() == whole[2]
+    assert stream.state_dict()["batch"] == 2
+
+
+def test_a_position_of_another_stream_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"block = 32, this run's has 100"):
+        streamed(block=100).load_state_dict(streamed().state_dict())
+
+
+def test_a_stream_reads_past_what_it_has_seen() -> None:
+    starts: list[tuple[int, int]] = []
+
+    def watched(epoch: int, start: int) -> Iterator[tuple[int, PromptExample]]:
+        starts.append((epoch, start))
+        return read(epoch, start)
+
+    first = StreamingLoader(watched, 4, collate_prompts, block=32)
+    for _ in zip(range(11), first, strict=False):
+        pass
+    second = StreamingLoader(watched, 4, collate_prompts, block=32)
+    second.load_state_dict(first.state_dict())
+    list(second)
+    list(second)
+    # The second block begins behind the 32nd usable row.
+    assert starts == [(0, 0), (0, USED[31] + 1), (1, 0)]
+
+
+class Live:
+    """An example that is counted while somebody holds it."""
+
+    tokens = 1
+
+
+def test_a_stream_holds_one_block() -> None:
+    live: weakref.WeakSet[Live] = weakref.WeakSet()
+    most = 0
+
+    def endless(epoch: int, start: int) -> Iterator[tuple[int, Live]]:
+        nonlocal most
+        for row in range(1000):
+            example = Live()
+            live.add(example)
+            most = max(most, len(live))
+            yield row, example
+
+    stream = StreamingLoader(endless, 4, len, block=100)
+    assert sum(stream) == 1000
+    assert most <= 2 * 100 + 1
+
+
+def test_a_fixed_stream_begins_at_its_start() -> None:
+    fixed = FixedStream(lambda: (PromptExample([1], row) for row in range(5)), 2, collate_prompts)
+    next(iter(fixed))
+    assert [batch.row.tolist() for batch in fixed] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_mixture_draws_every_row_and_keeps_the_proportions() -> None:
+    parts = mixture([0, 1, 1, 1, 0, 1, 1, 1], [1.0, 1.0])
+    assert [(part.rows, part.drawn) for part in parts] == [([0, 4], 6), ([1, 2, 3, 5, 6, 7], 6)]
+    # As many rows for their weight: everything once.
+    assert [part.drawn for part in mixture([0, 1, 1, 1], [0.2, 0.6])] == [1, 3]
+    assert [part.drawn for part in mixture([0, 1, 1, 1], [4.0, 1.0])] == [12, 3]
+    with pytest.raises(ValueError, match=r"sources \[2\]"):
+        mixture([0, 0], [1.0, 1.0])
+
+
 class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +278,13 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, steps: int, ckpt: Path | None = None, limit: int | None = None) -> Recorder:
+def fit(
+    folder: Path,
+    steps: int,
+    ckpt: Path | None = None,
+    limit: int | None = None,
+    stream: bool = False,
+) -> Recorder:
     module = Recorder()
     trainer = Trainer(
         max_steps=steps,
@@ -140,7 +296,8 @@ def fit(folder: Path, steps: int, ckpt: Path | None = None, limit: int | None = 
         limit_train_batches=limit,
         callbacks=[ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)],
     )
-    trainer.fit(module, train_dataloaders=loader(), ckpt_path=None if ckpt is None else str(ckpt))
+    batches = streamed(ahead=limit is None) if stream else loader()
+    trainer.fit(module, train_dataloaders=batches, ckpt_path=None if ckpt is None else str(ckpt))
     return module
 
 
@@ -153,4 +310,21 @@ def test_lightning_resumes_at_the_right_batch(tmp_path: Path, limit: int | None,
     (ckpt,) = (tmp_path / "killed").glob(f"*step={stop}.ckpt")
     resumed = fit(tmp_path / "resumed", 35, ckpt, limit)
     assert len(straight.seen) == 35
+    assert resumed.seen == straight.seen[stop:]
+
+
+@pytest.mark.parametrize(
+    ("limit", "stop"),
+    [(None, 3), (None, 8), (None, 23), (None, 24), (None, 30), (5, 3), (5, 5), (5, 7)],
+)
+def test_lightning_resumes_a_stream_at_the_right_batch(
+    tmp_path: Path, limit: int | None, stop: int
+) -> None:
+    straight = fit(tmp_path / "straight", 35, limit=limit, stream=True)
+    fit(tmp_path / "killed", stop, limit=limit, stream=True)
+    (ckpt,) = (tmp_path / "killed").glob(f"*step={stop}.ckpt")
+    resumed = fit(tmp_path / "resumed", 35, ckpt, limit, stream=True)
+    assert len(straight.seen) == 35
+    if limit is None:
+        assert sorted(row for batch in straight.seen[:23] for row in batch) == USED
     assert resumed.seen == straight.seen[stop:]

@@ -13,7 +13,8 @@ import pytest
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule
-from lightning_perl.data.rows import Pair, Row, Turn
+from lightning_perl.data.rows import Pair, Row, Turn, first_row
+from lightning_perl.data.sources import Sources
 
 Build = Callable[..., PreferenceDataModule]
 ROWS = [
@@ -25,7 +26,7 @@ THUMB = {"prompt": "q", "response": "a", "label": 1}
 
 @pytest.fixture
 def build(tokenizer_dir: Path) -> Build:
-    def make(train: Path, **arguments: Any) -> PreferenceDataModule:
+    def make(train: Sources, **arguments: Any) -> PreferenceDataModule:
         return PreferenceDataModule(tokenizer=str(tokenizer_dir), train=train, **arguments)
 
     return make
@@ -38,7 +39,7 @@ def jsonl(folder: Path, rows: Sequence[object], name: str = "rows.jsonl") -> Pat
     return file
 
 
-def one(build: Build, file: Path, **arguments: Any) -> Row | Pair:
+def one(build: Build, file: Sources, **arguments: Any) -> Row | Pair:
     (item,) = build(file, val_fraction=0.0, **arguments).read().train
     return item
 
@@ -87,7 +88,10 @@ def test_own_validation_and_test_files(build: Build, tmp_path: Path) -> None:
     other = jsonl(tmp_path, [ROWS[0], {**ROWS[0], "prompt": "new"}], "val.jsonl")
     module = build(train, val=other, test=other)
     assert [len(split) for split in module.read()] == [40, 2, 2]
-    assert module.report.notes == {"validation rows whose prompt is a training prompt": 1}
+    assert module.report.notes == {
+        "validation rows whose prompt is a training prompt": 1,
+        "test rows whose prompt is a training prompt": 1,
+    }
 
 
 def test_pairs_become_two_rows_of_a_batch(build: Build, tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_pairs_become_two_rows_of_a_batch(build: Build, tmp_path: Path) -> None:
             for row in (chosen, rejected)
         ]
         assert starts[0] == starts[1]
-    assert "train: 36 rows, 36 kept; thumbs up 0, down 0, without 36" in str(module.report)
+    assert "train: 36 rows, 36 kept; pairs 36; chosen is the longer in 100.0%" in str(module.report)
 
 
 @pytest.mark.parametrize(
@@ -332,12 +336,8 @@ def test_a_mapped_column_that_is_missing_is_not_forgiven(build: Build, tmp_path:
 
 
 def test_files_that_cannot_be_read_always_stop(build: Build, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No file '.*no.jsonl' \(data.train, data.val"):
+    with pytest.raises(FileNotFoundError, match=r"No file '.*no.jsonl' \(data.train; looked"):
         build(tmp_path / "no.jsonl", on_bad_row="reject").read()
-    latin = tmp_path / "latin.jsonl"
-    latin.write_bytes(b'{"prompt": "q", "response": "a"}\n{"prompt": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"latin.jsonl:2: not UTF-8 \(byte 0xe9\)"):
-        build(latin, on_bad_row="reject").read()
     excel = tmp_path / "rows.xlsx"
     excel.touch()
     with pytest.raises(ValueError, match=r"rows.xlsx: cannot read '.xlsx' files. Use .jsonl"):
@@ -346,12 +346,6 @@ def test_files_that_cannot_be_read_always_stop(build: Build, tmp_path: Path) -> 
     parquet.write_bytes(b"PAR")
     with pytest.raises(ValueError, match=r"rows.parquet: not a Parquet file"):
         build(parquet).read()
-    zipped = tmp_path / "rows.jsonl.gz"
-    whole = gzip.compress(b"{}")
-    for data in (b"{}", whole[:-4], whole[:10] + b"\xff" + whole[11:]):
-        zipped.write_bytes(data)
-        with pytest.raises(ValueError, match=r"rows.jsonl.gz: not a whole gzip file"):
-            build(zipped).read()
 
 
 def test_parquet_pages_that_are_damaged_or_not_utf8(build: Build, tmp_path: Path) -> None:
@@ -367,6 +361,225 @@ def test_parquet_pages_that_are_damaged_or_not_utf8(build: Build, tmp_path: Path
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"rows.parquet: not a Parquet file \(.*orrupt"):
         build(file).read()
+
+
+def thumb(number: int, **changes: object) -> dict[str, object]:
+    return {"prompt": f"question {number}", "response": f"answer {number}", "label": 1} | changes
+
+
+# Each kind of bad row: reason, words after the file's name, and the lines that say it.
+KINDS: list[tuple[str, str, list[object]]] = [
+    ("missing column", ":2: missing column: got", [{"prompt": "q", "label": 1}]),
+    ("wrong type", ":2: prompt must be a string or a list", [thumb(1, prompt=3)]),
+    ("empty answer", ":2: empty answer in response", [thumb(1, response=" ")]),
+    ("identical pair", ":2: identical pair", [{"prompt": "q", "chosen": "a", "rejected": "a "}]),
+    ("conflicting labels", ":2: conflicting labels: .*:3 says", [thumb(1), thumb(1, label=0)]),
+    ("prompt longer than the window", ":2: prompt longer", [thumb(1, prompt="long " * 99)]),
+    ("answer longer than the window", ":2: the answer takes", [thumb(1, response="long " * 99)]),
+    (
+        "rating out of range",
+        ":2: rating out of range: 6 ",
+        [{**thumb(1), "label": None, "rating": 6}],
+    ),
+    ("label is null", ":2: label is null", [thumb(1, label=None)]),
+    ("not UTF-8", r":2: not UTF-8 \(byte 0xe9\)", [b'{"prompt": "caf\xe9", "response": "a"}']),
+    ("broken JSON", ":2: broken JSON", [b'{"prompt": "q"']),
+]
+
+
+@pytest.mark.parametrize(("reason", "words", "bad"), KINDS, ids=[kind[0] for kind in KINDS])
+def test_every_kind_of_bad_row_stops_or_is_counted(
+    build: Build, tmp_path: Path, reason: str, words: str, bad: list[object]
+) -> None:
+    good = [thumb(number) for number in range(10, 20)]
+    lines = [
+        line if isinstance(line, bytes) else json.dumps(line).encode()
+        for line in (good[0], *bad, *good[1:])
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    arguments = {"rating_range": (1, 5), "max_tokens": 64, "max_response_tokens": 32}
+    with pytest.raises(ValueError, match=f"rows.jsonl{words}"):
+        build(file, **arguments).setup()
+    module = build(file, on_bad_row="reject", **arguments)
+    module.setup()
+    report = module.report
+    assert report.rejected == {reason: len(bad)}
+    kept = report.splits["train"].kept + report.splits["val"].kept
+    assert report.rows == len(lines) == kept + report.rejected.total()
+    assert kept == 10
+
+
+def read_all(module: PreferenceDataModule) -> list[RatedBatch]:
+    module.setup()
+    return list(module.train_dataloader())
+
+
+WHOLE = gzip.compress("".join(f"{json.dumps(thumb(n))}\n" for n in range(999)).encode())
+
+
+@pytest.mark.parametrize("choice", ["reject", "raise"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("rows.jsonl.gz", WHOLE[:-9], "not a whole gzip file .* breaks off after line"),
+        ("rows.jsonl.gz", b"{}", "not a whole gzip file"),
+        ("rows.jsonl", b"<!DOCTYPE html><html>404</html>", "1: a web page in place of data"),
+        ("rows.csv", b"<html>404</html>", "1: a web page in place of data"),
+        ("rows.parquet", b"<html>404</html>", "1: a web page in place of data"),
+        ("rows.jsonl", b"", "empty file"),
+    ],
+)
+def test_a_file_that_is_no_data_stops_whatever_the_choice(
+    build: Build, tmp_path: Path, name: str, data: bytes, words: str, choice: str, streaming: bool
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}:? ?{words}"):
+        read_all(build(file, on_bad_row=choice, streaming=streaming))
+
+
+def test_duplicates_are_dropped_before_the_split(build: Build, tmp_path: Path) -> None:
+    rows = [thumb(number) for number in range(20)]
+    pairs = [{**row, "chosen": "a", "rejected": "b"} for row in ROWS[:20]]
+    module = build(jsonl(tmp_path, [*rows, *pairs, *rows, *pairs[:5]]), batch_size=4)
+    module.setup()
+    assert module.splits is not None
+    assert module.report.duplicates == 25
+    assert (module.report.conflicts, module.report.rows) == (0, 65)
+    assert sum(len(split) for split in module.splits[:2]) == 40
+    assert str(module.report).startswith("65 rows read, 25 duplicates dropped\n")
+
+
+@pytest.mark.parametrize(
+    ("rows", "conflicts", "bad"),
+    [
+        ([thumb(0), thumb(0, label=0)], 1, 2),
+        ([thumb(0), thumb(0, label=0), thumb(0)], 1, 2),
+        # The other answer to the prompt, and a demonstration, contradict nobody.
+        ([thumb(0), thumb(0, label=0, response="other")], 0, 0),
+        ([thumb(0, label=0), {"prompt": "question 0", "response": "answer 0"}], 0, 0),
+        (
+            [
+                {"prompt": "q", "chosen": "a", "rejected": "b"},
+                {"prompt": "q", "chosen": "b", "rejected": "a"},
+                {"prompt": "q", "chosen": "b", "rejected": "c"},
+            ],
+            1,
+            2,
+        ),
+        ([{"prompt": "q", "response": "a", "rating": rating} for rating in (1, 3, 4)], 1, 3),
+        ([{"prompt": "q", "response": "a", "rating": rating} for rating in (3, 4, 5)], 0, 0),
+    ],
+)
+def test_conflicting_labels(
+    build: Build, tmp_path: Path, rows: list[object], conflicts: int, bad: int
+) -> None:
+    file = jsonl(tmp_path, [*rows, thumb(7)])
+    arguments: dict[str, Any] = {"rating_range": (1, 5), "val_fraction": 0.0}
+    module = build(file, on_bad_row="reject", **arguments)
+    module.setup()
+    assert module.report.conflicts == conflicts
+    assert module.report.rejected.total() == bad
+    kept = build(file, keep_conflicts=True, **arguments)
+    kept.setup()
+    assert kept.report.conflicts == conflicts
+    assert not kept.report.rejected
+    assert kept.report.splits["train"].kept == module.report.splits["train"].kept + bad
+    if conflicts:
+        with pytest.raises(
+            ValueError, match=r"rows.jsonl:1: conflicting labels: .*rows.jsonl:[23]"
+        ):
+            build(file, **arguments).setup()
+
+
+@pytest.mark.parametrize(
+    ("rating", "label"), [(1, 0.0), (2, 0.25), ("3.0", 0.5), (4.5, 0.875), (5, 1.0)]
+)
+def test_ratings_are_soft_labels(build: Build, rating: object, label: float) -> None:
+    rows = [{"prompt": "q", "response": "a", "rating": rating}]
+    item = one(build, rows, rating_range=(1, 5))
+    assert isinstance(item, Row)
+    assert (item.label, item.imitate) == (label, label > 0.5)
+    module = build(rows, rating_range=(1, 5), val_fraction=0.0)
+    module.setup()
+    (batch,) = module.train_dataloader()
+    assert batch.label.tolist() == [label]
+    assert batch.labelled.all()
+    split = module.report.splits["train"]
+    assert (split.up, split.even, split.down) == (label > 0.5, label == 0.5, label < 0.5)
+
+
+def test_ratings_need_a_range(build: Build) -> None:
+    rows = [{"prompt": "q", "response": "a", "score": 3}]
+    columns = {"rating": "score"}
+    with pytest.raises(ValueError, match=r"data.train:1: has a score, and data.rating_range does"):
+        build(rows, columns=columns, on_bad_row="reject").read()
+    for wrong in ((5, 1), (1, 1), (0, float("inf"))):
+        with pytest.raises(
+            ValueError, match=r"data.rating_range must be the lowest and the highest"
+        ):
+            build(rows, rating_range=wrong)
+    for rating in ("good", True, [3], float("nan")):
+        row = {"prompt": "q", "response": "a", "rating": rating}
+        with pytest.raises(ValueError, match=r"data.train:1: rating must be a number, got"):
+            build([row], rating_range=(1, 5)).read()
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def test_pairs_of_whole_dialogs_share_their_prompt(build: Build) -> None:
+    row = {"chosen": talk("q", "a", "r", "good"), "rejected": talk("q", "a", "r", "bad")}
+    pair = one(build, [row])
+    assert isinstance(pair, Pair)
+    assert [turn.text for turn in pair.chosen.context] == ["q", "a", "r"]
+    assert pair.chosen.context == pair.rejected.context
+    assert (pair.chosen.response, pair.rejected.response) == (
+        (Turn("agent", "good"),),
+        (Turn("agent", "bad"),),
+    )
+    prompt = one(build, [row], rows="prompts")
+    assert isinstance(prompt, Row)
+    assert prompt.context == pair.chosen.context
+    # With a prompt column beside them, as some data sets have it.
+    assert one(build, [{"prompt": talk("q", "a", "r"), **row}]) == pair
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "words"),
+    [
+        (talk("q", "a", "r", "b"), talk("q", "c", "r", "d"), "differ before their last messages"),
+        (talk("q", "a"), talk("q", "a", "r", "d"), "differ before their last messages"),
+        (talk("q", "a")[1:], talk("q", "b")[1:], "differ before their last messages"),
+        (talk("q", "a", "r"), talk("q", "a", "s"), "does not end with the assistant"),
+        (talk("q", "a"), talk("q", " "), "empty answer in rejected"),
+        (talk("q", "a"), talk("q", "a"), "identical pair"),
+        ("a", "b", "chosen must be a list of"),
+    ],
+)
+def test_pairs_without_a_common_prompt(
+    build: Build, chosen: object, rejected: object, words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"data.train:1: .*{words}"):
+        build([{"chosen": chosen, "rejected": rejected}]).read()
+
+
+def test_dialogs_are_grouped_by_their_opening(build: Build) -> None:
+    system = {"role": "system", "content": "Be kind."}
+    rows: list[dict[str, object]] = [
+        {"messages": [system, *talk(f"q{number}", "a", "r", "b")[: 2 * length]]}
+        for number in range(20)
+        for length in (1, 2)
+    ]
+    rows += [{"prompt": [system, *talk(f"q{n}", "a", "s")], "response": "b"} for n in range(20)]
+    splits = build(rows, val_fraction=0.25).read()
+    assert [len(split) for split in splits[:2]] == [45, 15]
+    groups = [{first_row(item).dialog for item in split} for split in splits[:2]]
+    assert not groups[0] & groups[1]
 
 
 def test_no_row_left_and_no_tokenizer_stop_in_setup(build: Build, tmp_path: Path) -> None:

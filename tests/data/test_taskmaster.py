@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from transformers import AutoTokenizer
 
 from lightning_perl.batches import PromptBatch, RatedBatch
-from lightning_perl.data import TaskmasterDataModule
+from lightning_perl.data import TaskmasterDataModule, taskmaster
+from lightning_perl.data.download import Remote
 from lightning_perl.data.folds import assign_folds, hold_out
 from lightning_perl.data.rows import Item, Pair, Row, Turn
 from lightning_perl.data.taskmaster import dialog_key
+from tests.data.golden import assert_golden
 from tests.data.taskmaster_files import (
     GREETING,
     agent,
@@ -104,10 +107,13 @@ def test_repeated_rows_are_used_once_and_conflicts_counted(build: Build, tmp_pat
     write(tmp_path / "taskmaster-coffee/reward/reward_00.json", once + again)
     module = build(demonstrations=False)
     assert len(read_all(module)) == len(once) + 1
-    assert module.report.notes == {
-        "repeated rated turns, used once": 2,
-        "answers with a thumb up and a thumb down, both kept": 1,
-    }
+    assert (module.report.duplicates, module.report.conflicts) == (2, 1)
+    words = r"reward_00.json:2: conflicting labels: .*reward_00.json:43 says the opposite"
+    with pytest.raises(ValueError, match=words):
+        build(demonstrations=False, keep_conflicts=False, on_bad_row="raise").read()
+    module = build(demonstrations=False, keep_conflicts=False)
+    assert len(read_all(module)) == len(once) - 1
+    assert module.report.rejected == {"conflicting labels": 2}
 
 
 def test_empty_answers_are_counted_or_raise(build: Build, tmp_path: Path) -> None:
@@ -203,7 +209,66 @@ def test_demonstrations_are_split_by_their_words(build: Build, tmp_path: Path) -
     assert [len(split) for split in splits] == [48, 6, 6]
     groups = [{row.dialog for row in single(split)} for split in splits]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 30
-    assert module.report.notes == {"repeated demonstrations, used once": 1}
+    assert module.report.duplicates == 1
+
+
+def test_both_forms_of_the_ticketing_dialogs(build: Build, tmp_path: Path) -> None:
+    utterances = [
+        {"index": 0, "speaker": "user", "text": "Emma, please.", "apis": [], "segments": []},
+        {
+            "index": 1,
+            "speaker": "assistant",
+            "text": "One moment.",
+            "apis": [
+                {
+                    "name": "find_theaters",
+                    "index": 1,
+                    "args": {"name.movie": "Emma"},
+                    "response": {"name.theater": ["Roxy", "Odeon"]},
+                }
+            ],
+        },
+        {"index": 2, "speaker": "assistant", "text": "Roxy or Odeon?", "segments": []},
+        {"index": 3, "speaker": "user", "text": "bye", "apis": []},
+    ]
+    row = {"conversation_id": "dlg-1", "vertical": "Movie Tickets", "utterances": utterances}
+    write(tmp_path / "TM-3-2020/data/data_00.json", [row])
+    table = tmp_path / "TM-3-2020/splits/train/train-aa.tsv"
+    table.parent.mkdir(parents=True)
+    table.write_text("<U>hi\t[A]x\td\n")
+    (demonstration,) = read_all(build(task="ticketing", thumbs=False))
+    assert demonstration.context == (Turn("user", "Emma, please."),)
+    assert demonstration.response == (
+        Turn("agent", "One moment."),
+        Turn("agent", 'call find_theaters {"name.movie": "Emma"}'),
+        Turn("api", 'find_theaters {"name.theater": ["Roxy", "Odeon"]}'),
+        Turn("agent", "Roxy or Odeon?"),
+    )
+    (tmp_path / "TM-3-2020/data/data_00.json").unlink()
+    (turn,) = read_all(build(task="ticketing", thumbs=False))
+    assert turn.response == (Turn("agent", "x"),)
+
+
+@pytest.mark.parametrize("task", ["coffee", "ticketing"])
+def test_what_is_missing_is_fetched(
+    build: Build, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[Remote] = []
+    monkeypatch.setattr(taskmaster, "fetch_all", lambda remotes, _: wanted.extend(remotes))
+    release = {"coffee": "TM-4-2024", "ticketing": "TM-3-2020"}[task]
+    build(task=task, demonstrations=False).prepare_data()
+    number = {"coffee": 7, "ticketing": 8}[task]
+    assert [remote.path for remote in wanted] == [
+        f"{release}/reward/reward_{n:02d}.json" for n in range(number)
+    ]
+    assert all(remote.url.endswith(f"/{remote.path}") and remote.sha256 for remote in wanted)
+    write(tmp_path / f"{release}/reward/reward_00.json", thumbs())
+    wanted.clear()
+    build(task=task).prepare_data()
+    number = {"coffee": 8, "ticketing": 20}[task]
+    assert [remote.path for remote in wanted] == [
+        f"{release}/data/data_{n:02d}.json" for n in range(number)
+    ]
 
 
 def test_a_dialog_without_an_agent_turn_is_counted(build: Build, tmp_path: Path) -> None:
@@ -263,7 +328,11 @@ def test_broken_ticketing_rows_name_file_and_row(
     file.parent.mkdir(parents=True)
     file.write_text(f"<U>hi\t[A]x\td\r\n{line}\r\n", newline="")
     with pytest.raises(ValueError, match=f"train-bc.tsv:2: .*{words}"):
-        build(task="ticketing", thumbs=False).read()
+        build(task="ticketing", thumbs=False, on_bad_row="raise").read()
+    if "broken table" not in words:
+        module = build(task="ticketing", thumbs=False)
+        assert len(read_all(module)) == 1
+        assert module.report.rejected.total() == 1
 
 
 @pytest.mark.parametrize("task", ["coffee", "ticketing"])
@@ -291,7 +360,6 @@ def test_a_file_and_its_gzip_are_read_once_and_the_folder_itself_will_do(
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ({"a": 1}, "reward_00.json: expected an array of rows, got dict"),
         ([3], "reward_00.json:1: expected an object, got int"),
         ([*thumbs(1), {"context": "[]"}], r"reward_00.json:3: no key 'generation'; got \['con"),
         ([{**thumbs(1)[0], "context": "[{"}], "reward_00.json:1: 'context' holds broken JSON"),
@@ -302,11 +370,15 @@ def test_a_file_and_its_gzip_are_read_once_and_the_folder_itself_will_do(
     ],
 )
 def test_rows_that_are_not_the_corpus_name_file_and_row(
-    build: Build, tmp_path: Path, rows: object, words: str
+    build: Build, tmp_path: Path, rows: list[object], words: str
 ) -> None:
     write(tmp_path / "taskmaster-coffee/reward/reward_00.json", rows)
     with pytest.raises(ValueError, match=words):
-        build(demonstrations=False).read()
+        build(demonstrations=False, on_bad_row="raise").read()
+    module = build(demonstrations=False)
+    # Two good rows of three, or none of one.
+    assert len(read_all(module)) == len(rows) - 1
+    assert module.report.rejected.total() == 1
 
 
 @pytest.mark.parametrize(
@@ -315,6 +387,8 @@ def test_rows_that_are_not_the_corpus_name_file_and_row(
         ("hello", "'utterances' must be a list, got str"),
         ([{"speaker": "cook", "text": "x"}], "not an utterance: .*cook"),
         ([{"speaker": "user", "text": "x", "annotations": [{"name": 1}]}], "not an annotation"),
+        ([{"speaker": "user", "text": "x", "annotations": 1}], "'apis' and 'annotations' must be"),
+        ([{"speaker": "user", "text": "x", "apis": [{"name": "book"}]}], "not an API call: .*book"),
     ],
 )
 def test_dialogs_that_are_not_the_corpus_name_file_and_row(
@@ -323,7 +397,10 @@ def test_dialogs_that_are_not_the_corpus_name_file_and_row(
     rows = [dialog(0), {"utterances": utterances}]
     write(tmp_path / "taskmaster-coffee/data/data_00.json", rows)
     with pytest.raises(ValueError, match=f"data_00.json:2: {words}"):
-        build(thumbs=False).read()
+        build(thumbs=False, on_bad_row="raise").read()
+    module = build(thumbs=False)
+    assert len(read_all(module)) == 1
+    assert module.report.rejected.total() == 1
 
 
 def test_a_live_tokenizer_will_do_and_held_out_rows_come_in_order(
@@ -334,7 +411,8 @@ def test_a_live_tokenizer_will_do_and_held_out_rows_come_in_order(
     module = build(tokenizer=tokenizer, demonstrations=False, val_batch_size=3)
     module.setup()
     assert module.tokenizer is tokenizer
-    for batches in (module.test_dataloader(), module.predict_dataloader()):
+    for loader in (module.test_dataloader(), module.predict_dataloader()):
+        batches = list(loader)
         assert [number for batch in batches for number in batch.row.tolist()] == list(range(8))
         assert len(batches) == 3
 
@@ -346,8 +424,14 @@ def test_broken_files_name_file_and_line(build: Build, tmp_path: Path) -> None:
     file.write_text('[\n{"context": oops}]')
     with pytest.raises(ValueError, match=r"reward_00.json:2: broken JSON \(Expecting value"):
         module.read()
-    file.write_bytes(b"[\xff]")
-    with pytest.raises(ValueError, match=r"reward_00.json: byte 1 is not UTF-8"):
+    file.write_bytes(b"[\n\xff]")
+    with pytest.raises(ValueError, match=r"reward_00.json:2: not UTF-8 \(byte 0xff\)"):
+        module.read()
+    file.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"reward_00.json: expected an array of rows, got dict"):
+        module.read()
+    file.write_text("<!doctype html><title>404</title>")
+    with pytest.raises(ValueError, match=r"reward_00.json:1: a web page in place of data"):
         module.read()
     file.unlink()
     whole = gzip.compress(b"[]")
@@ -368,7 +452,7 @@ def test_deep_json_names_file_and_line(build: Build, tmp_path: Path) -> None:
         module.read()
     write(file, [thumbs(1)[0], {**thumbs(1)[0], "generation": deep}])
     with pytest.raises(ValueError, match=r"json:2: 'generation' holds broken JSON \(nested too"):
-        module.read()
+        build(demonstrations=False, on_bad_row="raise").read()
 
 
 def test_half_a_surrogate_pair_is_counted_or_raises(build: Build, tmp_path: Path) -> None:
@@ -423,7 +507,8 @@ def test_real_coffee_thumbs(tokenizer_dir: Path) -> None:
     module = real(tokenizer_dir, "coffee", demonstrations=False)
     rows = read_all(module)
     assert len(rows) == 2_997
-    assert module.report.notes == {"repeated rated turns, used once": 231}
+    assert module.report.duplicates == 231
+    assert not module.report.rejected
     assert 2_997 + 231 == 3_228
     assert sum(not row.context for row in rows) == 6
     # 881 groups of the first two turns, the six empty contexts being one of them.
@@ -445,9 +530,8 @@ def test_real_coffee_labels_with_repetitions(
 def test_real_ticketing_thumbs(tokenizer_dir: Path) -> None:
     module = real(tokenizer_dir, "ticketing", demonstrations=False)
     rows = read_all(module)
-    notes = module.report.notes
-    assert len(rows) + notes["repeated rated turns, used once"] == 3_667
-    assert notes["answers with a thumb up and a thumb down, both kept"] == 5
+    assert len(rows) + module.report.duplicates == 3_667
+    assert module.report.conflicts == 5
     assert len({row.dialog for row in rows}) == 271
     assert sum(not row.response[0].text for row in rows) == 4
     assert max(len(row.context) for row in rows) == 86
@@ -456,13 +540,13 @@ def test_real_ticketing_thumbs(tokenizer_dir: Path) -> None:
 def test_real_demonstrations(tokenizer_dir: Path) -> None:
     coffee = real(tokenizer_dir, "coffee", thumbs=False)
     rows = read_all(coffee)
-    assert len(rows) + coffee.report.notes["repeated demonstrations, used once"] == 3_710
+    assert len(rows) + coffee.report.duplicates == 3_710
     assert len({row.dialog for row in rows}) == 3_710 - 23
     assert all(row.context[0].role == "user" for row in rows)
     assert all(row.response[-1].role == "agent" for row in rows)
     ticketing = real(tokenizer_dir, "ticketing", thumbs=False)
     rows = read_all(ticketing)
-    assert len(rows) + ticketing.report.notes["repeated demonstrations, used once"] == 1_517
+    assert len(rows) + ticketing.report.duplicates == 1_517
     # 1,462 ids; the one repeated row was all there is of its second id.
     assert len({row.dialog for row in rows}) == 1_461
     first = Counter(row.response[0].text.startswith("call ") for row in rows)
@@ -481,12 +565,38 @@ def test_no_real_context_leaks_into_another_split(tokenizer_dir: Path, task: str
     assert not [row.where for row in first if len(row.context) >= 2 and row.context in prefixes]
 
 
-def test_real_ticketing_contexts_are_cut_from_the_left(tokenizer_dir: Path) -> None:
-    module = real(tokenizer_dir, "ticketing", demonstrations=False, rows="prompts")
+def test_real_ticketing_contexts_are_cut_from_the_left_and_the_counts_add_up(
+    tokenizer_dir: Path,
+) -> None:
+    module = real(tokenizer_dir, "ticketing", demonstrations=False)
     module.setup()
-    report = module.report.splits["train"]
-    assert report.cut_turns > 1_000
-    assert max(report.tokens) <= 512 - 128
+    report = module.report
+    assert report.splits["train"].cut_turns > 1_000
+    assert max(report.splits["train"].prompt_tokens) <= 512 - 128
+    kept = sum(split.kept for split in report.splits.values())
+    assert report.rows == 3_667 == kept + report.duplicates + report.rejected.total()
+    assert report.rejected["empty answer"] == 4
     batch = next(iter(module.val_dataloader()))
-    assert isinstance(batch, PromptBatch)
+    assert isinstance(batch, RatedBatch)
     assert torch.equal(batch.row, torch.arange(8))
+
+
+@pytest.mark.parametrize("task", ["coffee", "ticketing"])
+def test_three_real_rows_from_raw_text_to_tokens_and_back(tokenizer_dir: Path, task: str) -> None:
+    module = real(tokenizer_dir, task, demonstrations=False)
+    files = sorted((SHARED / f"taskmaster-{task}/reward").glob("*.gz"))
+    raw = json.loads(gzip.decompress(files[0].read_bytes()))
+    by_place = {row.where: row for row in read_all(module)}
+    for number in (1, 2, 3):
+        generation = json.loads(raw[number - 1]["generation"])
+        row = by_place[f"{files[0]}:{number}"]
+        assert row.label == raw[number - 1]["reward"]
+        assert len(row.context) == len(json.loads(raw[number - 1]["context"]))
+        encoded = module.encoder.encode(row, 2_048, 256)
+        assert_golden(module, row, encoded)
+        answer = row.response[0].text
+        if "api" in generation:
+            ((name, arguments),) = generation["api"].items()
+            assert answer == f"call {name} {json.dumps(arguments, ensure_ascii=False)}"
+        else:
+            assert answer == generation["text"]

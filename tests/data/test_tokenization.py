@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_perl.data import tokenization
 from lightning_perl.data.rows import Row, Turn
-from lightning_perl.data.tokenization import BadRow, TurnEncoder, encode, encode_prompt
+from lightning_perl.data.tokenization import (
+    PLAIN,
+    BadRow,
+    TurnEncoder,
+    encode,
+    encode_prompt,
+    template_of,
+)
 
 USER = Turn("user", "an espresso please")
 CALL = Turn("agent", 'call get_menu_items {"query": "espresso"}')
@@ -228,3 +236,58 @@ def test_half_a_surrogate_pair_is_a_bad_row(tokenizer: PreTrainedTokenizerBase, 
         encode(tokenizer, row((USER,), SORRY, bad, SORRY), 256, 16)
     whole = row((Turn("user", "\U0001f600"),), SORRY)
     assert "\U0001f600" in text(tokenizer, encode(tokenizer, whole, 64, 32).ids)
+
+
+@pytest.mark.parametrize("answer", ["no", ":", "\n", "'s here", "gent", "123"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_prompts_ids_do_not_depend_on_the_answer(
+    tokenizer: PreTrainedTokenizerBase, answer: str, chat: bool
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}A"
+    encoder = TurnEncoder(tokenizer, chat)
+    prompt = encoder.encode_prompt((USER,), 64).ids
+    agent = Turn("agent", f"x{answer}" if not answer.strip() else answer)
+    encoded = encoder.encode(row((USER,), agent), 96, 32)
+    assert encoded.ids[: len(prompt)] == prompt
+    assert encoded.response_mask == [place >= len(prompt) for place in range(len(encoded.ids))]
+    whole = tokenizer.encode(text(tokenizer, encoded.ids), add_special_tokens=False)
+    # The test bites: encoded at once, some of these would be joined with what stands before.
+    if chat and answer == "gent":
+        assert whole != encoded.ids
+
+
+def test_every_finished_answer_ends_in_one_eos_that_counts(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    for response in ((SORRY,), (CALL, API, SORRY), (SORRY, USER, SORRY)):
+        encoded = encode(tokenizer, row((USER,), *response), 256, 64)
+        answers = sum(turn.role == "agent" for turn in response)
+        ends = [place for place, token in enumerate(encoded.ids) if token == tokenizer.eos_token_id]
+        assert len(ends) == answers
+        assert all(encoded.response_mask[place] for place in ends)
+        assert ends[-1] == len(encoded.ids) - 1
+
+
+def test_the_template_has_a_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert TurnEncoder(tokenizer).template == template_of(None) == PLAIN == "plain-1"
+    tokenizer.chat_template = "{{ messages }}"
+    name = template_of(tokenizer)
+    assert TurnEncoder(tokenizer, chat_template=True).template == name
+    # The first hex digits of the text's SHA-256; printf '{{ messages }}' | sha256sum.
+    assert name == "chat-f24189f0"
+    tokenizer.chat_template = "{{ messages }} "
+    assert template_of(tokenizer) != name
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        template_of(tokenizer)
+
+
+def test_an_encoder_remembers_so_many_characters(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "MOST_CACHED", 100)
+    encoder = TurnEncoder(tokenizer)
+    for number in range(50):
+        turns = (Turn("user", f"word {number}"),)
+        assert encoder.encode_prompt(turns, 64).ids == encode_prompt(tokenizer, turns, 64)
+        assert sum(map(len, encoder._cache)) <= 100

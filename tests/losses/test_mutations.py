@@ -24,6 +24,15 @@ from lightning_perl.functional.advantages import generalized_advantages, token_r
 from lightning_perl.functional.kl import k1, k2, k3
 from lightning_perl.functional.logprobs import at_least_fp32, chosen_logprobs, chunked_logprobs
 from lightning_perl.functional.masked import masked_mean, masked_sum, whiten
+from lightning_perl.functional.packing import (
+    attention_bias,
+    common_prefix,
+    pack,
+    packed_tokens,
+    places,
+    plan,
+    unpack,
+)
 from lightning_perl.functional.sequences import (
     at_columns,
     at_last_response,
@@ -36,7 +45,8 @@ from lightning_perl.functional.sequences import (
 )
 from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.losses.ppo import clipped_surrogate, clipped_value_loss
-from lightning_perl.losses.reward import bradley_terry, thumbs
+from lightning_perl.losses.reinforce import baseline_loss, policy_gradient
+from lightning_perl.losses.reward import bradley_terry, centering, thumbs
 from tests.functional.test_advantages import check_generalized_advantages, check_token_rewards
 from tests.functional.test_kl import check_k1, check_k2, check_k3
 from tests.functional.test_logprobs import (
@@ -45,6 +55,7 @@ from tests.functional.test_logprobs import (
     check_chunked_logprobs,
 )
 from tests.functional.test_masked import check_masked_mean, check_masked_sum, check_whiten
+from tests.functional.test_packing import CHECKS as PACKING_CHECKS
 from tests.functional.test_sequences import (
     check_at_columns,
     check_at_last_response,
@@ -57,7 +68,8 @@ from tests.functional.test_sequences import (
 )
 from tests.losses.test_language_modeling import check_cross_entropy
 from tests.losses.test_ppo import check_clipped_surrogate, check_clipped_value_loss
-from tests.losses.test_reward import check_bradley_terry, check_thumbs
+from tests.losses.test_reinforce import check_baseline_loss, check_policy_gradient
+from tests.losses.test_reward import check_bradley_terry, check_centering, check_thumbs
 
 Function = Callable[..., Any]
 
@@ -99,11 +111,53 @@ CHECKS: dict[Function, Callable[[Function], None]] = {
     cross_entropy: check_cross_entropy,
     clipped_surrogate: check_clipped_surrogate,
     clipped_value_loss: check_clipped_value_loss,
+    policy_gradient: check_policy_gradient,
+    baseline_loss: check_baseline_loss,
     bradley_terry: check_bradley_terry,
+    centering: check_centering,
     thumbs: check_thumbs,
+    **PACKING_CHECKS,
 }
 
 MUTATIONS: dict[Function, list[Mutation]] = {
+    common_prefix: [
+        Mutation("a row without a token of its own", " - 1", ""),
+        Mutation("one row differs, nobody minds", "any(", "all("),
+        Mutation("one too many", "return column", "return column + 1"),
+    ],
+    packed_tokens: [
+        Mutation("prompt counted twice", "(len(rows) - 1)", "(len(rows) - 2)"),
+    ],
+    plan: [
+        Mutation("answers on one another", "start += len(row) - shared", "start += 0"),
+        Mutation("gaps as long as the prompt", "len(row) - shared", "len(row)"),
+        Mutation("the last line's columns", "max(columns, start)", "start"),
+    ],
+    places: [
+        Mutation("lines on one another", "packing.line[:, None] * packing.columns + inside", "inside"),
+        Mutation("answers where they stood", "torch.where(column < packing.shared[:, None], column, own)",
+                 "column"),
+        Mutation("outside the batch", ".clamp(max=packing.columns - 1)", ""),
+    ],
+    pack: [
+        Mutation("padding laid too", "torch.where(attention_mask, places(packing, tokens), size)",
+                 "places(packing, tokens)"),
+        Mutation("all tokens shared", "column < packing.shared[:, None]", "column >= 0"),
+        Mutation("nothing shared", "column < packing.shared[:, None]", "column < 0"),
+        Mutation("rows counted from zero", "torch.arange(1, len(ids) + 1,", "torch.arange(0, len(ids),"),
+        Mutation("positions run on", "laid(column, 0)", "laid(places(packing, tokens), 0)"),
+    ],
+    attention_bias: [
+        Mutation("answers see one another", "seen == looks", "seen != NOBODY"),
+        Mutation("the prompt is hidden", "(seen == SHARED) | ", ""),
+        Mutation("looks ahead", "& ~ahead", ""),
+        Mutation("empty softmax", " | itself", ""),
+        Mutation("padding is seen", "(seen != NOBODY)", "(seen == seen)"),
+        Mutation("boolean", "torch.where(visible, zero, torch.finfo(dtype).min)", "visible"),
+    ],
+    unpack: [
+        Mutation("the first columns", "where.flatten()", "torch.arange(where.numel()) % len(where)"),
+    ],
     position_ids: [
         Mutation("starts at one", " - 1", ""),
         Mutation("no clamp", ".clamp(min=0)", ""),
@@ -307,6 +361,20 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("fraction of the padding", ".to(values.dtype), response_mask",
                  ".to(values.dtype), ~response_mask"),
     ],
+    policy_gradient: [
+        Mutation("descent", "-logprobs", "logprobs"),
+        Mutation("advantages get a gradient", ".detach()", ""),
+        Mutation("inverted mask", "response_mask, denominator)", "~response_mask, denominator)"),
+        Mutation("denominator dropped", "response_mask, denominator)", "response_mask)"),
+    ],
+    baseline_loss: [
+        Mutation("returns get a gradient", ".detach()", ""),
+        Mutation("absolute error", "(returns.detach() - values) ** 2",
+                 "(returns.detach() - values).abs()"),
+        Mutation("halved", "** 2", "** 2 / 2"),
+        Mutation("inverted mask", "response_mask, denominator)", "~response_mask, denominator)"),
+        Mutation("denominator dropped", "response_mask, denominator)", "response_mask)"),
+    ],
     bradley_terry: [
         Mutation("rejected preferred", "chosen_scores - rejected_scores",
                  "rejected_scores - chosen_scores"),
@@ -319,10 +387,21 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("no pairs divide by zero", "max(difference.shape[0], 1)", "difference.shape[0]"),
         Mutation("statistics hold the graph", "torch.no_grad()", "torch.enable_grad()"),
     ],
+    centering: [
+        Mutation("the difference instead", "chosen_scores + rejected_scores",
+                 "chosen_scores - rejected_scores"),
+        Mutation("absolute value", "(chosen_scores + rejected_scores) ** 2",
+                 "(chosen_scores + rejected_scores).abs()"),
+        Mutation("sum of the pairs", " / max(chosen_scores.shape[0], 1)", ""),
+        Mutation("no pairs divide by zero", "max(chosen_scores.shape[0], 1)",
+                 "chosen_scores.shape[0]"),
+    ],
     thumbs: [
-        Mutation("weight of the thumbs down", "(positive_weight - 1) * targets",
-                 "(positive_weight - 1) * (1 - targets)"),
-        Mutation("weight dropped", "reduction='none') * weights", "reduction='none')"),
+        Mutation("weight of the whole row", "reduction='none', pos_weight=weight)",
+                 "reduction='none') * (1 + (positive_weight - 1) * targets)"),
+        Mutation("weight upside down", "scores.new_tensor(positive_weight)",
+                 "scores.new_tensor(1 / positive_weight)"),
+        Mutation("weight dropped", ", pos_weight=weight", ""),
         Mutation("labels inverted", "labels.to(scores.dtype)", "1 - labels.to(scores.dtype)"),
         Mutation("loss of the unlabelled", "masked_mean(losses, labelled)",
                  "masked_mean(losses, ~labelled)"),

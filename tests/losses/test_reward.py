@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.losses.reward import PairStats, ThumbStats, bradley_terry, thumbs
+from lightning_perl.losses.reward import PairStats, ThumbStats, bradley_terry, centering, thumbs
 from tests.functional.test_masked import check_hidden, random_mask, random_values
 
 
@@ -40,6 +40,16 @@ def check_bradley_terry(fn: Callable[..., tuple[Tensor, PairStats]]) -> None:
         assert_close(gradients[1], -gradients[0])
     nothing, stats = fn(torch.zeros(0), torch.zeros(0))
     assert [nothing.item(), *(one.item() for one in stats)] == [0, 0, 0]
+
+
+def check_centering(fn: Callable[..., Tensor]) -> None:
+    chosen, rejected = random_values(0, 9).requires_grad_(), random_values(1, 9).requires_grad_()
+    loss = fn(chosen, rejected)
+    sums = [won + lost for won, lost in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert loss.item() == pytest.approx(sum(one**2 for one in sums) / 9, rel=1e-12)
+    for gradient in torch.autograd.grad(loss, [chosen, rejected]):
+        assert_close(gradient, torch.tensor([2 * one / 9 for one in sums], dtype=torch.float64))
+    assert fn(torch.zeros(0), torch.zeros(0)).item() == 0
 
 
 def check_thumbs(fn: Callable[..., tuple[Tensor, ThumbStats]]) -> None:
@@ -76,6 +86,18 @@ def check_thumbs(fn: Callable[..., tuple[Tensor, ThumbStats]]) -> None:
         return found, *statistics
 
     check_hidden(flat, [scores], labelled)
+    # A rating is that much of a thumbs up and the rest of a thumbs down.
+    everyone, rating = torch.ones(40, dtype=torch.bool), random_values(5, 40).sigmoid()
+    ups = fn(scores, torch.ones(40), everyone, 3.0)[0] * 40
+    mixed, stats = fn(scores, rating, everyone, 3.0)
+    parts = [
+        -3.0 * y * math.log(sigmoid(score)) - (1 - y) * math.log(sigmoid(-score))
+        for score, y in zip(scores.tolist(), rating.tolist(), strict=True)
+    ]
+    assert mixed.item() == pytest.approx(sum(parts) / 40, rel=1e-12)
+    assert ups.item() == pytest.approx(-3.0 * sum(math.log(sigmoid(s)) for s in scores.tolist()))
+    sides = [(s > 0) == (y > 0.5) for s, y in zip(scores.tolist(), rating.tolist(), strict=True)]
+    assert stats.accuracy.item() == pytest.approx(sum(sides) / 40)
     for filler in (-1, -100, 7):  # whatever an unlabelled row's label holds
         other, _ = fn(scores, torch.where(labelled, labels, filler), labelled, 3.0)
         assert_close(other, flat(scores)[0], rtol=0, atol=0)
@@ -87,6 +109,17 @@ def test_bradley_terry() -> None:
 
 def test_thumbs() -> None:
     check_thumbs(thumbs)
+
+
+def test_centering() -> None:
+    check_centering(centering)
+
+
+def test_centering_is_least_where_a_pair_lies_around_zero() -> None:
+    # Bradley-Terry is blind to a shift, centering sees nothing else.
+    chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, -0.5])
+    assert centering(chosen, rejected) == 0
+    assert centering(chosen + 3, rejected + 3) == 36
 
 
 def test_bradley_terry_is_log_two_before_training() -> None:

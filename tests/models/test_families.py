@@ -230,7 +230,7 @@ def test_plain_peft_loads_a_saved_adapter_with_equal_logits(
     trunk = roles.trunk("policy")
     for adapter, role in (("actor", "policy"), ("critic", "value")):
         trunk.adapters.save(adapter, tmp_path / adapter, str(folder))
-        with roles(role):  # type: ignore[arg-type]
+        with roles(role):
             ours = our_logits(trunk, sequences)
         peft = PeftModel.from_pretrained(bare(folder), tmp_path / adapter)
         assert_close(own_logits(peft, sequences), ours, atol=1e-5, rtol=1e-5)

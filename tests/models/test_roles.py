@@ -90,7 +90,7 @@ def test_hydra_reads_reference_and_reward_in_one_pass(
 def test_groups_keep_the_order_asked() -> None:
     roles = Roles.__new__(Roles)
     torch.nn.Module.__init__(roles)
-    roles.seats = LAYOUTS["hydra"]
+    roles.seats = {str(role): seat for role, seat in LAYOUTS["hydra"].items()}
     assert roles.groups(("reward", "policy", "reference")) == [("reward", "reference"), ("policy",)]
     assert roles.groups(()) == []
 
@@ -235,8 +235,8 @@ def test_an_optimizer_over_both_trains_both_and_nothing_else(
     for name, parameter in roles.named_parameters():
         assert torch.equal(parameter, before[name]) == (id(parameter) not in trainable), name
     # Hydra swaps heads, never shares them: the value head was trained, the reward head stands.
-    assert torch.equal(roles.reward_head.weight, load_head(tiny_trunk(), "reward").weight)
-    assert not torch.equal(roles.value_head.weight, roles.reward_head.weight)
+    assert torch.equal(roles.reward_head().weight, load_head(tiny_trunk(), "reward").weight)
+    assert not torch.equal(roles.value_head.weight, roles.reward_head().weight)
     now = answers(roles, ("reference", "reward"))
     for name in ("reference", "reward"):
         assert torch.equal(getattr(now, name), getattr(frozen_answers, name))
@@ -266,7 +266,7 @@ def test_heads_get_their_own_gradients(tiny_trunk: TinyTrunk) -> None:
     backward(loss(roles, rows, "value"))
     assert roles.value_head.weight.grad is not None
     assert roles.value_head.bias.grad is not None
-    assert roles.reward_head.weight.grad is None
+    assert roles.reward_head().weight.grad is None
     reward = roles.answer(rows, ("reward", "reference"))
     assert reward.reward is not None
     assert reward.reference is not None
@@ -317,7 +317,7 @@ def test_perl_starts_its_critic_from_a_copy_of_the_reward_model(
         assert parameter.data_ptr() != critic[key].data_ptr()
         assert (parameter.requires_grad, critic[key].requires_grad) == (False, True)
     assert len(adapters.tensors("actor")) == 28
-    assert roles.value_head.weight.data_ptr() != roles.reward_head.weight.data_ptr()
+    assert roles.value_head.weight.data_ptr() != roles.reward_head().weight.data_ptr()
     assert float(roles.value_head.bias.detach()) == pytest.approx(-0.4)
     assert_value_is_reward_on_every_prefix(roles)
     assert_scores_are_plain_pefts(roles, tiny_trunk(), reward_adapter)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -291,3 +293,93 @@ def test_phases_are_told(
     trainer.fit(module, batches_for(module, 1))
     one_step = [*learning, "+optimizer", "-optimizer"]
     assert phases.seen == ["+rollout", "-rollout", "+score", "-score", *one_step * 4]
+
+
+class Told(LightningDataModule):
+    """Ready batches that say how their turns were rendered."""
+
+    def __init__(self, batches: tiny.Batches, template: str | None) -> None:
+        super().__init__()
+        self.batches = batches
+        if template is not None:
+            self.template = template
+
+    def train_dataloader(self) -> tiny.Batches:
+        return self.batches
+
+
+def told_fit(module: AdapterModule, template: str | None, root: Path) -> Path:
+    trainer, folder = tiny.quiet_trainer(root)
+    trainer.fit(module, datamodule=Told(batches_for(module, 1), template))
+    return folder
+
+
+def said(folder: Path) -> str | None:
+    template: str | None = json.loads((folder / "manifest.json").read_text()).get("template")
+    return template
+
+
+def test_the_template_goes_from_stage_to_stage(plain_trunk: Path, tmp_path: Path) -> None:
+    hydra = told_fit(HydraSFT(str(plain_trunk), tiny.LORA), "plain-1", tmp_path) / "trunk"
+    assert said(hydra) == "plain-1"
+    reward = told_fit(RewardModel(str(hydra), tiny.LORA), None, tmp_path) / "adapters/reward"
+    assert said(reward) == "plain-1"
+    with pytest.raises(ValueError, match=rf"data has the template 'chat-0', {hydra} has 'plain-1'"):
+        told_fit(SFT(str(hydra), tiny.LORA), "chat-0", tmp_path)
+    policy = PPO(str(hydra), "full", sampling=tiny.SAMPLING)
+    written = list(told_fit(policy, "plain-1", tmp_path).rglob("manifest.json"))
+    assert [said(path.parent) for path in written] == ["plain-1", "plain-1"]
+
+
+def test_prompts_must_be_written_as_the_reward_model_read_them(
+    plain_trunk: Path, tmp_path: Path
+) -> None:
+    # The trunk itself says nothing: it comes from elsewhere.
+    reward = told_fit(RewardModel(str(plain_trunk), tiny.LORA), "chat-0", tmp_path)
+    adapter = reward / "adapters" / "reward"
+    assert said(adapter) == "chat-0"
+
+    def policy() -> PPO:
+        arguments: dict[str, Any] = {"lora": tiny.LORA, "sampling": tiny.SAMPLING}
+        return PPO(str(plain_trunk), "perl", reward=str(adapter), **arguments)
+
+    with pytest.raises(
+        ValueError,
+        match=rf"data has the template 'plain-1', {adapter} has 'chat-0': .*Set data.chat_template",
+    ):
+        told_fit(policy(), "plain-1", tmp_path)
+    told_fit(policy(), "chat-0", tmp_path)
+    # Loaders without a datamodule say nothing, and nothing is compared.
+    told_fit(policy(), None, tmp_path)
+
+
+def test_a_reward_adapter_of_another_template_than_the_trunks(
+    plain_trunk: Path, tmp_path: Path
+) -> None:
+    adapter = told_fit(RewardModel(str(plain_trunk), tiny.LORA), "chat-0", tmp_path)
+    trunk = tmp_path / "trunk"
+    shutil.copytree(plain_trunk, trunk)
+    (trunk / "manifest.json").write_text('{"template": "plain-1"}')
+    with pytest.raises(ValueError, match=r"has the template 'chat-0', .*trunk has 'plain-1'"):
+        PPO(
+            str(trunk),
+            "perl",
+            lora=tiny.LORA,
+            sampling=tiny.SAMPLING,
+            reward=str(adapter / "adapters" / "reward"),
+        )
+
+
+def test_trunks_of_two_templates_do_not_play_together(hydra_trunk: Path, tmp_path: Path) -> None:
+    trunks = []
+    for name in ("plain-1", "chat-0"):
+        trunks.append(tmp_path / name)
+        shutil.copytree(hydra_trunk, trunks[-1])
+        (trunks[-1] / "manifest.json").write_text(json.dumps({"template": name}))
+    module = PPO(
+        str(trunks[0]), "lora", lora=tiny.LORA, sampling=tiny.SAMPLING, reward=str(trunks[1])
+    )
+    with pytest.raises(
+        ValueError, match=r"has the template '.*', .* has '.*': the model would read"
+    ):
+        told_fit(module, None, tmp_path)

@@ -710,7 +710,8 @@ def test_test_rows_are_logged_under_test(kind: str, plain_trunk: Path, tmp_path:
     trainer, _ = tiny.quiet_trainer(tmp_path)
     (validated,) = trainer.validate(module, rows, verbose=False)
     (tested,) = trainer.test(module, rows, verbose=False)
-    assert tested == {key.replace("val/", "test/"): value for key, value in validated.items()}
+    # A test says more than a validation, and the same where both speak.
+    assert tested.items() >= {k.replace("val/", "test/"): v for k, v in validated.items()}.items()
     assert "test/loss" in tested
     assert all(key.startswith("test/") for key in tested)
 

@@ -142,7 +142,7 @@ def test_policy_that_is_not_the_reference_is_refused(
 def test_scores_that_are_no_numbers_are_refused(hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(hydra_trunk)
     with torch.no_grad():
-        module.roles.reward_head.bias.fill_(float("inf"))
+        module.roles.reward_head().bias.fill_(float("inf"))
     refuses(module, "reward role gives non-finite scores before any update.*heads.saf", tmp_path)
 
 
@@ -390,7 +390,7 @@ def test_measures_of_nothing() -> None:
 
 
 def logits_of(module: PPO, role: str, ids: Tensor) -> Tensor:
-    with torch.no_grad(), module.roles(role) as trunk:  # type: ignore[arg-type]
+    with torch.no_grad(), module.roles(role) as trunk:
         return trunk.project(trunk(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
@@ -454,7 +454,7 @@ def test_perl_starts_from_the_reward_adapter(plain_trunk: Path, tmp_path: Path) 
     with torch.no_grad(), module.roles("reward") as trunk:
         states = trunk(sequences.ids, sequences.attention_mask)
     columns = rollout.response_mask.shape[1]
-    values = module.roles.reward_head(states[:, -columns - 1 : -1])
+    values = module.roles.reward_head()(states[:, -columns - 1 : -1])
     assert_close(scored.values, values)
     before = tiny.weights(module)
     trainer, _ = tiny.quiet_trainer(tmp_path)

@@ -18,6 +18,7 @@ from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
+from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.rollouts.experience import Scored
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -176,7 +177,7 @@ def test_step_zero_identities(layout: Layout, hydra_trunk: Path) -> None:
             prefix = text[: prompt + token].unsqueeze(0)
             with torch.no_grad(), module.roles("reward") as trunk:
                 hidden = trunk(prefix, torch.ones_like(prefix, dtype=torch.bool))[:, -1]
-            reward = module.roles.reward_head(hidden)[0]
+            reward = module.roles.reward_head()(hidden)[0]
             assert_close(scored.values[row, token], reward, rtol=1e-6, atol=1e-7)
     experience, _ = module.experience(rollout, scored)
     stats, _ = tiny.rehearse(module, experience)
@@ -370,7 +371,7 @@ def test_frozen_bf16_trunk_with_fp32_adapters(hydra_trunk: Path, tmp_path: Path)
     changed = tiny.changed(before, module)
     assert changed == module.trainable_names()
     for name, parameter in module.named_parameters():
-        trained = ".lora_" in name or "_head." in name
+        trained = ".lora_" in name or "_head" in name
         assert parameter.dtype == (
             torch.float32 if trained and "lm_head" not in name else torch.bfloat16
         )
@@ -493,7 +494,7 @@ class Endings(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, PPO)
+        assert isinstance(pl_module, OnPolicy)
         rollout = pl_module.collect(batch, pl_module.rollout_index)
         last = at_columns(rollout.response_ids, last_true(rollout.response_mask))
         self.seen.append(float((last < GOOD).float().mean()))
@@ -539,7 +540,7 @@ def test_policy_learns_what_the_reward_head_likes(sign: int, tmp_path: Path) -> 
     assert trainer.global_step == 20
     early, late = sum(endings.seen[:2]) / 2, sum(endings.seen[-2:]) / 2
     assert 0.2 < early < 0.5
-    assert late > early + 0.3 if sign > 0 else late < early - 0.15
+    assert late > early + 0.3 if sign > 0 else late < early / 2
     # What it was paid for went up in either case.
     (logged,) = trainer.validate(module, tiny.Batches([tiny.prompts(64, 99)]), verbose=False)
     assert logged["val/score"] > logged["val/reference_score"] + 0.2
@@ -659,7 +660,7 @@ def test_score_is_paid_for_the_eos_action(hydra_trunk: Path) -> None:
         ).unsqueeze(0)
         with torch.no_grad(), module.roles("reward") as trunk:
             hidden = trunk(text, torch.ones_like(text, dtype=torch.bool))[:, -1]
-        reward = module.roles.reward_head(hidden)[0]
+        reward = module.roles.reward_head()(hidden)[0]
         assert_close(scored.scores[row], reward, rtol=1e-6, atol=1e-7)
     experience, _ = module.experience(rollout, scored)
     mask = rollout.response_mask

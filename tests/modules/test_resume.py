@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data.loaders import BucketBatches, ResumableLoader
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, RewardModel
+from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, Reinforce, RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
 from tests.modules import tiny
@@ -41,6 +41,9 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "HydraPPO": lambda trunk: HydraPPO(trunk, **RL),
     "PPO lora": lambda trunk: PPO(trunk, "lora", **RL),
     "PPO full": lambda trunk: PPO(trunk, "full", **RL),
+    "Reinforce": lambda trunk: Reinforce(
+        trunk, lora=tiny.LORA, sampling=tiny.SAMPLING, micro_batch_size=2, scheduler=halving
+    ),
 }
 BATCHES = 4
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from lightning_perl.batches import RatedBatch
-from lightning_perl.functional.sequences import pad_right
+from lightning_perl.functional.sequences import at_last_response, pad_right
+from lightning_perl.losses.reward import bradley_terry, centering, thumbs
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import load_trunk
-from lightning_perl.modules import RewardModel
+from lightning_perl.modules import SFT, RewardModel
+from lightning_perl.modules.supervised import sequences_of
 from tests.modules import tiny
 
 
@@ -122,3 +129,214 @@ def test_predict_names_the_rows(plain_trunk: Path) -> None:
     predicted = module.predict_step(batch, 0)
     assert predicted["row"].tolist() == [200, 201, 202, 203]
     assert_close(predicted["score"], module.scores(batch))
+
+
+def loader(batches: Sequence[RatedBatch]) -> DataLoader[RatedBatch]:
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class Rows(LightningDataModule):
+    """Ready batches, and a report of thumbs as the project's own datamodules give it."""
+
+    def __init__(
+        self,
+        train: Sequence[RatedBatch],
+        val: Sequence[RatedBatch] = (),
+        up: int = 0,
+        down: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.report = SimpleNamespace(splits={"train": SimpleNamespace(up=up, down=down)})
+
+    def train_dataloader(self) -> tiny.Batches:
+        return tiny.Batches(self.train)
+
+    def val_dataloader(self) -> DataLoader[RatedBatch]:
+        return loader(self.val)
+
+
+def test_loss_is_both_reward_losses_plus_centering_plus_the_lm_term(plain_trunk: Path) -> None:
+    batch = tiny.rated(7, pairs=2)
+    module = RewardModel(
+        str(plain_trunk),
+        None,
+        margin=0.1,
+        positive_weight=3.0,
+        center_coef=0.2,
+        lm_weight=0.7,
+        trunk_dtype="float64",
+    )
+    loss, stats = module.objective(batch)
+    lm_loss = SFT(str(plain_trunk), trunk_dtype="float64").objective(batch)[0]
+    hidden = module.hidden(batch)
+    scores = module._head(at_last_response(hidden, sequences_of(batch).response_mask))
+    chosen, rejected = scores[[0, 2]], scores[[1, 3]]
+    pair_loss = bradley_terry(chosen, rejected, 0.1)[0] + 0.2 * centering(chosen, rejected)
+    thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]
+    assert min(lm_loss, pair_loss, thumb_loss) > 0
+    assert_close(loss, pair_loss + thumb_loss + 0.7 * lm_loss)
+    assert_close(stats["reward_loss"], (pair_loss + thumb_loss).detach())
+    assert_close(stats["lm_loss"], lm_loss.detach())
+
+
+def test_without_an_lm_term_nothing_is_projected(
+    plain_trunk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, batch = RewardModel(str(plain_trunk)), tiny.rated(4)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("logits were computed")
+
+    monkeypatch.setattr(module.trunk, "project", refuse)
+    assert "lm_loss" not in module.objective(batch)[1]
+
+
+def test_lm_term_trains_the_lm_head(plain_trunk: Path, tmp_path: Path) -> None:
+    module = RewardModel(str(plain_trunk), None, lm_weight=1.0)
+    before = tiny.weights(module)
+    trainer, folder = tiny.quiet_trainer(tmp_path)
+    held_out = loader([tiny.rated(6, 9)])
+    trainer.fit(module, tiny.Batches([tiny.rated(6, seed) for seed in range(2)]), held_out)
+    changed = tiny.changed(before, module)
+    assert changed == module.trainable_names()
+    assert "trunk.model.lm_head.weight" in changed
+    (logged,) = trainer.validate(module, held_out, verbose=False)
+    assert logged["val/loss"] == pytest.approx(logged["val/reward_loss"] + logged["val/lm_loss"])
+    stored = load_trunk(str(folder / "trunk"))  # compared with the module's logits on writing
+    assert_close(stored.lm_head.weight, module.trunk.lm_head.weight.detach())
+
+
+def test_lm_term_with_an_adapter_leaves_the_trunk_alone(plain_trunk: Path) -> None:
+    module = RewardModel(str(plain_trunk), tiny.LORA, lm_weight=1.0)
+    names = module.trainable_names()
+    assert all(".lora_" in name or name.startswith("reward_head.") for name in names)
+    gradients = tiny.gradients_of(module, tiny.rated(6)._replace(labelled=torch.zeros(6).bool()))
+    assert any(gradient.any() for name, gradient in gradients.items() if ".lora_B" in name)
+
+
+def test_centering_keeps_scores_around_zero(plain_trunk: Path) -> None:
+    batches = [separable(seed, True) for seed in range(20)]
+    offsets = []
+    for center_coef in (0.0, 1.0):
+        module = RewardModel(
+            str(plain_trunk),
+            tiny.LORA,
+            center_coef=center_coef,
+            optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
+        )
+        with torch.no_grad():
+            module.heads()["reward"].bias.fill_(3.0)
+        tiny.steps_of(module, batches)
+        offsets.append(float(module.scores(separable(99, True)).detach().mean().abs()))
+    assert offsets[0] > 2
+    assert offsets[1] < 1
+
+
+def test_balanced_weight_is_the_datas(plain_trunk: Path, tmp_path: Path) -> None:
+    module = RewardModel(str(plain_trunk), tiny.LORA, positive_weight=None)
+    with pytest.raises(RuntimeError, match=r"positive_weight is None .* call `module.balance"):
+        module.objective(tiny.rated(4))
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    data = Rows([tiny.rated(6)], [tiny.rated(6, 1)], up=8, down=2)
+    trainer.fit(module, datamodule=data)
+    assert module.positive_weight == 0.25
+    module.balance(up=1, down=3)
+    assert module.positive_weight == 3
+
+
+def test_balanced_weight_without_counts_is_refused(plain_trunk: Path, tmp_path: Path) -> None:
+    module = RewardModel(str(plain_trunk), tiny.LORA, positive_weight=None)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"counted 5 up and 0 down .* Give the number"):
+        trainer.fit(module, datamodule=Rows([tiny.rated(6)], up=5))
+    trainer, _ = tiny.quiet_trainer(tmp_path)  # the other keeps its datamodule
+    with pytest.raises(ValueError, match=r"counted 0 up and 0 down .* Give the number"):
+        trainer.fit(module, tiny.Batches([tiny.rated(6)]))
+    module.balance(up=1, down=1)
+    trainer.fit(module, tiny.Batches([tiny.rated(6)]))
+
+
+@pytest.mark.parametrize("name", ["positive_weight", "center_coef", "lm_weight"])
+def test_negative_weights_are_refused(name: str, plain_trunk: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+        RewardModel(str(plain_trunk), **{name: -1.0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("split", ["val", "train", "val loader"])
+def test_demonstrations_score_zero_on_average_with_deviation_one(
+    split: str, lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
+) -> None:
+    train = [separable(seed, True) for seed in range(4)]
+    val = [tiny.rated(5, 50), tiny.rated(8, 51, pairs=2)]
+    module = RewardModel(
+        str(plain_trunk),
+        lora,
+        normalize_scores=True,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
+    )
+    plain = RewardModel(
+        str(plain_trunk), lora, optimizer=lambda params: torch.optim.AdamW(params, lr=0.01)
+    )
+    for number, model in enumerate((module, plain)):
+        trainer, folder = tiny.quiet_trainer(tmp_path / str(number))
+        if split == "val loader":
+            trainer.fit(model, tiny.Batches(train), loader(val))
+        else:
+            trainer.fit(model, datamodule=Rows(train, val if split == "val" else ()))
+        if number == 0:
+            handed_over = folder / ("adapters/reward" if lora else "trunk")
+    shown = train if split == "train" else val
+    with torch.no_grad():
+        scores = torch.cat([module.scores(batch)[batch.imitate] for batch in shown])
+        before = torch.cat([plain.scores(batch)[batch.imitate] for batch in shown])
+    assert_close(scores.mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert_close(scores.std(correction=0), torch.tensor(1.0), rtol=1e-4, atol=0)
+    # Only the head differs from a run without it, and only by shift and scale.
+    head, was = load_head(handed_over, "reward"), plain.heads()["reward"]
+    mean, deviation = before.mean(), before.std(correction=0)
+    assert_close(head.weight, was.weight / deviation)
+    assert_close(head.bias, (was.bias - mean) / deviation, rtol=1e-4, atol=1e-6)
+    assert {
+        name
+        for name, value in plain.state_dict().items()
+        if not torch.equal(value, module.state_dict()[name])
+    } == {"reward_head.weight", "reward_head.bias"}
+    manifest = json.loads((handed_over / "manifest.json").read_text())["normalized_from"]
+    assert manifest == pytest.approx({"mean": float(mean), "sd": float(deviation)}, rel=1e-4)
+    # No order changes.
+    probe = tiny.rated(16, 77)
+    with torch.no_grad():
+        assert torch.equal(module.scores(probe).argsort(), plain.scores(probe).argsort())
+
+
+def test_normalizing_twice_changes_nothing(plain_trunk: Path) -> None:
+    module = RewardModel(str(plain_trunk), trunk_dtype="float64")
+    batches = [tiny.rated(6, seed) for seed in range(3)]
+    module.normalize(batches)
+    before = module.heads()["reward"].weight.clone()
+    mean, deviation = module.normalize(batches)
+    assert mean == pytest.approx(0, abs=1e-9)
+    assert deviation == pytest.approx(1, rel=1e-9)
+    assert_close(module.heads()["reward"].weight, before)
+
+
+def test_nothing_to_normalize_by_is_refused_before_training(
+    plain_trunk: Path, tmp_path: Path
+) -> None:
+    module = RewardModel(str(plain_trunk), tiny.LORA, normalize_scores=True)
+    before = tiny.weights(module)
+    judged = [tiny.rated(6, seed, imitate=False) for seed in range(2)]
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"normalize_scores: neither the validation rows nor"):
+        trainer.fit(module, datamodule=Rows(judged, judged))
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    # Without a datamodule the training loader, which remembers its place, is not read.
+    with pytest.raises(ValueError, match=r"normalize_scores: neither"):
+        trainer.fit(module, tiny.Batches([tiny.rated(6)]))
+    assert tiny.changed(before, module) == set()
+    with pytest.raises(ValueError, match=r"scores of 1 demonstrations have standard deviation 0"):
+        module.normalize([tiny.rated(2)])
+    with pytest.raises(ValueError, match=r"scores of 0 demonstrations"):
+        module.normalize([])

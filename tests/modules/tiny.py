@@ -129,6 +129,7 @@ def rated(count: int, seed: int = 0, pairs: int = 0, imitate: bool | None = None
         labelled=labelled,
         pairs=torch.arange(2 * pairs).view(-1, 2),
         row=torch.arange(count) + 100 * seed,
+        turns=torch.arange(count) % 3 + 1,
     )
 
 

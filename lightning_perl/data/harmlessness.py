@@ -1,0 +1,128 @@
+"""Anthropic's HH-RLHF, harmless-base: which of two replies does less harm, judged by people.
+
+Source: https://huggingface.co/datasets/Anthropic/hh-rlhf, MIT, Copyright (c) 2022 Anthropic; the
+paper is arXiv 2204.05862. The texts are offensive and upsetting on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, text_of, usable
+from lightning_perl.data.download import Remote
+from lightning_perl.data.files import jsonl_rows
+from lightning_perl.data.rows import Item
+from lightning_perl.data.transcripts import HUB, transcript_pair
+
+_CORPUS = Corpus(
+    home="Download harmless-base/train.jsonl.gz and harmless-base/test.jsonl.gz of "
+    "https://huggingface.co/datasets/Anthropic/hh-rlhf (MIT) and put the folder there.",
+    layouts=(
+        (("train", "hh-harmless-base/train.jsonl"), ("test", "hh-harmless-base/test.jsonl")),
+        (("train", "harmless-base/train.jsonl"), ("test", "harmless-base/test.jsonl")),
+    ),
+    remotes=(
+        Remote(
+            "harmless-base/train.jsonl.gz",
+            f"{HUB}/harmless-base/train.jsonl.gz",
+            "bf3e1ecd3db61bf21d190f69351d26670c67aababa0fd282fa008c17a7202217",
+        ),
+        Remote(
+            "harmless-base/test.jsonl.gz",
+            f"{HUB}/harmless-base/test.jsonl.gz",
+            "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
+        ),
+    ),
+)
+
+
+class HarmlessnessDataModule(CorpusDataModule):
+    """Preference pairs of harmless-base.
+
+    The prompt is what both transcripts begin with; see :mod:`lightning_perl.data.transcripts` for
+    the pairs that are bad rows. A reply that is the beginning of the other one is used. Rows of one
+    dialog begin with the same human turn and are never divided. Where only the test file is there,
+    all splits are carved out of it, and the report says so.
+
+    Args:
+        tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
+        data_dir: The folder that holds ``hh-harmless-base/`` or upstream's ``harmless-base/``, each
+            with ``train.jsonl`` and ``test.jsonl``, plain or ``.gz``. Without either, ``fit``
+            downloads the corpus (14 MB) into ``harmless-base/``.
+        val_fraction: Share of the training dialogs that become the validation split.
+        test_fraction: Share of the dialogs that become the test split, where no test file is there.
+        rows: ``rated`` for pairs as :class:`~lightning_perl.batches.RatedBatch`, ``prompts`` for
+            the distinct prompts as :class:`~lightning_perl.batches.PromptBatch`.
+        batch_size: Pairs, or prompts, of a training batch.
+        val_batch_size: Pairs of a validation or test batch; None takes ``batch_size``.
+        max_tokens: Tokens of a row. Longer prompts lose whole turns on the left.
+        max_response_tokens: Tokens of a reply, EOS included; longer ones are bad rows.
+        bucket: Batch rows of like length.
+        seed: Seed of the order of rows. Splits do not depend on it.
+        num_workers: Processes that collate.
+        on_bad_row: ``reject`` counts the rows that cannot be used (the corpus has empty replies and
+            contexts that differ); ``raise`` stops at the first, with file and line. A file that
+            cannot be read at all always stops.
+        keep_conflicts: Learn from pairs that are there in both orders, and count them; False takes
+            them for bad rows.
+
+    Raises:
+        ValueError: An argument out of its range; in ``setup`` a file that cannot be read.
+        FileNotFoundError: No local copy and no network, with what to download from where.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | Path | PreTrainedTokenizerBase,
+        data_dir: str | Path,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        rows: Literal["rated", "prompts"] = "rated",
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        max_tokens: int = 512,
+        max_response_tokens: int = 128,
+        bucket: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        on_bad_row: Literal["reject", "raise"] = "reject",
+        keep_conflicts: bool = True,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            data_dir=data_dir,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            rows=rows,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            max_tokens=max_tokens,
+            max_response_tokens=max_response_tokens,
+            bucket=bucket,
+            seed=seed,
+            num_workers=num_workers,
+            on_bad_row=on_bad_row,
+            keep_conflicts=keep_conflicts,
+        )
+
+    @property
+    def corpus_files(self) -> Corpus:
+        """Where harmless-base lies."""
+        return _CORPUS
+
+    def items(self, file: Path, part: Part) -> Iterator[tuple[Part, Item]]:
+        """Yields the pairs of a file."""
+        for item in usable(jsonl_rows(file, self.bad_row), _pair, self.bad_row):
+            yield part, item
+
+
+def _pair(row: dict[str, Any], where: str) -> Item:
+    return transcript_pair(
+        text_of(row, "chosen", where, strip=False),
+        text_of(row, "rejected", where, strip=False),
+        where,
+    )

@@ -1,0 +1,241 @@
+"""What became of the rows: read, kept, rejected and why, how long, how labelled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_perl.data.collate import PromptExample, RatedExample, RatedRow
+
+
+@dataclass
+class SplitReport:
+    """What became of one split; ``rows = kept + rejected + duplicates``.
+
+    Lengths are kept as histograms, so that a stream of any length takes no memory.
+
+    Attributes:
+        rows: Rows that came into the split; a pair is one.
+        kept: Rows the loader yields; for prompts the distinct ones.
+        rejected: Rejected rows by reason.
+        duplicates: Prompts that were there already (``rows: prompts``).
+        up: Kept rows with a thumb up, or a rating above the middle.
+        down: Kept rows with a thumb down, or a rating below the middle.
+        even: Kept rows with a rating in the middle.
+        pairs: Kept pairs.
+        unlabelled: Kept rows without a label: demonstrations and prompts.
+        cut_turns: Turns that did not fit the window.
+        tokens: How many kept rows have how many tokens; of a pair the prompt once and both answers.
+        prompt_tokens: How many kept rows have a prompt of how many tokens.
+        response_tokens: How many answers have how many tokens.
+        up_tokens: The same of answers with a thumb up.
+        down_tokens: The same of answers with a thumb down.
+        longer_chosen: Pairs whose chosen answer has more tokens, a tie counts half.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    up: int = 0
+    down: int = 0
+    even: int = 0
+    pairs: int = 0
+    unlabelled: int = 0
+    cut_turns: int = 0
+    tokens: Counter[int] = field(default_factory=Counter)
+    prompt_tokens: Counter[int] = field(default_factory=Counter)
+    response_tokens: Counter[int] = field(default_factory=Counter)
+    up_tokens: Counter[int] = field(default_factory=Counter)
+    down_tokens: Counter[int] = field(default_factory=Counter)
+    longer_chosen: float = 0.0
+
+    def keep(self, example: RatedExample | PromptExample, cut_turns: int) -> None:
+        """Counts a row, a pair or a prompt that is kept."""
+        self.kept += 1
+        self.cut_turns += cut_turns
+        self.tokens[example.tokens] += 1
+        if isinstance(example, PromptExample):
+            self.unlabelled += 1
+            self.prompt_tokens[example.tokens] += 1
+        else:
+            self._keep_rated(example.rows)
+
+    def _keep_rated(self, rows: Sequence[RatedRow]) -> None:
+        self.prompt_tokens[rows[0].response_mask.index(True)] += 1
+        lengths = [sum(row.response_mask) for row in rows]
+        self.response_tokens.update(lengths)
+        if len(rows) == 2:
+            self.pairs += 1
+            self.longer_chosen += (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
+            return
+        label = rows[0].label
+        if label is None:
+            self.unlabelled += 1
+        elif label > 0.5:
+            self.up += 1
+            self.up_tokens[lengths[0]] += 1
+        elif label < 0.5:
+            self.down += 1
+            self.down_tokens[lengths[0]] += 1
+        else:
+            self.even += 1
+
+    @property
+    def chosen_longer(self) -> float | None:
+        """Share of the pairs whose chosen answer is the longer one, ties half; None without any."""
+        return self.longer_chosen / self.pairs if self.pairs else None
+
+    @property
+    def length_auroc(self) -> float | None:
+        """AUROC of the answer's tokens as a predictor of the thumb; None without both thumbs.
+
+        Above 0.5, longer answers are liked more.
+        """
+        return auroc(self.up_tokens, self.down_tokens)
+
+    def numbers(self) -> dict[str, float]:
+        """What a logger can draw, by name; nothing that is not there."""
+        found: dict[str, float | None] = {
+            "rows": self.rows,
+            "kept": self.kept,
+            "rejected": self.rejected.total(),
+            "duplicates": self.duplicates,
+            "up": self.up,
+            "down": self.down,
+            "pairs": self.pairs,
+            "unlabelled": self.unlabelled,
+            "cut_turns": self.cut_turns,
+            "chosen_longer": self.chosen_longer,
+            "length_auroc": self.length_auroc,
+        }
+        for name, lengths in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
+            if lengths:
+                found[f"{name}_tokens_median"] = quantile(lengths, 0.5)
+                found[f"{name}_tokens_95"] = quantile(lengths, 0.95)
+                found[f"{name}_tokens_max"] = max(lengths)
+        return {key: float(value) for key, value in found.items() if value is not None}
+
+    def __str__(self) -> str:
+        """Returns one line."""
+        parts = [f"{self.rows} rows, {self.kept} kept"]
+        if self.rejected:
+            parts[0] += f", {self.rejected.total()} rejected"
+        if self.duplicates:
+            parts[0] += f", {self.duplicates} repeated"
+        if not self.kept:
+            return parts[0]
+        parts.append(self._labels())
+        for name, lengths in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
+            if lengths:
+                parts.append(
+                    f"{name} tokens median {quantile(lengths, 0.5)}, 95% "
+                    f"{quantile(lengths, 0.95)}, max {max(lengths)}"
+                )
+        parts.append(f"{self.cut_turns} turns cut")
+        return "; ".join(parts)
+
+    def _labels(self) -> str:
+        counts = (
+            ("thumbs up", self.up),
+            ("down", self.down),
+            ("in the middle", self.even),
+            ("pairs", self.pairs),
+            ("without a label", self.unlabelled),
+        )
+        text = ", ".join(f"{name} {count}" for name, count in counts if count)
+        if self.chosen_longer is not None:
+            text += f"; chosen is the longer in {self.chosen_longer:.1%}"
+        if self.length_auroc is not None:
+            text += f"; AUROC of the length alone {self.length_auroc:.3f}"
+        return text
+
+
+@dataclass
+class DataReport:
+    """What was read, and what became of it.
+
+    Every row read is in one split, rejected, a duplicate or left out::
+
+        rows = sum of kept + sum of rejected + duplicates + sum of left_out
+
+    where ``duplicates`` are those of the whole corpus and of each split. A split that is another
+    one (a test split that is the validation split) counts once.
+
+    Attributes:
+        splits: One report per split: train, val, test.
+        rejected: Rejected rows by reason, of all splits and before there were any.
+        duplicates: Rows that were there already, whole (same context, answers and label), dropped
+            before the splits were made.
+        conflicts: Answers that somebody liked and somebody else did not, and pairs that are there
+            in both orders. None of them is dropped here.
+        left_out: Good rows that belong to no split, by reason.
+        notes: What else is worth knowing.
+    """
+
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    conflicts: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rows(self) -> int:
+        """Rows read; a pair is one."""
+        splits = {id(split): split for split in self.splits.values()}.values()
+        undivided = self.rejected.total() - sum(split.rejected.total() for split in splits)
+        divided = sum(split.rows for split in splits)
+        return divided + undivided + self.duplicates + self.left_out.total()
+
+    def numbers(self) -> dict[str, float]:
+        """What a logger can draw: ``data/rows``, ``data/train_kept`` and so on."""
+        found = {
+            "data/rows": float(self.rows),
+            "data/rejected": float(self.rejected.total()),
+            "data/duplicates": float(self.duplicates),
+            "data/conflicts": float(self.conflicts),
+            "data/left_out": float(self.left_out.total()),
+        }
+        for name, split in self.splits.items():
+            found |= {f"data/{name}_{key}": value for key, value in split.numbers().items()}
+        return found
+
+    def __str__(self) -> str:
+        """Returns a line of totals, one per split, and one for each kind of loss."""
+        total = f"{self.rows} rows read"
+        if self.duplicates:
+            total += f", {self.duplicates} duplicates dropped"
+        if self.conflicts:
+            total += f", {self.conflicts} conflicting labels"
+        lines = [total, *(f"{name}: {report}" for name, report in self.splits.items())]
+        titled = (("rejected", self.rejected), ("left out", self.left_out), ("noted", self.notes))
+        for title, counts in titled:
+            if counts:
+                items = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+                lines.append(f"{title}: {items}")
+        return "\n".join(lines)
+
+
+def quantile(counts: Counter[int], share: float) -> int:
+    """Returns the smallest value that at least ``share`` of the counted values do not exceed."""
+    wanted, seen = share * counts.total(), 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= wanted:
+            return value
+    raise ValueError("quantile of nothing.")
+
+
+def auroc(positive: Counter[int], negative: Counter[int]) -> float | None:
+    """Returns the chance that a positive value is above a negative one, ties half.
+
+    This is the Mann-Whitney statistic ``U / (n_+ n_-)``; None where one side is empty.
+    """
+    wins, below = 0.0, 0
+    for value in sorted(positive | negative):
+        wins += positive[value] * (below + 0.5 * negative[value])
+        below += negative[value]
+    pairs = positive.total() * negative.total()
+    return wins / pairs if pairs else None

@@ -1,0 +1,173 @@
+"""Rows that begin alike, laid on one line so that what they share is computed once.
+
+A preference pair is ``prompt + chosen`` and ``prompt + rejected``; on one line it is
+``prompt | chosen | rejected``. Positions restart at each answer, and a mask keeps the answers apart, so
+every token sees exactly what it sees in a row of its own.
+
+Shapes: ``B`` rows, ``T`` tokens of the longest row, ``L`` lines, ``C`` columns of the longest line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHARED = 0
+"""Owner of the tokens that all rows of a line share."""
+NOBODY = -1
+"""Owner of padding."""
+
+
+class Packing(NamedTuple):
+    """Where each row's tokens stand: token ``t`` in column ``t``, or ``start + t - shared`` from ``shared`` on.
+
+    Attributes:
+        line: Shape: ``(B,)``, int64.
+        shared: How many tokens the row shares with all others of its line. Shape: ``(B,)``, int64.
+        start: Column of the row's first own token. Shape: ``(B,)``, int64.
+        lines: ``L``.
+        columns: ``C``.
+    """
+
+    line: Tensor
+    shared: Tensor
+    start: Tensor
+    lines: int
+    columns: int
+
+
+class Lines(NamedTuple):
+    """Packed rows.
+
+    Attributes:
+        ids: Shape: ``(L, C)``, int64.
+        position_ids: Each token's position in its own row. Shape: ``(L, C)``, int64.
+        owner: `SHARED`, `NOBODY`, or 1 + the row that the token belongs to. Shape: ``(L, C)``, int64.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    owner: Tensor
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows have in common at their start; the last of each is left to itself."""
+    most = min(len(row) for row in rows) - 1
+    for column in range(most):
+        if any(row[column] != rows[0][column] for row in rows):
+            return column
+    return most
+
+
+def packed_tokens(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens of the line that holds these rows."""
+    return sum(len(row) for row in rows) - (len(rows) - 1) * common_prefix(rows)
+
+
+def plan(groups: Sequence[Sequence[Sequence[int]]], device: torch.device | None = None) -> Packing:
+    """One line per group; rows are numbered through in the order given.
+
+    Args:
+        groups: Groups of rows of token ids, none of them empty.
+        device: Where the plan is needed; None for the CPU.
+    """
+    lines, shares, starts, columns = [], [], [], 1
+    for line, rows in enumerate(groups):
+        shared = start = common_prefix(rows)
+        for row in rows:
+            lines.append(line)
+            shares.append(shared)
+            starts.append(start)
+            start += len(row) - shared
+        columns = max(columns, start)
+    return Packing(
+        torch.tensor(lines, device=device),
+        torch.tensor(shares, device=device),
+        torch.tensor(starts, device=device),
+        len(groups),
+        columns,
+    )
+
+
+def places(packing: Packing, tokens: int) -> Tensor:
+    """Where token ``t`` of each row stands, lines laid end to end: ``line * C + column``.
+
+    What a row does not have (padding on its right) may point anywhere in the batch.
+
+    Args:
+        packing: The plan.
+        tokens: ``T``.
+
+    Returns:
+        Shape: ``(B, T)``, int64.
+    """
+    column = torch.arange(tokens, device=packing.line.device).expand(len(packing.line), tokens)
+    own = column - packing.shared[:, None] + packing.start[:, None]
+    inside = torch.where(column < packing.shared[:, None], column, own).clamp(
+        max=packing.columns - 1
+    )
+    return packing.line[:, None] * packing.columns + inside
+
+
+def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
+    """Lay rows that are padded on the right on their lines.
+
+    Args:
+        ids: Shape: ``(B, T)``, int64.
+        attention_mask: True on real tokens. Shape: ``(B, T)``, bool.
+        packing: The plan of these rows.
+    """
+    tokens = ids.shape[1]
+    size = packing.lines * packing.columns
+    # Padding goes to one place behind the last line, which is cut off again.
+    where = torch.where(attention_mask, places(packing, tokens), size).flatten()
+    column = torch.arange(tokens, device=ids.device).expand_as(ids)
+    row = torch.arange(1, len(ids) + 1, device=ids.device)[:, None].expand_as(ids)
+    owner = torch.where(column < packing.shared[:, None], SHARED, row)
+
+    def laid(values: Tensor, padding: int) -> Tensor:
+        flat = torch.full((size + 1,), padding, dtype=torch.int64, device=ids.device)
+        return flat.scatter(0, where, values.flatten())[:size].view(packing.lines, packing.columns)
+
+    return Lines(laid(ids, 0), laid(column, 0), laid(owner, NOBODY))
+
+
+def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention logits: 0 where a token may look, the dtype's least number elsewhere.
+
+    A token looks at the shared tokens and at those of its own row, never ahead; padding at itself, so
+    that no softmax is empty. Additive and not boolean: eager attention in transformers adds a boolean
+    mask as 0 and 1.
+
+    Args:
+        owner: `Lines.owner`.
+        dtype: The model's.
+
+    Returns:
+        Shape: ``(L, 1, C, C)``: line, head, who looks, at whom.
+    """
+    looks, seen = owner[:, :, None], owner[:, None, :]
+    columns = torch.arange(owner.shape[1], device=owner.device)
+    ahead = columns[None, :] > columns[:, None]
+    itself = columns[None, :] == columns[:, None]
+    visible = ((seen == SHARED) | ((seen == looks) & (seen != NOBODY))) & ~ahead | itself
+    zero = torch.zeros((), dtype=dtype, device=owner.device)
+    return torch.where(visible, zero, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def unpack(values: Tensor, packing: Packing, tokens: int) -> Tensor:
+    """From lines back to rows; what stands at a row's padding means nothing.
+
+    Args:
+        values: Shape: ``(L, C, H)``.
+        packing: The plan.
+        tokens: ``T``.
+
+    Returns:
+        Shape: ``(B, T, H)``.
+    """
+    where = places(packing, tokens)
+    return values.flatten(0, 1).index_select(0, where.flatten()).view(*where.shape, -1)

@@ -1,0 +1,110 @@
+"""What a reward in plain Python is, and the one place that calls it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+SHOWN = 80
+"""Characters of a response that an error message shows."""
+
+
+class RewardFunction(Protocol):
+    """Scores responses in plain Python.
+
+    Called once per rollout, outside the graph and on texts alone, so it may parse, look up or call
+    a checker; it must not depend on the other rows of a call. Any callable will do. To name a class
+    or a function in a YAML (``class_path: package.module.name``), give it exactly these argument
+    names and types (``Sequence[float]``, not ``list[float]``): jsonargparse compares them.
+
+    Example:
+        >>> class Brevity:
+        ...     def __call__(self, prompts, responses, rows):
+        ...         return [-float(len(response)) for response in responses]
+        >>> shortest_wins: RewardFunction = Brevity()
+        >>> shortest_wins(["Hi"], ["Hello!"], [0])
+        [-6.0]
+    """
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+    ) -> Sequence[float]:
+        """Returns one score per response; higher is better.
+
+        Args:
+            prompts: The prompts as the policy read them, decoded without special tokens.
+            responses: The answers, decoded without special tokens; may be empty or garbage.
+            rows: The prompts' numbers, :attr:`~lightning_perl.batches.PromptBatch.row`. They count
+                the prompts of one split, so they name a prompt only within it.
+
+        Returns:
+            As many finite numbers as there are responses.
+        """
+        ...
+
+
+def checked_scores(
+    function: RewardFunction,
+    argument: str,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Sequence[int],
+) -> list[float]:
+    """What ``function`` gives, one finite number per response.
+
+    Args:
+        function: The reward.
+        argument: The module's argument that named it, for messages.
+        prompts: As the function wants them.
+        responses: As the function wants them.
+        rows: As the function wants them.
+
+    Raises:
+        ValueError: It raised, or gave another count, or something that is no finite number.
+    """
+    who = f"{argument} ({getattr(function, '__name__', type(function).__name__)})"
+    try:
+        scores = list(function(prompts, responses, rows))
+    except Exception as error:
+        at = _where_it_raises(function, prompts, responses, rows)
+        raise ValueError(f"{who} raised {type(error).__name__} {at}: {error}") from error
+    if len(scores) != len(responses):
+        raise ValueError(
+            f"{who} gave {len(scores)} scores for {len(responses)} responses; it must give one each. "
+            f"The first: {_place(rows[0], responses[0])}."
+        )
+    return [
+        _finite(score, who, _place(row, response))
+        for score, row, response in zip(scores, rows, responses, strict=True)
+    ]
+
+
+def _finite(score: object, who: str, place: str) -> float:
+    wanted = "it must give a finite number"
+    # float() reads "3" too; whoever returns texts has parsed the wrong thing.
+    if isinstance(score, str | bytes):
+        raise ValueError(f"{who} gave {score!r} for {place}; {wanted}.")
+    try:
+        value = float(score)  # type: ignore[arg-type]  # numpy's and torch's numbers too
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{who} gave {score!r} for {place}; {wanted}.") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{who} gave {value} for {place}; {wanted}.")
+    return value
+
+
+def _where_it_raises(
+    function: RewardFunction, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+) -> str:
+    # A row's score depends on no other row, so alone it raises again.
+    for prompt, response, row in zip(prompts, responses, rows, strict=True):
+        try:
+            list(function([prompt], [response], [row]))
+        except Exception:
+            return f"on {_place(row, response)}"
+    return f"on {len(rows)} rows together ({rows[0]} to {rows[-1]}), on none of them alone"
+
+
+def _place(row: int, response: str) -> str:
+    return f"row {row}, response {response[:SHOWN]!r}"

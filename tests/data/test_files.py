@@ -1,0 +1,172 @@
+"""Tests of the one reader: what is a row, what is a bad row, and what stops."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lightning_perl.data.files import (
+    csv_rows,
+    json_rows,
+    jsonl_rows,
+    parquet_rows,
+    read_text,
+    tsv_rows,
+)
+
+PAGE = b"\n <!DOCTYPE html>\n<html><body>404</body></html>\n"
+Reader = Callable[..., Iterator[tuple[str, Any]]]
+READERS: list[Reader] = [jsonl_rows, json_rows, csv_rows, tsv_rows, parquet_rows]
+
+
+class Bad(list[tuple[str, str]]):
+    """Bad rows as reason and message."""
+
+    def __call__(self, reason: str, message: str) -> None:
+        self.append((reason, message))
+
+
+def save(file: Path, data: bytes) -> Path:
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
+
+
+@pytest.fixture(params=["", ".gz"])
+def ending(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_json_lines(tmp_path: Path, ending: str) -> None:
+    lines = [b'{"a": "x\xe2\x80\xa8y"}', b"", b"[1]", b'{"a": ', b'{"a": "\xe9"}', b'{"a": 2}\r']
+    file = save(tmp_path / f"rows.jsonl{ending}", b"\xef\xbb\xbf" + b"\n".join(lines))
+    bad = Bad()
+    assert list(jsonl_rows(file, bad)) == [
+        (f"{file}:1", {"a": "x\u2028y"}),
+        (f"{file}:6", {"a": 2}),
+    ]
+    assert [reason for reason, _ in bad] == ["wrong type", "broken JSON", "not UTF-8"]
+    for number, (_, message) in zip((3, 4, 5), bad, strict=True):
+        assert message.startswith(f"{file}:{number}: ")
+    assert "(byte 0xe9)" in bad[2][1]
+
+
+def test_a_json_array(tmp_path: Path, ending: str) -> None:
+    file = save(tmp_path / f"rows.json{ending}", '[{"a": "é"},\n 3, {"a": 2}]'.encode())
+    bad = Bad()
+    assert list(json_rows(file, bad)) == [(f"{file}:1", {"a": "é"}), (f"{file}:3", {"a": 2})]
+    assert bad == [("wrong type", f"{file}:2: expected an object, got int.")]
+    for data, words in (
+        (b'{"a": 1}', "json(.gz)?: expected an array of rows, got dict"),
+        (b"[\n{", r"json(.gz)?:2: broken JSON \(.*column 2\)"),
+        (b'[\n"\xff"]', r"json(.gz)?:2: not UTF-8 \(byte 0xff\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            list(json_rows(save(file, data), bad))
+
+
+def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
+    data = b'\xef\xbb\xbfa,b\r\n"x\r\ny",2\r\n\r\n3\r\n\xe9,5\r\n6,7\r\n'
+    file = save(tmp_path / f"rows.csv{ending}", data)
+    bad = Bad()
+    assert list(csv_rows(file, bad)) == [
+        (f"{file}:2", {"a": "x\r\ny", "b": "2"}),
+        (f"{file}:7", {"a": "6", "b": "7"}),
+    ]
+    assert [(reason, message.split(": ")[0]) for reason, message in bad] == [
+        ("wrong number of cells", f"{file}:5"),
+        ("not UTF-8", f"{file}:6"),
+    ]
+    with pytest.raises(ValueError, match=r"csv(.gz)?:3: broken CSV \(unexpected end of data\)"):
+        list(csv_rows(save(file, b'a,b\n1,2\n"3,4\n5,6\n'), bad))
+
+
+def test_tab_separated_rows(tmp_path: Path, ending: str) -> None:
+    file = save(tmp_path / f"rows.tsv{ending}", b'a "b"\tc\r\n"d ""e"""\tf\r\n')
+    assert list(tsv_rows(file, Bad())) == [
+        (f"{file}:1", ['a "b"', "c"]),
+        (f"{file}:2", ['d "e"', "f"]),
+    ]
+
+
+def test_parquet_rows_beyond_one_batch(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    texts = pyarrow.array([str(number).encode() for number in range(2000)] + [b"\xe9", b"x"])
+    table = pyarrow.table({"a": pyarrow.StringArray.from_buffers(2002, *texts.buffers()[1:])})
+    pyarrow.parquet.write_table(table, str(file))
+    bad = Bad()
+    rows = list(parquet_rows(file, bad))
+    assert rows[1500] == (f"{file}:1501", {"a": "1500"})
+    assert rows[-1] == (f"{file}:2002", {"a": "x"})
+    assert len(rows) == 2001
+    assert [(reason, message.split(": ")[0]) for reason, message in bad] == [
+        ("not UTF-8", f"{file}:2001")
+    ]
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+@pytest.mark.parametrize("name", ["rows", "rows.gz"])
+def test_a_web_page_is_no_data(tmp_path: Path, name: str, reader: Reader) -> None:
+    # Saved as it came, whatever the name says; a compressed page is no Parquet file either way.
+    (tmp_path / name).write_bytes(PAGE)
+    with pytest.raises(ValueError, match=rf"{name}:1: a web page in place of data"):
+        list(reader(tmp_path / name, Bad()))
+    if reader is not parquet_rows:
+        save(tmp_path / name, PAGE)
+        with pytest.raises(ValueError, match=rf"{name}:1: a web page in place of data"):
+            list(reader(tmp_path / name, Bad()))
+
+
+@pytest.mark.parametrize("reader", READERS[:4], ids=lambda reader: reader.__name__)
+def test_an_empty_file_is_no_data(tmp_path: Path, ending: str, reader: Reader) -> None:
+    file = save(tmp_path / f"rows{ending}", b" \n\n")
+    with pytest.raises(ValueError, match=r"rows(.gz)?: empty file. Download it again"):
+        list(reader(file, Bad()))
+
+
+@pytest.mark.parametrize("reader", READERS[:4], ids=lambda reader: reader.__name__)
+def test_a_gzip_that_breaks_off(tmp_path: Path, reader: Reader) -> None:
+    file = tmp_path / "rows.gz"
+    whole = gzip.compress(b"[]\n")
+    for data in (whole[:-4], whole[:10] + b"\xff" + whole[11:], b"a\tb\n"):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"rows.gz: not a whole gzip file \(.*after line \d"):
+            list(reader(file, Bad()))
+
+
+def test_rows_before_the_break_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl.gz"
+    lines = [json.dumps({"a": number}).encode() for number in range(50_000)]
+    whole = gzip.compress(b"\n".join(lines))
+    file.write_bytes(whole[: len(whole) // 2])
+    rows = jsonl_rows(file, Bad())
+    assert [row["a"] for _, row in itertools.islice(rows, 1000)] == list(range(1000))
+    with pytest.raises(ValueError, match=r"it breaks off after line \d{4,5}\."):
+        list(rows)
+
+
+@pytest.mark.parametrize("reader", [jsonl_rows, csv_rows, tsv_rows])
+def test_lines_are_read_one_by_one(tmp_path: Path, reader: Reader) -> None:
+    # The second half of the file would raise if it were read before it is asked for.
+    good = b'{"a":1}\n' if reader is jsonl_rows else b"a\n"
+    file = save(tmp_path / "rows.gz", good * 200_000)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert len(list(itertools.islice(reader(file, Bad()), 10))) == 10
+
+
+def test_whole_texts(tmp_path: Path, ending: str) -> None:
+    file = save(tmp_path / f"text.xml{ending}", b"\xef\xbb\xbf<a>\r\n\xc3\xa9</a>")
+    assert read_text(file) == "<a>\r\né</a>"
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_a_missing_file_is_missing(tmp_path: Path, reader: Reader) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(reader(tmp_path / "none", Bad()))

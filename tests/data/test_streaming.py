@@ -1,0 +1,219 @@
+"""Own data that is read while training."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.data import PreferenceDataModule, tokenization
+from tests.data.counts import check_counts
+
+Build = Callable[..., PreferenceDataModule]
+
+
+@pytest.fixture
+def build(tokenizer_dir: Path) -> Build:
+    def make(train: Any, **arguments: Any) -> PreferenceDataModule:  # noqa: ANN401
+        defaults: dict[str, Any] = {"streaming": True, "batch_size": 4, "shuffle_block": 32}
+        return PreferenceDataModule(str(tokenizer_dir), train, **defaults | arguments)
+
+    return make
+
+
+def rows(count: int, prompts: int = 100) -> list[dict[str, object]]:
+    return [
+        {"prompt": f"question {n % prompts}", "chosen": f"good {n}", "rejected": f"bad {n}"}
+        for n in range(count)
+    ]
+
+
+def write(file: Path, found: Iterable[object]) -> Path:
+    with file.open("w") as lines:
+        lines.writelines(f"{json.dumps(row)}\n" for row in found)
+    return file
+
+
+def texts(module: PreferenceDataModule, batches: Iterable[RatedBatch | PromptBatch]) -> list[str]:
+    return [
+        str(module.tokenizer.decode(ids, skip_special_tokens=True))
+        for batch in batches
+        for ids in batch.ids
+    ]
+
+
+def test_a_stream_yields_what_is_yielded_in_memory(build: Build, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", rows(200))
+    stream, whole = build(file, val_fraction=0.0), build(file, val_fraction=0.0, streaming=False)
+    for module in (stream, whole):
+        module.setup()
+    for _ in range(2):
+        assert sorted(texts(stream, stream.train_dataloader())) == sorted(
+            texts(whole, whole.train_dataloader())
+        )
+    check_counts(stream.report, 200)
+    stream.report.notes = whole.report.notes
+    assert stream.report.splits["train"] == whole.report.splits["train"]
+
+
+def test_prompts_are_held_out_by_their_hash(build: Build, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", rows(400, prompts=200))
+    module = build(file, val_fraction=0.2)
+    module.setup()
+    train = texts(module, module.train_dataloader())
+    passes = [texts(module, module.val_dataloader()) for _ in range(2)]
+    assert passes[0] == passes[1] == texts(module, module.test_dataloader())
+    prompts = [{text.partition("\n")[0] for text in part} for part in (train, passes[0])]
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[0] | prompts[1]) == 200
+    assert 20 < len(prompts[1]) < 60
+    assert len(train) + len(passes[0]) == 800
+    assert module.report.left_out == {"held out for validation": len(passes[0]) // 2}
+    # More rows change no row's side.
+    more = build(write(tmp_path / "more.jsonl", rows(600, prompts=300)), val_fraction=0.2)
+    more.setup()
+    held = {text.partition("\n")[0] for text in texts(more, more.val_dataloader())}
+    assert prompts[1] < held
+    assert not prompts[0] & held
+
+
+def test_validation_rows_of_their_own_are_held_in_memory(build: Build, tmp_path: Path) -> None:
+    val = write(tmp_path / "val.jsonl", rows(6))
+    module = build(rows(40), val=val)
+    module.setup()
+    assert len(texts(module, module.train_dataloader())) == 80
+    assert len(texts(module, module.val_dataloader())) == 12
+    assert len(module.val_dataloader()) == 2  # type: ignore[arg-type]
+    check_counts(module.report, 46)
+    both = build(rows(40), test=val, val_fraction=0.5)
+    both.setup()
+    assert len(texts(both, both.test_dataloader())) == 12
+    assert 0 < len(texts(both, both.val_dataloader())) < 80
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("stop", [3, 8, 13])
+def test_a_resumed_stream_goes_on_where_it_stopped(
+    build: Build, tmp_path: Path, stop: int, mixed: bool
+) -> None:
+    found = rows(70)
+    found[5]["rejected"] = found[5]["chosen"]
+    files = [write(tmp_path / f"{n}.jsonl", part) for n, part in enumerate((found, rows(9)))]
+    arguments: dict[str, Any] = {
+        "train": {str(file): 1.0 for file in files} if mixed else files[0],
+        "on_bad_row": "reject",
+    }
+
+    def opened() -> PreferenceDataModule:
+        module = build(**arguments)
+        module.setup()
+        return module
+
+    module = opened()
+    whole = list(module.train_dataloader())
+    first, second = opened(), opened()
+    loader, rest = first.train_dataloader(), second.train_dataloader()
+    seen = [batch for _, batch in zip(range(stop), loader, strict=False)]
+    rest.load_state_dict(loader.state_dict())
+    seen += list(rest)
+    assert texts(second, seen) == texts(second, whole)
+    assert [batch.row.tolist() for batch in seen] == [batch.row.tolist() for batch in whole]
+    check_counts(second.report, second.report.rows)
+    if not mixed:
+        # What was read past is not counted.
+        assert second.report.rows == 70 - (stop // 8 and loader.state_dict()["rows"])
+
+
+def test_rows_keep_their_number_in_the_stream(build: Build) -> None:
+    module = build(rows(50), rows="prompts", val_fraction=0.0)
+    module.setup()
+    loader = module.train_dataloader()
+    passes = []
+    for _ in range(2):
+        batches = list(loader)
+        ids = {
+            int(row): text
+            for batch in batches
+            for row, text in zip(batch.row, texts(module, [batch]), strict=True)
+        }
+        assert len(ids) == 50
+        passes.append(ids)
+    assert passes[0] == passes[1]
+
+
+def test_bad_rows_stop_a_stream_or_are_counted_once(build: Build, tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in rows(20)]
+    lines[0] = "{"
+    lines[7] = json.dumps({"prompt": "q"})
+    lines[9] = json.dumps({"prompt": "q", "chosen": "a " * 300, "rejected": "b"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    module = build(file, on_bad_row="reject", val_fraction=0.0)
+    module.setup()
+    loader = module.train_dataloader()
+    for _ in range(3):
+        assert len(texts(module, loader)) == 34
+    assert module.report.rejected == {
+        "broken JSON": 1,
+        "missing column": 1,
+        "answer longer than the window": 1,
+    }
+    check_counts(module.report, 20)
+    for number, reason in ((1, "broken JSON"), (8, "missing column"), (10, "the answer takes")):
+        strict = build(file, val_fraction=0.0)
+        strict.setup()
+        with pytest.raises(ValueError, match=rf"rows.jsonl:{number}: {reason}"):
+            list(strict.train_dataloader())
+        lines[number - 1] = json.dumps(rows(1)[0])
+        file.write_text("\n".join(lines))
+
+
+def test_what_is_read_past_is_not_counted(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(["{", *(json.dumps(row) for row in rows(60)), "["]))
+    arguments: dict[str, Any] = {"on_bad_row": "reject", "val_fraction": 0.0}
+    first, second = build(file, **arguments), build(file, **arguments)
+    first.setup()
+    second.setup()
+    loader, rest = first.train_dataloader(), second.train_dataloader()
+    for _ in zip(range(9), loader, strict=False):
+        pass
+    rest.load_state_dict(loader.state_dict())
+    list(rest)
+    assert second.report.rejected == {"broken JSON": 1}
+    check_counts(second.report, 60 - 32 + 1)
+
+
+def test_a_file_that_is_not_there_stops_before_training(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No file"):
+        build([str(tmp_path / "no.jsonl")]).setup()
+    module = build([{"prompt": "q"}], on_bad_row="reject")
+    module.setup()
+    with pytest.raises(ValueError, match=r"no training row is left(.|\n)*1 missing column"):
+        list(module.train_dataloader())
+
+
+def test_memory_does_not_grow_with_the_file(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "MOST_CACHED", 10_000)
+    row = {"response": "yes", "label": 1}
+    file = write(
+        tmp_path / "rows.jsonl", ({**row, "prompt": f"{n} {'espresso ' * 40}"} for n in range(1000))
+    )
+    peaks = []
+    for streaming in (True, False):
+        module = build(file, streaming=streaming, shuffle_block=64, val_fraction=0.0)
+        assert module.tokenizer
+        tracemalloc.start()
+        module.setup()
+        assert sum(len(batch.ids) for batch in module.train_dataloader()) == 1000
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 2 * peaks[0] < peaks[1]
+    assert peaks[0] < 1.5e6

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.functional.packing import (
+    NOBODY,
+    SHARED,
+    Lines,
+    Packing,
+    attention_bias,
+    common_prefix,
+    pack,
+    packed_tokens,
+    places,
+    plan,
+    unpack,
+)
+from lightning_perl.functional.sequences import pad_right
+
+PAIR = [[5, 6, 7, 8], [5, 6, 9]]
+ALONE = [[3, 4]]
+THREE = [[1, 2, 3], [1, 4], [1, 2, 5, 6]]
+
+
+def check_common_prefix(function: Callable[[Sequence[Sequence[int]]], int]) -> None:
+    for rows, shared in ((PAIR, 2), (ALONE, 1), (THREE, 1), ([[1, 2, 3], [1, 2]], 1)):
+        assert function(rows) == shared
+    assert function([[1, 2], [1, 2]]) == 1
+    assert function([[1, 2, 3, 4], [1, 2, 3, 4], [1, 9, 3, 4]]) == 1
+
+
+def check_packed_tokens(function: Callable[[Sequence[Sequence[int]]], int]) -> None:
+    for rows, tokens in ((PAIR, 5), (ALONE, 2), (THREE, 7)):
+        assert function(rows) == tokens
+
+
+def check_plan(function: Callable[[Sequence[Sequence[Sequence[int]]]], Packing]) -> None:
+    packing = function([ALONE, PAIR, THREE])
+    assert packing.line.tolist() == [0, 1, 1, 2, 2, 2]
+    assert packing.shared.tolist() == [1, 2, 2, 1, 1, 1]
+    assert packing.start.tolist() == [1, 2, 4, 1, 3, 4]
+    assert (packing.lines, packing.columns) == (3, 7)
+    # The longest line need not be the last.
+    assert function([THREE, ALONE]).columns == 7
+
+
+def check_places(function: Callable[[Packing, int], Tensor]) -> None:
+    found = function(plan([ALONE, PAIR]), 4)
+    assert found[0, :2].tolist() == [0, 1]
+    assert found[1].tolist() == [5, 6, 7, 8]
+    assert found[2, :3].tolist() == [5, 6, 9]
+    assert int(found.min()) >= 0
+    assert int(found.max()) < 10
+
+
+def check_pack(function: Callable[[Tensor, Tensor, Packing], Lines]) -> None:
+    ids, mask = pad_right([*PAIR, *ALONE], 0)
+    lines = function(ids, mask, plan([PAIR, ALONE]))
+    assert lines.ids.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
+    assert lines.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert lines.owner.tolist() == [
+        [SHARED, SHARED, 1, 1, 2],
+        [SHARED, 3, NOBODY, NOBODY, NOBODY],
+    ]
+
+
+def check_attention_bias(function: Callable[[Tensor, torch.dtype], Tensor]) -> None:
+    owner = torch.tensor([[SHARED, 1, 1, 2, NOBODY, NOBODY]])
+    bias = function(owner, torch.float32)
+    assert bias.shape == (1, 1, 6, 6)
+    assert bias.dtype == torch.float32
+    assert (bias[0, 0] == 0).tolist() == [
+        [True, False, False, False, False, False],
+        [True, True, False, False, False, False],
+        [True, True, True, False, False, False],
+        [True, False, False, True, False, False],
+        [True, False, False, False, True, False],
+        [True, False, False, False, False, True],
+    ]
+    assert float(bias.min()) == torch.finfo(torch.float32).min
+
+
+def check_unpack(function: Callable[[Tensor, Packing, int], Tensor]) -> None:
+    packing = plan([ALONE, PAIR])
+    values = torch.arange(20.0).view(2, 5, 2)
+    back = function(values, packing, 4)
+    assert back.shape == (3, 4, 2)
+    assert back[0, :2, 0].tolist() == [0, 2]
+    assert back[1, :, 0].tolist() == [10, 12, 14, 16]
+    assert back[2, :3, 1].tolist() == [11, 13, 19]
+
+
+CHECKS: dict[Callable[..., Any], Callable[[Callable[..., Any]], None]] = {
+    common_prefix: check_common_prefix,
+    packed_tokens: check_packed_tokens,
+    plan: check_plan,
+    places: check_places,
+    pack: check_pack,
+    attention_bias: check_attention_bias,
+    unpack: check_unpack,
+}
+
+
+@pytest.mark.parametrize("function", CHECKS, ids=lambda function: function.__name__)
+def test_by_hand(function: Callable[..., object]) -> None:
+    CHECKS[function](function)
+
+
+def random_groups(seed: int) -> list[list[list[int]]]:
+    draw = random.Random(seed)
+    groups = []
+    for _ in range(draw.randint(1, 4)):
+        prompt = [draw.randrange(1, 5) for _ in range(draw.randint(0, 6))]
+        answers = [
+            [draw.randrange(1, 5) for _ in range(draw.randint(1, 5))]
+            for _ in range(draw.randint(1, 3))
+        ]
+        groups.append([[*prompt, *answer] for answer in answers])
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(seed: int) -> None:
+    groups = random_groups(seed)
+    rows = [row for group in groups for row in group]
+    packing = plan(groups)
+    ids, mask = pad_right(rows, 0)
+    lines = pack(ids, mask, packing)
+    visible = attention_bias(lines.owner, torch.float64)[:, 0] == 0
+    where = places(packing, ids.shape[1])
+    for number, row in enumerate(rows):
+        line = int(packing.line[number])
+        columns = (where[number, : len(row)] - line * packing.columns).tolist()
+        assert lines.ids[line, columns].tolist() == row
+        assert lines.position_ids[line, columns].tolist() == list(range(len(row)))
+        for token, column in enumerate(columns):
+            seen = visible[line, column].nonzero().flatten().tolist()
+            assert seen == sorted(columns[: token + 1])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_unpack_undoes_pack_with_its_gradient(seed: int) -> None:
+    groups = random_groups(seed)
+    rows = [row for group in groups for row in group]
+    packing = plan(groups)
+    ids, mask = pad_right(rows, 0)
+    lines = pack(ids, mask, packing)
+    values = torch.stack([lines.ids, lines.position_ids], -1).double().requires_grad_()
+    back = unpack(values, packing, ids.shape[1])
+    assert torch.equal(back[..., 0][mask].long(), ids[mask])
+    back[mask].sum().backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None
+    # A token counts once for every row that holds it.
+    rows_of_line = torch.bincount(packing.line)[:, None]
+    times = torch.where(lines.owner == SHARED, rows_of_line, (lines.owner > 0).long())
+    assert_close(values.grad[..., 0], times.double())
