@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--layout", default="hydra")
+    parser.add_argument("--attention", help="transformers' attn_implementation")
     return parser.parse_args()
 
 
@@ -104,6 +105,7 @@ def main() -> None:
             ppo_epochs=args.epochs,
             micro_batch_size=args.micro,
             trunk_dtype="bfloat16" if args.bf16 else "float32",
+            attention=args.attention,
         )
     ids = torch.randint(10, args.vocab, (args.iterations + 1, args.batch, args.prompt))
     batches = [

@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     }  # fmt: skip
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--attention", help="transformers' attn_implementation")
     parser.add_argument("--data_dir", type=Path, default=Path("../shared/data"))
     return parser.parse_args()
 
@@ -143,6 +144,7 @@ def main() -> None:
             lora=None if args.full else LoraSpec(rank=args.rank, alpha=2 * args.rank),
             share_prompts=bool(args.share),
             trunk_dtype="bfloat16" if args.bf16 else "float32",
+            attention=args.attention,
         )
     module.configure_callbacks = list  # type: ignore[method-assign]  # nothing to hand over
     fit(module, encoded(rows[named : named + 8 * WARM_UP_STEPS], tokenizer, args.max_length), args)

@@ -128,6 +128,8 @@ class Roles(nn.Module):
             a trunk folder.
         dtype: Of the trunks.
         checkpointing: Recompute activations in training passes.
+        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
+            leaves it to transformers. In bfloat16 on a CPU eager is faster.
         seed: Of the fresh adapters.
         ensemble: What several reward adapters say together, each with the head it was trained with:
             the mean or the minimum of their scores, one forward each; or the score of the average
@@ -152,6 +154,7 @@ class Roles(nn.Module):
         reward: str | list[str] | None = None,
         dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
+        attention: str | None = None,
         seed: int = 0,
         ensemble: RewardEnsemble = "mean",
         learned_reward: bool = True,
@@ -183,7 +186,9 @@ class Roles(nn.Module):
         reward_trunk = rewards[0] if layout in REWARD_TRUNK_LAYOUTS and rewards else trunk
         on_reward = {self.seats[name].trunk for name in ("value", *self.judges)}
         trunks = [
-            load_trunk(reward_trunk if number in on_reward else trunk, dtype, checkpointing)
+            load_trunk(
+                reward_trunk if number in on_reward else trunk, dtype, checkpointing, attention
+            )
             for number in range(1 + max(seat.trunk for seat in self.seats.values()))
         ]
         critic_trunk = trunks[self.seats["value"].trunk]

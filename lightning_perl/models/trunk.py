@@ -387,7 +387,12 @@ def without_dropout(config: PreTrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def load_trunk(source: str, dtype: TrunkDtype = "float32", checkpointing: bool = False) -> Trunk:
+def load_trunk(
+    source: str,
+    dtype: TrunkDtype = "float32",
+    checkpointing: bool = False,
+    attention: str | None = None,
+) -> Trunk:
     """A trunk from a transformers folder or a hub name, every dropout 0.
 
     Dropout is switched off by its probabilities, not by eval mode: transformers checkpoints
@@ -397,6 +402,7 @@ def load_trunk(source: str, dtype: TrunkDtype = "float32", checkpointing: bool =
         source: Folder or hub name of a decoder with an LM head.
         dtype: Of the trunk's weights and matrix products.
         checkpointing: Recompute activations in training passes.
+        attention: transformers' ``attn_implementation``; None leaves it to transformers.
 
     Raises:
         ValueError: fp16, or an unknown dtype.
@@ -418,7 +424,9 @@ def load_trunk(source: str, dtype: TrunkDtype = "float32", checkpointing: bool =
             f"({str(error).splitlines()[0]})."
         ) from error
     without_dropout(config)
-    model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        where, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
     tokenizer = AutoTokenizer.from_pretrained(where)
     trunk = Trunk(model, tokenizer, checkpointing, source)
     _note_template(Path(where), trunk)

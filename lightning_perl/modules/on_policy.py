@@ -107,6 +107,8 @@ class OnPolicy(AdapterModule):
         max_episodes: Stops training once this many episodes were learned from; None never.
         trunk_dtype: Of the trunks.
         checkpointing: Recompute activations in backward.
+        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
+            leaves it to transformers. In bfloat16 on a CPU eager is faster.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped once per rollout batch.
         gold: A true reward, known in experiments only; logged, never learned from.
@@ -144,6 +146,7 @@ class OnPolicy(AdapterModule):
         max_episodes: int | None,
         trunk_dtype: TrunkDtype,
         checkpointing: bool,
+        attention: str | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         gold: RewardFunction | None,
@@ -188,6 +191,7 @@ class OnPolicy(AdapterModule):
             reward,
             trunk_dtype,
             checkpointing,
+            attention,
             seed,
             reward_ensemble,
             learned_reward=learned_reward_weight > 0,

@@ -51,6 +51,8 @@ class RewardModel(Scoring):
             windows shorter than the row, ALiBi) read two rows all the same. False: always two rows.
         trunk_dtype: Of the trunk's weights and matrix products; adapters and head stay fp32.
         checkpointing: Recompute activations in backward.
+        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
+            leaves it to transformers. In bfloat16 on a CPU eager is faster.
         head_learning_rate: Of the reward head; None takes the optimizer's.
         optimizer: Makes the optimizer. PERL's LoRA learning rates are 1e-4 to 2e-4.
         scheduler: Makes the learning-rate scheduler, stepped once per optimizer step.
@@ -69,6 +71,7 @@ class RewardModel(Scoring):
         share_prompts: bool = True,
         trunk_dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
+        attention: str | None = None,
         head_learning_rate: float | None = None,
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
@@ -86,6 +89,7 @@ class RewardModel(Scoring):
             share_prompts,
             trunk_dtype,
             checkpointing,
+            attention,
             head_learning_rate,
             optimizer,
             scheduler,

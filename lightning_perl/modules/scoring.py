@@ -63,6 +63,8 @@ class Scoring(Supervised):
         share_prompts: Read a pair's prompt once.
         trunk_dtype: Of the trunk's weights and matrix products.
         checkpointing: Recompute activations in backward.
+        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
+            leaves it to transformers. In bfloat16 on a CPU eager is faster.
         head_learning_rate: Of the reward head; None takes the optimizer's.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler.
@@ -83,6 +85,7 @@ class Scoring(Supervised):
         share_prompts: bool,
         trunk_dtype: TrunkDtype,
         checkpointing: bool,
+        attention: str | None,
         head_learning_rate: float | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
@@ -92,7 +95,7 @@ class Scoring(Supervised):
             if weight is not None and weight < 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}.")
         super().__init__(
-            trunk, adapter, lora, trunk_dtype, checkpointing, optimizer, scheduler, seed
+            trunk, adapter, lora, trunk_dtype, checkpointing, attention, optimizer, scheduler, seed
         )
         self.add_reward_head(head_learning_rate, seed)
         self.margin = margin

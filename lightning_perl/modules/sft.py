@@ -35,6 +35,8 @@ class SFT(Supervised):
         lora: The adapter's shape, merged into the trunk once at the end. None tunes the whole trunk.
         trunk_dtype: Of the trunk's weights and matrix products; adapters stay fp32.
         checkpointing: Recompute activations in backward: less memory, about a third more time.
+        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
+            leaves it to transformers. In bfloat16 on a CPU eager is faster.
         optimizer: Makes the optimizer.
         scheduler: Makes the learning-rate scheduler, stepped once per optimizer step.
         seed: Of the fresh adapter.
@@ -46,11 +48,14 @@ class SFT(Supervised):
         lora: LoraSpec | None = None,
         trunk_dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
+        attention: str | None = None,
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(trunk, "sft", lora, trunk_dtype, checkpointing, optimizer, scheduler, seed)
+        super().__init__(
+            trunk, "sft", lora, trunk_dtype, checkpointing, attention, optimizer, scheduler, seed
+        )
 
     def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
         """Mean cross-entropy per token."""

@@ -36,6 +36,8 @@ class Supervised(AdapterModule):
         lora: The adapter's shape. None: the whole trunk is tuned.
         trunk_dtype: Of the trunk's weights and matrix products.
         checkpointing: Recompute activations in backward.
+        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
+            leaves it to transformers. In bfloat16 on a CPU eager is faster.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped once per optimizer step.
         seed: Of the adapter.
@@ -50,6 +52,7 @@ class Supervised(AdapterModule):
         lora: LoraSpec | None,
         trunk_dtype: TrunkDtype,
         checkpointing: bool,
+        attention: str | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         seed: int,
@@ -59,7 +62,7 @@ class Supervised(AdapterModule):
         super().__init__(optimizer, scheduler)
         self.guard = FiniteGuard()
         self.rated = 0
-        self.trunk: Trunk = load_trunk(unpackaged(trunk), trunk_dtype, checkpointing)
+        self.trunk: Trunk = load_trunk(unpackaged(trunk), trunk_dtype, checkpointing, attention)
         self.adapter = adapter if lora else OFF
         # A pair's prompt is read once; False reads both rows whole, for comparison.
         self.share_prompts = True
@@ -177,7 +180,11 @@ class Supervised(AdapterModule):
         self.trunk.save(folder, merged, {"module": type(self).__name__})
         if self.heads():
             save_heads(folder, self.heads())
-        again = load_trunk(str(folder), dtype=self.hparams["trunk_dtype"])
+        again = load_trunk(
+            str(folder),
+            dtype=self.hparams["trunk_dtype"],
+            attention=self.trunk.model.config._attn_implementation,
+        )
         ids = torch.arange(16, device=self.device).unsqueeze(0) % self.trunk.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         again.to(self.device)

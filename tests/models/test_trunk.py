@@ -249,3 +249,11 @@ def test_a_saved_trunk_says_where_it_comes_from(tiny_trunk: TinyTrunk, tmp_path:
         assert torch.equal(
             again(rows.ids, rows.attention_mask), trunk(rows.ids, rows.attention_mask)
         )
+
+
+def test_attention_is_transformers_own_choice_or_ours(tiny_trunk: TinyTrunk) -> None:
+    folder = str(tiny_trunk("llama"))
+    assert load_trunk(folder).model.config._attn_implementation == "sdpa"
+    assert load_trunk(folder, attention="eager").model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="atention"):
+        load_trunk(folder, attention="atention")

@@ -19,7 +19,16 @@ from torch.testing import assert_close
 
 from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, JointHydraPPO, RewardModel
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.modules import (
+    PPO,
+    SFT,
+    HydraPPO,
+    HydraSFT,
+    JointHydraPPO,
+    Reinforce,
+    RewardModel,
+)
 from lightning_perl.modules.base import AdapterModule, clip_by_group, default_optimizer
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
@@ -383,3 +392,13 @@ def test_trunks_of_two_templates_do_not_play_together(hydra_trunk: Path, tmp_pat
         ValueError, match=r"has the template '.*', .* has '.*': the model would read"
     ):
         told_fit(module, None, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [SFT, HydraSFT, RewardModel, PPO, Reinforce])
+def test_every_module_takes_an_attention_implementation(
+    kind: Callable[..., AdapterModule], hydra_trunk: Path
+) -> None:
+    options = {"layout": "hydra"} if kind in (PPO, Reinforce) else {}
+    module = kind(str(hydra_trunk), lora=tiny.LORA, attention="eager", **options)
+    (trunk,) = [part for part in module.modules() if isinstance(part, Trunk)]
+    assert trunk.model.config._attn_implementation == "eager"
