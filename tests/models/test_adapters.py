@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_perl.models.adapters import OFF, AdapterSwitch, LoraSpec, NoRoleError
+from lightning_perl.models import adapters
+from lightning_perl.models.adapters import (
+    OFF,
+    AdapterSwitch,
+    FrozenLinearWithAdapter,
+    LoraSpec,
+    NoRoleError,
+)
 from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.trunk import Trunk, load_trunk
 from tests.conftest import TinyTrunk
@@ -41,14 +49,14 @@ def test_the_switch_nests_and_survives_exceptions() -> None:
         _ = switch.current
 
 
-@pytest.mark.parametrize("adapters", [0, 1])
-def test_a_forward_outside_any_role_raises(tiny_trunk: TinyTrunk, adapters: int) -> None:
+@pytest.mark.parametrize("adapted", [0, 1])
+def test_a_forward_outside_any_role_raises(tiny_trunk: TinyTrunk, adapted: int) -> None:
     trunk, rows = load_trunk(str(tiny_trunk())), padded()
-    if adapters:
+    if adapted:
         trunk.adapters.add("actor", SPEC, 0)
     with pytest.raises(NoRoleError, match="outside any role"):
         trunk(rows.ids, rows.attention_mask)
-    if adapters:
+    if adapted:
         # Also where somebody goes around `Trunk.forward`.
         with pytest.raises(NoRoleError, match="outside any role"):
             trunk.model(input_ids=rows.ids)
@@ -189,6 +197,65 @@ def test_a_layer_computes_what_pefts_own_forward_computes(
             assert (ours - base).abs().max() > 0.05
         with switch.use(OFF), torch.no_grad():
             assert torch.equal(layer(x), base)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fused_products_have_the_right_gradients(bias: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 5), (4, 5), (4,), (2, 5), (4, 2)]
+    x, weight, offset, down, up = (
+        torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes
+    )
+    given = offset if bias else None
+    for tensor in (x, down, up):
+        tensor.requires_grad_()
+
+    def fused(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        y: Tensor = FrozenLinearWithAdapter.apply(x, weight, given, down, up)  # type: ignore[no-untyped-call]
+        return y
+
+    plain = F.linear(x, weight, given) + F.linear(F.linear(x, down), up)
+    assert_close(fused(x, down, up), plain)
+    assert torch.autograd.gradcheck(fused, (x, down, up))
+    # What stands below the lowest adapter needs no gradient.
+    assert torch.autograd.gradcheck(fused, (x.detach(), down, up))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fused_or_not_a_trunk_gives_the_same_states_and_gradients(
+    tiny_trunk: TinyTrunk, family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for fused in (True, False):
+        roles = build(tiny_trunk(family), dtype=dtype)
+        layer = dict(roles.trunk("policy").adapters.layers())["model.layers.0.mlp.up_proj"]
+        x = torch.zeros(1, 32, dtype=roles.trunk("policy").dtype)
+        assert adapters._fusible(layer, "actor", x)
+        if not fused:
+            monkeypatch.setattr(adapters, "_fusible", lambda *_: False)
+        value = loss(roles, padded(), "policy")
+        backward(value)
+        found.append((value.detach(), gradients(roles)))
+    allowed = 1e-4 if dtype == "float32" else 0.1
+    assert_close(found[0][0], found[1][0], atol=0.0, rtol=allowed)
+    for name, gradient in found[0][1].items():
+        other = found[1][1][name]
+        assert float((gradient - other).norm()) <= allowed * float(other.norm()), name
+
+
+def test_layers_that_must_be_called_are_not_fused(tiny_trunk: TinyTrunk) -> None:
+    trunk = build(tiny_trunk()).trunk("policy")
+    layer = dict(trunk.adapters.layers())["model.layers.0.mlp.up_proj"]
+    base = layer.get_base_layer()
+    x = torch.zeros(1, 32)
+    assert adapters._fusible(layer, "actor", x)
+    hook = base.register_forward_hook(lambda *_: None)
+    assert not adapters._fusible(layer, "actor", x)
+    hook.remove()
+    assert not adapters._fusible(layer, "actor", x.double())
+    base.weight.requires_grad_(True)
+    assert not adapters._fusible(layer, "actor", x)
 
 
 def test_an_adapter_that_a_layer_has_not_leaves_the_layer_alone(tiny_trunk: TinyTrunk) -> None:

@@ -211,7 +211,9 @@ def count_layer_runs(trunk: Trunk) -> list[int]:
     def count(*_: object) -> None:
         runs[0] += 1
 
-    next(trunk.adapters.layers())[1].get_base_layer().register_forward_hook(count)
+    layer = next(trunk.adapters.layers())[1]
+    assert isinstance(layer, torch.nn.Module)
+    layer.register_forward_hook(count)
     return runs
 
 
