@@ -123,7 +123,7 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,  # noqa: ANN401 (autograd's context)
         x: Tensor,
         weight: Tensor,
