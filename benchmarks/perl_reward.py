@@ -427,10 +427,33 @@ def report() -> None:
                 "",
             ]
             panels[title] = points(finished, source)
+    lines += ["## Learning rates", "", *sweep_table(), ""]
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text("\n".join([*lines, f"![by corpus]({REPORT.with_suffix('.png').name})", ""]))
     plot(panels, REPORT.with_suffix(".png"))
     print(REPORT)
+
+
+def sweep_table() -> Iterator[str]:
+    """What every swept learning rate gave, on validation rows and on the test rows it was not chosen by."""
+    yield "| task | tuning | learning rate | validation loss | validation AUROC | test |"
+    yield "|---|---|---|---|---|---|"
+    for task in dict.fromkeys(SWEPT_ON.values()):
+        for run in read(ROOT / "sweep" / task):
+            first = {source: next(iter(measures(run, source).items())) for source in run["test"]}
+            test = ", ".join(
+                f"{source} {name} {value:.3f}" for source, (name, value) in first.items()
+            )
+            auroc = "" if run["val_auroc"] is None else f"{run['val_auroc']:.3f}"
+            cells = [
+                task,
+                run["variant"],
+                f"{run['learning_rate']:g}",
+                f"{run['val_loss']:.4f}",
+                auroc,
+                test,
+            ]
+            yield "| " + " | ".join(cells) + " |"
 
 
 def points(finished: list[dict[str, Any]], source: str) -> list[tuple[str, float, float]]:

@@ -63,7 +63,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         seed: Seed of the order of rows. Splits do not depend on it.
         num_workers: Processes that collate; 0 is enough for text.
         on_bad_row: ``raise`` stops at the first row that cannot be used, ``reject`` counts it in
-            ``report`` and goes on.
+            ``report`` and goes on. A file that cannot be read, or not to its end, is one such row.
         keep_conflicts: Learn from rows whose labels contradict each other, and count them; False
             takes them for bad rows. See :meth:`distinct`.
 

@@ -143,8 +143,9 @@ class CorpusDataModule(ConversationDataModule):
     The authors' splits are kept. A split that is not there is carved out of the training rows, by
     prompt or dialog and a hash of it, so it is the same in every run. Where only a test or
     validation split is there, all three are carved out of it, and the report says so: such a test
-    score is not the upstream test score. A dialog that lies in several splits stays in the test
-    split, else the validation split; its other rows are left out and counted.
+    score is not the upstream test score. Training files that are there and hold no usable row are
+    not replaced so: then no training row is left. A dialog that lies in several splits stays in the
+    test split, else the validation split; its other rows are left out and counted.
 
     Args:
         tokenizer: See :class:`ConversationDataModule`, as for the others.
@@ -164,7 +165,7 @@ class CorpusDataModule(ConversationDataModule):
         keep_conflicts: As the base.
 
     Raises:
-        ValueError: An argument out of its range; in ``setup`` a file that cannot be read.
+        ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
         FileNotFoundError: No file is there, and none could be downloaded.
     """
 
@@ -260,10 +261,18 @@ class CorpusDataModule(ConversationDataModule):
         if not files:
             raise self._missing()
         found: dict[Part, list[Item]] = {part: [] for part in _PARTS}
+        empty = {part for part, _ in files}
         for part, file in files:
             for own, item in self.items(file, part):
                 found[own].append(item)
-        return self._divide(self._with_training_rows(found))
+                empty.discard(part)
+        for part, name in (("val", "validation"), ("test", "test")):
+            if part in empty:
+                self.report.notes[
+                    f"upstream {name} files without a usable row: not the upstream {name} score"
+                ] = sum(own == part for own, _ in files)
+        # Never the test rows in place of training rows that were there and could not be read.
+        return self._divide(found if "train" in empty else self._with_training_rows(found))
 
     def _with_training_rows(self, found: dict[Part, list[Item]]) -> dict[Part, list[Item]]:
         if found["train"]:

@@ -1,10 +1,10 @@
 """Rows of files, plain or gzip-compressed: the one reader of every corpus.
 
 Each function yields ``(where, row)``; ``where`` is ``file:line`` (``file:row`` for arrays and
-Parquet). A row that is broken goes to ``bad_row(reason, message)`` and is left out. A file that
-cannot be read at all raises ``ValueError``: a gzip that breaks off, a table with an open quote, a
-web page in place of data, an empty file. JSON lines and tables are read line by line, so a file may
-be larger than memory.
+Parquet). A row that is broken goes to ``bad_row(reason, message)`` and is left out; so does, as one
+row, a file that cannot be read, or the rest of one that cannot be read to its end: a gzip that
+breaks off, a table with an open quote, a web page in place of data, an empty file. JSON lines and
+tables are read line by line, so a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Any, Literal, TypeAlias, TypeVar
 
 import pyarrow
 import pyarrow.parquet
@@ -25,7 +26,35 @@ import pyarrow.parquet
 BadRowHook: TypeAlias = Callable[[str, str], None]
 """Takes a few words to count by, and the whole message; may raise."""
 
+_Row = TypeVar("_Row")
+_Reader: TypeAlias = Callable[[Path, BadRowHook], Iterator[tuple[str, _Row]]]
 _HTML = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+
+
+class UnreadableFile(ValueError):
+    """A file that cannot be read, or not to its end.
+
+    Args:
+        reason: A few words to count by.
+        message: What, where, got and fix.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _counts_unreadable(reader: _Reader[_Row]) -> _Reader[_Row]:
+    """Lets ``bad_row`` take what makes a file, or the rest of it, unreadable."""
+
+    @wraps(reader)
+    def rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, _Row]]:
+        try:
+            yield from reader(file, bad_row)
+        except UnreadableFile as error:
+            bad_row(error.reason, str(error))
+
+    return rows
 
 
 def parse_json(text: str) -> object:
@@ -66,25 +95,23 @@ def read_text(file: Path) -> str:
     """Returns the whole text of a UTF-8 file, plain or ``.gz``, without its byte order mark.
 
     Raises:
-        ValueError: Not UTF-8 (with the line), a broken gzip, a web page, or an empty file.
+        UnreadableFile: Not UTF-8 (with the line), a broken gzip, a web page, or an empty file.
         FileNotFoundError: No such file.
     """
     text = []
     for number, line in _lines(file, "\n"):
         broken = _not_utf8(line)
         if broken:
-            raise ValueError(f"{file}:{number}: {broken}")
+            raise UnreadableFile("not UTF-8", f"{file}:{number}: {broken}")
         text.append(line)
     return "".join(text)
 
 
+@_counts_unreadable
 def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
     r"""Yields the objects of a file of JSON lines.
 
     Only ``\n`` ends a line: JSON strings may hold U+2028 and its like.
-
-    Raises:
-        ValueError: A broken gzip, a web page, or an empty file.
     """
     for number, line in _lines(file, "\n"):
         if not line.strip():
@@ -109,22 +136,23 @@ def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str,
             bad_row("wrong type", f"{where}: expected an object, got {type(row).__name__}.")
 
 
+@_counts_unreadable
 def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of a file that is one JSON array; ``where`` counts them from 1.
-
-    Raises:
-        ValueError: Broken JSON or bytes that are not UTF-8 (with the line), no array, a broken
-            gzip, a web page, or an empty file.
-    """
+    """Yields the objects of a file that is one JSON array; ``where`` counts them from 1."""
     try:
         rows = parse_json(read_text(file))
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UnreadableFile(
+            "broken JSON",
             f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the "
-            "file again."
+            "file again.",
         ) from error
     if not isinstance(rows, list):
-        raise ValueError(f"{file}: expected an array of rows, got {type(rows).__name__}.")
+        raise UnreadableFile(
+            "wrong type",
+            f"{file}:1: expected an array of rows, got {type(rows).__name__}. Write an array, or one "
+            "object per line into a .jsonl file.",
+        )
     for number, row in enumerate(rows, start=1):
         where = f"{file}:{number}"
         if isinstance(row, dict):
@@ -133,15 +161,17 @@ def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, 
             bad_row("wrong type", f"{where}: expected an object, got {type(row).__name__}.")
 
 
+@_counts_unreadable
 def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the rows of a comma-separated file under the names of its header.
-
-    Raises:
-        ValueError: An unclosed quote (with the line its row begins in), a header that names a
-            column twice, a broken gzip, a web page, or an empty file.
-    """
+    """Yields the rows of a comma-separated file under the names of its header."""
     header: list[str] = []
-    for where, cells in _table(file, "excel", "CSV", bad_row):
+
+    def refuse(reason: str, message: str) -> None:
+        if not header:
+            raise UnreadableFile(reason, message)
+        bad_row(reason, message)
+
+    for where, cells in _table(file, "excel", "CSV", refuse):
         if not header:
             header = _header(cells, where)
         elif len(cells) == len(header):
@@ -154,21 +184,15 @@ def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, s
             )
 
 
+@_counts_unreadable
 def tsv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, list[str]]]:
-    """Yields the cells of an Excel-style tab-separated file without a header.
-
-    Raises:
-        ValueError: As :func:`csv_rows`.
-    """
+    """Yields the cells of an Excel-style tab-separated file without a header."""
     yield from _table(file, "excel-tab", "table", bad_row)
 
 
+@_counts_unreadable
 def parquet_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of a Parquet file, a part of it in memory at a time.
-
-    Raises:
-        ValueError: Not a Parquet file, or a damaged one.
-    """
+    """Yields the rows of a Parquet file, a part of it in memory at a time."""
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(str(file)) as table:
@@ -187,7 +211,10 @@ def parquet_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[st
     # An OSError: pages that cannot be decompressed.
     except (pyarrow.ArrowException, OSError) as error:
         _refuse_html(file)
-        raise ValueError(f"{file}: not a Parquet file ({error}).") from error
+        raise UnreadableFile(
+            "not Parquet",
+            f"{file}:{number + 1}: not a Parquet file, or a damaged one ({error}). Download it again.",
+        ) from error
 
 
 def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
@@ -203,12 +230,15 @@ def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
                         raise _html(file)
                 yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{file}: not a whole gzip file ({error}); it breaks off after line {number}. Download "
-            "it again."
+        raise UnreadableFile(
+            "truncated gzip",
+            f"{file}:{number + 1}: not a whole gzip file ({error}); it breaks off after line "
+            f"{number}. Download it again.",
         ) from error
     if empty:
-        raise ValueError(f"{file}: empty file. Download it again, or write its rows.")
+        raise UnreadableFile(
+            "empty file", f"{file}:1: empty file. Download it again, or write its rows."
+        )
 
 
 def _open(file: Path, newline: Literal["", "\n"]) -> IO[str]:
@@ -226,10 +256,11 @@ def _refuse_html(file: Path) -> None:
             raise _html(file)
 
 
-def _html(file: Path) -> ValueError:
-    return ValueError(
+def _html(file: Path) -> UnreadableFile:
+    return UnreadableFile(
+        "web page",
         f"{file}:1: a web page in place of data, as a server sends when it has no such file. "
-        "Delete it and download the file itself."
+        "Delete it and download the file itself.",
     )
 
 
@@ -262,9 +293,10 @@ def _table(
             elif cells:
                 yield where, cells
     except csv.Error as error:
-        raise ValueError(
+        raise UnreadableFile(
+            "broken table",
             f"{file}:{line}: broken {name} ({error}) in the row that begins here. Close its quotes, "
-            'and write a quote inside a quoted cell twice: "".'
+            'and write a quote inside a quoted cell twice: "".',
         ) from error
 
 
@@ -272,5 +304,7 @@ def _header(cells: list[str], where: str) -> list[str]:
     # Spreadsheets leave columns without a name, as many as they like.
     twice = sorted(name for name, count in Counter(cells).items() if name and count > 1)
     if twice:
-        raise ValueError(f"{where}: the header names {twice} more than once. Rename the columns.")
+        raise UnreadableFile(
+            "header", f"{where}: the header names {twice} more than once. Rename the columns."
+        )
     return cells

@@ -126,12 +126,12 @@ class HelpfulnessDataModule(CorpusDataModule):
         seed: Seed of the order of rows. Splits do not depend on it.
         num_workers: Processes that collate.
         on_bad_row: ``reject`` counts the rows that cannot be used; ``raise`` stops at the first,
-            with file and line. A file that cannot be read at all always stops.
+            with file and line. A file that cannot be read, or not to its end, is one such row.
         keep_conflicts: Learn from pairs that are there in both orders, and count them; False takes
             them for bad rows.
 
     Raises:
-        ValueError: An argument out of its range; in ``setup`` a file that cannot be read.
+        ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
         FileNotFoundError: No local copy and no network, with what to download from where.
     """
 

@@ -117,8 +117,8 @@ class PreferenceDataModule(ConversationDataModule):
         seed: Seed of the order of rows.
         num_workers: Processes that collate; none in a stream.
         on_bad_row: ``raise`` stops at the first row that cannot be used, with file and line;
-            ``reject`` counts it in ``report`` and goes on. A file that cannot be read at all always
-            stops.
+            ``reject`` counts it in ``report`` and goes on. A file that cannot be read, or not to
+            its end, is one such row.
         keep_conflicts: Learn from rows that contradict each other, and count them.
 
     Raises:
@@ -226,8 +226,8 @@ class PreferenceDataModule(ConversationDataModule):
         if not self.streaming:
             return self._items(self.train_sources)
         for source in self.train_sources:
-            # A file that is not there should not be found out in the middle of a run.
-            next(source.rows(_ignore, streaming=True), None)
+            # A file that is not there, or no data, should not be found out in the middle of a run.
+            next(source.rows(self._stop, streaming=True), None)
         return []
 
     def _items(self, sources: list[Source]) -> list[Item]:
@@ -277,9 +277,13 @@ class PreferenceDataModule(ConversationDataModule):
 
     def _raw_stream(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, str, Any]]:
         """Yields number of the source, place and raw row of a whole epoch."""
+        opened: set[int] = set()
 
         def read(number: int, source: Source) -> Iterator[tuple[int, str, Any]]:
-            for where, row in source.rows(bad_row, streaming=True):
+            # A mixture reads a short source again; what is no row in it was counted.
+            refuse = self._stop if number in opened else bad_row
+            opened.add(number)
+            for where, row in source.rows(refuse, streaming=True):
                 yield number, where, row
 
         parts = [partial(read, *numbered) for numbered in enumerate(self.train_sources)]
@@ -306,8 +310,7 @@ class PreferenceDataModule(ConversationDataModule):
         counting = start == 0
 
         def refuse(reason: str, message: str) -> None:
-            if self.on_bad_row == "raise":
-                raise BadRow(reason, message)
+            self._stop(reason, message)
             report.rejected[reason] += counting
 
         for position, (source, where, row) in enumerate(self._raw_stream(epoch, refuse)):
@@ -334,19 +337,19 @@ class PreferenceDataModule(ConversationDataModule):
     def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
         """Yields the rows that are held out, of all sources."""
         encoder = self.encoder
-
-        def refuse(reason: str, message: str) -> None:
-            if self.on_bad_row == "raise":
-                raise BadRow(reason, message)
-
         for number, source in enumerate(self.train_sources):
-            for position, (where, row) in enumerate(source.rows(refuse, streaming=True)):
+            for position, (where, row) in enumerate(source.rows(self._stop, streaming=True)):
                 try:
                     item = self._item(row, where, number)
                     if self._held(item):
                         yield self.encode_item(encoder, item, 2 * position)[0]
                 except BadRow as error:
-                    refuse(error.reason, str(error))
+                    self._stop(error.reason, str(error))
+
+    def _stop(self, reason: str, message: str) -> None:
+        """Takes a bad row that is counted at another reading."""
+        if self.on_bad_row == "raise":
+            raise BadRow(reason, message)
 
     def teardown(self, stage: str) -> None:
         """Reports on a stream that was not read to its end."""
@@ -584,7 +587,3 @@ def _rating(value: object, limits: tuple[float, float], where: str) -> float:
             "(data.rating_range). Widen the range, or set on_bad_row: reject.",
         )
     return (rating - low) / (high - low)
-
-
-def _ignore(reason: str, message: str) -> None:
-    """Takes a bad row that will be met again."""

@@ -64,12 +64,12 @@ class Source:
         """Yields ``(where, row)``.
 
         Args:
-            bad_row: Gets what is not a row at all.
+            bad_row: Gets what is not a row at all, and a file that cannot be read to its end.
             streaming: Read a data set of the hub while it is fetched, not as a whole first.
 
         Raises:
             FileNotFoundError: Neither a file nor a data set of the hub that can be had.
-            ValueError: A file that cannot be read.
+            ValueError: A file of a format that is not read.
         """
         if not isinstance(self.place, str):
             return _listed(self.argument, self.place, bad_row)
@@ -174,7 +174,8 @@ def mixed(
 ) -> Iterator[T]:
     """Yields from several streams in proportion to their weights, until each was read through.
 
-    The one that is through first begins again, so nothing of a longer one is ever skipped.
+    The one that is through first begins again, so nothing of a longer one is ever skipped. One that
+    has nothing is not opened again.
 
     Args:
         read: Opens a stream at its start.
@@ -182,14 +183,21 @@ def mixed(
         order: Decides which is next.
     """
     streams = [start() for start in read]
+    chances = list(weights)
     unread = set(range(len(streams)))
+    begun: set[int] = set()
     while unread:
-        (number,) = order.choices(range(len(streams)), weights)
+        (number,) = order.choices(range(len(streams)), chances)
         try:
-            yield next(streams[number])
+            found = next(streams[number])
         except StopIteration:
             unread.discard(number)
+            if number not in begun:
+                chances[number] = 0.0
             streams[number] = read[number]()
+            continue
+        begun.add(number)
+        yield found
 
 
 def _suffix(file: Path) -> str:

@@ -29,7 +29,7 @@ from lightning_perl.data.corpus import (
     usable,
 )
 from lightning_perl.data.download import Remote
-from lightning_perl.data.files import BadRowHook, csv_rows, jsonl_rows, read_text
+from lightning_perl.data.files import BadRowHook, UnreadableFile, csv_rows, jsonl_rows, read_text
 from lightning_perl.data.rows import Item, Pair, Row
 from lightning_perl.data.tokenization import BadRow
 
@@ -189,13 +189,12 @@ class SummarizationDataModule(CorpusDataModule):
         seed: Seed of the order of rows. Splits do not depend on it.
         num_workers: Processes that collate.
         on_bad_row: ``reject`` counts the rows that cannot be used; ``raise`` stops at the first,
-            with file and line. A file that cannot be read at all always stops (of BOLT, where a
-            file is a row, it is a bad row).
+            with file and line. A file that cannot be read, or not to its end, is one such row.
         keep_conflicts: Learn from pairs that are there in both orders, and count them; False takes
             them for bad rows.
 
     Raises:
-        ValueError: An argument out of its range; in ``setup`` a file that cannot be read.
+        ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
         FileNotFoundError: No local copy and no network, with what to download from where.
     """
 
@@ -346,8 +345,12 @@ def _bolt_prompt(file: Path, where: str) -> Row:
     """Reads a conversation: its messages in their order, the participants as in DialogSum."""
     try:
         conversation = ElementTree.fromstring(read_text(file))
-    except (ElementTree.ParseError, ValueError) as error:
-        raise BadRow("broken XML", f"{where}: broken XML ({error}). Unpack it again.") from error
+    except UnreadableFile as error:
+        raise BadRow(error.reason, str(error)) from error
+    except ElementTree.ParseError as error:
+        raise BadRow(
+            "broken XML", f"{where}:{error.position[0]}: broken XML ({error}). Unpack it again."
+        ) from error
     people: dict[str, str] = {}
     lines = []
     for message in conversation.iter("message"):

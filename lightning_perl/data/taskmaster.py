@@ -154,12 +154,12 @@ class TaskmasterDataModule(ConversationDataModule):
         num_workers: Processes that collate.
         on_bad_row: ``reject`` counts the rows that cannot be used (the corpora have empty answers,
             and turns longer than the window); ``raise`` stops at the first, with file and row. A
-            file that cannot be read at all always stops.
+            file that cannot be read is one such row.
         keep_conflicts: Learn from answers with a thumb up and a thumb down, and count them; False
             takes them for bad rows.
 
     Raises:
-        ValueError: An argument out of its range; in ``setup`` a file that cannot be read.
+        ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
         FileNotFoundError: No local copy and no network, with what to download from where.
     """
 

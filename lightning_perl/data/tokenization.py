@@ -25,6 +25,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# What apply_chat_template renders with and raises; torch brings it.
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.rows import Row, Turn
@@ -171,7 +173,8 @@ class TurnEncoder:
     ) -> EncodedPrompt:
         """Encodes a context and the header of the agent's next turn.
 
-        Too long a context loses whole turns on the left; a system turn at its start stays.
+        Too long a context loses whole turns on the left; a system turn at its start stays. Where a
+        chat template wants the user to begin, an answer whose question was cut goes with it.
 
         Args:
             context: Turns so far; may be empty.
@@ -179,14 +182,27 @@ class TurnEncoder:
             where: ``file:row``, for the error message.
 
         Raises:
-            BadRow: The last turn and the header do not fit, or a turn is no valid Unicode.
+            BadRow: The last turn and the header do not fit, a turn is no valid Unicode, or the chat
+                template refuses the turns.
         """
         _check_unicode(context, where)
         fixed = list(context[:1]) if context and context[0].role == "system" else []
         turns = list(context[len(fixed) :])
         render = self._chat if self.chat_template else self._plain
         for cut in range(max(len(turns), 1)):
-            ids = render([*fixed, *turns[cut:]], where)
+            try:
+                ids = render([*fixed, *turns[cut:]], where)
+            except TemplateError as error:
+                # Many templates want the user to begin; what was cut so far ends before an answer.
+                if cut:
+                    continue
+                raise BadRow(
+                    "refused by the chat template",
+                    f"{where}: the tokenizer's chat template refuses the turns "
+                    f"{[turn.role for turn in turns]}{' after a system turn' if fixed else ''}: "
+                    f"{error}. Write them as it wants them, use chat_template=False, or set "
+                    "on_bad_row: reject.",
+                ) from error
             if len(ids) <= max_prompt_tokens:
                 return EncodedPrompt(ids, cut)
         raise BadRow(

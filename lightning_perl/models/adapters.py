@@ -162,6 +162,8 @@ def _fusible(layer: LoraLayer, adapter: str, x: Tensor) -> bool:
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
         and base.weight.dtype == x.dtype
+        # Autocast would cast some of the products and not the one that is added in place.
+        and not torch.is_autocast_enabled(x.device.type)
         and not (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0)
     )
 

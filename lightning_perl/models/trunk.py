@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
 MANIFEST_FILE = "manifest.json"
+FULL_LAYERS = {"full_attention", "attention"}
+LOCAL_LAYERS = {"sliding_attention", "chunked_attention"}
+"""Layers that look back a number of tokens only; a mask of ours replaces that."""
 NO_BF16_TUNING = (
     "A trunk that is tuned whole must be float32, got bfloat16: most steps of a usual learning rate are "
     "smaller than a bf16 weight can move, and would be lost. Use trunk_dtype float32, or LoRA, whose weights "
@@ -196,9 +200,12 @@ class Trunk(nn.Module):
         """Whether rows of up to ``tokens`` tokens may be packed: tried out, once per power of two.
 
         Some families refuse a mask of ours (ALiBi), read it otherwise, or attend through a sliding
-        window, which it replaces; some are no transformers. So two rows that share half their tokens
-        are read both ways, at least as long as those in question.
+        window, which it replaces; some are no transformers. Where the configuration says so, it is
+        believed: in bfloat16 a window that is missed by a few tokens is less than rounding may be. Else
+        two rows that share half their tokens are read both ways, at least as long as those in question.
         """
+        if tokens > self._longest_packed():
+            return False
         length = 32
         while length < tokens:
             length *= 2
@@ -207,6 +214,19 @@ class Trunk(nn.Module):
             shorter = length == 32 or self.packs(length // 2)
             self._packs[length] = shorter and self._packs_exactly(longest)
         return self._packs[length]
+
+    def _longest_packed(self) -> float:
+        """Tokens of the longest row that may be packed, as far as the configuration says."""
+        values = self._text_config().to_dict()
+        # GPT-Neo has its own name for them, and counts its windows in columns.
+        layers = set(values.get("layer_types") or values.get("attention_layers") or ())
+        if layers - FULL_LAYERS - LOCAL_LAYERS:
+            # Convolutions and recurrences run on from one row into the next.
+            return 0
+        if layers and layers <= FULL_LAYERS:
+            return math.inf
+        spans = (values.get("sliding_window"), values.get("attention_chunk_size"))
+        return min((span for span in spans if span), default=math.inf)
 
     def _packs_exactly(self, tokens: int) -> bool:
         drawn = torch.Generator().manual_seed(0)

@@ -1,10 +1,11 @@
-"""Tests of the one reader: what is a row, what is a bad row, and what stops."""
+"""Tests of the one reader: what is a row, and what is a bad row."""
 
 from __future__ import annotations
 
 import gzip
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_perl.data.files import (
     read_text,
     tsv_rows,
 )
+from lightning_perl.data.tokenization import BadRow
 
 PAGE = b"\n <!DOCTYPE html>\n<html><body>404</body></html>\n"
 Reader = Callable[..., Iterator[tuple[str, Any]]]
@@ -32,6 +34,24 @@ class Bad(list[tuple[str, str]]):
 
     def __call__(self, reason: str, message: str) -> None:
         self.append((reason, message))
+
+
+def only(reader: Reader, file: Path, reason: str, words: str, rows: int = 0) -> None:
+    """The file is one bad row after ``rows`` good ones, and stops where the hook does."""
+    bad = Bad()
+    assert len(list(reader(file, bad))) == rows
+    ((counted, message),) = bad
+    assert counted == reason
+    assert re.match(rf"{re.escape(str(file))}:{words}", message), message
+    assert message.count(".") >= 2  # says what to do
+    found: list[object] = []
+    with pytest.raises(BadRow, match=words):
+        found.extend(reader(file, stop))
+    assert len(found) == rows
+
+
+def stop(reason: str, message: str) -> None:
+    raise BadRow(reason, message)
 
 
 def save(file: Path, data: bytes) -> Path:
@@ -63,13 +83,12 @@ def test_a_json_array(tmp_path: Path, ending: str) -> None:
     bad = Bad()
     assert list(json_rows(file, bad)) == [(f"{file}:1", {"a": "é"}), (f"{file}:3", {"a": 2})]
     assert bad == [("wrong type", f"{file}:2: expected an object, got int.")]
-    for data, words in (
-        (b'{"a": 1}', "json(.gz)?: expected an array of rows, got dict"),
-        (b"[\n{", r"json(.gz)?:2: broken JSON \(.*column 2\)"),
-        (b'[\n"\xff"]', r"json(.gz)?:2: not UTF-8 \(byte 0xff\)"),
+    for data, reason, words in (
+        (b'{"a": 1}', "wrong type", "1: expected an array of rows, got dict. Write"),
+        (b"[\n{", "broken JSON", r"2: broken JSON \(.*column 2\). Download"),
+        (b'[\n"\xff"]', "not UTF-8", r"2: not UTF-8 \(byte 0xff\). Save"),
     ):
-        with pytest.raises(ValueError, match=words):
-            list(json_rows(save(file, data), bad))
+        only(json_rows, save(file, data), reason, words)
 
 
 def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
@@ -84,8 +103,13 @@ def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
         ("wrong number of cells", f"{file}:5"),
         ("not UTF-8", f"{file}:6"),
     ]
-    with pytest.raises(ValueError, match=r"csv(.gz)?:3: broken CSV \(unexpected end of data\)"):
-        list(csv_rows(save(file, b'a,b\n1,2\n"3,4\n5,6\n'), bad))
+    for data, reason, words, rows in (
+        (b'a,b\n1,2\n"3,4\n5,6\n', "broken table", r"3: broken CSV \(unexpected end of data\)", 1),
+        (b"a,b,a\n1,2,3\n", "header", r"1: the header names \['a'\] more than once. Rename", 0),
+        # Not the next row in its place.
+        (b"a,\xe9\n1,2\n3,4\n", "not UTF-8", r"1: not UTF-8 \(byte 0xe9\). Save", 0),
+    ):
+        only(csv_rows, save(file, data), reason, words, rows)
 
 
 def test_tab_separated_rows(tmp_path: Path, ending: str) -> None:
@@ -116,29 +140,28 @@ def test_parquet_rows_beyond_one_batch(tmp_path: Path) -> None:
 def test_a_web_page_is_no_data(tmp_path: Path, name: str, reader: Reader) -> None:
     # Saved as it came, whatever the name says; a compressed page is no Parquet file either way.
     (tmp_path / name).write_bytes(PAGE)
-    with pytest.raises(ValueError, match=rf"{name}:1: a web page in place of data"):
-        list(reader(tmp_path / name, Bad()))
+    words = "1: a web page in place of data, .* Delete it"
+    only(reader, tmp_path / name, "web page", words)
     if reader is not parquet_rows:
-        save(tmp_path / name, PAGE)
-        with pytest.raises(ValueError, match=rf"{name}:1: a web page in place of data"):
-            list(reader(tmp_path / name, Bad()))
+        only(reader, save(tmp_path / name, PAGE), "web page", words)
 
 
 @pytest.mark.parametrize("reader", READERS[:4], ids=lambda reader: reader.__name__)
 def test_an_empty_file_is_no_data(tmp_path: Path, ending: str, reader: Reader) -> None:
     file = save(tmp_path / f"rows{ending}", b" \n\n")
-    with pytest.raises(ValueError, match=r"rows(.gz)?: empty file. Download it again"):
-        list(reader(file, Bad()))
+    # Of a table without a header, a blank is a cell.
+    rows = int(reader is tsv_rows)
+    only(reader, file, "empty file", "1: empty file. Download it again", rows)
 
 
 @pytest.mark.parametrize("reader", READERS[:4], ids=lambda reader: reader.__name__)
 def test_a_gzip_that_breaks_off(tmp_path: Path, reader: Reader) -> None:
     file = tmp_path / "rows.gz"
-    whole = gzip.compress(b"[]\n")
+    whole = gzip.compress(b"\n")
     for data in (whole[:-4], whole[:10] + b"\xff" + whole[11:], b"a\tb\n"):
         file.write_bytes(data)
-        with pytest.raises(ValueError, match=r"rows.gz: not a whole gzip file \(.*after line \d"):
-            list(reader(file, Bad()))
+        words = r"[12]: not a whole gzip file \(.*after line [01]. Download"
+        only(reader, file, "truncated gzip", words)
 
 
 def test_rows_before_the_break_are_read(tmp_path: Path) -> None:
@@ -146,10 +169,32 @@ def test_rows_before_the_break_are_read(tmp_path: Path) -> None:
     lines = [json.dumps({"a": number}).encode() for number in range(50_000)]
     whole = gzip.compress(b"\n".join(lines))
     file.write_bytes(whole[: len(whole) // 2])
-    rows = jsonl_rows(file, Bad())
-    assert [row["a"] for _, row in itertools.islice(rows, 1000)] == list(range(1000))
-    with pytest.raises(ValueError, match=r"it breaks off after line \d{4,5}\."):
-        list(rows)
+    bad = Bad()
+    rows = [row["a"] for _, row in jsonl_rows(file, bad)]
+    assert rows == list(range(len(rows)))
+    assert len(rows) > 1000
+    ((reason, message),) = bad
+    assert reason == "truncated gzip"
+    assert message.startswith(f"{file}:{len(rows) + 1}: not a whole gzip file (")
+    assert f"it breaks off after line {len(rows)}. " in message
+    with pytest.raises(BadRow, match="not a whole gzip file"):
+        list(jsonl_rows(file, stop))
+
+
+def test_rows_before_a_damaged_page_of_parquet_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    table = pyarrow.table({"a": [f"{number} {number * 7919}" for number in range(4096)]})
+    pyarrow.parquet.write_table(table, str(file), row_group_size=1024, use_dictionary=False)
+    data = bytearray(file.read_bytes())
+    middle = slice(len(data) // 2, len(data) // 2 + 400)
+    data[middle] = bytes(255 - byte for byte in data[middle])
+    file.write_bytes(data)
+    bad = Bad()
+    rows = list(parquet_rows(file, bad))
+    assert len(rows) in (1024, 2048)
+    ((reason, message),) = bad
+    assert reason == "not Parquet"
+    assert message.startswith(f"{file}:{len(rows) + 1}: not a Parquet file")
 
 
 @pytest.mark.parametrize("reader", [jsonl_rows, csv_rows, tsv_rows])

@@ -17,6 +17,7 @@ from lightning_perl.data.rows import Item, Pair, Turn, first_row
 from lightning_perl.data.tokenization import BadRow
 from lightning_perl.data.transcripts import parse_transcript, transcript_pair
 from tests.data.corpus_files import hh, transcript, write_lines
+from tests.data.counts import check_counts
 from tests.data.golden import assert_golden, rejected_lines
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -171,19 +172,35 @@ def test_bad_rows_are_counted_or_raise_and_the_counts_add_up(build: Build, tmp_p
         build(on_bad_row="raise", keep_conflicts=False).setup()
 
 
-@pytest.mark.parametrize("policy", ["reject", "raise"])
-def test_files_that_cannot_be_read_always_stop(build: Build, tmp_path: Path, policy: str) -> None:
-    file = tmp_path / "harmless-base/train.jsonl.gz"
-    file.parent.mkdir()
+@pytest.mark.parametrize("broken", ["train", "test"])
+def test_files_that_cannot_be_read_stop_or_are_one_bad_row(
+    build: Build, tmp_path: Path, broken: str
+) -> None:
+    for number, part in enumerate(("train", "test")):
+        write_lines(
+            tmp_path / f"harmless-base/{part}.jsonl.gz", [hh(9 * number + n) for n in range(9)]
+        )
+    file = tmp_path / f"harmless-base/{broken}.jsonl.gz"
     whole = gzip.compress(json.dumps(hh(0)).encode())
-    for data, words in (
-        (whole[:-5], "not a whole gzip file"),
-        (b"<html>Not found</html>", "a web page in place of data"),
-        (gzip.compress(b""), "empty file"),
+    for data, reason, words in (
+        (whole[:-5], "truncated gzip", "not a whole gzip file"),
+        (b"<html>Not found</html>", "web page", "a web page in place of data"),
+        (gzip.compress(b""), "empty file", "empty file"),
     ):
         file.write_bytes(data)
-        with pytest.raises(ValueError, match=rf"train.jsonl.gz(:1)?: {words}"):
-            build(on_bad_row=policy).setup()
+        with pytest.raises(ValueError, match=rf"{broken}.jsonl.gz:1: {words}"):
+            build(on_bad_row="raise").setup()
+        module = build()
+        if broken == "train":
+            # Not the test rows in their place.
+            with pytest.raises(ValueError, match=rf"no training row(.|\n)*rejected: 1 {reason}"):
+                module.setup()
+        else:
+            module.setup()
+            note = "upstream test files without a usable row: not the upstream test score"
+            assert module.report.notes == {note: 1}
+        assert module.report.rejected == {reason: 1}
+        check_counts(module.report, 10)
 
 
 def test_half_of_utf8_is_a_bad_row(build: Build, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.rows import Pair, Row, Turn, first_row
 from lightning_perl.data.sources import Sources
+from tests.data.counts import check_counts
 
 Build = Callable[..., PreferenceDataModule]
 ROWS = [
@@ -297,7 +298,11 @@ def test_an_unclosed_quote_does_not_swallow_the_file(build: Build, tmp_path: Pat
     file.write_text('prompt,response\nq,a\n\nr,"b\ns,c\nt,d\n')
     words = r"rows.csv:4: broken CSV \(unexpected end of data\) in the row that begins here. Close"
     with pytest.raises(ValueError, match=words):
-        build(file, on_bad_row="reject").read()
+        build(file).read()
+    module = build(file, on_bad_row="reject", val_fraction=0.0)
+    module.setup()
+    assert module.report.rejected == {"broken table": 1}
+    check_counts(module.report, 2)
     file.write_text('prompt,response\nr,"say "b"\ns,c\n')
     with pytest.raises(ValueError, match=r"rows.csv:2: broken CSV \(.*expected after"):
         build(file).read()
@@ -317,7 +322,9 @@ def test_a_csv_header_names_a_column_once(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("prompt,response,response\nq,a,b\n")
     with pytest.raises(ValueError, match=r"rows.csv:1: the header names \['response'\] more than"):
-        build(file, on_bad_row="reject").read()
+        build(file).read()
+    with pytest.raises(ValueError, match=r"no training row is left(.|\n)*rejected: 1 header"):
+        build(file, on_bad_row="reject").setup()
     file.write_text("prompt,response,,\nq,a,,\n")
     assert one(build, file)
 
@@ -335,17 +342,15 @@ def test_a_mapped_column_that_is_missing_is_not_forgiven(build: Build, tmp_path:
         build(file, columns={"label": "thumb"}).read()
 
 
-def test_files_that_cannot_be_read_always_stop(build: Build, tmp_path: Path) -> None:
+def test_files_that_are_missing_or_of_another_format_always_stop(
+    build: Build, tmp_path: Path
+) -> None:
     with pytest.raises(FileNotFoundError, match=r"No file '.*no.jsonl' \(data.train; looked"):
         build(tmp_path / "no.jsonl", on_bad_row="reject").read()
     excel = tmp_path / "rows.xlsx"
     excel.touch()
     with pytest.raises(ValueError, match=r"rows.xlsx: cannot read '.xlsx' files. Use .jsonl"):
-        build(excel).read()
-    parquet = tmp_path / "rows.parquet"
-    parquet.write_bytes(b"PAR")
-    with pytest.raises(ValueError, match=r"rows.parquet: not a Parquet file"):
-        build(parquet).read()
+        build(excel, on_bad_row="reject").read()
 
 
 def test_parquet_pages_that_are_damaged_or_not_utf8(build: Build, tmp_path: Path) -> None:
@@ -359,7 +364,7 @@ def test_parquet_pages_that_are_damaged_or_not_utf8(build: Build, tmp_path: Path
     data = bytearray(file.read_bytes())
     data[40:400] = bytes(255 - byte for byte in data[40:400])
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"rows.parquet: not a Parquet file \(.*orrupt"):
+    with pytest.raises(ValueError, match=r"rows.parquet:1: not a Parquet file, .*\(.*orrupt"):
         build(file).read()
 
 
@@ -418,26 +423,63 @@ def read_all(module: PreferenceDataModule) -> list[RatedBatch]:
 WHOLE = gzip.compress("".join(f"{json.dumps(thumb(n))}\n" for n in range(999)).encode())
 
 
-@pytest.mark.parametrize("choice", ["reject", "raise"])
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("name", "data", "words"),
+    ("name", "data", "reason", "words"),
     [
-        ("rows.jsonl.gz", WHOLE[:-9], "not a whole gzip file .* breaks off after line"),
-        ("rows.jsonl.gz", b"{}", "not a whole gzip file"),
-        ("rows.jsonl", b"<!DOCTYPE html><html>404</html>", "1: a web page in place of data"),
-        ("rows.csv", b"<html>404</html>", "1: a web page in place of data"),
-        ("rows.parquet", b"<html>404</html>", "1: a web page in place of data"),
-        ("rows.jsonl", b"", "empty file"),
+        ("rows.jsonl.gz", b"{}", "truncated gzip", "1: not a whole gzip file"),
+        ("rows.jsonl", b"<html>404</html>", "web page", "1: a web page in place of data"),
+        ("rows.csv", b"<!DOCTYPE html><html>", "web page", "1: a web page in place of data"),
+        ("rows.parquet", b"<html>404</html>", "web page", "1: a web page in place of data"),
+        ("rows.parquet", b"PAR", "not Parquet", "1: not a Parquet file"),
+        ("rows.json", b"[{", "broken JSON", "1: broken JSON"),
+        ("rows.csv", b"prompt,prompt\nq,q\n", "header", "1: the header names"),
+        ("rows.jsonl", b"", "empty file", "1: empty file"),
     ],
 )
-def test_a_file_that_is_no_data_stops_whatever_the_choice(
-    build: Build, tmp_path: Path, name: str, data: bytes, words: str, choice: str, streaming: bool
+def test_a_file_that_is_no_data_stops_or_is_one_bad_row(
+    build: Build, tmp_path: Path, name: str, data: bytes, reason: str, words: str, streaming: bool
 ) -> None:
     file = tmp_path / name
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name}:? ?{words}"):
-        read_all(build(file, on_bad_row=choice, streaming=streaming))
+    with pytest.raises(ValueError, match=f"{name}:{words}"):
+        build(file, streaming=streaming).setup()
+    arguments: dict[str, Any] = {"on_bad_row": "reject", "streaming": streaming}
+    alone = build(file, **arguments)
+    with pytest.raises(ValueError, match=rf"no training row is left(.|\n)*rejected: 1 {reason}"):
+        read_all(alone)
+    good = jsonl(tmp_path, [thumb(number) for number in range(9)], "good.jsonl")
+    module = build([str(file), str(good)], val_fraction=0.0, **arguments)
+    for _ in range(2):
+        assert sum(len(batch.ids) for batch in read_all(module)) == 9
+    assert module.report.rejected == {reason: 1}
+    check_counts(module.report, 10)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_before_the_break_are_used(build: Build, tmp_path: Path, streaming: bool) -> None:
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(WHOLE[:-1000])
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz:\d+: not a whole gzip file .*after line"):
+        read_all(build(file, streaming=streaming))
+    module = build(file, on_bad_row="reject", streaming=streaming, val_fraction=0.0)
+    used = sum(len(batch.ids) for batch in read_all(module))
+    assert 100 < used < 999
+    assert module.report.rejected == {"truncated gzip": 1}
+    check_counts(module.report, used + 1)
+
+
+def test_a_validation_file_that_is_no_data(build: Build, tmp_path: Path) -> None:
+    page = tmp_path / "val.jsonl"
+    page.write_text("<html>404</html>")
+    train = jsonl(tmp_path, [thumb(number) for number in range(9)])
+    with pytest.raises(ValueError, match=r"val.jsonl:1: a web page"):
+        build(train, val=page).setup()
+    module = build(train, val=page, on_bad_row="reject")
+    module.setup()
+    check_counts(module.report, 10)
+    assert module.report.rejected == {"web page": 1}
+    assert not module.report.splits["val"].rows
 
 
 def test_duplicates_are_dropped_before_the_split(build: Build, tmp_path: Path) -> None:

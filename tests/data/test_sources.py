@@ -126,23 +126,34 @@ def test_an_epoch_of_a_mixture_draws_every_row(build: Build, tmp_path: Path) -> 
 def test_a_source_without_rows_cannot_be_weighted(build: Build, tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", "a", 3)
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "q", "response": ""}\n')
-    module = build(train={good: 1.0, str(bad): 1.0}, on_bad_row="reject")
-    module.setup()
-    with pytest.raises(ValueError, match=r"data.train: sources \[2\] .* no training row left"):
-        module.train_dataloader()
+    for text, reason in (('{"prompt": "q", "response": ""}\n', "empty answer"), ("", "empty file")):
+        bad.write_text(text)
+        module = build(train={good: 1.0, str(bad): 1.0}, on_bad_row="reject")
+        module.setup()
+        assert module.report.rejected == {reason: 1}
+        with pytest.raises(ValueError, match=r"data.train: sources \[2\] .* no training row left"):
+            module.train_dataloader()
 
 
 def test_the_shorter_stream_begins_again_until_the_longer_is_through() -> None:
+    opened: Counter[str] = Counter()
+
     def count(name: str, length: int) -> Callable[[], Iterator[tuple[str, int]]]:
-        return lambda: ((name, number) for number in range(length))
+        def read() -> Iterator[tuple[str, int]]:
+            opened[name] += 1
+            yield from ((name, number) for number in range(length))
+
+        return read
 
     seen = list(mixed([count("a", 5), count("b", 50), count("c", 0)], [1, 1, 1], Random(0)))
     longer = [number for name, number in seen if name == "b"]
     assert longer[:50] == list(range(50))
     shorter = [number for name, number in seen if name == "a"]
     assert shorter == [number % 5 for number in range(len(shorter))]
-    assert len(shorter) > 30
+    assert len(shorter) > 20
+    assert opened["a"] > 4
+    # What has nothing is not read again and again.
+    assert opened["c"] == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import pytest
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule, tokenization
+from lightning_perl.data.files import jsonl_rows
 from tests.data.counts import check_counts
 
 Build = Callable[..., PreferenceDataModule]
@@ -166,11 +168,46 @@ def test_bad_rows_stop_a_stream_or_are_counted_once(build: Build, tmp_path: Path
     check_counts(module.report, 20)
     for number, reason in ((1, "broken JSON"), (8, "missing column"), (10, "the answer takes")):
         strict = build(file, val_fraction=0.0)
-        strict.setup()
         with pytest.raises(ValueError, match=rf"rows.jsonl:{number}: {reason}"):
-            list(strict.train_dataloader())
+            texts(strict, read(strict))
         lines[number - 1] = json.dumps(rows(1)[0])
         file.write_text("\n".join(lines))
+
+
+def read(module: PreferenceDataModule) -> Iterable[RatedBatch | PromptBatch]:
+    module.setup()
+    return module.train_dataloader()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_file_that_breaks_off_is_counted_once(
+    build: Build, tmp_path: Path, weighted: bool
+) -> None:
+    lines = [json.dumps({"prompt": f"p {n}", "response": f"{n * n}"}).encode() for n in range(900)]
+    short = tmp_path / "short.jsonl.gz"
+    short.write_bytes(gzip.compress(b"\n".join(lines))[:-2000])
+    before = len(list(jsonl_rows(short, lambda *_: None)))
+    page = tmp_path / "page.csv"
+    page.write_text("<html>404</html>")
+    long = write(tmp_path / "long.jsonl", rows(3 * before))
+    files = [str(file) for file in (short, page, long)]
+    train = dict.fromkeys(files, 1.0) if weighted else files
+    module = build(train, val_fraction=0.5, on_bad_row="reject")
+    loader = read(module)
+    for _ in range(2):
+        texts(module, loader)
+        assert module.report.rejected == {"truncated gzip": 1, "web page": 1}
+        texts(module, module.val_dataloader())
+    report = module.report
+    check_counts(report, report.rows)
+    # Mixed, the rows of the short file are drawn again.
+    assert (report.rows == 4 * before + 2) == (not weighted)
+    with pytest.raises(ValueError, match=r"page.csv:1: a web page"):
+        build(train).setup()
+    strict = build(train | {files[1]: 1e-9} if isinstance(train, dict) else files[:1])
+    page.write_text("prompt,response\nq,a\n")
+    with pytest.raises(ValueError, match=r"short.jsonl.gz:\d+: not a whole gzip file"):
+        texts(strict, read(strict))
 
 
 def test_what_is_read_past_is_not_counted(build: Build, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.data.corpus_files import (
     write_csv,
     write_lines,
 )
+from tests.data.counts import check_counts
 from tests.data.golden import assert_golden
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -191,7 +192,7 @@ def test_bolt_conversations_are_prompts(build: Build, tmp_path: Path) -> None:
         (folder / f"{number}.xml").write_text(conversation(number, [("1", f"tea {number}")]))
     module = build("bolt", rows="prompts", max_tokens=256)
     module.setup()
-    assert module.report.rejected == {"broken XML": 2, "empty prompt": 1}
+    assert module.report.rejected == {"broken XML": 1, "not UTF-8": 1, "empty prompt": 1}
     assert module.report.rows == 15
     assert module.splits is not None
     texts = {
@@ -206,8 +207,22 @@ def test_bolt_conversations_are_prompts(build: Build, tmp_path: Path) -> None:
         ),
     )
     assert texts["b.xml"] == (Turn("user", "CONVERSATION:\n#Person1#: tea!\n\nTL;DR:"),)
-    with pytest.raises(ValueError, match=r"c.xml: broken XML \(.*Unpack it again"):
+    with pytest.raises(ValueError, match=r"c.xml:1: broken XML \(.*Unpack it again"):
         build("bolt", rows="prompts", on_bad_row="raise").read()
+    for file in ("c.xml", "d.xml", "e.xml"):
+        (folder / file).unlink()
+    for data, reason in (
+        (gzip.compress(conversation(5, said).encode())[:-9], "truncated gzip"),
+        (gzip.compress(b"<html></html>"), "web page"),
+        (gzip.compress(b""), "empty file"),
+    ):
+        (folder / "f.xml.gz").write_bytes(data)
+        module = build("bolt", rows="prompts", max_tokens=256)
+        module.setup()
+        assert module.report.rejected == {reason: 1}
+        check_counts(module.report, 13)
+        with pytest.raises(ValueError, match=r"f.xml.gz:[13]: "):
+            build("bolt", rows="prompts", on_bad_row="raise").read()
     with pytest.raises(ValueError, match="bolt has conversations without summaries"):
         build("bolt")
 

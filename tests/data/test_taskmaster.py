@@ -20,6 +20,7 @@ from lightning_perl.data.download import Remote
 from lightning_perl.data.folds import assign_folds, hold_out
 from lightning_perl.data.rows import Item, Pair, Row, Turn
 from lightning_perl.data.taskmaster import dialog_key
+from tests.data.counts import check_counts
 from tests.data.golden import assert_golden
 from tests.data.taskmaster_files import (
     GREETING,
@@ -418,7 +419,7 @@ def test_a_live_tokenizer_will_do_and_held_out_rows_come_in_order(
 
 
 def test_broken_files_name_file_and_line(build: Build, tmp_path: Path) -> None:
-    module = build(demonstrations=False)
+    module = build(demonstrations=False, on_bad_row="raise")
     file = tmp_path / "taskmaster-coffee/reward/reward_00.json"
     file.parent.mkdir(parents=True)
     file.write_text('[\n{"context": oops}]')
@@ -428,7 +429,7 @@ def test_broken_files_name_file_and_line(build: Build, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reward_00.json:2: not UTF-8 \(byte 0xff\)"):
         module.read()
     file.write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"reward_00.json: expected an array of rows, got dict"):
+    with pytest.raises(ValueError, match=r"reward_00.json:1: expected an array of rows, got dict"):
         module.read()
     file.write_text("<!doctype html><title>404</title>")
     with pytest.raises(ValueError, match=r"reward_00.json:1: a web page in place of data"):
@@ -437,13 +438,45 @@ def test_broken_files_name_file_and_line(build: Build, tmp_path: Path) -> None:
     whole = gzip.compress(b"[]")
     for data in (whole[:-4], whole[:10] + b"\xff" + whole[11:]):
         file.with_name("reward_00.json.gz").write_bytes(data)
-        with pytest.raises(ValueError, match=r"reward_00.json.gz: not a whole gzip file"):
+        with pytest.raises(ValueError, match=r"reward_00.json.gz:1: not a whole gzip file"):
             module.read()
+
+
+def test_broken_files_among_good_ones_are_a_rejection_each(build: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "taskmaster-coffee"
+    write(folder / "reward/reward_00.json", thumbs(10))
+    write(folder / "data/data_00.json", [dialog(number) for number in range(5)])
+    (folder / "reward/reward_01.json.gz").write_bytes(gzip.compress(b"[]")[:-4])
+    (folder / "reward/reward_02.json").write_text("<html>404</html>")
+    (folder / "data/data_01.json").write_text("[")
+    module = build()
+    module.setup()
+    assert module.report.rejected == {"truncated gzip": 1, "web page": 1, "broken JSON": 1}
+    check_counts(module.report, 28)
+    with pytest.raises(ValueError, match=r"data_01.json:1: broken JSON"):
+        build(on_bad_row="raise").setup()
+    (folder / "reward/reward_00.json").unlink()
+    with pytest.raises(ValueError, match=r"no training row is left(.|\n)*1 truncated gzip, 1 web"):
+        build(demonstrations=False).setup()
+
+
+def test_a_table_keeps_the_rows_before_its_break(build: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "taskmaster-ticketing/sft"
+    folder.mkdir(parents=True)
+    lines = [f"<U>ticket {n} please<C>\t<A>Which theater?\tdlg-{n}\n" for n in range(9)]
+    lines[6] = f'"{lines[6]}'
+    (folder / "train-aa.tsv").write_text("".join(lines))
+    module = build(task="ticketing", thumbs=False)
+    module.setup()
+    assert module.report.rejected == {"broken table": 1}
+    check_counts(module.report, 7)
+    with pytest.raises(ValueError, match=r"train-aa.tsv:7: broken table"):
+        build(task="ticketing", thumbs=False, on_bad_row="raise").setup()
 
 
 def test_deep_json_names_file_and_line(build: Build, tmp_path: Path) -> None:
     deep = "[" * 9000 + "]" * 9000
-    module = build(demonstrations=False)
+    module = build(demonstrations=False, on_bad_row="raise")
     file = tmp_path / "taskmaster-coffee/reward/reward_00.json"
     file.parent.mkdir(parents=True)
     file.write_text(f'[\n{{"context": "]]",\n"a": {deep}}}]')

@@ -201,6 +201,27 @@ def test_the_chat_template_renders_prompts_and_the_answer_stays_bare(
         encoder.encode(row((USER,), SORRY, USER, SORRY), 128, 16)
 
 
+def test_a_chat_template_that_refuses_turns(tokenizer: PreTrainedTokenizerBase) -> None:
+    # As Gemma's: no system turn, the user begins, and turns alternate.
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[model]{% endif %}"
+    )
+    encoder = TurnEncoder(tokenizer, chat_template=True)
+    whole = encoder.encode_prompt((USER, SORRY, USER), 400)
+    assert whole.cut_turns == 0
+    # One turn less would fit, but it would begin with the answer.
+    short = encoder.encode_prompt((USER, SORRY, USER), len(whole.ids) - 1)
+    assert short.cut_turns == 2
+    assert text(tokenizer, short.ids) == "[user]an espresso please[model]"
+    for turns in ((SORRY, USER), (USER, USER, SORRY, USER), (Turn("system", "Be brief."), USER)):
+        with pytest.raises(BadRow, match=r"rows.jsonl:7: .* refuses the turns .*must alternate"):
+            encoder.encode_prompt(turns, 400, "rows.jsonl:7")
+
+
 def test_a_chat_template_keeps_spelled_special_tokens_as_text(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

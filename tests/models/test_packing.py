@@ -63,6 +63,32 @@ def test_a_wider_sliding_window_is_found_by_trying(tiny_trunk: TinyTrunk, family
     assert not trunk.packs(90)
 
 
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_window_missed_by_less_than_bf16_rounds_is_found(
+    tiny_trunk: TinyTrunk, family: str
+) -> None:
+    # The last tokens of such rows, which scores are read at, would be wrong by 5 to 20%.
+    folder = tiny_trunk(family, sliding_window=60, max_position_embeddings=96)
+    trunk = load_trunk(str(folder), dtype="bfloat16", attention="eager")
+    assert trunk.packs(32)
+    assert not trunk.packs(61)
+    assert not trunk.packs(64)
+
+
+def test_layers_that_run_on_across_rows_are_not_packed(tiny_trunk: TinyTrunk) -> None:
+    # A fresh convolution is too small to be found by trying.
+    trunk = load_trunk(
+        str(
+            tiny_trunk(
+                "llama",
+                model_type="lfm2",
+                layer_types=["conv", "full_attention"],
+            )
+        )
+    )
+    assert not trunk.packs(8)
+
+
 def test_gradients_through_a_packed_line_are_those_of_separate_rows(tiny_trunk: TinyTrunk) -> None:
     ids, mask, packing = pairs()
     found = []
