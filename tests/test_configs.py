@@ -217,6 +217,13 @@ def test_recipe_runs_on_pairs_and_on_thumbs(
     assert_loads(run, trunk)
 
 
+def test_perls_reward_recipe_steps_on_128_rows_of_every_reward_corpus() -> None:
+    trainer = content(ROOT / "configs/reward/perl.yaml")["trainer"]
+    for path in (ROOT / "configs/data").glob("*.yaml"):
+        batch = content(path)["data"]["init_args"]["batch_size"]
+        assert batch * trainer["accumulate_grad_batches"] == 128, path
+
+
 @of_kind("new-trunk")
 def test_new_trunk_config_runs(path: Path, corpora: Path) -> None:
     config = content(path)

@@ -35,6 +35,9 @@ MANIFEST_FILE = "manifest.json"
 FULL_LAYERS = {"full_attention", "attention"}
 LOCAL_LAYERS = {"sliding_attention", "chunked_attention"}
 """Layers that look back a number of tokens only; a mask of ours replaces that."""
+DENSE_ATTENTION = {"eager", "sdpa"}
+"""Kernels that take a mask of ours. Flash attention would index past its rows by it, which no `except`
+catches on a GPU; flex attention crashes."""
 NO_BF16_TUNING = (
     "A trunk that is tuned whole must be float32, got bfloat16: most steps of a usual learning rate are "
     "smaller than a bf16 weight can move, and would be lost. Use trunk_dtype float32, or LoRA, whose weights "
@@ -218,6 +221,8 @@ class Trunk(nn.Module):
     def _longest_packed(self) -> float:
         """Tokens of the longest row that may be packed, as far as the configuration says."""
         values = self._text_config().to_dict()
+        if self.model.config._attn_implementation not in DENSE_ATTENTION:
+            return 0
         # GPT-Neo has its own name for them, and counts its windows in columns.
         layers = set(values.get("layer_types") or values.get("attention_layers") or ())
         if layers - FULL_LAYERS - LOCAL_LAYERS:

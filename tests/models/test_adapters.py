@@ -256,7 +256,6 @@ def test_layers_that_must_be_called_are_not_fused(tiny_trunk: TinyTrunk) -> None
     assert not adapters._fusible(layer, "actor", x.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not adapters._fusible(layer, "actor", x)
-        assert layer(x).dtype == torch.bfloat16
     base.weight.requires_grad_(True)
     assert not adapters._fusible(layer, "actor", x)
 
