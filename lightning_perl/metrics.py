@@ -171,13 +171,13 @@ class RewardMetrics(Metric):
             **calibration_measures(judgements, len(scores) + len(chosen)),
             **length_measures(answers, tokens),
         }
-        up = labels > 0.5
+        up, down = labels > 0.5, labels < 0.5
         return RewardMeasures(
             {key: value for key, (value, _) in found.items()},
             {key: count for key, (_, count) in found.items()},
             reliability_of(judgements),
             [*chosen.tolist(), *scores[up].tolist()],
-            [*rejected.tolist(), *scores[~up].tolist()],
+            [*rejected.tolist(), *scores[down].tolist()],
             len(chosen),
             len(scores),
         )
@@ -200,8 +200,12 @@ Found = dict[str, tuple[float, int]]
 
 
 def thumb_measures(scores: Tensor, labels: Tensor, lengths: Tensor) -> Found:
-    """The thumbs' own measures; none unless both classes are there. Shapes: ``(N,)``."""
-    up = labels > 0.5
+    """The thumbs' own measures; none unless both classes are there. Shapes: ``(N,)``.
+
+    A rating in the very middle is neither up nor down and does not count here.
+    """
+    sided = labels != 0.5
+    scores, lengths, up = scores[sided], lengths[sided], labels[sided] > 0.5
     if bool(up.all()) or not bool(up.any()):
         return {}
     above = (scores > 0).long()

@@ -397,3 +397,18 @@ def test_nothing_of_it_is_stored() -> None:
     metrics.update(*random_thumbs(5, 1))
     assert metrics.state_dict() == {}
     assert list(metrics.parameters()) == []
+
+
+def test_a_rating_in_the_middle_is_no_thumb() -> None:
+    metrics = RewardMetrics()
+    scores, labels = torch.tensor([2.0, -1.0, 5.0, -5.0]), torch.tensor([1.0, 0.0, 0.5, 0.5])
+    every = torch.ones(4, dtype=torch.bool)
+    lengths = torch.tensor([3, 2, 1, 9])
+    pairs = torch.zeros((0, 2), dtype=torch.int64)
+    metrics.update(scores, labels, every, pairs, lengths, torch.ones(4, dtype=torch.int64))
+    found = metrics.compute()
+    assert found.values["auroc"] == found.values["balanced_accuracy"] == 1.0
+    assert found.counts["auroc"] == 2
+    assert (found.good_scores, found.bad_scores) == ([2.0], [-1.0])
+    # Calibration is measured against the rating itself.
+    assert found.counts["brier"] == 4

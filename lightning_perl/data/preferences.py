@@ -548,7 +548,7 @@ def _prompt(value: object, where: str) -> tuple[Turn, ...]:
 
 
 def _answer(value: object, column: str, where: str, prompt: tuple[Turn, ...]) -> Turn:
-    if isinstance(value, list):
+    if isinstance(value, list) or (isinstance(value, str) and _is_message_list(value)):
         turns = _messages(value, column, where)
         if turns[:-1] not in ((), prompt) or turns[-1].role != "agent":
             raise _wrong_type(where, column, "one assistant message, or it after the prompt", value)

@@ -152,7 +152,7 @@ class SummarizationDataModule(CorpusDataModule):
     ``tldr``         a Reddit post and its author's summary (SFT)
     ``tldr_judged``  an author's and a model's summary, of which an **AI** preferred one
     ``tldr_human``   two summaries of which a person preferred one; a flattened local part
-    ``comparisons``  the same in OpenAI's original release: 64,832 human comparisons
+    ``comparisons``  the same in OpenAI's original release
     ``dialogsum``    a conversation and its summary (SFT)
     ``bolt``         an SMS or chat conversation without any summary (``rows: prompts``)
     ===============  =========================================================================

@@ -29,6 +29,9 @@ from transformers.pytorch_utils import Conv1D
 OFF = "off"
 """The trunk alone."""
 
+ATTENTION = "attention"
+"""As a target: every linear layer of the blocks' attention, whatever the family calls it."""
+
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
 
@@ -42,7 +45,8 @@ class LoraSpec:
         alpha: Scale; the step an adapter takes is proportional to ``learning_rate * alpha / rank``.
             DeepSpeed-Chat's learning rates assume ``alpha = 1``.
         targets: Names of the linear layers that get an adapter, matched against the end of the
-            module's name. Empty: every linear layer inside the decoder's blocks.
+            module's name; ``attention`` stands for all linear layers of the attention, whatever
+            the family calls them. Empty: every linear layer inside the decoder's blocks.
         dropout: On the adapter's input, in supervised training only; refused in RL, where the first
             ratio must be exactly 1.
     """
@@ -252,9 +256,17 @@ class Adapters:
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
         if targets:
+            named = [target for target in targets if target != ATTENTION]
+            # With the block's part before it: GPT-2's mlp.c_proj is no attention.
+            attention = {
+                ".".join(name.rsplit(".", 2)[-2:])
+                for name in self._linear_names
+                if any("attn" in part or "attention" in part for part in name.split(".")[:-1])
+            }
+            targets = (*named, *sorted(attention if ATTENTION in targets else ()))
             unmatched = [
                 target
-                for target in targets
+                for target in named or targets or (ATTENTION,)
                 if not any(f".{name}".endswith(f".{target}") for name in self._linear_names)
             ]
             if unmatched:

@@ -27,7 +27,8 @@ class HydraSFT(Scoring):
         center_coef: Weight of ``(r_w + r_l)^2``, which keeps a pair's scores around 0 (2312.09244).
         share_prompts: Read a pair's prompt once: chosen and rejected lie behind it on one line, with a
             mask between them. The same scores, in less time and memory; families that cannot (sliding
-            windows shorter than the row, ALiBi) read two rows all the same. False: always two rows.
+            windows shorter than the row, ALiBi, flash or flex attention) read two rows all the same. False:
+            always two rows.
         trunk_dtype: Of the trunk's weights and matrix products; adapters and head stay fp32.
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None

@@ -53,7 +53,8 @@ class PPO(OnPolicy):
         whiten_advantages: Shift and scale advantages over the whole rollout batch.
         reward_ensemble: What several reward adapters say together (PERL's outlook against reward
             hacking): ``mean`` or ``minimum`` of their scores, a forward each, or the score of their
-            ``weight_average``, one forward.
+            ``weight_average``, one forward. Scores of pairwise models have no scale of their own: train
+            each with ``normalize_scores``, or the lowest decides the minimum and the widest the mean.
         learned_reward_weight: Of the learned score. 0: the Python reward alone; no reward is
             computed, and the trunk needs no reward head.
         reward_function: A reward in plain Python, added to the learned one.

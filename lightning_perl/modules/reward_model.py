@@ -48,7 +48,8 @@ class RewardModel(Scoring):
             away from 0, so probabilities, ``balanced_accuracy``, ``ece`` and ``brier`` lose their meaning.
         share_prompts: Read a pair's prompt once: chosen and rejected lie behind it on one line, with a
             mask between them. The same scores, in less time and memory; families that cannot (sliding
-            windows shorter than the row, ALiBi) read two rows all the same. False: always two rows.
+            windows shorter than the row, ALiBi, flash or flex attention) read two rows all the same. False:
+            always two rows.
         trunk_dtype: Of the trunk's weights and matrix products; adapters and head stay fp32.
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None

@@ -29,22 +29,25 @@ WATCHED = ("auroc", "balanced_accuracy", "accuracy", "margin", "ece", "brier")
 def rating_loss(
     scores: Tensor, batch: RatedBatch, margin: float, positive_weight: float, center_coef: float
 ) -> tuple[Tensor, Stats]:
-    """Bradley-Terry on the batch's pairs plus binary cross-entropy on its thumbs; either may be absent.
+    """Bradley-Terry on the batch's pairs and binary cross-entropy on its thumbs, a mean over both.
 
-    Rows that stand in a pair carry no thumb, so nothing is counted twice. Centering holds for pairs
-    alone: thumbs say themselves where 0 is.
+    A pair weighs as much as a thumb, however a batch mixes them. Rows that stand in a pair carry no
+    thumb, so nothing is counted twice. Centering holds for pairs alone: thumbs say themselves where 0
+    is.
     """
     chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
     pair_loss, pair = bradley_terry(chosen, rejected, margin)
     if center_coef:
         pair_loss = pair_loss + center_coef * centering(chosen, rejected)
     thumb_loss, thumb = thumbs(scores, batch.label, batch.labelled, positive_weight)
+    pairs, ratings = len(batch.pairs), batch.labelled.sum()
+    loss = (pairs * pair_loss + ratings * thumb_loss) / (pairs + ratings).clamp(min=1)
     stats = {
-        "reward_loss": (pair_loss + thumb_loss).detach(),
-        "accuracy": pair.accuracy if len(batch.pairs) else thumb.accuracy,
+        "reward_loss": loss.detach(),
+        "accuracy": pair.accuracy if pairs else thumb.accuracy,
         "margin": pair.margin,
     }
-    return pair_loss + thumb_loss, stats
+    return loss, stats
 
 
 class Scoring(Supervised):

@@ -741,3 +741,15 @@ def test_a_tokenizer_without_eos_stops_in_setup(build: Build, tmp_path: Path) ->
     module.tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"has no EOS token, so no answer could end. Set one"):
         module.setup()
+
+
+def test_an_answer_may_be_messages_also_in_csv(build: Build, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    answers = [json.dumps([{"role": "assistant", "content": text}]) for text in ("good", "bad")]
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["prompt", "chosen", "rejected"])
+        writer.writerow(["Tea?", *answers])
+    item = one(build, file)
+    assert isinstance(item, Pair)
+    assert (item.chosen.response[0].text, item.rejected.response[0].text) == ("good", "bad")

@@ -173,6 +173,28 @@ def test_two_layers_do_not_share_their_first_weights(tiny_trunk: TinyTrunk) -> N
     assert len({tuple(value.flatten().tolist()) for value in same_shape}) == len(same_shape)
 
 
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("gpt2", {"c_attn", "c_proj"}),
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("gpt_neox", {"query_key_value", "dense"}),
+        ("falcon", {"query_key_value", "dense"}),
+        ("phi3", {"qkv_proj", "o_proj"}),
+    ],
+)
+def test_attention_names_the_attention_of_every_family(
+    tiny_trunk: TinyTrunk, family: str, layers: set[str]
+) -> None:
+    trunk = load_trunk(str(tiny_trunk(family)))
+    trunk.adapters.add("actor", LoraSpec(rank=2, targets=("attention",)), 0)
+    names = [name for name, _ in trunk.adapters.layers()]
+    assert {name.rsplit(".", 1)[-1] for name in names} == layers
+    assert len(names) == 2 * len(layers)
+    assert not any("mlp" in name for name in names)
+
+
 # ---- the products ------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def test_without_rows_to_imitate_it_is_the_reward_model(
         assert gradient.abs().max() > 0 or name.endswith("bias")  # cancels in a pair
 
 
-def test_loss_is_xent_plus_gamma_times_both_reward_losses(plain_trunk: Path) -> None:
+def test_loss_is_xent_plus_gamma_times_the_mean_reward_loss(plain_trunk: Path) -> None:
     batch = tiny.rated(7, pairs=2)
     module = HydraSFT(
         str(plain_trunk), None, 0.25, margin=0.1, positive_weight=3.0, trunk_dtype="float64"
@@ -75,8 +75,10 @@ def test_loss_is_xent_plus_gamma_times_both_reward_losses(plain_trunk: Path) -> 
     pair_loss = bradley_terry(scores[[0, 2]], scores[[1, 3]], 0.1)[0]
     thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]
     assert min(lm_loss, pair_loss, thumb_loss) > 0
-    assert_close(loss, lm_loss + 0.25 * (pair_loss + thumb_loss))
-    assert_close(stats["reward_loss"], (pair_loss + thumb_loss).detach())
+    # Two pairs and three thumbs, each with the same weight.
+    reward_loss = (2 * pair_loss + 3 * thumb_loss) / 5
+    assert_close(loss, lm_loss + 0.25 * reward_loss)
+    assert_close(stats["reward_loss"], reward_loss.detach())
 
 
 def test_demonstrations_are_not_judged(plain_trunk: Path) -> None:

@@ -175,8 +175,10 @@ def test_loss_is_both_reward_losses_plus_centering_plus_the_lm_term(plain_trunk:
     pair_loss = bradley_terry(chosen, rejected, 0.1)[0] + 0.2 * centering(chosen, rejected)
     thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]
     assert min(lm_loss, pair_loss, thumb_loss) > 0
-    assert_close(loss, pair_loss + thumb_loss + 0.7 * lm_loss)
-    assert_close(stats["reward_loss"], (pair_loss + thumb_loss).detach())
+    # Two pairs and three thumbs, each with the same weight.
+    reward_loss = (2 * pair_loss + 3 * thumb_loss) / 5
+    assert_close(loss, reward_loss + 0.7 * lm_loss)
+    assert_close(stats["reward_loss"], reward_loss.detach())
     assert_close(stats["lm_loss"], lm_loss.detach())
 
 
