@@ -407,12 +407,16 @@ def report() -> None:
         "validation loss took 1e-2 for LoRA, at which scores collapse to a constant (test AUROC 0.47 to 0.59 "
         "on fold 0); it was changed after seeing that. Mean ± standard deviation over runs. Memory is the highest "
         "resident size of a run's process above its size before the run; ms per step is the median, on a "
-        "machine that ran two at once.",
+        "machine of two cores that was shared with other work: compare it within a task only.",
         "",
     ]
     panels = {}
     for task in WINDOWS:
         finished = read(ROOT / "reward" / task)
+        planned = len(runs(task, Path()))
+        if len(finished) < planned:
+            counted = f"{len(finished)} of {planned} planned runs are finished"
+            lines += [f"**{task}: {counted}**, the lowest seeds first.", ""]
         for source in finished[0]["test"] if finished else []:
             count = len(finished[0]["test"][source]["score"]) or len(
                 finished[0]["test"][source]["chosen"]
