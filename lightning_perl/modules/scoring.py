@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -197,6 +197,15 @@ class Scoring(Supervised):
         self.metrics.update(scores, batch.label, batch.labelled, batch.pairs, lengths, batch.turns)
 
     test_step = validation_step
+
+    def on_test_start(self) -> None:
+        """Say so where nothing was trained and nothing loaded."""
+        if self.rated == 0:
+            rank_zero_warn(
+                f"{type(self).__name__} is tested with a random reward head: it was neither trained in this "
+                "process nor loaded from a checkpoint (`--ckpt_path last` finds none in a new run). Give "
+                "--ckpt_path RUN/checkpoints/NAME.ckpt."
+            )
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss of all rows and the measures: a few in validation, all in a test."""

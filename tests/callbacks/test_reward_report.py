@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader
 
@@ -115,13 +116,16 @@ def test_pictures_go_to_weights_and_biases(
     monkeypatch.setattr(
         WandbLogger, "log_image", lambda self, key, images: sent.update({key: images})
     )
-    logger = WandbLogger(project="p", save_dir=tmp_path, mode="disabled")
+    # W&B remembers the process's first mode: "disabled" here would spoil later tests' "offline".
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = WandbLogger(offline=True, project="p", save_dir=tmp_path)
     trainer, _ = tiny.quiet_trainer(tmp_path, logger=logger)
     trainer.test(RewardModel(trunk, tiny.LORA), loader(tiny.rated(6)), verbose=False)
     assert set(sent) == {"test/reliability", "test/scores"}
     for images in sent.values():
         (path,) = images
         assert Path(path).read_bytes().startswith(PNG)
+    wandb.finish()
 
 
 def axis_labels(measures: RewardMeasures) -> tuple[list[str], list[str]]:

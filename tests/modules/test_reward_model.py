@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -342,3 +343,15 @@ def test_nothing_to_normalize_by_is_refused_before_training(
         module.normalize([tiny.rated(2)])
     with pytest.raises(ValueError, match=r"scores of 0 demonstrations"):
         module.normalize([])
+
+
+def test_a_test_of_a_random_head_says_so(plain_trunk: Path, tmp_path: Path) -> None:
+    batches = tiny.Batches([tiny.rated(6, pairs=2)])
+    module = RewardModel(str(plain_trunk), tiny.LORA)
+    with pytest.warns(UserWarning, match="random reward head.*Give --ckpt_path"):
+        tiny.quiet_trainer(tmp_path).trainer.test(module, batches, verbose=False)
+    trainer = tiny.quiet_trainer(tmp_path).trainer
+    trainer.fit(module, batches)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*random reward head")
+        trainer.test(module, batches, verbose=False)
