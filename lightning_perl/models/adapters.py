@@ -255,28 +255,32 @@ class Adapters:
             )
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
-        if targets:
-            named = [target for target in targets if target != ATTENTION]
+        """Ends of layer names for PEFT; without targets, those of every linear layer."""
+        every = sorted({name.rsplit(".", 1)[-1] for name in self._linear_names})
+        found = {target: self._ends_of(target) for target in targets}
+        unmatched = [target for target, ends in found.items() if not ends]
+        if unmatched:
+            raise ValueError(
+                f"lora.targets: {unmatched} matches no linear layer of this trunk; "
+                f"its decoder blocks have {every}."
+            )
+        return [end for ends in found.values() for end in ends] if targets else every
+
+    def _ends_of(self, target: str) -> list[str]:
+        """What a target stands for; nothing where it matches no layer."""
+        if target == ATTENTION:
             # With the block's part before it: GPT-2's mlp.c_proj is no attention.
-            attention = {
+            ends = {
                 ".".join(name.rsplit(".", 2)[-2:])
                 for name in self._linear_names
                 if any("attn" in part or "attention" in part for part in name.split(".")[:-1])
             }
-            targets = (*named, *sorted(attention if ATTENTION in targets else ()))
-            unmatched = [
-                target
-                for target in named or targets or (ATTENTION,)
-                if not any(f".{name}".endswith(f".{target}") for name in self._linear_names)
-            ]
-            if unmatched:
-                ends = sorted({name.rsplit(".", 1)[-1] for name in self._linear_names})
-                raise ValueError(
-                    f"lora.targets: {unmatched} matches no linear layer of this trunk; "
-                    f"its decoder blocks have {ends}."
-                )
-            return list(targets)
-        return sorted({name.rsplit(".", 1)[-1] for name in self._linear_names})
+            return sorted(ends)
+        return (
+            [target]
+            if any(f".{name}".endswith(f".{target}") for name in self._linear_names)
+            else []
+        )
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """Name and layer of every linear layer that carries adapters."""

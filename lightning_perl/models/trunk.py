@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,7 +208,9 @@ class Trunk(nn.Module):
         believed: in bfloat16 a window that is missed by a few tokens is less than rounding may be. Else
         two rows that share half their tokens are read both ways, at least as long as those in question.
         """
-        if tokens > self._longest_packed():
+        if self.model.config._attn_implementation not in DENSE_ATTENTION:
+            return False
+        if tokens > self._longest_packed:
             return False
         length = 32
         while length < tokens:
@@ -218,11 +221,10 @@ class Trunk(nn.Module):
             self._packs[length] = shorter and self._packs_exactly(longest)
         return self._packs[length]
 
+    @cached_property
     def _longest_packed(self) -> float:
         """Tokens of the longest row that may be packed, as far as the configuration says."""
         values = self._text_config().to_dict()
-        if self.model.config._attn_implementation not in DENSE_ATTENTION:
-            return 0
         # GPT-Neo has its own name for them, and counts its windows in columns.
         layers = set(values.get("layer_types") or values.get("attention_layers") or ())
         if layers - FULL_LAYERS - LOCAL_LAYERS:
