@@ -1,4 +1,4 @@
-"""``python -m lightning_perl {fit,validate,test,predict,new-trunk}``."""
+"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk}``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from importlib.resources import files
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FunctionType
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+)
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -20,6 +26,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 import lightning_perl
@@ -29,7 +36,13 @@ import lightning_perl.data
 import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
+from lightning_perl.commands.estimate import LlamaSizes, architecture_from, report
 from lightning_perl.commands.new_trunk import new_trunk
+from lightning_perl.commands.rehearsal import Load
+from lightning_perl.data import TaskmasterDataModule
+from lightning_perl.modules.base import AdapterModule
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.scoring import Scoring
 from lightning_perl.packaged import PREFIX, unpackaged
 
 PROGRAM = "python -m lightning_perl"
@@ -38,8 +51,9 @@ CONFIG_HELP = (
     "over each other, the last one on top."
 )
 ALSO = (
-    f"There is one more command: {PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer "
-    "trained on your data (see its --help)."
+    f"There are two more commands: {PROGRAM} estimate says how much memory a fit will take, and "
+    f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data (see "
+    "their --help)."
 )
 
 
@@ -154,6 +168,137 @@ class PerlCLI(LightningCLI):
         raise refused
 
 
+ARCHITECTURE_HELP = (
+    "A model folder, a config.json or a hub name, in place of the configuration's trunk. Only the "
+    "architecture is read, never weights. Or give the sizes of a Llama: --hidden_size and so on."
+)
+PAIRS_HELP = (
+    "Whether the data's rows are preference pairs. By default they are for modules with a reward loss, unless "
+    "the data is Taskmaster's thumbs."
+)
+
+
+class EstimateCLI(PerlCLI):
+    """Reads what `fit` reads, and makes nothing of it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What is asked besides."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--architecture", type=str | None, default=None, help=ARCHITECTURE_HELP)
+        for size in fields(LlamaSizes):
+            parser.add_argument(f"--{size.name}", type=int | None, default=None)
+        parser.add_argument("--pairs", type=bool | None, default=None, help=PAIRS_HELP)
+        parser.add_argument(
+            "--budget",
+            type=str | None,
+            default=None,
+            help="Such as 24GiB: also find the largest batches that fit.",
+        )
+        parser.add_argument(
+            "--layouts",
+            action="store_true",
+            help="Also estimate PPO's layouts and supervised fine-tuning, at the same lengths.",
+        )
+        parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is read from disk."""
+
+    def instantiate_classes(self) -> None:
+        """Later, without weights."""
+
+    @property
+    def module_class(self) -> type[AdapterModule]:
+        """Whose acts are run.
+
+        Raises:
+            ValueError: No module of ours.
+        """
+        found = resolve_name(self.config.model.class_path)
+        if not (isinstance(found, type) and issubclass(found, AdapterModule)):
+            raise ValueError(
+                f"estimate runs the acts of this package's modules, not of {self.config.model.class_path}."
+            )
+        return found
+
+    def make_module(self) -> AdapterModule:
+        """The module alone, without what only a real run reads."""
+        asked = self.config.model.clone()
+        asked.init_args.pop("gold", None)
+        rewards = asked.init_args.get("reward")
+        adapters = [rewards] if isinstance(rewards, str) else rewards or []
+        if any(not Path(folder).expanduser().exists() for folder in adapters):
+            # Not trained yet: taken to have the actor's shape.
+            asked.init_args["reward"] = None
+        made = self.parser.instantiate_classes(Namespace(model=asked)).model  # type: ignore[no-untyped-call]
+        if not isinstance(made, AdapterModule):
+            raise TypeError(f"{type(made).__name__} is no module of this package.")
+        return made
+
+    def architecture(self) -> PreTrainedConfig:
+        """Of the flags, of ``--architecture``, or of the trunk.
+
+        Raises:
+            ValueError: Some sizes but not all, or nothing that transformers can read.
+        """
+        sizes = {size.name: self.config[size.name] for size in fields(LlamaSizes)}
+        if all(value is None for value in sizes.values()):
+            return architecture_from(self.config.architecture or self.config.model.init_args.trunk)
+        missing = [
+            f"--{size.name}"
+            for size in fields(LlamaSizes)
+            if size.default is MISSING and sizes[size.name] is None
+        ]
+        if missing or self.config.architecture:
+            raise ValueError(
+                "estimate: give --architecture, or all sizes of a Llama without it"
+                + (f"; missing {', '.join(missing)}." if missing else ".")
+            )
+        return LlamaSizes(**sizes).config()
+
+    def load(self) -> Load:
+        """Lengths and sizes as the data and the module state them."""
+        data, args = self.config.data.init_args, self.config.model.init_args
+        prompt = data.max_tokens - data.max_response_tokens
+        if issubclass(self.module_class, OnPolicy):
+            return Load(prompt, args.sampling.max_new_tokens, data.batch_size)
+        pairs = self.config.pairs
+        if pairs is None:
+            thumbs = issubclass(resolve_name(self.config.data.class_path), TaskmasterDataModule)
+            pairs = issubclass(self.module_class, Scoring) and not thumbs
+        return Load(prompt, data.max_response_tokens, data.batch_size, pairs)
+
+
+def run_estimate(args: Sequence[str]) -> None:
+    """``estimate``: the arguments of ``fit`` and a few more."""
+    cli = EstimateCLI(
+        LightningModule,
+        LightningDataModule,
+        save_config_callback=None,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        run=False,
+        parser_kwargs={
+            "prog": f"{PROGRAM} estimate",
+            "usage": f"{PROGRAM} estimate [-c CONFIG]... [--KEY VALUE]... (all: --help)",
+            "allow_abbrev": False,
+        },
+        args=list(args),
+    )
+    asked = cli.config
+    print(
+        report(
+            cli.make_module,
+            cli.architecture(),
+            cli.load(),
+            asked.budget,
+            asked.layouts,
+            asked.json,
+        )
+    )
+
+
 def silence_known() -> None:
     """Drop messages that every run would show and that ask nothing of anybody."""
     # Lightning makes torch's LeafSpec in a way that torch has deprecated; only Lightning can change it.
@@ -189,6 +334,9 @@ def main(args: Sequence[str] | None = None) -> None:
     silence_known()
     if given[:1] == ["new-trunk"]:
         run_new_trunk(given[1:])
+        return
+    if given[:1] == ["estimate"]:
+        run_estimate(given[1:])
         return
     commands = {
         command: {

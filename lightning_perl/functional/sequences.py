@@ -6,7 +6,7 @@ True means *this token counts*; nothing below this file knows pad ids, EOS or pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,55 @@ class Sequences(NamedTuple):
     def rows(self, rows: Tensor | slice) -> Sequences:
         """The named rows only."""
         return Sequences(self.ids[rows], self.attention_mask[rows], self.response_mask[rows])
+
+    def cut(self, cut: Cut) -> Sequences:
+        """Some rows without the columns that none of them uses."""
+        columns = slice(cut.unused, self.prompt_tokens + cut.responses)
+        return Sequences(
+            self.ids[cut.rows, columns],
+            self.attention_mask[cut.rows, columns],
+            self.response_mask[cut.rows, : cut.responses],
+        )
+
+
+class Cut(NamedTuple):
+    """Rows that are read together, and the columns they need.
+
+    Attributes:
+        rows: Their numbers. Shape: ``(b,)``, int64.
+        unused: Columns at the left that hold padding in all of them.
+        responses: Response columns that one of them uses, at least 1.
+    """
+
+    rows: Tensor
+    unused: int
+    responses: int
+
+
+def cuts(sequences: Sequences, size: int, by_length: bool = True) -> Iterator[Cut]:
+    """Micro-batches of up to ``size`` rows.
+
+    Args:
+        sequences: ``B`` rows.
+        size: Rows of each but the last.
+        by_length: Rows of similar length go together, the longest first, without the columns that none
+            of them uses. This reads tensors' values, once. Off: rows as they come, all columns.
+    """
+    count, responses = sequences.response_mask.shape
+    order, spans = torch.arange(count, device=sequences.ids.device), [(0, responses)] * count
+    if by_length:
+        order = sequences.attention_mask.sum(1).argsort(descending=True, stable=True)
+        # At least one prompt column stays, and one of the response.
+        first = sequences.attention_mask.long().argmax(1).clamp(max=sequences.prompt_tokens - 1)
+        last = last_true(sequences.response_mask) + 1
+        spans = torch.stack([first, last], 1)[order].tolist()
+    for start in range(0, count, size):
+        together = spans[start : start + size]
+        yield Cut(
+            order[start : start + size],
+            min(unused for unused, _ in together),
+            max(used for _, used in together),
+        )
 
 
 def predicting(hidden: Tensor, response_tokens: int) -> Tensor:

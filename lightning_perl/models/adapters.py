@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
+from lightning_perl.models.weightless import architecture
 
 OFF = "off"
 """The trunk alone."""
@@ -79,6 +82,7 @@ class AdapterSwitch:
 
     def __init__(self) -> None:
         self._current: str | None = None
+        self.rested: dict[tuple[int, str], Factors] | None = None
 
     @property
     def current(self) -> str:
@@ -104,12 +108,39 @@ class AdapterSwitch:
         finally:
             self._current = before
 
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Promise that no weight changes inside the block: each adapter is cast to the trunk's dtype once.
+
+        For passes without a gradient, above all those that sample one token.
+        """
+        before = self.rested
+        self.rested = {} if before is None else before
+        try:
+            yield
+        finally:
+            self.rested = before
+
     def pinned(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for a checkpointed block: its recomputation runs with today's adapter.
 
         Backward runs after the role's block was left, perhaps inside another role's.
         """
         return nullcontext(), self.use(self.current)
+
+
+class Factors(NamedTuple):
+    """An adapter on one layer, ready to be multiplied with.
+
+    Attributes:
+        down: Shape: ``(r, I)``, in the input's dtype.
+        up: Times the adapter's scale. Shape: ``(O, r)``.
+        fusible: Whether the layer under it is a plain frozen one.
+    """
+
+    down: Tensor
+    up: Tensor
+    fusible: bool
 
 
 def _weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
@@ -172,19 +203,37 @@ def _fusible(layer: LoraLayer, adapter: str, x: Tensor) -> bool:
     )
 
 
-def _lean_forward(layer: LoraLayer, switch: AdapterSwitch, x: Tensor) -> Tensor:
+def _factors(layer: LoraLayer, adapter: str, x: Tensor) -> Factors:
+    down, up = _weights(layer, adapter)
+    up = up * layer.scaling[adapter]
+    return Factors(down.to(x.dtype), up.to(x.dtype), _fusible(layer, adapter, x))
+
+
+def _rested(layer: LoraLayer, switch: AdapterSwitch, adapter: str, x: Tensor) -> Factors:
+    if switch.rested is None or torch.is_grad_enabled():
+        return _factors(layer, adapter, x)
+    key = (id(layer), adapter)
+    if key not in switch.rested:
+        switch.rested[key] = _factors(layer, adapter, x)
+    return switch.rested[key]
+
+
+def _lean_forward(layer: LoraLayer, switch: AdapterSwitch, fused: bool, x: Tensor) -> Tensor:
     # PEFT's own forward casts x to the adapter's fp32 and keeps that copy for backward (15-20% of
     # time and memory on a bf16 trunk). The products run in the trunk's dtype; weights stay fp32.
     adapter = switch.current
     if adapter == OFF or adapter not in layer.lora_A:
         bare: Tensor = layer.base_layer(x)
         return bare
-    down, up = _weights(layer, adapter)
-    down, up = down.to(x.dtype), (up * layer.scaling[adapter]).to(x.dtype)
-    if _fusible(layer, adapter, x):
+    down, up, fusible = _rested(layer, switch, adapter, x)
+    if fused and fusible:
         base = cast(nn.Linear, layer.base_layer)
-        fused: Tensor = FrozenLinearWithAdapter.apply(x, base.weight, base.bias, down, up)  # type: ignore[no-untyped-call]
-        return fused
+        if not torch.is_grad_enabled():
+            rows = x.reshape(-1, x.shape[-1])
+            added = F.linear(rows, base.weight, base.bias).addmm_(rows @ down.T, up.T)
+            return added.view(*x.shape[:-1], -1)
+        y: Tensor = FrozenLinearWithAdapter.apply(x, base.weight, base.bias, down, up)  # type: ignore[no-untyped-call]
+        return y
     result: Tensor = layer.base_layer(x)
     return result + F.linear(F.linear(layer.lora_dropout[adapter](x), down), up)
 
@@ -195,16 +244,18 @@ class Adapters:
     Args:
         model: The bare trunk; it is changed in place and its own weights are frozen.
         switch: Which adapter answers.
+        fused: A frozen linear layer and its adapter are one operation to autograd.
     """
 
-    def __init__(self, model: nn.Module, switch: AdapterSwitch) -> None:
+    def __init__(self, model: nn.Module, switch: AdapterSwitch, fused: bool = True) -> None:
         self.model = model
+        self.fused = fused
         self.switch = switch
         self.specs: dict[str, LoraSpec] = {}
         # Resolved once, on the bare trunk: later PEFT's own layers would match too.
         self._linear_names = linear_layers_in_blocks(model)
         # GPT-2 stores its weights as (in, out); PEFT wants to be told.
-        self._transposed = any(isinstance(module, Conv1D) for module in model.modules())
+        self._transposed = any(stored_transposed(module) for module in model.modules())
 
     def add(self, name: str, spec: LoraSpec, seed: int, trainable: bool = True) -> None:
         """A fresh adapter that changes nothing yet: ``A`` drawn from ``seed``, ``B`` zero.
@@ -229,7 +280,7 @@ class Adapters:
         self.specs[name] = spec
         generator = torch.Generator().manual_seed(seed)
         for _, layer in self.layers():
-            cast(Any, layer).forward = partial(_lean_forward, layer, self.switch)
+            cast(Any, layer).forward = partial(_lean_forward, layer, self.switch, self.fused)
             if name not in layer.lora_A:
                 # An earlier adapter's layer, outside this one's targets.
                 continue
@@ -351,6 +402,8 @@ class Adapters:
             ValueError: Its tensors are not those this trunk would have.
         """
         self.add(name, self._spec_of(folder), seed, trainable)
+        if architecture() is not None:
+            return
         wanted = self.tensors(name)
         stored = _stored(folder, {key: parameter.shape for key, parameter in wanted.items()})
         with torch.no_grad():
@@ -375,6 +428,8 @@ class Adapters:
         rank = sum(spec.rank for spec in specs)
         targets = tuple(sorted({target for spec in specs for target in spec.targets}))
         self.add(name, LoraSpec(rank, float(rank), targets), seed, trainable)
+        if architecture() is not None:
+            return
         start = 0
         for folder, spec in zip(folders, specs, strict=True):
             scale = spec.alpha / spec.rank / len(folders)
@@ -429,26 +484,44 @@ class Adapters:
             ) from error
         return spec
 
+    def own_weights(self) -> dict[str, Tensor]:
+        """The model's weights as it keeps them, under their bare names; of quantized ones the codes."""
+        quantized = tuple(
+            f"{name}." for name, module in self.model.named_modules() if quantization_of(module)
+        )
+        return {
+            key.replace(".base_layer.", "."): value
+            for key, value in self.model.state_dict().items()
+            if ".lora_" not in key
+            # Scales and maps of codes.
+            and not (key.startswith(quantized) and not key.endswith((".weight", ".bias")))
+        }
+
     def merged(self, name: str | None) -> dict[str, Tensor]:
         """The model's weights under their bare names, ``name`` added in at least fp32.
 
-        Nothing in the model changes. None: the weights as they are.
+        Nothing in the model changes. None: the weights as they are. Quantized ones are made dense: the
+        values that the adapter was trained on, so that the sum is what was trained. Merged into the
+        weights before they were quantized it would be another model.
         """
         deltas: dict[str, Tensor] = {}
         if name is not None:
             for layer_name, layer in self.layers():
                 if name in layer.lora_A:
                     deltas[f"{layer_name}.weight"] = cast(Any, layer).get_delta_weight(name)
+        quantized = {
+            f"{layer_name.removesuffix('.base_layer')}.weight": module
+            for layer_name, module in self.model.named_modules()
+            if quantization_of(module)
+        }
         weights = {}
-        for key, value in self.model.state_dict().items():
-            if ".lora_" in key:
-                continue
-            bare = key.replace(".base_layer.", ".")
+        for bare, stored in self.own_weights().items():
+            value = dense(quantized[bare]) if bare in quantized else stored
             if bare in deltas:
                 delta = deltas[bare]
-                weights[bare] = value.to(torch.promote_types(value.dtype, delta.dtype)) + delta
-            else:
-                weights[bare] = value
+                value = value.to(torch.promote_types(value.dtype, delta.dtype)) + delta
+            turned = bare in quantized and stored_transposed(quantized[bare])
+            weights[bare] = value.T.contiguous() if turned else value
         return weights
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_perl.functional.logprobs import at_least_fp32
+from lightning_perl.models.weightless import architecture
 
 HEADS_FILE = "heads.safetensors"
 
@@ -67,6 +68,8 @@ def save_heads(folder: Path, heads: dict[str, ScalarHead]) -> None:
 
 def has_head(folder: Path, name: str) -> bool:
     """Whether `load_head` finds the head ``name`` there."""
+    if architecture() is not None:
+        return True
     path = folder / HEADS_FILE
     return path.is_file() and f"{name}.weight" in load_file(path)
 
@@ -86,6 +89,9 @@ def load_head(folder: Path, name: str) -> ScalarHead:
     Raises:
         ValueError: The folder has no such head.
     """
+    shapes = architecture()
+    if shapes is not None:
+        return ScalarHead(shapes.get_text_config(decoder=True).hidden_size)
     path = folder / HEADS_FILE
     tensors = load_file(path) if path.is_file() else {}
     if f"{name}.weight" not in tensors:

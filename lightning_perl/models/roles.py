@@ -16,10 +16,11 @@ from typing import Literal, NamedTuple, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, average, has_head, load_head
+from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import (
     NO_BF16_TUNING,
     Trunk,
@@ -130,6 +131,10 @@ class Roles(nn.Module):
         checkpointing: Recompute activations in training passes.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
             leaves it to transformers. In bfloat16 on a CPU eager is faster.
+        quantization: Keep the frozen trunks' linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
+            (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
+            ``dtype``. Needs another layout than full. None: everything in ``dtype``.
+        shortcuts: Which work is saved where the result is the same.
         seed: Of the fresh adapters.
         ensemble: What several reward adapters say together, each with the head it was trained with:
             the mean or the minimum of their scores, one forward each; or the score of the average
@@ -155,6 +160,8 @@ class Roles(nn.Module):
         dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
         attention: str | None = None,
+        quantization: Quantization | None = None,
+        shortcuts: Shortcuts = Shortcuts(),
         seed: int = 0,
         ensemble: RewardEnsemble = "mean",
         learned_reward: bool = True,
@@ -170,6 +177,8 @@ class Roles(nn.Module):
             )
         if layout == "full" and dtype == "bfloat16":
             raise ValueError(NO_BF16_TUNING)
+        if layout == "full" and quantization is not None:
+            raise ValueError(NO_QUANTIZED_TUNING)
         self.layout: Layout = layout
         self.ensemble: RewardEnsemble = ensemble
         # Heads before trunks: a missing one is found before gigabytes are read.
@@ -187,7 +196,12 @@ class Roles(nn.Module):
         on_reward = {self.seats[name].trunk for name in ("value", *self.judges)}
         trunks = [
             load_trunk(
-                reward_trunk if number in on_reward else trunk, dtype, checkpointing, attention
+                reward_trunk if number in on_reward else trunk,
+                dtype,
+                checkpointing,
+                attention,
+                quantization,
+                shortcuts,
             )
             for number in range(1 + max(seat.trunk for seat in self.seats.values()))
         ]
@@ -304,9 +318,7 @@ class Roles(nn.Module):
         states = predicting(hidden, sequences.response_mask.shape[1])
         if name == "value":
             return {"value": self.value_head(states)}
-        logprobs, entropy = chunked_logprobs(
-            states, sequences.response_ids, trunk.project, temperature
-        )
+        logprobs, entropy = trunk.logprobs(states, sequences.response_ids, temperature)
         return {name: logprobs, "entropy": entropy} if name == "policy" else {name: logprobs}
 
     def actor_parameters(self) -> list[nn.Parameter]:

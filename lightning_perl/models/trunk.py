@@ -5,6 +5,7 @@ Shapes: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -27,12 +28,26 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from lightning_perl.functional.logprobs import chunked_logprobs, frozen_head_logprobs
 from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
+from lightning_perl.models.cache import preallocate
+from lightning_perl.models.flops import FlopCount
+from lightning_perl.models.quantization import (
+    Quantization,
+    loading_config,
+    prepare,
+    quantization_of,
+    require_quantizable,
+)
+from lightning_perl.models.shortcuts import Shortcuts
+from lightning_perl.models.weightless import architecture, stand_in_tokenizer
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
 MANIFEST_FILE = "manifest.json"
+LOGITS_AT_ONCE = 2**24
+"""Positions times vocabulary: 64 MiB in fp32."""
 FULL_LAYERS = {"full_attention", "attention"}
 LOCAL_LAYERS = {"sliding_attention", "chunked_attention"}
 """Layers that look back a number of tokens only; a mask of ours replaces that."""
@@ -56,6 +71,7 @@ class Trunk(nn.Module):
         tokenizer: Its tokenizer.
         checkpointing: Compute each block's activations again in backward, in training passes only.
         source: Where it came from, for messages and manifests.
+        shortcuts: Which work is saved.
 
     Raises:
         ValueError: Trunk and head together do not give the model's own logits.
@@ -67,17 +83,20 @@ class Trunk(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         checkpointing: bool = False,
         source: str = "",
+        shortcuts: Shortcuts = Shortcuts(),
     ) -> None:
         super().__init__()
+        self.shortcuts = shortcuts
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
         # Who says how turns become tokens: folder (or data) to template.
         self.templates: dict[str, str] = {}
         self.switch = AdapterSwitch()
-        self.adapters = Adapters(model, self.switch)
+        self.adapters = Adapters(model, self.switch, shortcuts.fused_adapters)
         # Each read of the trunk is one pass; tests and benchmarks count them.
         self.passes = 0
+        self.flops = FlopCount(model, self.adapters)
         self._transform = LogitTransform(model.config)
         self._packs: dict[int, bool] = {}
         if checkpointing:
@@ -88,7 +107,10 @@ class Trunk(nn.Module):
                 # The older name, for the last transformers that runs on Python 3.10.
                 model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
         model.train(False)
-        self._compare_with_own_forward()
+        # Shapes without values (see `weightless`): nothing can be compared.
+        self.weightless = model.device.type == "meta"
+        if not self.weightless:
+            self._compare_with_own_forward()
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -135,6 +157,12 @@ class Trunk(nn.Module):
         """Of the trunk's own weights."""
         return self.lm_head.weight.dtype
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the linear layers are kept; None where they are in the trunk's dtype."""
+        kinds = (quantization_of(module) for module in self.model.modules())
+        return next((kind for kind in kinds if kind is not None), None)
+
     def _text_config(self) -> PreTrainedConfig:
         return self.model.config.get_text_config(decoder=True)
 
@@ -156,7 +184,8 @@ class Trunk(nn.Module):
         Returns:
             Shape: ``(B, T, H)``, in the trunk's dtype.
         """
-        self.switch.current  # noqa: B018 (raises outside a role, also where there are no adapters)
+        # Raises outside a role, also where there are no adapters.
+        self.flops.read(ids, attention_mask.shape[1], self.switch.current)
         self.passes += 1
         # Always passed: GPT-2 with left padding is off by several nats without.
         positions = position_ids(attention_mask)[:, -ids.shape[1] :]
@@ -189,9 +218,10 @@ class Trunk(nn.Module):
         return self._packed(ids, attention_mask, packing)
 
     def _packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
-        self.switch.current  # noqa: B018 (raises outside a role)
-        self.passes += 1
         lines = pack(ids, attention_mask, packing)
+        # Raises outside a role.
+        self.flops.read(lines.ids, packing.columns, self.switch.current)
+        self.passes += 1
         output = self.model.base_model(
             input_ids=lines.ids,
             attention_mask=attention_bias(lines.owner, self.dtype),
@@ -236,13 +266,16 @@ class Trunk(nn.Module):
         return min((span for span in spans if span), default=math.inf)
 
     def _packs_exactly(self, tokens: int) -> bool:
+        if self.weightless:
+            # What the configuration allows.
+            return True
         drawn = torch.Generator().manual_seed(0)
         rows = torch.randint(self.vocabulary_size, (2, tokens), generator=drawn)
         rows[1, : tokens // 2] = rows[0, : tokens // 2]
         packing = plan([rows.tolist()], self.model.device)
         ids = rows.to(self.model.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        passes = self.passes
+        passes, flops = self.passes, self.flops.total
         with torch.no_grad(), self.switch.use(OFF):
             try:
                 ours = self._packed(ids, mask, packing).double()
@@ -252,15 +285,18 @@ class Trunk(nn.Module):
             except (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError):
                 return False
             finally:
-                self.passes = passes
+                self.passes, self.flops.total = passes, flops
         # Rounding in other kernels; a wrong mask or position is off by tens of percent.
         allowed = torch.finfo(self.dtype).eps ** 0.5
         return bool((ours - own).norm() <= allowed * own.norm())
 
     def fingerprint(self) -> str:
-        """A hash of some of the trunk's own weights, the same in every dtype it is loaded in."""
+        """A hash of some of the trunk's own weights, the same in every dtype it is loaded in.
+
+        Quantized ones have other values, and so another hash.
+        """
         digest = hashlib.sha256()
-        for key, value in sorted(self.adapters.merged(None).items()):
+        for key, value in sorted(self.adapters.own_weights().items()):
             digest.update(key.encode())
             some = value.detach().flatten()[:256].to("cpu", torch.bfloat16)
             digest.update(some.view(torch.int16).numpy().tobytes())
@@ -268,12 +304,41 @@ class Trunk(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits as the model's own forward gives them. Shape: ``(..., H)`` to ``(..., V)``."""
+        self.flops.project(hidden, self.lm_head.weight)
         logits: Tensor = self.lm_head(hidden)
         return self._transform(logits)
 
-    def empty_cache(self) -> Cache:
-        """Keys and values of nothing yet; sliding-window layers keep their window only."""
-        return DynamicCache(config=self.model.config)
+    def logprobs(
+        self, states: Tensor, targets: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens and entropies of their distributions, in nats.
+
+        Never more than `LOGITS_AT_ONCE` logits exist. Under a frozen LM head the entropies have no
+        gradient.
+
+        Args:
+            states: Hidden states that predict the targets. Shape: ``(B, R, H)``.
+            targets: Shape: ``(B, R)``, int64.
+            temperature: Divides the logits.
+
+        Returns:
+            Shape: ``(B, R)`` each, at least fp32.
+        """
+        chunk_tokens = max(1, LOGITS_AT_ONCE // self.vocabulary_size)
+        trained = any(parameter.requires_grad for parameter in self.lm_head.parameters())
+        once = self.shortcuts.frozen_head and not (trained and torch.is_grad_enabled())
+        of_chunks = frozen_head_logprobs if once else chunked_logprobs
+        return of_chunks(states, targets, self.project, temperature, chunk_tokens)
+
+    def empty_cache(self, tokens: int) -> Cache:
+        """Keys and values of nothing yet, for rows that grow up to ``tokens``.
+
+        Sliding-window layers keep their window only, and grow as transformers has it.
+        """
+        cache = DynamicCache(config=self.model.config)
+        if self.shortcuts.preallocated_cache:
+            preallocate(cache, tokens)
+        return cache
 
     @contextmanager
     def training_pass(self) -> Iterator[None]:
@@ -295,7 +360,7 @@ class Trunk(nn.Module):
                 input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)
             ).logits[mask]
         own = own.double()
-        self.passes = 0
+        self.passes = self.flops.total = 0
         if not bool(own.isfinite().all()):
             raise ValueError(
                 f"{self.source or 'The model'} ({type(self.model).__name__}): its own logits in "
@@ -338,14 +403,21 @@ class Trunk(nn.Module):
         """What a manifest says of the template; empty where nobody said."""
         return {"template": next(iter(self.templates.values()))} if self.templates else {}
 
+    @property
+    def named_quantization(self) -> dict[str, str]:
+        """What a manifest says of the quantization that was trained on; empty where there is none."""
+        return {"quantization": self.quantization} if self.quantization else {}
+
     def save(self, folder: Path, adapter: str | None, manifest: dict[str, Any]) -> None:
         """Write a transformers folder with tokenizer and manifest, ``adapter`` merged into it.
 
-        Merging happens once, here, in full precision; the model itself is not changed.
+        Merging happens once, here, in full precision; the model itself is not changed. A quantized trunk
+        is written dense, as a folder that loads anywhere: the adapter is merged into the values that it
+        was trained on, not into those of before (see `Adapters.merged`).
         """
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.adapters.merged(adapter)
-        self.model.save_pretrained(folder, state_dict=weights)
+        self._plain_model().save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         dtypes = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
         about = {
@@ -355,9 +427,23 @@ class Trunk(nn.Module):
             "pad_id": self.pad_id,
             "stop_ids": list(self.stop_ids),
             **self.named_template,
+            **self.named_quantization,
             **manifest,
         }
         (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+    def _plain_model(self) -> PreTrainedModel:
+        """The model, or where it is quantized one of its shapes that is not, without any weights."""
+        if self.quantization is None:
+            return self.model
+        config = copy.deepcopy(self.model.config)
+        del config.quantization_config
+        with torch.device("meta"):
+            plain: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=self.dtype
+            )
+        plain.generation_config = self.model.generation_config
+        return plain
 
 
 class LogitTransform:
@@ -392,6 +478,9 @@ def model_source(source: str) -> str:
     Raises:
         FileNotFoundError: A path that is no model folder.
     """
+    if architecture() is not None:
+        # The folder may not exist yet; it is not read.
+        return source
     path = Path(source).expanduser()
     # A hub name is OWNER/NAME; where OWNER is a folder here, a path was meant.
     looks_like_path = (
@@ -419,6 +508,8 @@ def load_trunk(
     dtype: TrunkDtype = "float32",
     checkpointing: bool = False,
     attention: str | None = None,
+    quantization: Quantization | None = None,
+    shortcuts: Shortcuts = Shortcuts(),
 ) -> Trunk:
     """A trunk from a transformers folder or a hub name, every dropout 0.
 
@@ -430,9 +521,14 @@ def load_trunk(
         dtype: Of the trunk's weights and matrix products.
         checkpointing: Recompute activations in training passes.
         attention: transformers' ``attn_implementation``; None leaves it to transformers.
+        quantization: Keep the linear layers in 4 bits (nf4, double quantization) or 8 bits (int8), by
+            bitsandbytes; LM head and embeddings stay in ``dtype``. It is done here, on the CPU. None: all
+            in ``dtype``.
+        shortcuts: Which work is saved.
 
     Raises:
-        ValueError: fp16, or an unknown dtype.
+        ValueError: fp16, an unknown dtype or quantization, or weights that are stored quantized.
+        ImportError: bitsandbytes is asked for and not installed.
         FileNotFoundError: A path that is no model folder.
     """
     if dtype == "float16":  # type: ignore[comparison-overlap]  # YAML can say it all the same
@@ -442,6 +538,20 @@ def load_trunk(
         )
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ValueError(f"trunk_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
+    if quantization is not None:
+        require_quantizable(quantization, dtype)
+    shapes = architecture()
+    if shapes is not None:
+        if quantization is not None:
+            raise ValueError(
+                f"quantization {quantization}: a trunk of shapes alone cannot be quantized. Leave it out, and "
+                "take the saved bytes of the linear layers off what is found for the trunk."
+            )
+        without_dropout(shapes)
+        bare = AutoModelForCausalLM.from_config(
+            shapes, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+        return Trunk(bare, stand_in_tokenizer(shapes), checkpointing, source, shortcuts)
     where = model_source(source)
     try:
         config = AutoConfig.from_pretrained(where)
@@ -450,14 +560,51 @@ def load_trunk(
             f"trunk: {source} is no folder here, and no hub name that could be read "
             f"({str(error).splitlines()[0]})."
         ) from error
+    _require_dense(source, config)
     without_dropout(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        where, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
+    model = _load_model(where, config, getattr(torch, dtype), attention, quantization)
     tokenizer = AutoTokenizer.from_pretrained(where)
-    trunk = Trunk(model, tokenizer, checkpointing, source)
+    trunk = Trunk(model, tokenizer, checkpointing, source, shortcuts)
     _note_template(Path(where), trunk)
     return trunk
+
+
+def _load_model(
+    where: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    quantization: Quantization | None,
+) -> PreTrainedModel:
+    if quantization is None:
+        dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, attn_implementation=attention
+        )
+        return dense
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        where,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=loading_config(quantization, dtype),
+        # Else transformers takes the GPU where there is one; here the trainer moves things.
+        device_map={"": "cpu"},
+    )
+    if prepare(model, dtype) == 0:
+        raise ValueError(
+            f"trunk: transformers found nothing to quantize in {where} ({type(model).__name__}): its linear "
+            "layers are of a class of their own. Leave `quantization` out."
+        )
+    return model
+
+
+def _require_dense(source: str, config: PreTrainedConfig) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"trunk: {source} is stored quantized (quantization_config in its config.json). Its layers have "
+            "other products than those that adapters are tested on here. Give the folder or hub name of the "
+            "full-precision weights, and set quantization: nf4 or int8."
+        )
 
 
 def _note_template(folder: Path, trunk: Trunk) -> None:
@@ -475,6 +622,7 @@ def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
         "trunk_fingerprint": trunk.fingerprint(),
         "stop_ids": list(trunk.stop_ids),
         **trunk.named_template,
+        **trunk.named_quantization,
     }
     (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
 
@@ -486,9 +634,11 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
         ValueError: The fingerprints differ, or the tokens that end a response or the templates do.
     """
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not path.is_file() or trunk.weightless:
         return
     about = json.loads(path.read_text())
+    if "trunk_fingerprint" in about:
+        _require_same_quantization(path, about.get("quantization"), trunk)
     mine = {"trunk_fingerprint": trunk.fingerprint(), "stop_ids": list(trunk.stop_ids)}
     for key, value in mine.items():
         if about.get(key, value) != value:
@@ -498,3 +648,12 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
                 "trained on, or train the reward model again on this one."
             )
     _note_template(folder, trunk)
+
+
+def _require_same_quantization(manifest: Path, trained: str | None, trunk: Trunk) -> None:
+    if trained != trunk.quantization:
+        raise ValueError(
+            f"{manifest.parent} was trained on a trunk with quantization {trained}, {trunk.source} is loaded "
+            f"with {trunk.quantization}: other values under the adapter, other scores. Set quantization as "
+            f"it was there, or train it again. To use it all the same, take trunk_fingerprint out of {manifest}."
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,11 +21,12 @@ from lightning_perl.batches import Bounded
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 # From Python a module's specs are pickled into its checkpoints, which are read with weights_only.
-torch.serialization.add_safe_globals([LoraSpec, SamplingSpec])
+torch.serialization.add_safe_globals([LoraSpec, SamplingSpec, Shortcuts])
 
 
 def default_optimizer(learning_rate: float) -> OptimizerCallable:
@@ -121,7 +123,7 @@ class AdapterModule(LightningModule, ABC):
 
     def _agree_on_template(self, template: str | None) -> None:
         """Every trunk, and every adapter loaded on one, was trained on turns written as the data's."""
-        trunks = [module for module in self.modules() if isinstance(module, Trunk)]
+        trunks = self._trunks
         # What one trunk's folder says holds for the others, also where the data says nothing.
         said = {by: named for trunk in trunks for by, named in trunk.templates.items()}
         if template is not None:
@@ -156,6 +158,20 @@ class AdapterModule(LightningModule, ABC):
         finally:
             for listener in listeners:
                 listener.on_phase_end(self.trainer, self, name)
+
+    @cached_property
+    def _trunks(self) -> list[Trunk]:
+        return [module for module in self.modules() if isinstance(module, Trunk)]
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of all passes so far, each backward counted with its forward (`models.flops`)."""
+        return sum(trunk.flops.total for trunk in self._trunks)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the trunks' matrix products are in."""
+        return self._trunks[0].dtype
 
     @property
     def held_out(self) -> str:

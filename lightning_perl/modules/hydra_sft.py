@@ -6,6 +6,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
+from lightning_perl.models.quantization import Quantization
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.scoring import Scoring
@@ -33,6 +35,10 @@ class HydraSFT(Scoring):
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
             leaves it to transformers. In bfloat16 on a CPU eager is faster.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
+            (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
+            ``trunk_dtype``. Needs ``lora``. None: everything in ``trunk_dtype``.
+        shortcuts: Which work is saved where the result is the same.
         head_learning_rate: Of the reward head; None takes the optimizer's.
         optimizer: Makes the optimizer.
         scheduler: Makes the learning-rate scheduler, stepped once per optimizer step.
@@ -51,6 +57,8 @@ class HydraSFT(Scoring):
         trunk_dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
         attention: str | None = None,
+        quantization: Quantization | None = None,
+        shortcuts: Shortcuts = Shortcuts(),
         head_learning_rate: float | None = None,
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
@@ -69,6 +77,8 @@ class HydraSFT(Scoring):
             trunk_dtype,
             checkpointing,
             attention,
+            quantization,
+            shortcuts,
             head_learning_rate,
             optimizer,
             scheduler,

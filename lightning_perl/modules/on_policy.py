@@ -22,11 +22,13 @@ from torch.optim import Optimizer
 from lightning_perl.batches import Answers as WrittenAnswers
 from lightning_perl.batches import Bounded, PromptBatch
 from lightning_perl.functional.masked import masked_mean
-from lightning_perl.functional.sequences import Sequences
+from lightning_perl.functional.sequences import Cut, Sequences, cuts
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
+from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role, Roles
-from lightning_perl.models.trunk import Trunk, TrunkDtype
+from lightning_perl.models.shortcuts import Shortcuts
+from lightning_perl.models.trunk import Trunk, TrunkDtype, write_adapter_manifest
 from lightning_perl.modules.base import (
     AdapterModule,
     Backward,
@@ -41,8 +43,9 @@ from lightning_perl.rollouts.rollout import Rollout, split_at
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
 from lightning_perl.rollouts.statistics import describe
 
-# Mean |log ratio| per token that rounding explains: passes differ in their batch mates only.
-RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# Mean |log ratio| per token that rounding explains: a token was read alone, behind its cache, when it
+# was sampled, and with all others when it is learned from.
+RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 POSITIVE = 1e-12
 """Lower end of a range that leaves 0 out."""
 VALIDATION_ROLLOUT = -1
@@ -109,6 +112,8 @@ class OnPolicy(AdapterModule):
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
             leaves it to transformers. In bfloat16 on a CPU eager is faster.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
+        shortcuts: Which work is saved where the result is the same.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped once per rollout batch.
         gold: A true reward, known in experiments only; logged, never learned from.
@@ -147,6 +152,8 @@ class OnPolicy(AdapterModule):
         trunk_dtype: TrunkDtype,
         checkpointing: bool,
         attention: str | None,
+        quantization: Quantization | None,
+        shortcuts: Shortcuts,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         gold: RewardFunction | None,
@@ -192,6 +199,8 @@ class OnPolicy(AdapterModule):
             trunk_dtype,
             checkpointing,
             attention,
+            quantization,
+            shortcuts,
             seed,
             reward_ensemble,
             learned_reward=learned_reward_weight > 0,
@@ -217,6 +226,7 @@ class OnPolicy(AdapterModule):
         self.gold = gold
         self._reference_gold: list[Tensor] = []
         self.seed = seed
+        self.shortcuts = shortcuts
         self.guard = FiniteGuard()
         self._stood_on: dict[str, str] | None = None
         self.rollout_index = 0
@@ -257,34 +267,116 @@ class OnPolicy(AdapterModule):
         """Sample one response per prompt. Noise comes from (seed, rollout index, row)."""
         spec = sampling or self.sampling
         uniforms = row_uniforms(self.seed, rollout_index, prompts.row, spec.max_new_tokens)
-        with self.roles(role) as trunk:
-            return sample(trunk, prompts.ids, prompts.mask, prompts.row, spec, uniforms, early_exit)
+        with self.roles(role) as trunk, trunk.switch.at_rest():
+            rollout = sample(
+                trunk, prompts.ids, prompts.mask, prompts.row, spec, uniforms, early_exit
+            )
+        kept = role == "policy" and spec.scored_as_sampled and self.shortcuts.sampled_logprobs
+        return rollout if kept else rollout._replace(logprobs=None)
 
-    def score(self, rollout: Rollout) -> Scored:
+    def score(self, rollout: Rollout, by_length: bool = True, values: bool = True) -> Scored:
         """All four roles on a rollout, one forward per distinct (trunk, adapter).
 
-        Where there is no learned reward, nobody is asked for it and every score is 0.
-        """
-        return self._read(rollout, self.sampling.temperature)
+        The policy is not asked where its log-probabilities were kept while it sampled. Where there is no
+        learned reward, nobody is asked for it and every score is 0.
 
-    @torch.no_grad()
-    def _read(self, rollout: Rollout, temperature: float) -> Scored:
-        roles: tuple[Role, ...] = ("policy", "value", "reference", "reward")
-        pieces = [self.roles.answer(piece, roles, temperature) for piece in self._pieces(rollout)]
-        values = _joined([piece.value for piece in pieces])
+        Args:
+            rollout: What was sampled.
+            by_length: Rows of similar length are read together, which looks at tensors' values.
+            values: Ask the critic; `begin` does it otherwise.
+        """
+        return self._read(rollout, self.sampling.temperature, by_length, values)
+
+    def _read(
+        self, rollout: Rollout, temperature: float, by_length: bool = True, values: bool = True
+    ) -> Scored:
+        asked: tuple[Role, ...] = ("reference", "reward")
+        if values:
+            asked = ("value", *asked)
+        if rollout.logprobs is None:
+            asked = ("policy", *asked)
+        found = self._asked(rollout, asked, temperature, by_length)
+        reference = _given(found.reference)
         return Scored(
-            _joined([piece.policy for piece in pieces]),
-            _joined([piece.reference for piece in pieces]),
-            values,
-            _joined([piece.reward for piece in pieces])
-            if self.roles.judges
-            else torch.zeros_like(values[:, 0]),
+            _given(found.policy if rollout.logprobs is None else rollout.logprobs),
+            reference,
+            torch.zeros_like(reference) if found.value is None else found.value,
+            torch.zeros_like(reference[:, 0]) if found.reward is None else found.reward,
         )
 
-    def _pieces(self, rollout: Rollout) -> Iterator[Sequences]:
+    @torch.no_grad()
+    def _asked(
+        self, rollout: Rollout, roles: tuple[Role, ...], temperature: float, by_length: bool
+    ) -> Answers:
+        """What the roles say of a rollout, micro-batch by micro-batch; 0 in columns that were cut."""
         sequences = rollout.sequences()
-        for rows in _slices(len(sequences.ids), self.score_batch_size):
-            yield sequences.rows(rows)
+        whole: dict[str, Tensor] = {}
+        for cut in self._cuts(sequences, self.score_batch_size, by_length):
+            answers = self.roles.answer(sequences.cut(cut), roles, temperature)
+            for name, part in answers._asdict().items():
+                if part is None:
+                    continue
+                shape = rollout.response_mask.shape[: part.dim()]
+                into = whole.setdefault(name, part.new_zeros(shape))
+                into[(cut.rows, slice(cut.responses))[: part.dim()]] = part
+        return Answers(**whole)
+
+    def _cuts(self, sequences: Sequences, size: int, by_length: bool) -> Iterator[Cut]:
+        return cuts(sequences, size, by_length and self.shortcuts.length_buckets)
+
+    @property
+    def begins(self) -> bool:
+        """Whether `begin` takes the critic's part of the first minibatch: if it is a pass of its own."""
+        alone = ("value",) in self.roles.groups(self.trained_roles)
+        return alone and self.shortcuts.shared_value_pass
+
+    def begin(
+        self,
+        rollout: Rollout,
+        scored: Scored,
+        backward: Backward = torch.Tensor.backward,
+        by_length: bool = True,
+    ) -> tuple[Scored, Stats]:
+        """The critic's values, and from the same passes its gradient in the first minibatch.
+
+        The critic has not moved since the rollout, so the first update would read the same rows with the
+        same weights again. A row's value loss needs that row's returns alone.
+
+        Args:
+            rollout: What was sampled.
+            scored: Without values, the scores final.
+            backward: As in `update`.
+            by_length: As in `update`.
+
+        Returns:
+            ``scored`` with values; and the statistics of the value loss, for `update`.
+        """
+        first = next(self._minibatches(len(rollout.row), 0)).to(rollout.row.device)
+        begun = torch.zeros_like(rollout.stopped).index_fill_(0, first, True)
+        rest = (~begun).nonzero().squeeze(-1)
+        values = torch.zeros_like(scored.values)
+        if len(rest):
+            others = self._asked(
+                rollout.rows(rest), ("value",), self.sampling.temperature, by_length
+            )
+            values[rest] = _given(others.value)
+        sequences = rollout.sequences().rows(first)
+        size = MinibatchSize(len(first), sequences.response_mask.sum().clamp(min=1))
+        sums: Stats = {}
+        for cut in self._cuts(sequences, self.micro_batch_size, by_length):
+            rows = first[cut.rows]
+            with self.roles.trunk("value").training_pass():
+                answers = self.roles.answer(sequences.cut(cut), ("value",))
+                values[rows, : cut.responses] = _given(answers.value).detach()
+                some = scored._replace(values=values).rows(rows)
+                experience, _ = self.experience(rollout.rows(rows), some)
+                every = torch.arange(len(rows), device=rows.device)
+                loss, stats = self.role_loss(
+                    "value", answers, experience.cut(cut._replace(rows=every)), size
+                )
+                backward(loss)
+            _add(sums, stats)
+        return scored._replace(values=values), sums
 
     def rewarded(self, rollout: Rollout, learned: Tensor) -> tuple[Tensor, Stats]:
         """What the responses earn: the learned scores and the Python reward, each by its weight.
@@ -328,11 +420,22 @@ class OnPolicy(AdapterModule):
         backward: Backward = torch.Tensor.backward,
         first_read: FirstRead | None = None,
         accept: Accept = lambda norms: True,
+        by_length: bool = True,
+        begun: Stats | None = None,
     ) -> Stats:
         """Epochs of minibatch steps, each accumulated over micro-batches.
 
         Roles that one forward answers share one backward; others go one after the other, so that the
         actor's graph is gone before the critic's is built.
+
+        Args:
+            experience: What is learned from.
+            optimizer: Of `parameter_groups`.
+            backward: ``loss.backward()``, or Lightning's.
+            first_read: Called once, with the first answers of the policy.
+            accept: Asked before every step.
+            by_length: Micro-batches are of rows of similar length, which looks at tensors' values.
+            begun: What `begin` said, where it took the critic's part of the first minibatch.
 
         Returns:
             Statistics averaged over the optimizer steps.
@@ -342,15 +445,17 @@ class OnPolicy(AdapterModule):
         for epoch in range(self.epochs):
             for rows in self._minibatches(len(experience.old_logprobs), epoch):
                 minibatch = experience.rows(rows.to(experience.old_logprobs.device))
-                for key, value in self._gradients(minibatch, backward, first_read).items():
-                    sums[key] = sums.get(key, torch.zeros_like(value)) + value
+                groups = self.roles.groups(self.trained_roles)
+                if begun is not None:
+                    groups.remove(("value",))
+                    _add(sums, begun)
+                    begun = None
+                _add(sums, self._gradients(groups, minibatch, backward, first_read, by_length))
                 first_read = None
                 with self.phase("optimizer"):
                     require_trainable(optimizer)
                     norms = clip_by_group(optimizer, self.max_grad_norms)
-                    for name, norm in norms.items():
-                        key = f"grad_norm_{name}"
-                        sums[key] = sums.get(key, torch.zeros_like(norm)) + norm
+                    _add(sums, {f"grad_norm_{name}": norm for name, norm in norms.items()})
                     if accept(norms):
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -358,15 +463,21 @@ class OnPolicy(AdapterModule):
         return {key: value / steps for key, value in sums.items()}
 
     def _gradients(
-        self, minibatch: Experience, backward: Backward, first_read: FirstRead | None
+        self,
+        groups: list[tuple[Role, ...]],
+        minibatch: Experience,
+        backward: Backward,
+        first_read: FirstRead | None,
+        by_length: bool,
     ) -> Stats:
         sums: Stats = {}
         mask = minibatch.sequences.response_mask
         size = MinibatchSize(len(mask), mask.sum().clamp(min=1))
-        for group in self.roles.groups(self.trained_roles):
+        micro = list(self._cuts(minibatch.sequences, self.micro_batch_size, by_length))
+        for group in groups:
             with self.phase("actor" if "policy" in group else "critic"):
-                for rows in _slices(len(minibatch.old_logprobs), self.micro_batch_size):
-                    piece = minibatch.rows(torch.arange(rows.start, rows.stop))
+                for cut in micro:
+                    piece = minibatch.cut(cut)
                     with self.roles.trunk(group[0]).training_pass():
                         answers = self.roles.answer(
                             piece.sequences, group, self.sampling.temperature
@@ -377,8 +488,7 @@ class OnPolicy(AdapterModule):
                         parts = [self.role_loss(role, answers, piece, size) for role in group]
                         backward(torch.stack([loss for loss, _ in parts]).sum())
                     for _, stats in parts:
-                        for key, value in stats.items():
-                            sums[key] = sums.get(key, torch.zeros_like(value)) + value
+                        _add(sums, stats)
         return sums
 
     def _minibatches(self, episodes: int, epoch: int) -> Iterator[Tensor]:
@@ -434,31 +544,37 @@ class OnPolicy(AdapterModule):
         with self.phase("rollout"):
             rollout = self.collect(batch, self.rollout_index)
         with self.phase("score"):
-            scored = self.score(rollout)
+            scored = self.score(rollout, values=not self.begins)
             scores, parts = self.rewarded(rollout, scored.scores)
             scored = scored._replace(scores=scores)
         if self.rollout_index == 0:
             self._check_fresh_start(rollout, scored)
+        begun = None
+        if self.begins:
+            with self.phase("critic"):
+                scored, begun = self.begin(rollout, scored, self.manual_backward)
         experience, stats = self.experience(rollout, scored)
-        trained = self._learn(experience)
+        trained = self._learn(experience, begun)
         if self._make_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
         return self._account(rollout, {**describe(rollout, scored), **parts}, {**stats, **trained})
 
-    def _learn(self, experience: Experience) -> Stats:
+    def _learn(self, experience: Experience, begun: Stats | None) -> Stats:
+        optimizer = self.optimizers()
         mask = experience.sequences.response_mask
         learned_from = torch.where(mask, experience.advantages + experience.returns, 0.0)
         if not bool(torch.isfinite(learned_from).all()):
             # Every epoch would fail on it again; one count for the whole rollout.
+            optimizer.zero_grad()  # type: ignore[union-attr]  # the critic may have begun
             self.guard({"rollout (scores, values or log-probabilities)": learned_from.sum()})
             return {}
-        optimizer = self.optimizers()
         return self.update(
             experience,
             optimizer,  # type: ignore[arg-type]  # Lightning's wrapper counts the steps
             self.manual_backward,
             self._check_first_ratio,
             self.guard,
+            begun=begun,
         )
 
     def _account(self, rollout: Rollout, seen: Stats, stats: Stats) -> dict[str, Any]:
@@ -544,8 +660,7 @@ class OnPolicy(AdapterModule):
     def _scores(self, rollout: Rollout) -> Tensor:
         learned = torch.zeros(len(rollout.row), device=rollout.row.device)
         if self.roles.judges:
-            pieces = self._pieces(rollout)
-            learned = _joined([self.roles.answer(one, ("reward",)).reward for one in pieces])
+            learned = _given(self._asked(rollout, ("reward",), 1.0, True).reward)
         return self.rewarded(rollout, learned)[0]
 
     def _texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
@@ -669,14 +784,18 @@ class OnPolicy(AdapterModule):
             trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
             if adapter != OFF and adapter not in written:
                 trunk.adapters.save(adapter, folder / "adapters" / adapter, trunk.source)
+                write_adapter_manifest(folder / "adapters" / adapter, trunk)
                 written.add(adapter)
         save_heads(folder / "adapters" / self.roles.seats["value"].adapter, heads)
 
 
-def _joined(values: list[Tensor | None]) -> Tensor:
-    return torch.cat([value for value in values if value is not None])
+def _add(sums: Stats, stats: Mapping[str, Tensor]) -> None:
+    for key, value in stats.items():
+        sums[key] = sums.get(key, torch.zeros_like(value)) + value
 
 
-def _slices(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def _given(answer: Tensor | None) -> Tensor:
+    """An answer that was asked for."""
+    if answer is None:
+        raise RuntimeError("A role was not asked for what is needed of it.")
+    return answer

@@ -12,7 +12,9 @@ from lightning_perl.functional.advantages import generalized_advantages, token_r
 from lightning_perl.functional.masked import masked_mean, whiten
 from lightning_perl.losses.ppo import clipped_surrogate, clipped_value_loss
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, Stats, require_in_range
@@ -72,6 +74,10 @@ class PPO(OnPolicy):
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
             leaves it to transformers. In bfloat16 on a CPU eager is faster.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
+            (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
+            ``trunk_dtype``. Needs another layout than full. None: everything in ``trunk_dtype``.
+        shortcuts: Which work is saved where the result is the same.
         optimizer: Makes the one optimizer; its learning rate is the actor's.
         scheduler: Makes the learning-rate scheduler, stepped once per rollout batch.
         gold: A true reward, known in experiments only; logged, never learned from.
@@ -122,6 +128,8 @@ class PPO(OnPolicy):
         trunk_dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
         attention: str | None = None,
+        quantization: Quantization | None = None,
+        shortcuts: Shortcuts = Shortcuts(),
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
         gold: RewardFunction | None = None,
@@ -169,6 +177,8 @@ class PPO(OnPolicy):
             trunk_dtype=trunk_dtype,
             checkpointing=checkpointing,
             attention=attention,
+            quantization=quantization,
+            shortcuts=shortcuts,
             optimizer=optimizer,
             scheduler=scheduler,
             gold=gold,

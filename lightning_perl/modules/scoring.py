@@ -18,6 +18,8 @@ from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.losses.reward import bradley_terry, centering, thumbs
 from lightning_perl.metrics import RewardMeasures, RewardMetrics
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.quantization import Quantization
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.sft import imitation_loss
 from lightning_perl.modules.supervised import Stats, Supervised, sequences_of
@@ -68,6 +70,8 @@ class Scoring(Supervised):
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
             leaves it to transformers. In bfloat16 on a CPU eager is faster.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
+        shortcuts: Which work is saved where the result is the same.
         head_learning_rate: Of the reward head; None takes the optimizer's.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler.
@@ -89,6 +93,8 @@ class Scoring(Supervised):
         trunk_dtype: TrunkDtype,
         checkpointing: bool,
         attention: str | None,
+        quantization: Quantization | None,
+        shortcuts: Shortcuts,
         head_learning_rate: float | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
@@ -98,7 +104,17 @@ class Scoring(Supervised):
             if weight is not None and weight < 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}.")
         super().__init__(
-            trunk, adapter, lora, trunk_dtype, checkpointing, attention, optimizer, scheduler, seed
+            trunk,
+            adapter,
+            lora,
+            trunk_dtype,
+            checkpointing,
+            attention,
+            quantization,
+            shortcuts,
+            optimizer,
+            scheduler,
+            seed,
         )
         self.add_reward_head(head_learning_rate, seed)
         self.margin = margin

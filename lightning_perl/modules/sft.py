@@ -6,10 +6,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_perl.batches import RatedBatch
-from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import predicting
 from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.quantization import Quantization
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk, TrunkDtype
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.supervised import Stats, Supervised, sequences_of
@@ -19,7 +20,7 @@ def imitation_loss(trunk: Trunk, hidden: Tensor, batch: RatedBatch) -> tuple[Ten
     """Cross-entropy of the responses to imitate, in nats per token, and how many tokens there were."""
     sequences = sequences_of(batch)
     states = predicting(hidden, sequences.response_mask.shape[1])
-    logprobs, _ = chunked_logprobs(states, sequences.response_ids, trunk.project)
+    logprobs, _ = trunk.logprobs(states, sequences.response_ids)
     mask = sequences.response_mask & batch.imitate.unsqueeze(-1)
     return cross_entropy(logprobs, mask), mask.sum()
 
@@ -37,6 +38,10 @@ class SFT(Supervised):
         checkpointing: Recompute activations in backward: less memory, about a third more time.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
             leaves it to transformers. In bfloat16 on a CPU eager is faster.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
+            (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
+            ``trunk_dtype``. Needs ``lora``. None: everything in ``trunk_dtype``.
+        shortcuts: Which work is saved where the result is the same.
         optimizer: Makes the optimizer.
         scheduler: Makes the learning-rate scheduler, stepped once per optimizer step.
         seed: Of the fresh adapter.
@@ -49,12 +54,24 @@ class SFT(Supervised):
         trunk_dtype: TrunkDtype = "float32",
         checkpointing: bool = False,
         attention: str | None = None,
+        quantization: Quantization | None = None,
+        shortcuts: Shortcuts = Shortcuts(),
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            trunk, "sft", lora, trunk_dtype, checkpointing, attention, optimizer, scheduler, seed
+            trunk,
+            "sft",
+            lora,
+            trunk_dtype,
+            checkpointing,
+            attention,
+            quantization,
+            shortcuts,
+            optimizer,
+            scheduler,
+            seed,
         )
 
     def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:

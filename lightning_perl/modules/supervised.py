@@ -15,6 +15,8 @@ from lightning_perl.batches import Bounded, RatedBatch
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import NO_BF16_TUNING, Trunk, TrunkDtype, load_trunk
 from lightning_perl.modules.base import AdapterModule, FiniteGuard, clip_by_group
 from lightning_perl.packaged import unpackaged
@@ -38,6 +40,8 @@ class Supervised(AdapterModule):
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
             leaves it to transformers. In bfloat16 on a CPU eager is faster.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
+        shortcuts: Which work is saved where the result is the same.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped once per optimizer step.
         seed: Of the adapter.
@@ -53,16 +57,22 @@ class Supervised(AdapterModule):
         trunk_dtype: TrunkDtype,
         checkpointing: bool,
         attention: str | None,
+        quantization: Quantization | None,
+        shortcuts: Shortcuts,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         seed: int,
     ) -> None:
         if lora is None and trunk_dtype == "bfloat16":
             raise ValueError(NO_BF16_TUNING)
+        if lora is None and quantization is not None:
+            raise ValueError(NO_QUANTIZED_TUNING)
         super().__init__(optimizer, scheduler)
         self.guard = FiniteGuard()
         self.rated = 0
-        self.trunk: Trunk = load_trunk(unpackaged(trunk), trunk_dtype, checkpointing, attention)
+        self.trunk: Trunk = load_trunk(
+            unpackaged(trunk), trunk_dtype, checkpointing, attention, quantization, shortcuts
+        )
         self.adapter = adapter if lora else OFF
         # A pair's prompt is read once; False reads both rows whole, for comparison.
         self.share_prompts = True
@@ -139,14 +149,14 @@ class Supervised(AdapterModule):
         """Rows as they are."""
         return data.max_tokens
 
-    def training_step(self, batch: RatedBatch, batch_idx: int) -> Tensor:
-        """One batch."""
+    def training_step(self, batch: RatedBatch, batch_idx: int) -> dict[str, Any]:
+        """One batch: its loss, and its rows' tokens (a shared prompt's in each row)."""
         self.rated += int(batch.labelled.sum()) + len(batch.pairs)
         with self.trunk.training_pass():
             loss, stats = self.objective(batch)
         self.log_stats({f"train/{key}": value for key, value in stats.items()}, len(batch.ids))
         self.log("train/loss", loss.detach(), batch_size=len(batch.ids), prog_bar=True)
-        return loss
+        return {"loss": loss, "tokens": {"step": int(batch.attention_mask.sum())}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leave out a step whose gradient is not finite: without gradients nothing moves."""
@@ -172,6 +182,8 @@ class Supervised(AdapterModule):
 
     def save_trunk(self, folder: Path) -> None:
         """Write the tuned trunk and its head, read it back, and compare.
+
+        A quantized trunk is written dense: the very values that were trained on, LoRA added.
 
         Raises:
             RuntimeError: The folder gives other logits than the module.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_perl.functional.sequences import Sequences
+from lightning_perl.functional.sequences import Cut, Sequences
 
 
 class Scored(NamedTuple):
@@ -18,7 +18,7 @@ class Scored(NamedTuple):
     Attributes:
         logprobs: Of the policy that sampled. Shape: ``(B, R)``.
         reference: Shape: ``(B, R)``.
-        values: Shape: ``(B, R)``.
+        values: Shape: ``(B, R)``; zeros where they come later, see `OnPolicy.begin`.
         scores: Raw scores of the reward role. Shape: ``(B,)``.
     """
 
@@ -26,6 +26,10 @@ class Scored(NamedTuple):
     reference: Tensor
     values: Tensor
     scores: Tensor
+
+    def rows(self, rows: Tensor) -> Scored:
+        """The named rows only."""
+        return Scored(*(part[rows] for part in self))
 
 
 class Experience(NamedTuple):
@@ -53,4 +57,15 @@ class Experience(NamedTuple):
             self.old_values[rows],
             self.advantages[rows],
             self.returns[rows],
+        )
+
+    def cut(self, cut: Cut) -> Experience:
+        """Some rows without the columns that none of them uses."""
+        rows, columns = cut.rows, slice(cut.responses)
+        return Experience(
+            self.sequences.cut(cut),
+            self.old_logprobs[rows, columns],
+            self.old_values[rows, columns],
+            self.advantages[rows, columns],
+            self.returns[rows, columns],
         )

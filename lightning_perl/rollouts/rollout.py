@@ -23,6 +23,8 @@ class Rollout(NamedTuple):
         response_mask: True up to and including the stop token. Shape: ``(B, R)``, bool.
         stopped: False where the length limit cut the response. Shape: ``(B,)``, bool.
         row: The prompts' numbers in their corpus. Shape: ``(B,)``, int64.
+        logprobs: Of the response tokens, in the distribution they were drawn from; None where nobody
+            kept them. Shape: ``(B, R)``.
     """
 
     prompt_ids: Tensor
@@ -31,6 +33,11 @@ class Rollout(NamedTuple):
     response_mask: Tensor
     stopped: Tensor
     row: Tensor
+    logprobs: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> Rollout:
+        """The named rows only."""
+        return Rollout(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
     def sequences(self) -> Sequences:
         """Prompt and response as whole rows."""

@@ -107,7 +107,7 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & 0x1FFFFFFFF)
 
 
-def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Tensor:
+def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor]:
     """One token per row by inverse CDF.
 
     Args:
@@ -116,17 +116,20 @@ def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> Tensor:
         spec: Temperature, top-p and top-k.
 
     Returns:
-        Shape: ``(B,)``, int64.
+        The tokens, int64, and their log-probabilities in the distribution that was drawn from, at
+        least fp32. Shape: ``(B,)`` each.
     """
     logits = at_least_fp32(logits)
     if spec.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = torch.softmax(_kept(logits / spec.temperature, spec), -1)
-    cumulative = probabilities.cumsum(-1)
-    # Rounding may leave the last sum a little off 1; scaled by it, a draw cannot fall past the end.
-    points = uniforms.to(cumulative.dtype).unsqueeze(-1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, points, right=True).squeeze(-1)
-    return drawn.clamp(max=logits.shape[-1] - 1)
+        return logits.argmax(-1), logits.new_zeros(len(logits))
+    logits = _kept(logits if spec.temperature == 1 else logits / spec.temperature, spec)
+    relative = logits - logits.amax(-1, keepdim=True)
+    cumulative = relative.exp().cumsum(-1)
+    # What has no end of 1 need not be divided by it: the draw is scaled instead.
+    total = cumulative[:, -1:]
+    points = uniforms.to(cumulative.dtype).unsqueeze(-1) * total
+    tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens.squeeze(-1), (relative.gather(-1, tokens) - total.log()).squeeze(-1)
 
 
 def _kept(logits: Tensor, spec: SamplingSpec) -> Tensor:
@@ -179,24 +182,31 @@ def sample(
             Stop strings need it.
 
     Returns:
-        The rollout; ``R`` is the longest response, or ``max_new_tokens`` without early exit.
+        The rollout with its log-probabilities; ``R`` is the longest response, or ``max_new_tokens``
+        without early exit.
     """
     if spec.stop and not early_exit:
         raise ValueError("stop strings are found by decoding text, which needs early_exit=True.")
     finished = stop_at(spec.stop, trunk.tokenizer) if spec.stop else None
     batch, longest = prompt_ids.shape[0], spec.max_new_tokens
+    prompt_tokens = prompt_ids.shape[1]
     response_ids = torch.full(
         (batch, longest), trunk.pad_id, dtype=torch.int64, device=prompt_ids.device
+    )
+    logprobs = torch.zeros(
+        batch, longest, dtype=torch.promote_types(trunk.dtype, torch.float32), device=row.device
     )
     lengths = torch.full_like(row, longest)
     stopped = torch.zeros_like(row, dtype=torch.bool)
     running = torch.arange(batch, device=row.device)
-    cache, mask, step_ids = trunk.empty_cache(), prompt_mask, prompt_ids
+    cache, step_ids = trunk.empty_cache(prompt_tokens + longest), prompt_ids
+    mask = torch.cat([prompt_mask, torch.ones_like(response_ids, dtype=torch.bool)], 1)
     for column in range(longest):
-        hidden = trunk(step_ids, mask, cache)
-        tokens = draw(trunk.project(hidden[:, -1]), uniforms[running, column], spec)
+        hidden = trunk(step_ids, mask[:, : prompt_tokens + column], cache)
+        tokens, chosen = draw(trunk.project(hidden[:, -1]), uniforms[running, column], spec)
         response_ids[running, column] = tokens
-        step_ids, mask = tokens.unsqueeze(-1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        logprobs[running, column] = chosen
+        step_ids = tokens.unsqueeze(-1)
         if not early_exit:
             continue
         ended = until_stop(step_ids, trunk.stop_ids)[1]
@@ -212,8 +222,9 @@ def sample(
         cache.batch_select_indices(stay)
     if early_exit:
         response_ids = response_ids[:, : int(lengths.max())]
+        logprobs = logprobs[:, : response_ids.shape[1]]
         columns = torch.arange(response_ids.shape[1], device=row.device)
         response_mask = columns < lengths.unsqueeze(-1)
     else:
         response_mask, stopped = until_stop(response_ids, trunk.stop_ids)
-    return Rollout(prompt_ids, prompt_mask, response_ids, response_mask, stopped, row)
+    return Rollout(prompt_ids, prompt_mask, response_ids, response_mask, stopped, row, logprobs)

@@ -27,9 +27,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def fit(folder: Path, work: Work, batches: int = 1) -> dict[str, float]:
-    trainer = quiet_trainer(folder, [SpeedMonitor()])
-    trainer.fit(Phased(work), Rows(batches))
+class Counting(Phased):
+    """Knows its FLOPs: what `work` adds to them."""
+
+    flops = 0
+    product_dtype = torch.float64
+
+
+def fit(
+    folder: Path,
+    work: Work,
+    batches: int = 1,
+    module: type[Phased] = Phased,
+    monitor: SpeedMonitor | None = None,
+) -> dict[str, float]:
+    trainer = quiet_trainer(folder, [monitor or SpeedMonitor()])
+    trainer.fit(module(work), Rows(batches))
     return {key: value.item() for key, value in trainer.logged_metrics.items()}
 
 
@@ -89,6 +102,91 @@ def test_a_module_without_phases_or_counts(
         return outputs
 
     assert fit(tmp_path, work) == {"speed/step_seconds": 0.5}
+
+
+def test_tokens_of_a_module_without_phases(tmp_path: Path, clock: Clock) -> None:
+    def work(module: Phased) -> dict[str, Any]:
+        clock.now += 0.5
+        return {"tokens": {"step": 32}}
+
+    expected = {"speed/step_seconds": 0.5, "speed/step_tokens_per_second": 64.0}
+    assert fit(tmp_path, work) == expected
+
+
+def test_flops_of_phases_and_of_the_train_batch(tmp_path: Path, clock: Clock) -> None:
+    def work(module: Phased) -> None:
+        assert isinstance(module, Counting)
+        with module.phase("rollout"):
+            clock.now += 2.0
+            module.flops += 1 * 10**12
+        with module.phase("actor"):
+            clock.now += 1.0
+            module.flops += 2 * 10**12
+            with module.phase("optimizer"):
+                clock.now += 0.5  # multiplies no matrices
+        clock.now += 0.5
+        module.flops += 10**12  # in no phase, but in the train batch
+
+    # Two train batches: nothing of the first is left in the second.
+    logged = fit(tmp_path, work, 2, Counting, SpeedMonitor(peak_tflops=4.0))
+    assert {key: value for key, value in logged.items() if "seconds" not in key} == {
+        "speed/rollout_tflops": 0.5,
+        "speed/actor_tflops": 2.0,
+        "speed/tflops": 1.0,  # 4 / 4 s
+        "speed/mfu": 0.25,
+    }
+
+
+@pytest.mark.parametrize("rate", [2e9, 1e12], ids=["slow", "fast"])
+def test_the_peak_is_the_machines_and_found_in_time(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    sizes: list[int] = []
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> None:
+        assert left.shape == right.shape
+        assert left.dtype == right.dtype == torch.bfloat16
+        size = len(left)
+        # Small products are slower, and every size's first one takes ten times as long.
+        clock.now += 2 * size**2 * 2048 / rate * (1 if size in sizes else 10)
+        sizes.append(size)
+
+    monkeypatch.setattr(torch, "mm", product)
+    before = torch.get_rng_state()
+    started = clock.now
+    found = speed.matmul_tflops(torch.device("cpu"), torch.bfloat16)
+    assert found == pytest.approx(rate * max(sizes) / 2048 / 1e12, rel=1e-6)
+    assert max(sizes) == (2048 if rate == 1e12 else 256)
+    assert clock.now - started < 4.0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_peak_is_measured_once_in_the_modules_dtype(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.device, torch.dtype]] = []
+
+    def measured(device: torch.device, dtype: torch.dtype) -> float:
+        asked.append((device, dtype))
+        return 8.0
+
+    def work(module: Phased) -> None:
+        assert isinstance(module, Counting)
+        clock.now += 1.0
+        module.flops += 10**12
+
+    monkeypatch.setattr(speed, "matmul_tflops", measured)
+    assert fit(tmp_path, work, 2, Counting)["speed/mfu"] == 0.125
+    assert asked == [(torch.device("cpu"), torch.float64)]
+    fit(tmp_path, work, 1, Counting, SpeedMonitor(peak_tflops=1.0))
+    fit(tmp_path, lambda module: None)  # counts nothing, so nothing is a fraction of a peak
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("peak", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_peak_that_cannot_be_is_refused(peak: float) -> None:
+    with pytest.raises(ValueError, match=r"peak_tflops=.*above 0"):
+        SpeedMonitor(peak_tflops=peak)
 
 
 def test_the_device_is_waited_for_at_every_boundary(

@@ -13,7 +13,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_perl.functional.logprobs import at_least_fp32, chosen_logprobs, chunked_logprobs
+from lightning_perl.functional import logprobs as room
+from lightning_perl.functional.logprobs import (
+    at_least_fp32,
+    chosen_logprobs,
+    chunked_logprobs,
+    frozen_head_logprobs,
+    logprobs_and_directions,
+)
 
 ROWS, COLUMNS, HIDDEN, VOCABULARY = 3, 5, 4, 11
 
@@ -177,6 +184,88 @@ def check_memory(fn: Callable[..., Pair]) -> None:
     assert forward.numel <= allowed
     assert backward.numel <= allowed
     assert sum(kept) <= hidden.numel() + targets.numel()
+
+
+def check_logprobs_and_directions(fn: Callable[..., tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    """Values and directions against the whole log-softmax, one row at a time or all together."""
+    cached = room.CACHED
+    try:
+        for temperature in (1.0, 0.7, 2.5):
+            for numbers_at_once in (1, 3 * VOCABULARY, cached):
+                room.CACHED = numbers_at_once
+                hidden, targets, weight = hidden_targets_weight()
+                logprobs, entropies = whole_logprobs(hidden, targets, weight, temperature)
+                (way,) = torch.autograd.grad(logprobs.sum(), hidden)
+                flat = (hidden.flatten(0, 1), targets.flatten(), Head(weight.detach()), temperature)
+                found = fn(*flat, True)
+                assert_close(found[0], logprobs.flatten(), rtol=1e-12, atol=1e-12)
+                assert_close(found[1], entropies.flatten(), rtol=1e-12, atol=1e-12)
+                assert_close(found[2], way.flatten(0, 1), rtol=1e-11, atol=1e-12)
+                without = fn(*flat, False)
+                assert without[2] is None
+                assert_close(without[:2], found[:2], rtol=0, atol=0)
+                assert not any(part.requires_grad for part in without[:2])
+    finally:
+        room.CACHED = cached
+    hidden, targets, weight = hidden_targets_weight(torch.bfloat16)
+    half = fn(hidden.flatten(0, 1), targets.flatten(), Head(weight.detach()), 1.0, True)
+    assert [part.dtype for part in half if part is not None] == [
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    ]
+    logits = Head(weight)(hidden).double().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
+    assert_close(half[0].double(), logits.flatten(), rtol=1e-5, atol=1e-5)
+
+
+def check_frozen_head_logprobs(fn: Callable[..., Pair]) -> None:
+    for chunk_tokens in (1, 4, 5, 15, 1000):
+        for temperature in (1.0, 0.7):
+            hidden, targets, weight = hidden_targets_weight()
+            weights = torch.linspace(-1, 2, targets.numel(), dtype=torch.float64).view_as(targets)
+            expected = whole_logprobs(hidden, targets, weight, temperature)
+            head = Head(weight.detach())
+            results = fn(hidden, targets, head, temperature, chunk_tokens)
+            assert_close(results, expected, rtol=1e-12, atol=1e-12)
+            found, reference = (
+                torch.autograd.grad((pair[0] * weights).sum(), hidden)[0]
+                for pair in (results, expected)
+            )
+            assert_close(found, reference, rtol=1e-11, atol=1e-12)
+            # Projected once, backward included, and never more than a chunk.
+            assert sum(head.rows) == ROWS * COLUMNS
+            assert max(head.rows) <= chunk_tokens
+            assert not results[1].requires_grad
+    check_frozen_memory(fn)
+
+
+def check_frozen_memory(fn: Callable[..., Pair]) -> None:
+    """No operation makes more than a chunk of logits; what is kept has the shape of ``hidden``."""
+    chunk_tokens, vocabulary = 2, 50
+    hidden, targets, weight = hidden_targets_weight(rows=8, vocabulary=vocabulary)
+    kept: list[int] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    head = Head(weight.detach())
+    with LargestTensor() as forward, saved_tensors_hooks(remember, lambda tensor: tensor):
+        loss = fn(hidden, targets, head, 1.0, chunk_tokens)[0].sum()
+    assert forward.numel <= max(chunk_tokens * vocabulary, weight.numel(), hidden.numel())
+    # The chunk's own graph is used up inside; only directions are left.
+    assert kept.count(hidden.numel()) == 1
+    with LargestTensor() as backward:
+        torch.autograd.grad(loss, hidden)
+    assert backward.numel <= hidden.numel()
+
+
+def test_logprobs_and_directions() -> None:
+    check_logprobs_and_directions(logprobs_and_directions)
+
+
+def test_frozen_head_logprobs() -> None:
+    check_frozen_head_logprobs(frozen_head_logprobs)
 
 
 def test_at_least_fp32() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import pytest
@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_perl.functional.sequences import (
+    Cut,
     Sequences,
     at_columns,
     at_last_response,
+    cuts,
     last_true,
     pad_left,
     pad_right,
@@ -28,6 +30,41 @@ Rows = Sequence[Sequence[int]]
 def every_mask(columns: int) -> Tensor:
     """All boolean rows of a width, the one without any True among them."""
     return torch.tensor(list(product([False, True], repeat=columns)))
+
+
+def check_cuts(fn: Callable[..., Iterator[Cut]]) -> None:
+    """Every row once; nothing that counts is cut; what no row of a cut uses is gone."""
+    drawn = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 6, (11,), generator=drawn)
+    answers = torch.randint(0, 5, (11,), generator=drawn)
+    columns = torch.arange(5)
+    prompt_mask = columns >= 5 - prompts.unsqueeze(1)
+    response_mask = columns < answers.unsqueeze(1)
+    rows = Sequences(
+        torch.arange(110).view(11, 10), torch.cat([prompt_mask, response_mask], 1), response_mask
+    )
+    for size in (1, 2, 4, 100):
+        found = list(fn(rows, size))
+        order = torch.cat([cut.rows for cut in found]).tolist()
+        lengths = (prompts + answers).tolist()
+        assert sorted(order) == list(range(11))
+        assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
+        assert [len(cut.rows) for cut in found[:-1]] == [size] * (len(found) - 1)
+        for cut in found:
+            assert cut.unused == 5 - int(prompts[cut.rows].max())
+            assert cut.responses == max(1, int(answers[cut.rows].max()))
+            piece = rows.cut(cut)
+            assert piece.prompt_tokens == int(prompts[cut.rows].max())
+            for place, row in enumerate(cut.rows.tolist()):
+                for ours, whole in (
+                    (piece.ids[place][piece.attention_mask[place]], rows.ids[row]),
+                    (piece.response_ids[place][piece.response_mask[place]], rows.response_ids[row]),
+                ):
+                    mask = rows.attention_mask if len(whole) == 10 else rows.response_mask
+                    assert ours.tolist() == whole[mask[row]].tolist()
+        plain = list(fn(rows, size, False))
+        assert torch.cat([cut.rows for cut in plain]).tolist() == list(range(11))
+        assert {(cut.unused, cut.responses) for cut in plain} == {(0, 5)}
 
 
 def check_position_ids(fn: Callable[[Tensor], Tensor]) -> None:
@@ -217,3 +254,20 @@ def test_at_columns_sends_the_gradient_to_the_read_column_only() -> None:
     read = at_columns(values, torch.tensor([2, 0])) * torch.tensor([3.0, 5.0])
     (gradient,) = torch.autograd.grad(read.sum(), values)
     assert gradient.tolist() == [[0, 0, 3], [5, 0, 0]]
+
+
+def test_cuts() -> None:
+    check_cuts(cuts)
+
+
+def test_a_row_without_padding_or_answer_keeps_a_column_of_each() -> None:
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    rows = Sequences(
+        torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.bool), nothing
+    )
+    (cut,) = cuts(rows, 2)
+    piece = rows.cut(cut)
+    assert (piece.prompt_tokens, piece.response_mask.shape[1]) == (2, 1)
+    hidden_prompt = rows._replace(attention_mask=torch.tensor([[False] * 2 + [True] * 3] * 2))
+    (cut,) = cuts(hidden_prompt, 2)
+    assert hidden_prompt.cut(cut).prompt_tokens == 1

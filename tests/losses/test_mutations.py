@@ -22,7 +22,13 @@ import lightning_perl.functional
 import lightning_perl.losses
 from lightning_perl.functional.advantages import generalized_advantages, token_rewards
 from lightning_perl.functional.kl import k1, k2, k3
-from lightning_perl.functional.logprobs import at_least_fp32, chosen_logprobs, chunked_logprobs
+from lightning_perl.functional.logprobs import (
+    at_least_fp32,
+    chosen_logprobs,
+    chunked_logprobs,
+    frozen_head_logprobs,
+    logprobs_and_directions,
+)
 from lightning_perl.functional.masked import masked_mean, masked_sum, whiten
 from lightning_perl.functional.packing import (
     attention_bias,
@@ -36,6 +42,7 @@ from lightning_perl.functional.packing import (
 from lightning_perl.functional.sequences import (
     at_columns,
     at_last_response,
+    cuts,
     last_true,
     pad_left,
     pad_right,
@@ -53,12 +60,15 @@ from tests.functional.test_logprobs import (
     check_at_least_fp32,
     check_chosen_logprobs,
     check_chunked_logprobs,
+    check_frozen_head_logprobs,
+    check_logprobs_and_directions,
 )
 from tests.functional.test_masked import check_masked_mean, check_masked_sum, check_whiten
 from tests.functional.test_packing import CHECKS as PACKING_CHECKS
 from tests.functional.test_sequences import (
     check_at_columns,
     check_at_last_response,
+    check_cuts,
     check_last_true,
     check_pad_left,
     check_pad_right,
@@ -108,6 +118,9 @@ CHECKS: dict[Function, Callable[[Function], None]] = {
     at_least_fp32: check_at_least_fp32,
     chosen_logprobs: check_chosen_logprobs,
     chunked_logprobs: check_chunked_logprobs,
+    logprobs_and_directions: check_logprobs_and_directions,
+    frozen_head_logprobs: check_frozen_head_logprobs,
+    cuts: check_cuts,
     cross_entropy: check_cross_entropy,
     clipped_surrogate: check_clipped_surrogate,
     clipped_value_loss: check_clipped_value_loss,
@@ -301,6 +314,30 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("outputs swapped", "logprobs.append(one[0])", "logprobs.append(one[1])"),
         Mutation("entropy from the log-probability", "entropies.append(one[1])",
                  "entropies.append(-one[0])"),
+    ],
+    logprobs_and_directions: [
+        Mutation("temperature dropped", "some if temperature == 1 else some / temperature", "some"),
+        Mutation("the slope's temperature dropped",
+                 "slope if temperature == 1 else slope / temperature", "slope"),
+        Mutation("the wrong way", "probabilities.neg_()", "probabilities"),
+        Mutation("the target's own part left out", ".scatter_add_(-1, index, ones)", ""),
+        Mutation("entropy's sign", "-torch.linalg.vecdot", "torch.linalg.vecdot"),
+        Mutation("softmax in bf16", "torch.promote_types(some.dtype, torch.float32)", "some.dtype"),
+    ],
+    frozen_head_logprobs: [
+        Mutation("temperature dropped", "project, temperature, chunk", "project, 1.0, chunk"),
+        Mutation("everything in one chunk", "temperature, chunk_tokens)", "temperature, 10 ** 9)"),
+        Mutation("outputs swapped", "(flat[0].view_as(targets), flat[1]",
+                 "(flat[1].view_as(targets), flat[0]"),
+    ],
+    cuts: [
+        Mutation("the shortest first", "descending=True", "descending=False"),
+        Mutation("the first answer's columns", "max((used", "min((used"),
+        Mutation("the most padding", "min((unused", "max((unused"),
+        Mutation("a column short", "last_true(sequences.response_mask) + 1",
+                 "last_true(sequences.response_mask)"),
+        Mutation("spans of other rows", "[order].tolist()", ".tolist()"),
+        Mutation("always by length", "if by_length:", "if True:"),
     ],
     cross_entropy: [
         Mutation("sign", "-logprobs", "logprobs"),

@@ -109,8 +109,8 @@ def spoil(module: OnPolicy, value: float, rollouts: set[int], patch: pytest.Monk
     """One response of each of these rollouts gets this score."""
     score = module.score
 
-    def spoiled(rollout: Rollout) -> Scored:
-        scored = score(rollout)
+    def spoiled(rollout: Rollout, **options: Any) -> Scored:
+        scored = score(rollout, **options)
         if module.rollout_index in rollouts:
             scored.scores[1] = value
         return scored

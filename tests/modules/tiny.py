@@ -29,7 +29,7 @@ from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
 from lightning_perl.modules import PPO
 from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.on_policy import Stats
+from lightning_perl.modules.on_policy import OnPolicy, Stats
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.experience import Experience
@@ -215,7 +215,9 @@ def changed(before: dict[str, Tensor], module: LightningModule) -> set[str]:
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
-def rehearse(module: PPO, experience: Experience) -> tuple[Stats, list[dict[str, Tensor]]]:
+def rehearse(
+    module: OnPolicy, experience: Experience, begun: Stats | None = None
+) -> tuple[Stats, list[dict[str, Tensor]]]:
     """Statistics and each step's gradients (absent where there is none); no weight moves."""
     optimizer = torch.optim.SGD(module.parameter_groups(), lr=0.0)
     for group in optimizer.param_groups:
@@ -232,7 +234,7 @@ def rehearse(module: PPO, experience: Experience) -> tuple[Stats, list[dict[str,
         )
 
     optimizer.register_step_pre_hook(record)
-    return module.update(experience, optimizer), steps
+    return module.update(experience, optimizer, begun=begun), steps
 
 
 def gradients_of(module: Supervised, batch: RatedBatch) -> dict[str, Tensor]:

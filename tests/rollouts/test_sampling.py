@@ -133,11 +133,11 @@ def test_draws_have_the_softmax_s_frequencies(settings: dict[str, Any], dtype: t
     logits = torch.tensor(LOGITS, dtype=dtype).expand(count, -1)
     # An even grid: inverse CDF then hits every probability to one grid step on either side.
     grid = (torch.arange(count) + 0.5) / count
-    frequency = draw(logits, grid, spec).bincount(minlength=len(LOGITS)) / count
+    frequency = draw(logits, grid, spec)[0].bincount(minlength=len(LOGITS)) / count
     assert (frequency - expected).abs().max() <= 1.001 / count
     assert bool((frequency[expected == 0] == 0).all())
     # And the noise that training uses.
-    drawn = draw(logits, noise(1, 2, range(count), 1)[:, 0], spec)
+    drawn, _ = draw(logits, noise(1, 2, range(count), 1)[:, 0], spec)
     seen = drawn.bincount(minlength=len(LOGITS))
     wanted = expected[expected > 0] * count
     chi_square = float(((seen[expected > 0] - wanted) ** 2 / wanted).sum())
@@ -155,13 +155,13 @@ def test_the_ends_of_the_cdf_draw_tokens_that_can_be_drawn(number: float) -> Non
             [0.0, impossible, impossible, 5.0],
         ]
     )
-    drawn = draw(logits, torch.full((3,), number), SamplingSpec()).tolist()
+    drawn = draw(logits, torch.full((3,), number), SamplingSpec())[0].tolist()
     assert drawn == ([1, 2, 0] if number < 0.5 else [2, 2, 3])
     # A vocabulary's worth of rounding: the last sums stay below or above 1 by some 1e-6.
     wide = torch.randn(8, 50_000, generator=torch.Generator().manual_seed(0))
     wide[:, 40_000:] = impossible
-    assert draw(wide, torch.full((8,), number), SamplingSpec()).max() < 40_000
-    kept = draw(wide, torch.full((8,), number), SamplingSpec(top_k=2))
+    assert draw(wide, torch.full((8,), number), SamplingSpec())[0].max() < 40_000
+    kept, _ = draw(wide, torch.full((8,), number), SamplingSpec(top_k=2))
     assert all(int(token) in wide[row].topk(2).indices for row, token in enumerate(kept))
 
 
@@ -169,13 +169,13 @@ def test_a_token_owns_the_left_end_of_its_interval() -> None:
     # A quarter each, but for a token in the middle that cannot be drawn.
     logits = torch.tensor([0.0, 0.0, -torch.inf, 0.0, 0.0]).expand(5, -1)
     edges = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.999])
-    assert draw(logits, edges, SamplingSpec()).tolist() == [0, 1, 3, 4, 4]
+    assert draw(logits, edges, SamplingSpec())[0].tolist() == [0, 1, 3, 4, 4]
 
 
 def test_temperature_0_takes_the_likeliest() -> None:
     logits = torch.tensor([LOGITS, LOGITS[::-1]])
     for number in (1e-6, 0.5, 0.999):
-        drawn = draw(logits, torch.full((2,), number), SamplingSpec(temperature=0))
+        drawn, _ = draw(logits, torch.full((2,), number), SamplingSpec(temperature=0))
         assert drawn.tolist() == [2, 4]
 
 
@@ -183,7 +183,7 @@ def test_bf16_logits_are_drawn_in_fp32() -> None:
     # 0.1% steps are below bf16's resolution near 1; a CDF kept in bf16 would lose most tokens.
     logits = torch.zeros(1000, 1000, dtype=torch.bfloat16)
     grid = (torch.arange(1000) + 0.5) / 1000
-    assert draw(logits, grid, SamplingSpec()).tolist() == list(range(1000))
+    assert draw(logits, grid, SamplingSpec())[0].tolist() == list(range(1000))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_cached_sampling_equals_a_slow_loop(
 def test_the_cache_of_a_sliding_layer_keeps_its_window_only(roles: Roles) -> None:
     ids, mask = pad_left(PROMPTS, 0)
     with torch.no_grad(), roles("policy") as trunk:
-        cache = trunk.empty_cache()
+        cache = trunk.empty_cache(ids.shape[1])
         trunk(ids, mask, cache)
     assert ids.shape[1] > WINDOW
     widths = [

@@ -1,0 +1,36 @@
+"""What is done in less time or memory than the plain way, each with its switch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Ways round work whose result is known or not needed. None changes a result by more than rounding.
+
+    Turn one off to be sure that it is not what you see.
+
+    Args:
+        sampled_logprobs: The log-probabilities that tokens were sampled with are the update's old ones;
+            off, the policy reads every rollout again before the update. In bfloat16 the two differ by
+            rounding (one token at a time or all at once), and the sampled ones are those of the
+            distribution that was really drawn from.
+        shared_value_pass: The first update's pass of the critic gives the values that advantages and returns
+            are made of; off, the critic reads every rollout once more before.
+        frozen_head: Logits of a frozen LM head are made once per update pass, not again in backward.
+        fused_adapters: A frozen linear layer and its adapter are one operation to autograd.
+        preallocated_cache: Keys and values of a rollout get their room at once, not anew with each token.
+        length_buckets: Micro-batches are made of rows of similar length, cut to their longest.
+    """
+
+    sampled_logprobs: bool = True
+    shared_value_pass: bool = True
+    frozen_head: bool = True
+    fused_adapters: bool = True
+    preallocated_cache: bool = True
+    length_buckets: bool = True
+
+
+PLAIN = Shortcuts(**dict.fromkeys(Shortcuts.__dataclass_fields__, False))
+"""None of them."""

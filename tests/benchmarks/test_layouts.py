@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.conftest import Script
+
+TRUNKS = {"full": 4, "lora": 4, "dynamic_lora": 2, "perl": 1, "hydra": 1, "joint_hydra": 1}
+
+
+class Machine:
+    """A trunk takes 100 MB, a row of a micro-batch 10; an iteration 1 second and a tenth per episode."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int, int]] = []
+
+    def __call__(self, command: Sequence[str]) -> dict[str, Any]:
+        flags = dict(zip(command[2::2], command[3::2], strict=True))
+        layout, batch, micro = flags["--layout"], int(flags["--batch"]), int(flags["--micro"])
+        self.asked.append((layout, batch, micro))
+        return {
+            "seconds_per_iteration": 1 + 0.1 * batch,
+            "peak_rss_mb": 100.0 * TRUNKS[layout] + 10 * micro,
+        }
+
+
+def test_both_tables(script: Script, tmp_path: Path) -> None:
+    machine, report = Machine(), tmp_path / "layouts.md"
+    flags = ["--batch", "8", "--micro", "4", "--rounds", "1", "--report", str(report)]
+    found = script("layouts").main(flags, machine)
+    # LoRA-PPO's 440 MB hold 34 rows where one trunk is enough.
+    assert found["budget_mb"] == 440
+    assert {layout: (cost["batch"], cost["micro"]) for layout, cost in found["within"].items()} == {
+        "full": (8, 4), "lora": (8, 4), "dynamic_lora": (24, 24),
+        "perl": (34, 34), "hydra": (34, 34), "joint_hydra": (34, 34),
+    }  # fmt: skip
+    text = report.read_text()
+    assert "| `lora` | 8 / 4 | 0.225 | 1.00 (+0.0%) | 440 | 18.75 s (1.00) |" in text
+    # (1 + 3.4) / 34 against (1 + 0.8) / 8
+    assert "| `hydra` | 34 / 34 | 0.129 | 0.58 (-42.5%) | 440 | 6.47 s (0.35, -65.5%) |" in text
+    assert "benchmarks/ppo.py --layout LAYOUT --batch 8 --micro 4 --iterations 3`" in text
+
+
+@pytest.mark.parametrize("budget", [5, 11, 19, 40, 333, 10**6])
+@pytest.mark.parametrize("start", [1, 4, 64])
+def test_the_largest_batch_is_the_largest(script: Script, budget: int, start: int) -> None:
+    layouts = script("layouts")
+    asked: list[int] = []
+
+    def taken(rows: int) -> float:
+        asked.append(rows)
+        return 10 + 2 * rows + 0.01 * rows * math.sqrt(rows)
+
+    found = layouts.largest_batch(taken, budget, start)
+    fits = [rows for rows in range(1, layouts.MOST_ROWS + 1) if taken(rows) <= budget]
+    del asked[-layouts.MOST_ROWS :]
+    best = max(fits, default=0)
+    assert best * 31 / 32 <= found <= best
+    assert len(set(asked)) == len(asked) <= 9
+
+
+def test_a_layout_that_does_not_fit_is_left_out(script: Script) -> None:
+    flags = ["--rounds", "1", "--budget_mb", "150", "--layouts", "lora", "hydra"]
+    assert list(script("layouts").main(flags, Machine())["within"]) == ["hydra"]
+
+
+def test_without_the_baseline_there_is_nothing_to_compare(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script("layouts").main(["--layouts", "hydra"], Machine())
+    assert "must have lora" in capsys.readouterr().err
+
+
+def test_flags_behind_the_dashes_are_those_of_the_benchmark(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = script("layouts")
+    args = layouts.arguments(["--", "--bf16", "1", "--hidden", "64"])
+    monkeypatch.setattr(sys, "argv", layouts.command(args, "hydra", 8, 2, 5)[1:])
+    read = script("ppo").arguments()
+    said = (read.layout, read.batch, read.micro, read.iterations, read.bf16, read.hidden)
+    assert said == ("hydra", 8, 2, 5, 1, 64)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.conftest import Script
+
+
+def test_exponents_of_known_powers(script: Script) -> None:
+    exponent = script("scaling").exponent
+    assert exponent([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
+    assert exponent([1, 10, 100], [5, 5, 5]) == pytest.approx(0)
+    assert exponent([2, 3, 7], [4, 9, 49]) == pytest.approx(2)
+
+
+def test_memory_grows_as_it_should_at_toy_size(script: Script, tmp_path: Path) -> None:
+    report = tmp_path / "scaling.md"
+    axes = ["layers", "batch", "micro", "stop"]
+    scaling = script("scaling")
+    found = scaling.main(
+        ["--tiny", "--repeats", "1", "--threads", "1", "--report", str(report), "--axes", *axes]
+    )
+    text = report.read_text()
+    for axis in axes:
+        assert f"\n## {axis}\n" in text
+    # Micro-batches keep an update's memory where it is, however large the batch; keys and values grow.
+    assert found["batch"]["update, MB"] < 0.3
+    assert found["batch"]["rollout, MB"] > 0.4
+    assert found["micro"]["update, MB"] > 0.6
+    assert found["layers"]["update, MB"] > 0.5
+    assert list(found["stop"]) == ["rollout, s"]
+
+
+def test_a_share_of_the_vocabulary_ends_rows(script: Script) -> None:
+    scaling = script("scaling")
+    args = scaling.arguments(["--tiny", "--repeats", "1"])
+    sizes = scaling.TINY | {"batch": 32, "response": 8}
+    never = scaling.measure(sizes, args).tokens
+    often = scaling.measure(sizes | {"stop": 0.25}, args).tokens
+    # (1 - 0.75^8) / 0.25 = 3.6 of 8 tokens, on average.
+    assert never > 0.85 * 32 * 8
+    assert 2.4 < often / 32 < 4.8
