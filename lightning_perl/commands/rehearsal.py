@@ -208,7 +208,7 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         module = self.module
         rollout = self._rollout(max(scored_rows, learned_rows))
         sizes = {
-            "score_batch_size": len(rollout.row),
+            "score_batch_size": scored_rows,
             "micro_batch_size": learned_rows,
             "minibatch_size": None,
             "epochs": 1,

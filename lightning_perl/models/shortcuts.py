@@ -20,6 +20,8 @@ class Shortcuts:
             are made of; off, the critic reads every rollout once more before.
         frozen_head: Logits of a frozen LM head are made once per update pass, not again in backward.
         fused_adapters: A frozen linear layer and its adapter are one operation to autograd.
+        lean_blocks: Norms that a family writes out, and the activation of a gated MLP, are computed again in
+            backward instead of kept.
         preallocated_cache: Keys and values of a rollout get their room at once, not anew with each token.
         length_buckets: Micro-batches are made of rows of similar length, cut to their longest.
     """
@@ -28,6 +30,7 @@ class Shortcuts:
     shared_value_pass: bool = True
     frozen_head: bool = True
     fused_adapters: bool = True
+    lean_blocks: bool = True
     preallocated_cache: bool = True
     length_buckets: bool = True
 

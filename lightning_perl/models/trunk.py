@@ -34,6 +34,7 @@ from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
 from lightning_perl.models.cache import preallocate
 from lightning_perl.models.flops import FlopCount
+from lightning_perl.models.lean_blocks import make_lean
 from lightning_perl.models.quantization import (
     Quantization,
     loading_config,
@@ -93,6 +94,8 @@ class Trunk(nn.Module):
         # Who says how turns become tokens: folder (or data) to template.
         self.templates: dict[str, str] = {}
         self.switch = AdapterSwitch()
+        if shortcuts.lean_blocks:
+            make_lean(model, self.dtype)
         self.adapters = Adapters(model, self.switch, shortcuts.fused_adapters)
         # Each read of the trunk is one pass; tests and benchmarks count them.
         self.passes = 0
