@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -122,15 +123,19 @@ def largest_batch(memory_of: Callable[[int], float], budget: float, start: int) 
         bad = min((one for one, taken in seen.items() if taken > budget), default=MOST_ROWS + 1)
         if bad - good <= max(1, good // 32):
             return good
-        rows = min(max(_guess(seen, budget, rows), good + 1), bad - 1)
+        # Lines are quick where memory is a line; every other guess halves what is left where it is not.
+        halved = good in seen and bad in seen and len(seen) % 2
+        guess = (good + bad) // 2 if halved else _guess(seen, budget, rows)
+        rows = min(max(guess, good + 1), bad - 1)
     return max((one for one, taken in seen.items() if taken <= budget), default=0)
 
 
 def _guess(seen: dict[int, float], budget: float, rows: int) -> int:
     """Where the line through the two places nearest to the budget meets it."""
-    if len(seen) == 1:
+    known = {one: taken for one, taken in seen.items() if math.isfinite(taken)}
+    if len(known) < 2:
         return 2 * rows if seen[rows] <= budget else rows // 2
-    (near, taken), (far, other) = sorted(seen.items(), key=lambda one: abs(one[1] - budget))[:2]
+    (near, taken), (far, other) = sorted(known.items(), key=lambda one: abs(one[1] - budget))[:2]
     slope = (taken - other) / (near - far)
     # Noise may make more rows look smaller.
     return 2 * near if slope <= 0 else near + int((budget - taken) // slope)
@@ -147,7 +152,12 @@ def fitting(args: argparse.Namespace, budget: float, run: Run) -> dict[str, tupl
 
         def taken(rows: int, layout: str = layout) -> float:
             batch = max(args.batch, rows)
-            found = memory_mb(run(command(args, layout, batch, rows, 1)))
+            try:
+                found = memory_mb(run(command(args, layout, batch, rows, 1)))
+            except RuntimeError as error:
+                if "OutOfMemoryError" not in str(error):
+                    raise
+                found = math.inf
             print(f"{layout} {batch}/{rows}: {found:.0f} MB", flush=True)
             return found
 

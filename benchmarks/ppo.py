@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_perl.batches import PromptBatch
+from lightning_perl.callbacks.speed import matmul_tflops
 from lightning_perl.commands.new_trunk import train_tokenizer
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.shortcuts import PLAIN, Shortcuts
 from lightning_perl.modules import PPO
 from lightning_perl.rollouts.sampling import SamplingSpec
 
@@ -40,6 +42,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--layout", default="hydra")
     parser.add_argument("--attention", help="transformers' attn_implementation")
+    parser.add_argument("--plain", action="store_true", help="no shortcut at all")
     return parser.parse_args()
 
 
@@ -65,10 +68,11 @@ def random_trunk(args: argparse.Namespace, folder: Path) -> Path:
 
 
 class Clock(Callback):
-    """The time at the end of every iteration."""
+    """The time, and the model's FLOPs so far, at the end of every iteration."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.flops: list[float] = []
 
     def on_train_batch_end(
         self,
@@ -82,6 +86,7 @@ class Clock(Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.flops.append(float(pl_module.flops))  # type: ignore[arg-type]
 
     def median(self) -> float:
         """Median seconds per iteration, the first one left out."""
@@ -106,6 +111,7 @@ def main() -> None:
             micro_batch_size=args.micro,
             trunk_dtype="bfloat16" if args.bf16 else "float32",
             attention=args.attention,
+            shortcuts=PLAIN if args.plain else Shortcuts(),
         )
     ids = torch.randint(10, args.vocab, (args.iterations + 1, args.batch, args.prompt))
     batches = [
@@ -126,11 +132,17 @@ def main() -> None:
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     seconds = clock.median()
     trunk = module.policy_trunk
+    # What was run, shortcuts counted as run; recomputation is no model FLOP.
+    tflop = (clock.flops[-1] - clock.flops[0]) / (len(clock.flops) - 1) / 1e12
+    peak = matmul_tflops(trunk.model.device, trunk.dtype)
     adapter = next(iter(module.roles.actor_parameters()))
     report = {
         "peer": f"lightning-perl {args.layout}",
         "seconds_per_iteration": seconds,
         "episodes_per_second": args.batch / seconds,
+        "tflop_per_iteration": tflop,
+        "matmul_tflops": peak,
+        "share_of_matmul_peak": tflop / seconds / peak,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "trunk_dtype": str(trunk.dtype),
         "adapter_dtype": str(adapter.dtype),

@@ -29,6 +29,7 @@ from lightning_perl.commands.rehearsal import (
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT
@@ -40,11 +41,15 @@ from lightning_perl.rollouts.sampling import SamplingSpec
 GIB = 2**30
 MOST_ROWS = 2**16
 """No search goes further."""
+SECANTS = 8
+"""Runs of a search before it halves what is left."""
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 ANY_TRUNK = "trunk"
 """Where no weights are read, no folder is asked for."""
 PLAIN = "LoRA-SFT"
 """transformers' own loss: what the others are measured by."""
+OWN_BLOCKS = Shortcuts(lean_blocks=False)
+"""Blocks as transformers has them; the LoRA layers stay ours."""
 NOT_COUNTED = (
     "Not counted: CUDA's context, libraries' buffers and fragmentation. Leave about 1 GiB for them."
 )
@@ -117,7 +122,7 @@ def architecture_from(source: str) -> PreTrainedConfig:
 
 
 class PlainLoss(SupervisedRehearsal):
-    """Fine-tuning as it is usually done: transformers' own loss, on the logits of all positions."""
+    """Fine-tuning with transformers' own loss, on the logits of all positions."""
 
     def loss(self, batch: RatedBatch) -> Tensor:
         """Cross-entropy as transformers computes it from labels."""
@@ -192,10 +197,12 @@ def largest(bytes_of: Callable[[int], int], budget: int, known: Mapping[int, int
         bad = min((rows for rows, peak in seen.items() if peak > budget), default=MOST_ROWS + 1)
         if bad - good == 1:
             return good
+        rows = (good + bad) // 2
         (near, peak), (far, other) = sorted(seen.items(), key=lambda one: abs(one[1] - budget))[:2]
-        slope = max((peak - other) / (near - far), 1.0)
-        guess = near + math.floor((budget - peak) / slope)
-        rows = min(max(guess, good + 1), bad - 1)
+        # Peaks that do not grow say nothing, and a secant that has not arrived by now will not.
+        if peak != other and len(seen) < SECANTS:
+            rows = near + math.floor((budget - peak) * (near - far) / (peak - other))
+        rows = min(max(rows, good + 1), bad - 1)
         seen[rows] = bytes_of(rows)
 
 
@@ -288,7 +295,7 @@ def settings_of(rehearsal: OnPolicyRehearsal | SupervisedRehearsal) -> Settings:
         trunk.model.is_gradient_checkpointing,
         trunk.model.config._attn_implementation,
         module.micro_batch_size if isinstance(module, OnPolicy) else load.rows,
-        load._replace(pairs=False),
+        load._replace(pairs=False, accumulated=False),
         module._make_optimizer,
     )
 
@@ -310,21 +317,24 @@ def comparisons(settings: Settings) -> dict[str, Comparison]:
             optimizer=optimizer,
         )
 
-    def sft(adapter: LoraSpec | None) -> Callable[[], AdapterModule]:
+    def sft(
+        adapter: LoraSpec | None, shortcuts: Shortcuts = Shortcuts()
+    ) -> Callable[[], AdapterModule]:
         return lambda: SFT(
             ANY_TRUNK,
             lora=adapter,
             trunk_dtype=dtype if adapter else "float32",
             checkpointing=checkpointing,
             attention=attention,
+            shortcuts=shortcuts,
             optimizer=optimizer,
         )
 
     batch = load._replace(rows=micro_batch_size)
     supervised = {
-        PLAIN: Comparison(sft(lora), PlainLoss, batch),
-        "LoRA-SFT, logits in chunks": Comparison(sft(lora), SupervisedRehearsal, batch),
-        "LoRA-SFT, PEFT's layers": Comparison(sft(lora), PeftLayers, batch),
+        PLAIN: Comparison(sft(lora, OWN_BLOCKS), PlainLoss, batch),
+        "LoRA-SFT, PEFT's layers": Comparison(sft(lora, OWN_BLOCKS), PeftLayers, batch),
+        "SFT with LoRA (ours)": Comparison(sft(lora), SupervisedRehearsal, batch),
         "full SFT": Comparison(sft(None), SupervisedRehearsal, batch),
     }
     layouts = {f"PPO {name}": Comparison(ppo(name), OnPolicyRehearsal, load) for name in LAYOUTS}

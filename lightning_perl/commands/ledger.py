@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -169,27 +168,3 @@ class PhaseLedger(PhaseCallback):
     def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         """Closes it."""
         self._open.pop().__exit__(None, None, None)
-
-
-def allocator_peak(act: Callable[[], object]) -> int:
-    """The most that a real program on the CPU holds beyond what it held at its start, in bytes.
-
-    Read off the allocator's events in PyTorch's profiler: what kernels need for themselves included.
-    """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        act()
-    results = cast(Any, profile.profiler).kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes), default=0)
-
-
-def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """What tensors hold, each storage counted once."""
-    return sum(
-        {
-            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors
-        }.values()
-    )

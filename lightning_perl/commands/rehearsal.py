@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -31,6 +32,7 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.rollout import Rollout
 
+BLOCK = re.compile(r"(^|\.)\d+(\.[^.]+)?$")
 Peaks = Mapping[str, Peak]
 """The peak of each phase."""
 
@@ -43,12 +45,14 @@ class Load(NamedTuple):
         response_tokens: Of the longest response.
         rows: Prompts of a rollout batch, or rows of a supervised batch (a pair counts as one).
         pairs: Whether supervised rows are pairs of answers to one prompt.
+        accumulated: Whether supervised batches find the gradients of batches before them.
     """
 
     prompt_tokens: int
     response_tokens: int
     rows: int
     pairs: bool = False
+    accumulated: bool = False
 
 
 AnyModule = TypeVar("AnyModule", bound=AdapterModule)
@@ -82,7 +86,7 @@ class Rehearsal(ABC, Generic[AnyModule]):
         with self._running():
             materialize(module)
             self._mark_weights()
-            self.optimizer = _optimizer_of(module)
+            self.optimizer = optimizer_of(module)
             if block == CUDA_BLOCK:
                 _all_at_once(self.optimizer)
             self._first_step()
@@ -119,6 +123,15 @@ class Rehearsal(ABC, Generic[AnyModule]):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)  # type: ignore[no-untyped-call]
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def _leave_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+                self._mark_gradient(parameter)
+
     def _mark_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self.ledger.mark([parameter.grad], "gradients")
@@ -142,9 +155,10 @@ class Rehearsal(ABC, Generic[AnyModule]):
 class OnPolicyRehearsal(Rehearsal[OnPolicy]):
     """Rollout, scoring and update.
 
-    One micro-batch stands for all. Where a step has several, it finds the gradients of those before it. Of
-    a rollout the first token and the last are sampled: the prompts' reading, and the most keys and
-    values there are.
+    One micro-batch stands for all. Where a step has several, it finds the gradients of those before it.
+    The step is any but a rollout's first, in which the critic may come before the actor: together they
+    hold the same. Of a rollout the first token and the last are sampled: the prompts' reading, and the
+    most keys and values there are.
     """
 
     _accumulate = False
@@ -162,10 +176,8 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
 
     def before(self, phase: str) -> None:
         """Gradients that earlier micro-batches have left."""
-        for group in self.optimizer.param_groups if self._accumulate else ():
-            for parameter in group["params"] if group["name"] == phase else ():
-                parameter.grad = torch.zeros_like(parameter)
-                self._mark_gradient(parameter)
+        if self._accumulate:
+            self._leave_gradients(group for group in self._groups() if group["name"] == phase)
 
     def rollout_peaks(self, rows: int) -> Peaks:
         """The peak of a rollout of so many prompts."""
@@ -189,13 +201,13 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         body, ledger = module.policy_trunk.model.base_model, self.ledger
         with module.phase("rollout"), _marked_cache(body, ledger):
             with _only_the_first_read(body):
-                module.collect(_prompts(rows, first), 0, sampling=spec, early_exit=False)
+                module.collect(prompts_of(rows, first), 0, sampling=spec, early_exit=False)
             if load.response_tokens < 2:
                 return
             # The last token behind a prompt that is longer by all tokens before it: the same cache.
             spec = replace(spec, max_new_tokens=2)
             with _without_the_first_read(body, ledger):
-                module.collect(_prompts(rows, last), 0, sampling=spec, early_exit=False)
+                module.collect(prompts_of(rows, last), 0, sampling=spec, early_exit=False)
 
     def update(self, scored_rows: int, learned_rows: int, accumulate: bool) -> None:
         """Score some rows in one pass, and learn from some in one micro-batch.
@@ -226,8 +238,8 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
             vars(module).update(kept)
 
     def _rollout(self, rows: int) -> Rollout:
-        prompts = _prompts(rows, self.load.prompt_tokens)
-        responses = _prompts(rows, self.load.response_tokens)
+        prompts = prompts_of(rows, self.load.prompt_tokens)
+        responses = prompts_of(rows, self.load.response_tokens)
         kept = self.module.shortcuts.sampled_logprobs
         return Rollout(
             prompts.ids,
@@ -284,8 +296,8 @@ def _marked_cache(body: nn.Module, ledger: Ledger) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for name, part in body.named_modules():
-            # Whatever the family calls its blocks: model.layers.3.
-            if name.rpartition(".")[2].isdigit():
+            # Blocks and their attention, whatever the family calls them: layers.3, layers.3.self_attn.
+            if BLOCK.search(name):
                 hooks.enter_context(removing(part.register_forward_hook(mark, with_kwargs=True)))
         yield
 
@@ -306,6 +318,11 @@ class SupervisedRehearsal(Rehearsal[Supervised]):
         """A batch."""
         self.step(self.load.rows)
 
+    def before(self, phase: str) -> None:
+        """Gradients that earlier batches have left."""
+        if self.load.accumulated and phase == "forward":
+            self._leave_gradients(self._groups())
+
     def step_peaks(self, rows: int) -> Peaks:
         """The peaks with another number of rows."""
         return self._peaks_of(lambda: self.step(rows))
@@ -323,36 +340,41 @@ class SupervisedRehearsal(Rehearsal[Supervised]):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
+    def batch(self, items: int) -> RatedBatch:
+        """So many of the longest rows or pairs."""
+        return rated_of(self.load, items)
+
     def loss(self, batch: RatedBatch) -> Tensor:
         """The module's own objective in a training pass."""
         with self.module.trunk.training_pass():
             return self.module.objective(batch)[0]
 
-    def batch(self, items: int) -> RatedBatch:
-        """The longest rows, all of them imitated and judged: single ones by thumbs."""
-        load = self.load
-        rows = items * (2 if load.pairs else 1)
-        ids = torch.zeros(rows, load.prompt_tokens + load.response_tokens, dtype=torch.int64)
-        response_mask = torch.ones_like(ids, dtype=torch.bool)
-        response_mask[:, : load.prompt_tokens] = False
-        imitate = torch.ones(rows, dtype=torch.bool)
-        return RatedBatch(
-            ids=ids,
-            attention_mask=torch.ones_like(ids, dtype=torch.bool),
-            response_mask=response_mask,
-            prompt_tokens=load.prompt_tokens,
-            imitate=imitate,
-            label=torch.ones(rows),
-            labelled=~imitate if load.pairs else imitate,
-            pairs=torch.arange(rows if load.pairs else 0).view(-1, 2),
-            row=torch.arange(rows),
-            turns=torch.arange(rows),
-            packing=self._packing(items) if load.pairs else None,
-        )
 
-    def _packing(self, pairs: int) -> Packing:
-        prompt, response = [0] * self.load.prompt_tokens, self.load.response_tokens
-        return plan([[prompt + [1] * response, prompt + [2] * response]] * pairs)
+def rated_of(load: Load, items: int) -> RatedBatch:
+    """The longest rows, all of them imitated and judged: single ones by thumbs."""
+    rows = items * (2 if load.pairs else 1)
+    ids = torch.zeros(rows, load.prompt_tokens + load.response_tokens, dtype=torch.int64)
+    response_mask = torch.ones_like(ids, dtype=torch.bool)
+    response_mask[:, : load.prompt_tokens] = False
+    imitate = torch.ones(rows, dtype=torch.bool)
+    return RatedBatch(
+        ids=ids,
+        attention_mask=torch.ones_like(ids, dtype=torch.bool),
+        response_mask=response_mask,
+        prompt_tokens=load.prompt_tokens,
+        imitate=imitate,
+        label=torch.ones(rows),
+        labelled=~imitate if load.pairs else imitate,
+        pairs=torch.arange(rows if load.pairs else 0).view(-1, 2),
+        row=torch.arange(rows),
+        turns=torch.arange(rows),
+        packing=_packing(load, items) if load.pairs else None,
+    )
+
+
+def _packing(load: Load, pairs: int) -> Packing:
+    prompt, response = [0] * load.prompt_tokens, load.response_tokens
+    return plan([[prompt + [1] * response, prompt + [2] * response]] * pairs)
 
 
 def rehearsal_of(
@@ -372,7 +394,8 @@ def rehearsal_of(
     )
 
 
-def _prompts(rows: int, tokens: int) -> PromptBatch:
+def prompts_of(rows: int, tokens: int) -> PromptBatch:
+    """Prompts without padding."""
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
     return PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(rows))
 
@@ -391,7 +414,8 @@ def own_weights(trunk: Trunk) -> Iterator[Tensor]:
     return (one for one in trunk.parameters() if id(one) not in adapters)
 
 
-def _optimizer_of(module: AdapterModule) -> Optimizer:
+def optimizer_of(module: AdapterModule) -> Optimizer:
+    """The module's own, without a trainer."""
     made = module.configure_optimizers()
     optimizer: Optimizer = made["optimizer"] if isinstance(made, dict) else made
     return optimizer

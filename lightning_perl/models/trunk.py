@@ -551,7 +551,7 @@ def load_trunk(
                 "take the saved bytes of the linear layers off what is found for the trunk."
             )
         without_dropout(shapes)
-        bare = AutoModelForCausalLM.from_config(
+        bare = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             shapes, dtype=getattr(torch, dtype), attn_implementation=attention
         )
         return Trunk(bare, stand_in_tokenizer(shapes), checkpointing, source, shortcuts)

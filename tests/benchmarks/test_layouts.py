@@ -48,20 +48,37 @@ def test_both_tables(script: Script, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("budget", [5, 11, 19, 40, 333, 10**6])
 @pytest.mark.parametrize("start", [1, 4, 64])
-def test_the_largest_batch_is_the_largest(script: Script, budget: int, start: int) -> None:
+@pytest.mark.parametrize("curve", [0.5, 1.0])
+def test_the_largest_batch_is_the_largest(
+    script: Script, budget: int, start: int, curve: float
+) -> None:
     layouts = script("layouts")
     asked: list[int] = []
 
     def taken(rows: int) -> float:
         asked.append(rows)
-        return 10 + 2 * rows + 0.01 * rows * math.sqrt(rows)
+        return 10 + 2 * rows + 0.1 * rows * math.pow(rows, curve)
 
     found = layouts.largest_batch(taken, budget, start)
     fits = [rows for rows in range(1, layouts.MOST_ROWS + 1) if taken(rows) <= budget]
     del asked[-layouts.MOST_ROWS :]
     best = max(fits, default=0)
     assert best * 31 / 32 <= found <= best
-    assert len(set(asked)) == len(asked) <= 9
+    assert len(set(asked)) == len(asked) <= 13
+
+
+def test_no_memory_left_is_too_much(script: Script) -> None:
+    class Small(Machine):
+        def __call__(self, command: Sequence[str]) -> dict[str, Any]:
+            found = super().__call__(command)
+            if found["peak_rss_mb"] > 300:
+                raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory.")
+            return found
+
+    flags = ["--rounds", "1", "--budget_mb", "900", "--layouts", "lora", "hydra"]
+    layouts = script("layouts")
+    args = layouts.arguments(flags)
+    assert layouts.fitting(args, 900.0, Small()) == {"hydra": (20, 20)}
 
 
 def test_a_layout_that_does_not_fit_is_left_out(script: Script) -> None:

@@ -16,7 +16,7 @@ def test_exponents_of_known_powers(script: Script) -> None:
 
 def test_memory_grows_as_it_should_at_toy_size(script: Script, tmp_path: Path) -> None:
     report = tmp_path / "scaling.md"
-    axes = ["layers", "batch", "micro", "stop"]
+    axes = ["layers", "batch", "micro"]
     scaling = script("scaling")
     found = scaling.main(
         ["--tiny", "--repeats", "1", "--threads", "1", "--report", str(report), "--axes", *axes]
@@ -29,7 +29,20 @@ def test_memory_grows_as_it_should_at_toy_size(script: Script, tmp_path: Path) -
     assert found["batch"]["rollout, MB"] > 0.4
     assert found["micro"]["update, MB"] > 0.6
     assert found["layers"]["update, MB"] > 0.5
-    assert list(found["stop"]) == ["rollout, s"]
+
+
+def test_a_rollout_is_fitted_against_its_tokens(script: Script) -> None:
+    scaling = script("scaling")
+    seconds = {"rollout": 3.0, "score": 1.0, "update": 1.0}
+    points = [
+        scaling.Point({**seconds, "rollout": 0.5 * tokens}, dict.fromkeys(seconds, 1.0), tokens)
+        for tokens in (64, 16, 4)
+    ]
+    lines, exponents = scaling.axis_lines("stop", (0, 0.25, 0.5), points)
+    assert exponents == {"rollout, s": pytest.approx(1)}
+    assert lines[2:] == ["| 0 | 64 | 32 |", "| 0.25 | 16 | 8 |", "| 0.5 | 4 | 2 |",
+                         "| exponent |  | **1.00** (1.00) |"]  # fmt: skip
+    assert scaling.axis_lines("layers", (1, 2, 4), points)[1]["score, MB"] == pytest.approx(0)
 
 
 def test_a_share_of_the_vocabulary_ends_rows(script: Script) -> None:

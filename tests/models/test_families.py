@@ -276,7 +276,8 @@ def test_one_hydra_ppo_update(tiny_trunk: TinyTrunk, family: str) -> None:
     rollout = module.collect(prompts, 0)
     scored = module.score(rollout)
     mask = rollout.response_mask
-    assert torch.equal(scored.logprobs[mask], scored.reference[mask])
+    # One token at a time when it was sampled, all at once when it is scored.
+    assert_close(scored.logprobs[mask], scored.reference[mask], rtol=0, atol=1e-5)
     experience, _ = module.experience(rollout, scored)
     ratios: list[Tensor] = []
     trained = module.update(

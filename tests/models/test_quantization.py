@@ -353,6 +353,8 @@ def test_an_adapter_folder_is_a_plain_one(
     roles = build(tiny_trunk(family), quantization=kind)
     trunk = roles.trunk("policy")
     trunk.adapters.save("actor", tmp_path / "actor", trunk.source)
+    about = json.loads((tmp_path / "actor" / "adapter_config.json").read_text())
+    assert about["fan_in_fan_out"] == (family == "gpt2")
     trunk.save(tmp_path / "dense", None, {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with_adapter = PeftModel.from_pretrained(plain, tmp_path / "actor").eval()
@@ -364,10 +366,16 @@ def test_an_adapter_folder_is_a_plain_one(
 
 
 @both
-def test_the_fingerprint_is_of_the_codes(tiny_trunk: TinyTrunk, kind: Quantization) -> None:
-    folder = str(tiny_trunk())
+def test_the_fingerprint_is_of_the_codes(
+    tiny_trunk: TinyTrunk, tmp_path: Path, kind: Quantization
+) -> None:
+    # A file in bfloat16, as hubs have them: its codes are the same in either dtype.
+    load_trunk(str(tiny_trunk()), "bfloat16").save(tmp_path, None, {})
+    folder = str(tmp_path)
     plain, trunk = load_trunk(folder), load_trunk(folder, quantization=kind)
     first = trunk.fingerprint()
+    assert load_trunk(folder, "bfloat16", quantization=kind).fingerprint() == first
+    assert trunk.adapters.own_weights().keys() == plain.adapters.own_weights().keys()
     rows = padded()
     trunk.adapters.add("actor", SPEC, 0)
     with torch.no_grad(), trunk.switch.use("actor"):

@@ -1,0 +1,278 @@
+"""Memory of all layouts and ways of fine-tuning, for Llama-7B and Llama-3-8B, without a GPU and without weights.
+
+    python benchmarks/estimate.py
+    python benchmarks/estimate.py --parts fits reality --models llama-7b
+
+Everything is `python -m lightning_perl estimate` from Python: bf16 trunk, fp32 adapters on all linear layers,
+AdamW, micro-batch 4 of 256 + 256 tokens, sdpa attention, rollouts of 4 prompts. Full fine-tuning and full PPO are
+float32. Three parts, each of them a section of the report:
+
+- ``peaks``: the peak of every run at ranks 16 and 128, with and without activation checkpointing.
+- ``fits``: the most rows of a micro-batch and of a rollout in 16, 24, 40 and 80 GiB, at rank 16.
+- ``reality``: a small model, estimated and really run on the CPU under PyTorch's profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from record import machine, table, write_section
+
+from lightning_perl.commands.estimate import (
+    GIB,
+    PLAIN,
+    Comparison,
+    Estimate,
+    LlamaSizes,
+    Settings,
+    comparisons,
+    estimate,
+    highest,
+    largest,
+    parse_bytes,
+)
+from lightning_perl.commands.ledger import KINDS
+from lightning_perl.commands.reality import real_peak
+from lightning_perl.commands.rehearsal import (
+    Load,
+    OnPolicyRehearsal,
+    SupervisedRehearsal,
+    rehearsal_of,
+)
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.weightless import weightless
+from lightning_perl.modules import PPO, SFT, RewardModel
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.supervised import Supervised
+from lightning_perl.rollouts.sampling import SamplingSpec
+
+MODELS = {
+    "llama-7b": LlamaSizes(4096, 32, 32, 11008, 32000),
+    "llama-3-8b": LlamaSizes(4096, 32, 32, 14336, 128256, kv_heads=8),
+}
+SMALL = LlamaSizes(128, 4, 4, 352, 1000)
+RANKS = (16, 128)
+LOAD = Load(256, 256, 4)
+LORA_PPO = "PPO lora"
+# 2309.00754, Table 1, Llama 7b; its batch sizes are not known.
+PAPER = {
+    "PPO full": "220 (estimated)",
+    LORA_PPO: "68.0",
+    "PPO joint_hydra": "67.9",
+    "PPO hydra": "71.1",
+}
+FITTED = (
+    PLAIN,
+    "SFT with LoRA (ours)",
+    LORA_PPO,
+    "PPO dynamic_lora",
+    "PPO hydra",
+    "PPO joint_hydra",
+)
+
+
+class Setting(NamedTuple):
+    """A column of the first part."""
+
+    rank: int
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}" + (", checkpointing" if self.checkpointing else "")
+
+
+def settings(rank: int, checkpointing: bool) -> Settings:
+    """Of Llamas in bf16."""
+    return Settings(LoraSpec(rank, float(rank)), "bfloat16", checkpointing, None, 4, LOAD)
+
+
+def rehearsal(sizes: LlamaSizes, run: Comparison) -> OnPolicyRehearsal | SupervisedRehearsal:
+    """A run on that architecture."""
+    with weightless(sizes.config()):
+        module = run.make()
+    return run.rehearsal(module, run.load)
+
+
+def say(line: str) -> None:
+    """Progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def peaks(model: str) -> list[str]:
+    """Every run in every setting."""
+    columns = [Setting(*one) for one in product(RANKS, (False, True))]
+    found: dict[Setting, dict[str, Estimate]] = {}
+    for column in columns:
+        found[column] = {}
+        for name, run in comparisons(settings(*column)).items():
+            begun = time.perf_counter()
+            found[column][name] = estimate(rehearsal(MODELS[model], run))
+            total = found[column][name].peak.total / GIB
+            say(f"{model}, {column}: {name} {total:.2f} GiB, {time.perf_counter() - begun:.0f} s")
+    rows = [
+        [name, *(_cell(found[column], name) for column in columns), PAPER.get(name, "")]
+        for name in found[columns[0]]
+    ]
+    head = [
+        "run",
+        *(f"{column}: GiB (x LoRA-SFT, x LoRA-PPO)" for column in columns),
+        "Hydra's Table 1, GB",
+    ]
+    lines = [*table(head, rows), ""]
+    for column in columns:
+        lines += [
+            f"PPO hydra, {column}, by phase and kind:",
+            "",
+            *_phases(found[column]["PPO hydra"]),
+            "",
+        ]
+    return lines
+
+
+def _cell(found: dict[str, Estimate], name: str) -> str:
+    total = found[name].peak.total
+    ratios = ", ".join(f"{total / found[other].peak.total:.2f}" for other in (PLAIN, LORA_PPO))
+    return f"{total / GIB:.2f} ({ratios})"
+
+
+def _phases(one: Estimate) -> list[str]:
+    shown = [kind for kind in KINDS if any(peak.kinds.get(kind) for peak in one.peaks.values())]
+    rows = [
+        [phase, f"{peak.total / GIB:.2f}", *(f"{peak.kinds[kind] / GIB:.2f}" for kind in shown)]
+        for phase, peak in one.peaks.items()
+    ]
+    return table(["phase", "peak", *shown], rows)
+
+
+def fits(model: str, budgets: Sequence[str]) -> list[str]:
+    """The largest sizes at rank 16."""
+    lines: list[str] = []
+    for checkpointing in (False, True):
+        runs = comparisons(settings(RANKS[0], checkpointing))
+        rows = []
+        for name in FITTED:
+            cells = _largest(
+                rehearsal(MODELS[model], runs[name]), [parse_bytes(one) for one in budgets]
+            )
+            rows.append([name, *cells])
+            say(f"{model}, checkpointing {checkpointing}: {' | '.join(rows[-1])}")
+        title = f"Rank {RANKS[0]}, {'with' if checkpointing else 'without'} checkpointing:"
+        lines += [title, "", *table(["run", *budgets], rows), ""]
+    return [*lines, "Rows of 256 + 256 tokens in a micro-batch / in a rollout."]
+
+
+def _largest(one: OnPolicyRehearsal | SupervisedRehearsal, budgets: Sequence[int]) -> list[str]:
+    held, rows = one.ledger.total, one.load.rows
+    if isinstance(one, SupervisedRehearsal):
+        searched: list[Callable[[int], int]] = [cache(lambda rows: highest(one.step_peaks(rows)))]
+    else:
+        searched = [
+            cache(lambda rows: highest(one.update_peaks(rows))),
+            cache(lambda rows: highest(one.rollout_peaks(rows))),
+        ]
+    return [
+        " / ".join(
+            str(largest(bytes_of, budget, {0: held, rows: bytes_of(rows)})) for bytes_of in searched
+        )
+        for budget in budgets
+    ]
+
+
+def small_runs(
+    rank: int, checkpointing: bool
+) -> Iterator[tuple[str, Callable[[], OnPolicy | Supervised], Load]]:
+    """Name, maker and load of what is really run."""
+    lora, load = LoraSpec(rank, float(rank)), Load(64, 64, 4)
+    yield "SFT", lambda: SFT("trunk", lora, checkpointing=checkpointing), load
+    yield (
+        "RewardModel, thumbs",
+        lambda: RewardModel("trunk", lora, checkpointing=checkpointing),
+        load,
+    )
+    pairs = load._replace(rows=2, pairs=True)
+    yield (
+        "RewardModel, pairs",
+        lambda: RewardModel("trunk", lora, checkpointing=checkpointing),
+        pairs,
+    )
+
+    def ppo(layout: str) -> Callable[[], PPO]:
+        return lambda: PPO(
+            "trunk",
+            layout=layout,  # type: ignore[arg-type]
+            lora=lora,
+            sampling=SamplingSpec(64),
+            ppo_epochs=1,
+            micro_batch_size=2,
+            checkpointing=checkpointing,
+        )
+
+    for layout in ("hydra", "joint_hydra", "dynamic_lora", "full"):
+        yield f"PPO {layout}", ppo(layout), load
+
+
+def reality() -> list[str]:
+    """Estimates against the allocator."""
+    config, rows = SMALL.config(), []
+    for rank, checkpointing in product(RANKS, (False, True)):
+        for name, make, load in small_runs(rank, checkpointing):
+            with weightless(config):
+                module = make()
+            estimated = highest(rehearsal_of(module, load, block=1).peaks())
+            real = real_peak(make, config, load)
+            rows.append(
+                [
+                    name,
+                    rank,
+                    "yes" if checkpointing else "no",
+                    f"{estimated / 2**20:.2f}",
+                    f"{real / 2**20:.2f}",
+                    f"{estimated / real - 1:+.1%}",
+                ]
+            )
+            say(" | ".join(map(str, rows[-1])))
+    head = ["run", "rank", "checkpointing", "estimate MiB", "allocator's peak MiB", "off by"]
+    return table(head, rows)
+
+
+def main() -> None:
+    """Run the parts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("peaks", "fits", "reality")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--budgets", nargs="+", default=["16GiB", "24GiB", "40GiB", "80GiB"])
+    parser.add_argument(
+        "--report", type=Path, default=Path(__file__).parent / "reports" / "estimate.md"
+    )
+    args = parser.parse_args()
+    about = [
+        f"{machine()}. Command: `{shlex.join(['python', 'benchmarks/estimate.py', *sys.argv[1:]])}`",
+        "",
+    ]
+
+    def write(title: str, lines: list[str]) -> None:
+        write_section(args.report, "Memory, estimated", title, [*about, *lines])
+        print("\n".join(["## " + title, "", *lines]), flush=True)
+
+    for model in args.models:
+        if "peaks" in args.parts:
+            write(f"{model}: peaks", peaks(model))
+        if "fits" in args.parts:
+            write(f"{model}: the largest batches", fits(model, args.budgets))
+    if "reality" in args.parts:
+        write("A small model, estimated and run", reality())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Estimates against real runs, closed forms of weights, the search for sizes, and refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig
+
+from lightning_perl.cli import main
+from lightning_perl.commands.estimate import (
+    MOST_ROWS,
+    LlamaSizes,
+    architecture_from,
+    compare,
+    comparison_table,
+    comparisons,
+    estimate,
+    highest,
+    largest,
+    parse_bytes,
+    report,
+    settings_of,
+)
+from lightning_perl.commands.ledger import CUDA_BLOCK
+from lightning_perl.commands.reality import real_peak
+from lightning_perl.commands.rehearsal import Load, OnPolicyRehearsal, rehearsal_of
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.roles import Layout
+from lightning_perl.models.weightless import materialize, weightless
+from lightning_perl.modules import PPO, SFT, Reinforce, RewardModel
+from lightning_perl.rollouts.sampling import SamplingSpec
+from tests.conftest import TinyTrunk
+
+SIZES = LlamaSizes(64, 2, 4, 176, 500)
+LOAD = Load(32, 32, 4)
+MIB = 2**20
+FLOAT = 4
+
+
+def ppo(layout: Layout = "hydra", rank: int = 16, **options: Any) -> Callable[[], PPO]:
+    settings: dict[str, Any] = {
+        "lora": LoraSpec(rank, 1.0),
+        "sampling": SamplingSpec(32),
+        "micro_batch_size": 2,
+        "ppo_epochs": 1,
+    }
+    return lambda: PPO("no/such/trunk/anywhere", layout=layout, **{**settings, **options})
+
+
+def rehearsal(make: Callable[[], Any], load: Load = LOAD, block: int = CUDA_BLOCK) -> Any:  # noqa: ANN401
+    with weightless(SIZES.config()):
+        module = make()
+    return rehearsal_of(module, load, block)
+
+
+@pytest.mark.parametrize(
+    ("make", "load"),
+    [
+        (lambda: SFT("x", LoraSpec(16), checkpointing=True), LOAD),
+        (lambda: SFT("x", LoraSpec(128)), LOAD),
+        (lambda: RewardModel("x", LoraSpec(16)), LOAD._replace(rows=2, pairs=True)),
+        (ppo("hydra", 128), LOAD),
+        (ppo("joint_hydra", checkpointing=True), LOAD),
+        (ppo("dynamic_lora"), LOAD),
+        (ppo("full", checkpointing=True), LOAD),
+    ],
+    ids=["sft", "sft-128", "pairs", "hydra-128", "joint", "dynamic", "full"],
+)
+def test_estimates_are_what_the_allocator_shows(make: Callable[[], Any], load: Load) -> None:
+    estimated = highest(rehearsal(make, load, block=1).peaks())
+    assert estimated == pytest.approx(real_peak(make, SIZES.config(), load), rel=0.1)
+
+
+def test_weights_adapters_and_moments_by_hand() -> None:
+    hidden, inner, layers, words, rank = 64, 176, 2, 500, 16
+    block = 4 * hidden**2 + 3 * hidden * inner + 2 * hidden
+    trunk = layers * block + 2 * words * hidden + hidden
+    # A and B of q, k, v, o, gate, up, down.
+    adapter = layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
+    head = hidden + 1
+    for layout, trunks, adapters in (("hydra", 1, 2), ("lora", 4, 2), ("joint_hydra", 1, 1)):
+        peak = rehearsal(ppo(layout), block=1).peaks()["critic" if adapters == 2 else "actor"]  # type: ignore[arg-type]
+        # Rotary frequencies are buffers.
+        buffers = trunks * 2 * (hidden // 4 // 2)
+        assert peak.kinds["trunk"] == FLOAT * (trunks * trunk + buffers)
+        # The frozen reward head beside the trained ones.
+        assert peak.kinds["adapters"] == FLOAT * (adapters * adapter + 2 * head)
+        # AdamW: two moments, and a count of steps per tensor.
+        tensors = adapters * layers * 7 * 2 + 2
+        assert peak.kinds["optimizer"] == FLOAT * (2 * (adapters * adapter + head) + tensors)
+
+
+def test_the_cache_is_as_large_as_it_gets() -> None:
+    peak = rehearsal(ppo(), block=1).peaks()["rollout"]
+    # Keys and values of every layer, fp32.
+    assert peak.kinds["cache"] == FLOAT * 2 * 2 * LOAD.rows * 64 * 64
+
+
+def test_bf16_halves_the_trunk_and_nothing_of_the_adapters() -> None:
+    full, half = (
+        rehearsal(ppo(trunk_dtype=dtype)).peaks()["critic"].kinds
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half["trunk"] == pytest.approx(full["trunk"] / 2, rel=0.01)
+    assert half["adapters"] == full["adapters"]
+    assert half["optimizer"] == full["optimizer"]
+
+
+def test_more_micro_batches_find_gradients() -> None:
+    one = rehearsal(ppo(micro_batch_size=4)).peaks()
+    several = rehearsal(ppo(micro_batch_size=4), LOAD._replace(rows=8)).peaks()
+    assert several["actor"].kinds["gradients"] > one["actor"].kinds["gradients"]
+    one_sft, more_sft = (
+        rehearsal(lambda: SFT("x", LoraSpec(4)), LOAD._replace(accumulated=more)).peaks()["forward"]
+        for more in (False, True)
+    )
+    assert one_sft.kinds["gradients"] == 0
+    assert more_sft.kinds["gradients"] > 0
+
+
+def test_minibatches_cap_micro_batches() -> None:
+    capped, equal, free = (
+        rehearsal(ppo(micro_batch_size=micro, minibatch_size=mini)).peaks()["actor"].total
+        for micro, mini in ((4, 2), (2, 2), (4, 4))
+    )
+    assert capped == pytest.approx(equal, rel=0.01)
+    assert free > 1.2 * capped
+
+
+def test_settings_of_the_module_are_left_as_they_were() -> None:
+    one = rehearsal(ppo(score_batch_size=3, minibatch_size=2, ppo_epochs=2))
+    one.peaks()
+    module = one.module
+    assert (module.score_batch_size, module.micro_batch_size) == (3, 2)
+    assert (module.minibatch_size, module.epochs) == (2, 2)
+
+
+def test_other_modules() -> None:
+    reinforce = rehearsal(
+        lambda: Reinforce("x", lora=LoraSpec(4), sampling=SamplingSpec(32), micro_batch_size=2)
+    )
+    assert set(reinforce.peaks()) == {"rollout", "score", "actor", "critic", "optimizer"}
+    thumbs = rehearsal(lambda: RewardModel("x", LoraSpec(4)))
+    assert set(thumbs.peaks()) == {"forward", "backward", "optimizer"}
+    # Prompts of pairs are read once: less than twice as many rows.
+    pairs = rehearsal(lambda: RewardModel("x", LoraSpec(4)), LOAD._replace(pairs=True))
+    ratio = pairs.peaks()["forward"].kinds["activations"]
+    assert 1.2 < ratio / thumbs.peaks()["forward"].kinds["activations"] < 1.9
+
+
+def test_a_module_made_without_weights_reads_nothing() -> None:
+    with weightless(SIZES.config()):
+        module = ppo("perl", reward=None)()
+    assert all(parameter.is_meta for parameter in module.parameters())
+    tied = LlamaSizes(64, 2, 4, 176, 500).config()
+    tied.tie_word_embeddings = True
+    with weightless(tied):
+        sft = SFT("x")
+    materialize(sft)
+    model = sft.trunk.model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert not any(parameter.is_meta for parameter in sft.parameters())
+
+
+@pytest.mark.parametrize(("held", "slope", "budget"), [(100, 7, 1000), (0, 1, 1), (500, 3, 502)])
+def test_largest_is_the_last_that_fits(held: int, slope: int, budget: int) -> None:
+    asked: list[int] = []
+
+    def bytes_of(rows: int) -> int:
+        asked.append(rows)
+        # Steps, as blocks and chunks make them.
+        return held + slope * rows + 5 * (rows // 16)
+
+    found = largest(bytes_of, budget, {0: held, 4: bytes_of(4)})
+    assert bytes_of(found) <= budget < bytes_of(found + 1)
+    assert len(asked) < 12
+
+
+def test_largest_has_ends() -> None:
+    assert largest(lambda rows: 10 * rows, 5, {0: 0, 4: 40}) == 0
+    assert largest(lambda rows: 10, 5, {0: 10, 4: 10}) == 0
+    assert largest(lambda rows: 1, 5, {0: 1, 4: 1}) == MOST_ROWS
+
+
+def test_what_is_found_fits_and_one_more_does_not() -> None:
+    one = rehearsal(ppo())
+    budget = 8 * MIB
+    found = estimate(one, budget)
+    assert isinstance(one, OnPolicyRehearsal)
+    assert found.micro_batch_size is not None
+    assert found.rollout_rows is not None
+    again = rehearsal(ppo(micro_batch_size=found.micro_batch_size), LOAD._replace(rows=64))
+    more = rehearsal(ppo(micro_batch_size=found.micro_batch_size + 1), LOAD._replace(rows=64))
+    assert max(again.peaks()[phase].total for phase in ("score", "actor", "critic")) <= budget
+    assert max(more.peaks()[phase].total for phase in ("score", "actor", "critic")) > budget
+    for rows, fits in ((found.rollout_rows, True), (found.rollout_rows + 1, False)):
+        peak = rehearsal(ppo(), LOAD._replace(rows=rows)).peaks()["rollout"]
+        assert (peak.total <= budget) is fits
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5mib", 3 * 2**19), ("1TiB", 2**40)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 gallons", ""])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--budget must be a size such as 24GiB"):
+        parse_bytes(text)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    config = SIZES.config()
+    with pytest.raises(ValueError, match=r"less than the .* GiB that weights"):
+        report(ppo(), config, LOAD, budget="10KiB")
+    with pytest.raises(ValueError, match="no architecture found in 'no/such"):
+        architecture_from("no/such/folder/at/all")
+    short = LlamaSizes(64, 2, 4, 176, 500).config()
+    short.max_position_embeddings = 40
+    with pytest.raises(ValueError, match=r"64 tokens long .* positions for 40"):
+        report(ppo(), short, LOAD)
+    (tmp_path / "config.json").write_text(json.dumps(BertConfig().to_dict()))
+    with pytest.raises(ValueError, match="no decoder"):
+        report(ppo(), architecture_from(str(tmp_path)), LOAD)
+
+
+def test_architecture_of_a_folder_or_its_file(tiny_trunk: TinyTrunk) -> None:
+    folder = tiny_trunk()
+    from_folder = architecture_from(str(folder))
+    assert architecture_from(str(folder / "config.json")).to_dict() == from_folder.to_dict()
+    assert from_folder.model_type == "llama"
+
+
+def test_comparisons_keep_the_settings() -> None:
+    one = rehearsal(ppo(trunk_dtype="bfloat16", checkpointing=True, attention="eager"))
+    settings = settings_of(one)
+    assert settings.lora == LoraSpec(16, 1.0)
+    assert (settings.dtype, settings.checkpointing) == ("bfloat16", True)
+    assert (settings.attention, settings.micro_batch_size) == ("eager", 2)
+    runs = comparisons(settings)
+    assert {run.load.rows for name, run in runs.items() if "SFT" in name} == {2}
+    found = compare(SIZES.config(), {name: runs[name] for name in list(runs)[:3]}, None)
+    plain, peft, ours = (one.peak.total for one in found.values() if one is not None)
+    assert ours < plain < peft
+
+
+def test_a_budget_below_the_weights_of_a_comparison_leaves_it_out() -> None:
+    runs = comparisons(settings_of(rehearsal(ppo())))
+    held = rehearsal(ppo()).ledger.total
+    found = compare(SIZES.config(), {"PPO full": runs["PPO full"]}, held)
+    assert found == {"PPO full": None}
+    assert "its weights alone" in comparison_table(found, fitted=True)
+
+
+def command(tiny_trunk: TinyTrunk, tmp_path: Path, *more: str) -> None:
+    config = {
+        "model": {
+            "class_path": "HydraPPO",
+            "init_args": {
+                "trunk": str(tiny_trunk()),
+                "lora": {"rank": 2},
+                "sampling": {"max_new_tokens": 8, "stop": ["User:"]},
+            },
+        },
+        "data": {
+            "class_path": "CoffeeOrdersDataModule",
+            "init_args": {
+                "rows": "prompts",
+                "batch_size": 4,
+                "max_tokens": 40,
+                "max_response_tokens": 8,
+            },
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["estimate", "-c", str(path), *more])
+
+
+def test_the_command_prints_one_object(
+    tiny_trunk: TinyTrunk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(
+        tiny_trunk, tmp_path, "--json", "--budget", "64MiB", "--model.init_args.micro_batch_size=2"
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["module"] == "HydraPPO"
+    assert found["layout"] == "hydra"
+    assert found["load"] == {
+        "prompt_tokens": 32, "response_tokens": 8, "rows": 4, "pairs": False, "accumulated": False,
+        "micro_batch_size": 2,
+    }  # fmt: skip
+    assert set(found["phases"]) == {"rollout", "score", "actor", "critic", "optimizer"}
+    for phase in found["phases"].values():
+        assert sum(phase["kinds_gib"].values()) == pytest.approx(phase["peak_gib"])
+    assert found["peak_gib"] == max(phase["peak_gib"] for phase in found["phases"].values())
+    assert found["largest_micro_batch_size"] >= 2
+    assert found["largest_rollout_batch_size"] >= 4
+    assert found["budget_gib"] == 64 / 1024
+    assert found["layouts"] is None
+    assert found["seconds"] > 0
+    assert found["parameters"] > 0
+
+
+def test_the_command_prints_a_table_of_all_layouts(
+    tmp_path: Path, tiny_trunk: TinyTrunk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--hidden_size=32", "--layers=1", "--heads=2", "--intermediate_size=48"]
+    command(tiny_trunk, tmp_path, "--layouts", *sizes, "--vocabulary_size=64")
+    said = capsys.readouterr().out
+    for name in ("LoRA-SFT", "full SFT", "PPO full", "PPO perl", "PPO hydra", "PPO joint_hydra"):
+        assert f"\n{name}" in said
+    for phase in ("rollout", "score", "actor", "critic", "optimizer"):
+        assert f"\n{phase}" in said
+
+
+def test_sizes_come_together(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="missing --layers, --heads"):
+        command(tiny_trunk, tmp_path, "--hidden_size=32")
+
+
+def test_nothing_is_left_of_the_fake_world() -> None:
+    rehearsal(ppo()).peaks()
+    assert type(torch.zeros(2) + 1) is torch.Tensor
+    assert not torch.zeros(2).is_meta
