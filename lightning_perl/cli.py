@@ -231,7 +231,10 @@ class EstimateCLI(PerlCLI):
         if any(not Path(folder).expanduser().exists() for folder in adapters):
             # Not trained yet: taken to have the actor's shape.
             asked.init_args["reward"] = None
-        made = self.parser.instantiate_classes(Namespace(model=asked)).model  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # A module's own default optimizer is a function, which no config file can hold.
+            warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
+            made = self.parser.instantiate(Namespace(model=asked)).model  # type: ignore[no-untyped-call]
         if not isinstance(made, AdapterModule):
             raise TypeError(f"{type(made).__name__} is no module of this package.")
         return made

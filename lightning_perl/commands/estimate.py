@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.commands.ledger import KINDS, Peak
@@ -105,7 +106,7 @@ def architecture_from(source: str) -> PreTrainedConfig:
     """The configuration of a model folder, a ``config.json``, or a hub name. No weights are read.
 
     Raises:
-        ValueError: There is none, or transformers does not know it.
+        ValueError: There is none, transformers does not know it, or it is no decoder's.
     """
     where = Path(unpackaged(source)).expanduser()
     try:
@@ -118,6 +119,8 @@ def architecture_from(source: str) -> PreTrainedConfig:
             "--architecture the folder or config.json of a decoder, or a hub name, or give its sizes "
             "(--hidden_size, --layers, --heads, --intermediate_size, --vocabulary_size)."
         ) from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"estimate: {source!r} is a {config.model_type}, which is no decoder.")
     return config
 
 
@@ -292,7 +295,7 @@ def settings_of(rehearsal: OnPolicyRehearsal | SupervisedRehearsal) -> Settings:
     return Settings(
         specs[0] if specs else LoraSpec(),
         cast(TrunkDtype, dtypes[trunk.dtype]),
-        trunk.model.is_gradient_checkpointing,
+        bool(module.hparams["checkpointing"]),
         trunk.model.config._attn_implementation,
         module.micro_batch_size if isinstance(module, OnPolicy) else load.rows,
         load._replace(pairs=False, accumulated=False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from lightning_perl.modules.base import AdapterModule, clip_by_group
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
 
+Made = TypeVar("Made", bound=AdapterModule)
 
-def real_peak(
-    make: Callable[[], OnPolicy | Supervised], config: PreTrainedConfig, load: Load
-) -> int:
+
+def real_peak(make: Callable[[], AdapterModule], config: PreTrainedConfig, load: Load) -> int:
     """The most that a module with random weights holds in its second train batch, in bytes.
 
     Args:
@@ -30,6 +30,18 @@ def real_peak(
         config: Of its trunks; small, for it is run.
         load: What a train batch holds. Every second row has one token of padding.
     """
+    module = real_module(make, config)
+    optimizer = optimizer_of(module)
+    train(module, load, optimizer)
+    gc.collect()
+    states = (value for state in optimizer.state.values() for value in state.values())
+    moments = (value for value in states if isinstance(value, Tensor))
+    held = held_bytes([*module.parameters(), *module.buffers(), *moments])
+    return held + allocator_peak(lambda: train(module, load, optimizer))
+
+
+def real_module(make: Callable[[], Made], config: PreTrainedConfig) -> Made:
+    """A module with random weights and no folder behind it."""
     with weightless(config):
         module = make()
     materialize(module)
@@ -38,18 +50,7 @@ def real_peak(
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
                 tensor.normal_(0, 0.02, generator=drawn)
-    optimizer = optimizer_of(module)
-    train(module, load, optimizer)
-    gc.collect()
-    states = (value for state in optimizer.state.values() for value in state.values())
-    held = held_bytes(
-        [
-            *module.parameters(),
-            *module.buffers(),
-            *(value for value in states if isinstance(value, Tensor)),
-        ]
-    )
-    return held + allocator_peak(lambda: train(module, load, optimizer))
+    return module
 
 
 def train(module: AdapterModule, load: Load, optimizer: Optimizer) -> None:

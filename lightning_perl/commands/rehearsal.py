@@ -155,10 +155,9 @@ class Rehearsal(ABC, Generic[AnyModule]):
 class OnPolicyRehearsal(Rehearsal[OnPolicy]):
     """Rollout, scoring and update.
 
-    One micro-batch stands for all. Where a step has several, it finds the gradients of those before it.
-    The step is any but a rollout's first, in which the critic may come before the actor: together they
-    hold the same. Of a rollout the first token and the last are sampled: the prompts' reading, and the
-    most keys and values there are.
+    One micro-batch stands for all. Where a step has several, it finds the gradients of those before it; and
+    where the critic begins a rollout's first step, the actor finds the critic's. Of a rollout the first
+    token and the last are sampled: the prompts' reading, and the most keys and values there are.
     """
 
     _accumulate = False
@@ -175,9 +174,17 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         )
 
     def before(self, phase: str) -> None:
-        """Gradients that earlier micro-batches have left."""
+        """Gradients that earlier micro-batches have left, or the critic where it comes first."""
+        own = [group for group in self._groups() if group["name"] == phase]
+        others = [group for group in self._groups() if group["name"] != phase]
+        if phase == "actor" and self.module.begins:
+            self._leave_gradients(others)
+        if phase == "critic":
+            for group in own:
+                for parameter in group["params"]:
+                    parameter.grad = None
         if self._accumulate:
-            self._leave_gradients(group for group in self._groups() if group["name"] == phase)
+            self._leave_gradients(own)
 
     def rollout_peaks(self, rows: int) -> Peaks:
         """The peak of a rollout of so many prompts."""

@@ -32,10 +32,17 @@ torch.serialization.add_safe_globals([LoraSpec, SamplingSpec, Shortcuts])
 def default_optimizer(learning_rate: float) -> OptimizerCallable:
     """AdamW without weight decay, every value written; epsilon 1e-5 (2403.17031, detail 17).
 
+    Fused: the step makes no copies of all weights, as PyTorch's default on CUDA does.
+
     A lambda, so that another optimizer chosen in YAML inherits none of these values.
     """
     return lambda params: torch.optim.AdamW(
-        params, lr=learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0
+        params,
+        lr=learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-5,
+        weight_decay=0.0,
+        fused=True,
     )
 
 
