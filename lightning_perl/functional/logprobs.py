@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CACHED = 2**19
@@ -109,7 +110,8 @@ def logprobs_and_directions(
     with torch.no_grad():
         for start in range(0, len(targets), rows):
             some, index = logits[start : start + rows], targets[start : start + rows].unsqueeze(-1)
-            scaled = some if temperature == 1 else some / temperature
+            # Promoted first, as in sampling: divided in bf16 it would be another distribution.
+            scaled = some if temperature == 1 else at_least_fp32(some) / temperature
             dtype = torch.promote_types(some.dtype, torch.float32)
             logprobs = torch.log_softmax(scaled, -1, dtype=dtype)
             chosen.append(logprobs.gather(-1, index).squeeze(-1))
@@ -151,6 +153,7 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
         return torch.cat([logprobs for logprobs, _, _ in parts]), entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """The directions, each by its token's gradient."""
         (directions,) = ctx.saved_tensors

@@ -24,6 +24,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
@@ -174,6 +175,7 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Gradients of x, down and up."""
         rows, weight, down, up, inner = ctx.saved_tensors

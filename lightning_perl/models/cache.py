@@ -54,8 +54,23 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, moved together in the same buffers; called as rows end."""
+        if not self.is_initialized:
+            return
         self._buffers = [self._moved(buffer, indices) for buffer in self._buffers]
         self._look()
+
+    def reset(self) -> None:
+        """Nothing held any more; room is made anew."""
+        super().reset()
+        self.length = 0
+
+    def crop(self, *_: object) -> None:
+        """Not offered: sampling never takes a token back."""
+        raise NotImplementedError(
+            "A preallocated cache only grows. Use transformers' DynamicCache."
+        )
+
+    reorder_cache = batch_repeat_interleave = crop
 
     def _moved(self, buffer: Tensor, indices: Tensor) -> Tensor:
         kept = buffer[: len(indices)]

@@ -8,16 +8,20 @@ same.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Elementwise = Callable[..., Tensor]
-GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
-"""Layers of a gated MLP as most families name them."""
+GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+"""What most families' MLP says, whatever it calls ``x``; some clamp or thin out on the way."""
 FUSED_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """torch's own keep their input and two numbers a row already."""
 
@@ -33,6 +37,7 @@ class Recomputed(torch.autograd.Function):
         return function(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Call it again, with a graph, and go back through that."""
         inputs = [
@@ -54,10 +59,14 @@ def recomputed(function: Elementwise, *inputs: Tensor) -> Tensor:
     return function(*inputs)
 
 
-def _norm(module: nn.Module, forward: Elementwise, *inputs: Tensor) -> Tensor:
+def _norm(module: nn.Module, forward: Elementwise, *inputs: Tensor, **named: Tensor) -> Tensor:
     # A trained weight needs its gradient, which only the graph outside gives.
-    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-        return forward(*inputs)
+    if (
+        not torch.is_grad_enabled()
+        or named
+        or any(parameter.requires_grad for parameter in module.parameters())
+    ):
+        return forward(*inputs, **named)
     return recomputed(forward, *inputs)
 
 
@@ -71,34 +80,51 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 (a family's ow
     return result
 
 
-def _is_gated_mlp(module: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401
-    """Whether ``down(act(gate(x)) * up(x))`` is all that this MLP does, tried out on a few numbers."""
-    if any(True for _ in module.act_fn.parameters()):
+def _is_written_out_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm of one tensor and nothing else; some that end so hold half a block."""
+    return (
+        type(module).__name__.endswith("Norm")
+        and not isinstance(module, FUSED_NORMS)
+        and not any(True for _ in module.children())
+        and len(inspect.signature(module.forward).parameters) == 1
+    )
+
+
+def _says_gated_mlp(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward is `GATED_MLP` word for word: numbers tried out may miss a clamp."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
         return False
-    weight = module.gate_proj.weight
-    if weight.is_meta:
-        # Nothing to try out; the names say so.
-        return True
-    drawn = torch.randn(2, module.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
-    x = drawn.to(weight.device, dtype)
-    with torch.no_grad():
-        return torch.equal(module(x), _gated_mlp(module, x))
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) != 2:
+        return False
+    called = function.args.args[1].arg
+    said = [ast.unparse(line) for line in function.body if not _is_docstring(line)]
+    wanted = GATED_MLP.replace("(x)", f"({called})")
+    return said in ([f"return {wanted}"], [f"down_proj = {wanted}", "return down_proj"])
 
 
-def make_lean(model: nn.Module, dtype: torch.dtype) -> None:
+def _is_docstring(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+
+
+def make_lean(model: nn.Module) -> None:
     """Exchange the forward of written-out norms and of gated MLPs.
 
     Args:
         model: The bare trunk, before any adapter is added.
-        dtype: Of its hidden states.
     """
-    gated: dict[type, bool] = {}
+    gated: dict[type[nn.Module], bool] = {}
     for module in model.modules():
         kind = type(module)
-        if kind.__name__.endswith("Norm") and not isinstance(module, FUSED_NORMS):
+        if "forward" in vars(module):
+            # Somebody else exchanged it (offloading, a kernel).
+            continue
+        if _is_written_out_norm(module):
             module.forward = partial(_norm, module, module.forward)
-        elif all(isinstance(getattr(module, name, None), nn.Module) for name in GATED):
-            if kind not in gated:
-                gated[kind] = _is_gated_mlp(module, dtype)
-            if gated[kind]:
-                module.forward = partial(_gated_mlp, module)
+            continue
+        if kind not in gated:
+            gated[kind] = _says_gated_mlp(kind)
+        # An activation with weights of its own could be trained.
+        if gated[kind] and not any(True for _ in module.get_submodule("act_fn").parameters()):
+            module.forward = partial(_gated_mlp, module)

@@ -104,7 +104,8 @@ class Answers(NamedTuple):
 
     Attributes:
         policy: Log-probabilities of the response tokens. Shape: ``(B, R)``.
-        entropy: Of the policy's distributions, nats. Shape: ``(B, R)``.
+        entropy: Of the policy's distributions, nats; under a frozen LM head without a gradient.
+            Shape: ``(B, R)``.
         value: Shape: ``(B, R)``.
         reference: Log-probabilities. Shape: ``(B, R)``.
         reward: Score of each row, read at its last response token. Shape: ``(B,)``.

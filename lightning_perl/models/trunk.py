@@ -95,7 +95,7 @@ class Trunk(nn.Module):
         self.templates: dict[str, str] = {}
         self.switch = AdapterSwitch()
         if shortcuts.lean_blocks:
-            make_lean(model, self.dtype)
+            make_lean(model)
         self.adapters = Adapters(model, self.switch, shortcuts.fused_adapters)
         # Each read of the trunk is one pass; tests and benchmarks count them.
         self.passes = 0

@@ -214,8 +214,12 @@ def check_logprobs_and_directions(fn: Callable[..., tuple[Tensor, Tensor, Tensor
         torch.float32,
         torch.bfloat16,
     ]
-    logits = Head(weight)(hidden).double().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
-    assert_close(half[0].double(), logits.flatten(), rtol=1e-5, atol=1e-5)
+    for temperature in (1.0, 0.7):
+        # The head multiplies in bf16; temperature and all that follows are fp32.
+        logits = Head(weight)(hidden).double() / temperature
+        expected = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
+        flat = (hidden.flatten(0, 1), targets.flatten(), Head(weight.detach()), temperature)
+        assert_close(fn(*flat, True)[0].double(), expected.flatten(), rtol=1e-5, atol=1e-5)
 
 
 def check_frozen_head_logprobs(fn: Callable[..., Pair]) -> None:

@@ -316,7 +316,9 @@ MUTATIONS: dict[Function, list[Mutation]] = {
                  "entropies.append(-one[0])"),
     ],
     logprobs_and_directions: [
-        Mutation("temperature dropped", "some if temperature == 1 else some / temperature", "some"),
+        Mutation("temperature dropped",
+                 "some if temperature == 1 else at_least_fp32(some) / temperature", "some"),
+        Mutation("temperature in bf16", "at_least_fp32(some) / temperature", "some / temperature"),
         Mutation("the slope's temperature dropped",
                  "slope if temperature == 1 else slope / temperature", "slope"),
         Mutation("the wrong way", "probabilities.neg_()", "probabilities"),

@@ -74,6 +74,18 @@ def test_more_tokens_than_room_are_refused() -> None:
         layer.update(states, states)
 
 
+def test_it_starts_anew_and_never_shrinks() -> None:
+    layer = PreallocatedLayer(4)
+    layer.batch_select_indices(torch.tensor([0]))  # a layer that nothing was written to
+    states = torch.zeros(1, HEADS, 3, SIZE)
+    layer.update(states, states)
+    layer.reset()
+    ones = torch.ones(1, HEADS, 2, SIZE)
+    assert torch.equal(layer.update(ones, ones)[0], ones)
+    with pytest.raises(NotImplementedError, match="only grows"):
+        layer.crop(-1)
+
+
 def test_sliding_layers_stay_as_they_are() -> None:
     cache = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
     preallocate(cache, ROOM)

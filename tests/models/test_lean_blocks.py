@@ -101,24 +101,95 @@ def test_one_of_two_inputs_without_a_gradient() -> None:
         assert not recomputed(torch.sin, left).requires_grad
 
 
-class OtherMLP(nn.Module):
-    """Has a gated MLP's layers and does something else with them."""
+class GatedMLP(nn.Module):
+    """What most families' MLP is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
         self.act_fn = nn.SiLU()
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Another name for the input changes nothing."""
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return down_proj  # noqa: RET504 (as families write it)
+
+
+class ClampedMLP(GatedMLP):
+    """The same for all numbers that anybody would try out."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Clamped on the way."""
+        gate = self.gate_proj(hidden).clamp(max=100.0)
+        down_proj = self.down_proj(self.act_fn(gate) * self.up_proj(hidden))
+        return down_proj  # noqa: RET504 (as families write it)
+
+
+class SparseMLP(GatedMLP):
+    """Says more before it says the same."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Half of the rows thrown away first."""
+        hidden = hidden * (hidden > 0)
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return down_proj  # noqa: RET504 (as families write it)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [(GatedMLP, True), (ClampedMLP, False), (SparseMLP, False)]
+)
+def test_only_a_gated_mlp_to_the_word_is_taken(kind: type[nn.Module], taken: bool) -> None:
+    model = nn.Sequential(kind())
+    x = 1000 * torch.randn(2, 4)
+    before = model(x)
+    make_lean(model)
+    assert ("forward" in vars(model[0])) == taken
+    assert torch.equal(model(x), before)
+
+
+class HalfABlockNorm(nn.Module):
+    """Ends like a norm and holds a layer that may get an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Not gate times up."""
-        result: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+        """Not a norm."""
+        result: Tensor = self.fc(x)
         return result
 
 
-def test_what_only_looks_like_a_gated_mlp_is_left_alone() -> None:
-    model = nn.Sequential(OtherMLP())
-    x = torch.randn(2, 4)
-    before = model(x)
-    make_lean(model, torch.float32)
-    assert "forward" not in vars(model[0])
-    assert torch.equal(model(x), before)
+class PairNorm(nn.Module):
+    """Norms two tensors at once."""
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both."""
+        return query / query.norm(), key / key.norm()
+
+
+class WrittenOutNorm(nn.Module):
+    """One tensor, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """RMSNorm."""
+        return self.weight * hidden_states * hidden_states.pow(2).mean(-1, keepdim=True).rsqrt()
+
+
+def test_what_ends_like_a_norm_and_is_more_is_left_alone() -> None:
+    model = nn.ModuleList([HalfABlockNorm(), PairNorm(), nn.LayerNorm(4), WrittenOutNorm()])
+    make_lean(model)
+    assert ["forward" in vars(module) for module in model] == [False, False, False, True]
+    x = torch.randn(2, 4, requires_grad=True)
+    assert torch.equal(model[3](hidden_states=x), model[3](x))
+
+
+def test_a_forward_that_somebody_exchanged_stays() -> None:
+    norm = WrittenOutNorm()
+    theirs = norm.forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
+    make_lean(nn.Sequential(norm))
+    assert norm.forward is theirs

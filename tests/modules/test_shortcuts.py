@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._ops import OpOverload
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import LAYOUTS, Layout
@@ -18,6 +21,22 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
+
+
+class NoShapesOfValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to make a shape of a tensor's values."""
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[Any, Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if func is torch.ops.aten.nonzero.default:
+            raise AssertionError(func)
+        return func(*args, **(kwargs or {}))
+
 
 NAMES = [field.name for field in fields(Shortcuts)]
 WAYS = [PLAIN, *(replace(Shortcuts(), **{name: False}) for name in NAMES)]
@@ -120,6 +139,29 @@ def test_the_critic_reads_the_first_minibatch_once(hydra_trunk: Path) -> None:
     assert counted == [1 + 2 + 2, 1 + 2 + 3]
 
 
+def test_gradients_that_an_interrupted_run_left_are_dropped(
+    hydra_trunk: Path, tmp_path: Path
+) -> None:
+    found = []
+    for left in (False, True):
+        module = tiny.hydra(hydra_trunk)
+        for parameter in module.parameters():
+            if left and parameter.requires_grad:
+                parameter.grad = torch.ones_like(parameter)
+        trainer, _ = tiny.quiet_trainer(tmp_path / str(left))
+        trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
+        found.append(tiny.weights(module))
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_values_and_gradient_at_once_make_no_shape_of_values(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, minibatch_size=3)
+    rollout = module.collect(tiny.prompts(8), 0)
+    scored = module.score(rollout, values=False)
+    with NoShapesOfValues():
+        module.begin(rollout, scored, by_length=False)
+
+
 def test_scoring_asks_the_policy_only_where_nothing_was_kept(hydra_trunk: Path) -> None:
     counted = []
     for way in (Shortcuts(), PLAIN):
@@ -136,6 +178,8 @@ def test_what_was_not_drawn_from_the_scored_distribution_is_scored_again(hydra_t
     warped = SamplingSpec(max_new_tokens=6, top_p=0.5)
     assert module.collect(tiny.prompts(4), 0).logprobs is not None
     assert module.collect(tiny.prompts(4), 0, sampling=warped).logprobs is None
+    colder = SamplingSpec(max_new_tokens=6, temperature=0.5)
+    assert module.collect(tiny.prompts(4), 0, sampling=colder).logprobs is None
     assert module.collect(tiny.prompts(4), 0, role="reference").logprobs is None
 
 
