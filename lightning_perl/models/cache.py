@@ -70,7 +70,13 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             "A preallocated cache only grows. Use transformers' DynamicCache."
         )
 
-    reorder_cache = batch_repeat_interleave = crop
+    def reorder_cache(self, *_: object) -> None:
+        """Not offered."""
+        self.crop()
+
+    def batch_repeat_interleave(self, *_: object) -> None:
+        """Not offered."""
+        self.crop()
 
     def _moved(self, buffer: Tensor, indices: Tensor) -> Tensor:
         kept = buffer[: len(indices)]

@@ -40,7 +40,7 @@ def perl(trunk: Path, **options: Any) -> Reinforce:
 
 def first_step(module: OnPolicy, experience: Experience) -> tuple[dict[str, Tensor], Any]:
     """Statistics and gradients of the one update; no weight moves."""
-    stats, (gradients,) = tiny.rehearse(module, experience)  # type: ignore[arg-type]
+    stats, (gradients,) = tiny.rehearse(module, experience)
     return stats, gradients
 
 

@@ -158,7 +158,7 @@ def test_values_and_gradient_at_once_make_no_shape_of_values(hydra_trunk: Path) 
     module = tiny.hydra(hydra_trunk, minibatch_size=3)
     rollout = module.collect(tiny.prompts(8), 0)
     scored = module.score(rollout, values=False)
-    with NoShapesOfValues():
+    with NoShapesOfValues():  # type: ignore[no-untyped-call]
         module.begin(rollout, scored, by_length=False)
 
 
