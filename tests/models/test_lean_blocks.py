@@ -111,9 +111,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Another name for the input changes nothing."""
-        down_proj = self.down_proj(
-            self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
-        )
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
         return down_proj  # type: ignore[no-any-return]  # noqa: RET504 (as families write it)
 
 
@@ -133,9 +131,7 @@ class SparseMLP(GatedMLP):
     def forward(self, hidden: Tensor) -> Tensor:
         """Half of the rows thrown away first."""
         hidden = hidden * (hidden > 0)
-        down_proj = self.down_proj(
-            self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
-        )
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
         return down_proj  # type: ignore[no-any-return]  # noqa: RET504 (as families write it)
 
 
