@@ -148,6 +148,18 @@ def _weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
 
 
+def fused_product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``x W^T + bias + x A^T B^T``, the low-rank part added in place; and ``x A^T``.
+
+    Shapes: rows ``(N, I)``, weight ``(O, I)``, bias ``(O,)``, down ``(r, I)``, up ``(O, r)``; the
+    results ``(N, O)`` and ``(N, r)``.
+    """
+    inner = rows @ down.T
+    return F.linear(rows, weight, bias).addmm_(inner, up.T), inner
+
+
 class FrozenLinearWithAdapter(torch.autograd.Function):
     """``x W^T + bias + x A^T B^T`` with W and bias frozen, the low-rank part added in place.
 
@@ -169,8 +181,7 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
     ) -> Tensor:
         """Shapes: x ``(..., I)``, weight ``(O, I)``, bias ``(O,)``, down ``(r, I)``, up ``(O, r)``."""
         rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ down.T
-        y = F.linear(rows, weight, bias).addmm_(inner, up.T)
+        y, inner = fused_product(rows, weight, bias, down, up)
         ctx.save_for_backward(rows, weight, down, up, inner)
         return y.view(*x.shape[:-1], -1)
 
@@ -232,7 +243,7 @@ def _lean_forward(layer: LoraLayer, switch: AdapterSwitch, fused: bool, x: Tenso
         base = cast(nn.Linear, layer.base_layer)
         if not torch.is_grad_enabled():
             rows = x.reshape(-1, x.shape[-1])
-            added = F.linear(rows, base.weight, base.bias).addmm_(rows @ down.T, up.T)
+            added, _ = fused_product(rows, base.weight, base.bias, down, up)
             return added.view(*x.shape[:-1], -1)
         y: Tensor = FrozenLinearWithAdapter.apply(x, base.weight, base.bias, down, up)  # type: ignore[no-untyped-call]
         return y

@@ -22,6 +22,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -138,6 +139,7 @@ class FrozenQuantizedProduct(torch.autograd.Function):
         return F.linear(x, dense(layer), layer.bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:  # noqa: ANN401
         """The gradient of x."""
         return None, dy @ dense(ctx.layer)

@@ -131,7 +131,7 @@ class Roles(nn.Module):
         dtype: Of the trunks.
         checkpointing: Recompute activations in training passes.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster.
+            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
         quantization: Keep the frozen trunks' linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
             (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
             ``dtype``. Needs another layout than full. None: everything in ``dtype``.

@@ -123,7 +123,7 @@ class OnPolicy(AdapterModule):
         trunk_dtype: Of the trunks.
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster.
+            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
         quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
         shortcuts: Which work is saved where the result is the same.
         optimizer: Makes the optimizer.
@@ -573,8 +573,6 @@ class OnPolicy(AdapterModule):
             self._check_fresh_start(rollout, scored)
         begun = None
         if self.begins:
-            # What an interrupted update left behind.
-            self.optimizers().zero_grad()  # type: ignore[union-attr]
             with self.phase("critic"):
                 scored, begun = self.begin(rollout, scored, self.manual_backward)
         experience, stats = self.experience(rollout, scored)

@@ -26,7 +26,7 @@ from lightning_perl.models.heads import HEADS_FILE
 from lightning_perl.models.trunk import TrunkDtype, load_trunk
 from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, RewardModel
 from lightning_perl.modules.base import AdapterModule, FiniteGuard
-from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.on_policy import OnPolicy, ratio_tolerance
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.experience import Scored
 from lightning_perl.rollouts.rollout import Rollout, split_at
@@ -862,3 +862,14 @@ def test_gold_of_another_length_is_refused(more: int, hydra_trunk: Path, tmp_pat
         trainer.validate(module, batches, verbose=False)
     with pytest.raises(ValueError, match=words):
         trainer.fit(module, batches)
+
+
+def test_what_rounding_explains_depends_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = "highest"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert ratio_tolerance(torch.float32, True) == ratio_tolerance(torch.float32, False) == 1e-4
+    assert ratio_tolerance(torch.bfloat16, True) > ratio_tolerance(torch.bfloat16, False)
+    # TF32: a token read alone and among others differ by more, in float32 only.
+    precision = "high"
+    assert ratio_tolerance(torch.float32, True) == 2e-2
+    assert ratio_tolerance(torch.float64, True) == 1e-9

@@ -139,21 +139,6 @@ def test_the_critic_reads_the_first_minibatch_once(hydra_trunk: Path) -> None:
     assert counted == [1 + 2 + 2, 1 + 2 + 3]
 
 
-def test_gradients_that_an_interrupted_run_left_are_dropped(
-    hydra_trunk: Path, tmp_path: Path
-) -> None:
-    found = []
-    for left in (False, True):
-        module = tiny.hydra(hydra_trunk)
-        for parameter in module.parameters():
-            if left and parameter.requires_grad:
-                parameter.grad = torch.ones_like(parameter)
-        trainer, _ = tiny.quiet_trainer(tmp_path / str(left))
-        trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
-        found.append(tiny.weights(module))
-    assert_close(found[0], found[1], rtol=0, atol=0)
-
-
 def test_values_and_gradient_at_once_make_no_shape_of_values(hydra_trunk: Path) -> None:
     module = tiny.hydra(hydra_trunk, minibatch_size=3)
     rollout = module.collect(tiny.prompts(8), 0)
