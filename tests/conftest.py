@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+# Tiny products are slower on many threads, above all where tests run side by side. The variable is for
+# the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Once more before every test: the scripts under benchmarks/ set their own number."""
+    torch.set_num_threads(1)
+
 
 _LINES = [
     "User: can I get an espresso please",
@@ -60,8 +73,6 @@ def tiny_trunk(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
     # Loading transformers' models takes a while; tests that need no model should not wait for it.
     from tests.models.families import save_tiny_trunk
 
-    # Threads cost more than they give at this size, above all where tests run side by side.
-    torch.set_num_threads(1)
     made: dict[str, Path] = {}
 
     def make(family: str = "llama", seed: int = 0, **changes: object) -> Path:

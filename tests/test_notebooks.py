@@ -37,7 +37,6 @@ def test_notebook_is_small_and_runs(
 ) -> None:
     assert path.stat().st_size < 300_000
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = small(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
     NotebookClient(
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
