@@ -22,6 +22,8 @@ class Shortcuts:
         fused_adapters: A frozen linear layer and its adapter are one operation to autograd.
         lean_blocks: Norms that a family writes out, and the activation of a gated MLP, are computed again in
             backward instead of kept.
+        short_attention: On a CPU in half precision, attention over up to 128 keys, and any decoding step, is
+            plain matrix products instead of torch's fused kernel.
         preallocated_cache: Keys and values of a rollout get their room at once, not anew with each token.
         length_buckets: Micro-batches are made of rows of similar length, cut to their longest.
     """
@@ -31,6 +33,7 @@ class Shortcuts:
     frozen_head: bool = True
     fused_adapters: bool = True
     lean_blocks: bool = True
+    short_attention: bool = True
     preallocated_cache: bool = True
     length_buckets: bool = True
 

@@ -32,6 +32,7 @@ from lightning_perl.functional.logprobs import chunked_logprobs, frozen_head_log
 from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
+from lightning_perl.models.attention import attend_by_products
 from lightning_perl.models.cache import preallocate
 from lightning_perl.models.flops import FlopCount
 from lightning_perl.models.lean_blocks import make_lean
@@ -96,6 +97,8 @@ class Trunk(nn.Module):
         self.switch = AdapterSwitch()
         if shortcuts.lean_blocks:
             make_lean(model)
+        if shortcuts.short_attention:
+            attend_by_products(model)
         self.adapters = Adapters(model, self.switch, shortcuts.fused_adapters)
         # Each read of the trunk is one pass; tests and benchmarks count them.
         self.passes = 0
