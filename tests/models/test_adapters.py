@@ -25,6 +25,7 @@ from lightning_perl.models.adapters import (
     NoRoleError,
 )
 from lightning_perl.models.roles import Role, Roles
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk, load_trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import LLAMA_TARGETS
@@ -250,7 +251,9 @@ def test_fused_or_not_a_trunk_gives_the_same_states_and_gradients(
 ) -> None:
     found = []
     for fused in (True, False):
-        roles = build(tiny_trunk(family), dtype=dtype)
+        # Gradients of this trunk are off by 0.1 in bfloat16: whatever rounds alike should.
+        shortcuts = Shortcuts(short_attention=False)
+        roles = build(tiny_trunk(family), dtype=dtype, shortcuts=shortcuts)
         layer = dict(roles.trunk("policy").adapters.layers())["model.layers.0.mlp.up_proj"]
         x = torch.zeros(1, 32, dtype=roles.trunk("policy").dtype)
         assert adapters._fusible(layer, "actor", x)
