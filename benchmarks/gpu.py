@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import tempfile
 import time
@@ -103,6 +104,7 @@ class Bench(NamedTuple):
         sizes: Of the trunk.
         folder: Where trunks are written.
         layouts: Of ``speed``.
+        deadline: When nothing more is begun, as `time.monotonic` counts.
     """
 
     device: torch.device
@@ -110,6 +112,11 @@ class Bench(NamedTuple):
     sizes: LlamaSizes
     folder: Path
     layouts: Sequence[str]
+    deadline: float = math.inf
+
+    def over(self) -> bool:
+        """Whether the time is."""
+        return time.monotonic() > self.deadline
 
 
 Part = Callable[[Bench], list[str]]
@@ -174,9 +181,11 @@ def made(bench: Bench, name: str, trunk: str, rank: int = 16, checkpointing: boo
 
 
 def random_prompts(bench: Bench, rows: int) -> PromptBatch:
-    """All as long as can be."""
+    """As long as can be, every second one by a token less: without padding there is no mask to be held."""
     ids = torch.randint(10, bench.sizes.vocabulary_size, (rows, bench.size.prompt))
-    return PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(rows))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1::2, 0] = False
+    return PromptBatch(ids, mask, torch.arange(rows))
 
 
 class Logged(Callback):
@@ -314,10 +323,12 @@ def bytes_per_step(trunk: Trunk, sizes: LlamaSizes, rows: int, tokens: float) ->
         for name, one in trunk.model.named_parameters()
         if "layers." in name and ("lora_" not in name or ".actor." in name)
     ]
-    weights = sum(one.numel() * one.element_size() for one in read)
+    # Adapters are read in the trunk's dtype too: a rollout rests them so.
+    size = trunk.lm_head.weight.element_size()
+    weights = size * sum(one.numel() for one in read)
     heads = sizes.kv_heads or sizes.heads
     width = heads * sizes.hidden_size // sizes.heads
-    return weights + 2 * sizes.layers * width * rows * tokens * trunk.lm_head.weight.element_size()
+    return weights + 2 * sizes.layers * width * rows * tokens * size
 
 
 def decoding(bench: Bench) -> list[str]:
@@ -375,7 +386,13 @@ def predicted(
         return found, None
     batch = rehearsal.batch(size.micro)
     ids = torch.randint(10, bench.sizes.vocabulary_size, batch.ids.shape)
-    return {"step": max(found.values())}, batch._replace(ids=ids)
+    if batch.packing is not None:
+        return {"step": max(found.values())}, batch._replace(ids=ids)
+    # Padding for the real run, which would else need no mask.
+    mask, response_mask = batch.attention_mask.clone(), batch.response_mask.clone()
+    mask[1::2, -1] = response_mask[1::2, -1] = False
+    padded = batch._replace(ids=ids, attention_mask=mask, response_mask=response_mask)
+    return {"step": max(found.values())}, padded
 
 
 def taken(
@@ -405,21 +422,31 @@ def estimate(bench: Bench) -> list[str]:
     for name in ESTIMATED:
         for rank in bench.size.ranks:
             for checkpointing in (False, True):
+                ways = [name, str(rank), "yes" if checkpointing else "no"]
+                if bench.over():
+                    rows.append([*ways, "", "left out: no time", "", "", ""])
+                    continue
                 with emptied(bench):
                     before = time.perf_counter()
                     foretold, batch = predicted(bench, name, rank, checkpointing)
                     seconds = time.perf_counter() - before
-                    really = taken(bench, name, rank, checkpointing, batch)
+                    foreseen = f"{max(foretold.values()):.3f}"
+                    try:
+                        really = taken(bench, name, rank, checkpointing, batch)
+                    except torch.OutOfMemoryError:
+                        really = {}
+                if not really:
+                    rows.append([*ways, foreseen, "out of memory", "", "", f"{seconds:.1f}"])
+                    print(rows[-1], flush=True)
+                    continue
                 phase = max(really, key=lambda one: really[one])
                 peak = foretold[phase] / really[phase] - 1
                 worst = max(worst, abs(peak))
                 off = [f"{one} {foretold[one] / really[one] - 1:+.1%}" for one in really]
                 rows.append(
                     [
-                        name,
-                        str(rank),
-                        "yes" if checkpointing else "no",
-                        f"{max(foretold.values()):.3f}",
+                        *ways,
+                        foreseen,
                         f"{max(really.values()):.3f} ({phase})",
                         f"{peak:+.1%}",
                         ", ".join(off),
@@ -499,11 +526,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     status: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
-            device, TINY if args.tiny else Size(), SHAPES[shape], Path(folder), args.layouts
+            device,
+            TINY if args.tiny else Size(),
+            SHAPES[shape],
+            Path(folder),
+            args.layouts,
+            begun + 60 * args.minutes,
         )
         for name in args.parts:
             started = time.monotonic()
-            if started - begun > 60 * args.minutes:
+            if bench.over():
                 status[name] = f"left out: {args.minutes:g} minutes were over"
                 continue
             try:

@@ -31,6 +31,8 @@ PAPER = {
 }
 """2309.00754, Table 1: Llama 7B, latency per sample, at 68.0, 71.1 and 67.9 GB."""
 MOST_ROWS = 1024
+NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "status -9")
+"""What a child leaves that had too little: CUDA's error, the CPU allocator's, or the kernel's kill."""
 Run = Callable[[Sequence[str]], dict[str, Any]]
 
 
@@ -155,7 +157,7 @@ def fitting(args: argparse.Namespace, budget: float, run: Run) -> dict[str, tupl
             try:
                 found = memory_mb(run(command(args, layout, batch, rows, 1)))
             except RuntimeError as error:
-                if "OutOfMemoryError" not in str(error):
+                if not any(words in str(error) for words in NO_MEMORY):
                     raise
                 found = math.inf
             print(f"{layout} {batch}/{rows}: {found:.0f} MB", flush=True)
@@ -209,16 +211,23 @@ def report(
     ]
 
 
+def write(args: argparse.Namespace, lines: list[str]) -> None:
+    """Into the report, if there is one."""
+    if args.report is not None:
+        write_section(args.report, "Layouts", args.title, lines)
+
+
 def main(argv: Sequence[str] | None = None, run: Run = run_json) -> dict[str, Any]:
     """Both tables."""
     args = arguments(argv)
     equal = measured(args, dict.fromkeys(args.layouts, (args.batch, args.micro)), run)
     budget = args.budget_mb or equal[BASELINE].memory_mb
+    # The search may be long; what has been found is kept.
+    write(args, report(args, equal, {}, budget))
     within = measured(args, fitting(args, budget, run), run)
     lines = report(args, equal, within, budget)
     print("\n".join(lines))
-    if args.report is not None:
-        write_section(args.report, "Layouts", args.title, lines)
+    write(args, lines)
     found = {
         "budget_mb": budget,
         "equal": {layout: cost._asdict() for layout, cost in equal.items()},

@@ -34,6 +34,8 @@ from lightning_perl.batches import PromptBatch
 from lightning_perl.commands.ledger import Ledger
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import PPO
+from lightning_perl.rollouts.experience import Scored
+from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 PHASES = ("rollout", "score", "update")
@@ -156,13 +158,20 @@ def measure(sizes: Sizes, args: argparse.Namespace) -> Point:
     prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), rows)
     optimizer = torch.optim.AdamW(module.parameter_groups(), lr=1e-6)
 
+    def learn(rollout: Rollout, scored: Scored) -> None:
+        """What `PPO.training_step` does with a scored rollout."""
+        begun = None
+        if module.begins:
+            scored, begun = module.begin(rollout, scored)
+        experience, _ = module.experience(rollout, scored)
+        module.update(experience, optimizer, begun=begun)
+
     def iteration(seconds: dict[str, list[float]]) -> int:
         rollout, taken = timed(lambda: module.collect(prompts, 0), device)
         seconds["rollout"].append(taken)
-        scored, taken = timed(lambda: module.score(rollout), device)
+        scored, taken = timed(lambda: module.score(rollout, values=not module.begins), device)
         seconds["score"].append(taken)
-        experience, _ = module.experience(rollout, scored)
-        _, taken = timed(lambda: module.update(experience, optimizer), device)
+        _, taken = timed(lambda: learn(rollout, scored), device)
         seconds["update"].append(taken)
         return int(rollout.response_mask.sum())
 
@@ -175,11 +184,10 @@ def measure(sizes: Sizes, args: argparse.Namespace) -> Point:
         rollout = module.collect(prompts, 0)
     with ledger, ledger.phase("score"):
         held = {"score": ledger.total}
-        scored = module.score(rollout)
-    experience, _ = module.experience(rollout, scored)
+        scored = module.score(rollout, values=not module.begins)
     with ledger, ledger.phase("update"):
         held["update"] = ledger.total
-        module.update(experience, optimizer)
+        learn(rollout, scored)
     return Point(
         {phase: median(found) for phase, found in seconds.items()},
         {phase: (ledger.peaks[phase].total - held.get(phase, 0)) / 2**20 for phase in PHASES},
@@ -211,6 +219,9 @@ def axis_lines(
     exponents = {key: exponent(xs, ys) for key, ys in found.items()}
     last = {key: exponent(xs[-2:], ys[-2:]) for key, ys in found.items()}
     generated = [[str(one.tokens)] if stop else [] for one in points]
+    if stop:
+        # One token always ends a response.
+        values = [max(value, 1 / BASE["vocab"]) for value in values]
     rows = [
         [f"{value:.4g}", *tokens, *(f"{ys[number]:.4g}" for ys in found.values())]
         for number, (value, tokens) in enumerate(zip(values, generated, strict=True))

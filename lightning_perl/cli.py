@@ -50,6 +50,16 @@ CONFIG_HELP = (
     "A YAML file, or the name of one that comes with the package (quickstart). Several are laid "
     "over each other, the last one on top."
 )
+SHAPE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""What makes two trunks take the same memory."""
 ALSO = (
     f"There are two more commands: {PROGRAM} estimate says how much memory a fit will take, and "
     f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data (see "
@@ -223,14 +233,26 @@ class EstimateCLI(PerlCLI):
         return found
 
     def make_module(self) -> AdapterModule:
-        """The module alone, without what only a real run reads."""
+        """The module alone, without what only a real run reads.
+
+        Raises:
+            ValueError: Several rewards of which some are not there yet, or a reward on a trunk of another shape.
+        """
         asked = self.config.model.clone()
         asked.init_args.pop("gold", None)
         rewards = asked.init_args.get("reward")
-        adapters = [rewards] if isinstance(rewards, str) else rewards or []
-        if any(not Path(folder).expanduser().exists() for folder in adapters):
-            # Not trained yet: taken to have the actor's shape.
+        folders = [rewards] if isinstance(rewards, str) else rewards or []
+        missing = [one for one in folders if not Path(unpackaged(one)).expanduser().exists()]
+        if missing and len(folders) > 1:
+            raise ValueError(
+                f"estimate: {missing} of the {len(folders)} reward folders are not there, so their shapes are "
+                "not known. Give folders that exist, or one that does not: it is taken to have the actor's shape."
+            )
+        if missing:
+            # Not trained yet: taken to have the actor's shape, or the policy trunk's.
             asked.init_args["reward"] = None
+        for folder in set(folders) - set(missing):
+            self._require_same_shape(folder)
         with warnings.catch_warnings():
             # A module's own default optimizer is a function, which no config file can hold.
             warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
@@ -238,6 +260,20 @@ class EstimateCLI(PerlCLI):
         if not isinstance(made, AdapterModule):
             raise TypeError(f"{type(made).__name__} is no module of this package.")
         return made
+
+    def _require_same_shape(self, folder: str) -> None:
+        """All trunks are estimated with one architecture."""
+        if not (Path(unpackaged(folder)).expanduser() / "config.json").is_file():
+            return  # an adapter
+        ours, theirs = (
+            {name: getattr(config, name, None) for name in SHAPE}
+            for config in (self.architecture(), architecture_from(folder))
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"estimate knows one architecture for all trunks; that of the reward in {folder} is another: "
+                f"{theirs}, got {ours} for the policy. Estimate it with a reward on a trunk of the policy's shape."
+            )
 
     def architecture(self) -> PreTrainedConfig:
         """Of the flags, of ``--architecture``, or of the trunk.

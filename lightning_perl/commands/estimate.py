@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -29,7 +29,7 @@ from lightning_perl.commands.rehearsal import (
 )
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.roles import Layout
+from lightning_perl.models.roles import Layout, TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.models.weightless import weightless
@@ -48,11 +48,10 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 ANY_TRUNK = "trunk"
 """Where no weights are read, no folder is asked for."""
 PLAIN = "LoRA-SFT"
-"""transformers' own loss: what the others are measured by."""
-OWN_BLOCKS = Shortcuts(lean_blocks=False)
-"""Blocks as transformers has them; the LoRA layers stay ours."""
+"""transformers' own loss and blocks, our LoRA layers: what the others are measured by."""
 NOT_COUNTED = (
-    "Not counted: CUDA's context, libraries' buffers and fragmentation. Leave about 1 GiB for them."
+    "Not counted: CUDA's context, libraries' buffers and fragmentation, about 1 GiB. A card of 24 GB holds "
+    "what fits --budget 23GB."
 )
 
 
@@ -266,20 +265,27 @@ class Settings(NamedTuple):
     Attributes:
         lora: Of every adapter.
         dtype: Of the trunks; those that are tuned whole are float32.
-        checkpointing: Whether activations are computed again in backward.
+        checkpointing: Which training passes are computed again in backward; of a list, supervised runs take
+            that they are.
         attention: transformers' ``attn_implementation``.
         micro_batch_size: Rows of a forward and backward.
         load: Of the run that was asked for.
         optimizer: Makes the optimizer.
+        shortcuts: Which work is saved, but in `PLAIN` ways.
+        minibatch_size: Of PPO.
+        score_batch_size: Of PPO.
     """
 
     lora: LoraSpec
     dtype: TrunkDtype
-    checkpointing: bool
+    checkpointing: bool | list[TrainedRole]
     attention: str | None
     micro_batch_size: int
     load: Load
     optimizer: OptimizerCallable = default_optimizer(1e-4)
+    shortcuts: Shortcuts = Shortcuts()
+    minibatch_size: int | None = None
+    score_batch_size: int | None = None
 
 
 def settings_of(rehearsal: OnPolicyRehearsal | SupervisedRehearsal) -> Settings:
@@ -292,20 +298,26 @@ def settings_of(rehearsal: OnPolicyRehearsal | SupervisedRehearsal) -> Settings:
         torch.bfloat16: "bfloat16",
         torch.float64: "float64",
     }
+    # A pair is two rows to those that know no pairs.
+    rows = load.rows * (2 if load.pairs else 1)
     return Settings(
         specs[0] if specs else LoraSpec(),
         cast(TrunkDtype, dtypes[trunk.dtype]),
-        bool(module.hparams["checkpointing"]),
+        module.hparams["checkpointing"],
         trunk.model.config._attn_implementation,
-        module.micro_batch_size if isinstance(module, OnPolicy) else load.rows,
-        load._replace(pairs=False, accumulated=False),
+        module.micro_batch_size if isinstance(module, OnPolicy) else rows,
+        load._replace(rows=rows, pairs=False, accumulated=False),
         module._make_optimizer,
+        trunk.shortcuts,
+        module.hparams.get("minibatch_size"),
+        module.hparams.get("score_batch_size"),
     )
 
 
 def comparisons(settings: Settings) -> dict[str, Comparison]:
     """All layouts of PPO, and supervised fine-tuning in four ways, at equal lengths and micro-batch."""
-    lora, dtype, checkpointing, attention, micro_batch_size, load, optimizer = settings
+    lora, dtype, load = settings.lora, settings.dtype, settings.load
+    own_blocks = replace(settings.shortcuts, lean_blocks=False)
 
     def ppo(layout: Layout) -> Callable[[], AdapterModule]:
         return lambda: PPO(
@@ -313,30 +325,33 @@ def comparisons(settings: Settings) -> dict[str, Comparison]:
             layout=layout,
             lora=lora,
             sampling=SamplingSpec(load.response_tokens),
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            minibatch_size=settings.minibatch_size,
+            score_batch_size=settings.score_batch_size,
             trunk_dtype="float32" if layout == "full" else dtype,
-            checkpointing=checkpointing,
-            attention=attention,
-            optimizer=optimizer,
+            checkpointing=settings.checkpointing,
+            attention=settings.attention,
+            shortcuts=settings.shortcuts,
+            optimizer=settings.optimizer,
         )
 
     def sft(
-        adapter: LoraSpec | None, shortcuts: Shortcuts = Shortcuts()
+        adapter: LoraSpec | None, shortcuts: Shortcuts = settings.shortcuts
     ) -> Callable[[], AdapterModule]:
         return lambda: SFT(
             ANY_TRUNK,
             lora=adapter,
             trunk_dtype=dtype if adapter else "float32",
-            checkpointing=checkpointing,
-            attention=attention,
+            checkpointing=bool(settings.checkpointing),
+            attention=settings.attention,
             shortcuts=shortcuts,
-            optimizer=optimizer,
+            optimizer=settings.optimizer,
         )
 
-    batch = load._replace(rows=micro_batch_size)
+    batch = load._replace(rows=settings.micro_batch_size)
     supervised = {
-        PLAIN: Comparison(sft(lora, OWN_BLOCKS), PlainLoss, batch),
-        "LoRA-SFT, PEFT's layers": Comparison(sft(lora, OWN_BLOCKS), PeftLayers, batch),
+        PLAIN: Comparison(sft(lora, own_blocks), PlainLoss, batch),
+        "LoRA-SFT, PEFT's layers": Comparison(sft(lora, own_blocks), PeftLayers, batch),
         "SFT with LoRA (ours)": Comparison(sft(lora), SupervisedRehearsal, batch),
         "full SFT": Comparison(sft(None), SupervisedRehearsal, batch),
     }
@@ -459,8 +474,18 @@ def report(
     if limit is not None:
         lines.append(_fitting(found, budget, limit))
     if others:
-        lines += ["", comparison_table(others, limit is not None)]
+        lora = settings_of(rehearsal).lora
+        lines += [
+            "",
+            f"At equal lengths and {micro} rows at once; LoRA of rank {lora.rank} on {_named(lora.targets)}, what "
+            "is tuned whole in float32:",
+            comparison_table(others, limit is not None),
+        ]
     return "\n".join([*lines, f"{seconds:.0f} s"])
+
+
+def _named(targets: tuple[str, ...]) -> str:
+    return ", ".join(targets) or "all linear layers"
 
 
 def _fitting(found: Estimate, budget: str | None, limit: int) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -24,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.commands.ledger import CUDA_BLOCK, Ledger, Peak, PhaseLedger
+from lightning_perl.functional import logprobs
 from lightning_perl.functional.packing import Packing, plan
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import materialize
@@ -82,12 +84,13 @@ class Rehearsal(ABC, Generic[AnyModule]):
         self.load = load
         self.ledger = Ledger(self.trunks()[0].vocabulary_size, block)
         self._mode = FakeTensorMode()
+        self._on_cuda = block == CUDA_BLOCK
         module.trainer = _quiet_trainer(PhaseLedger(self.ledger, self.before))
         with self._running():
             materialize(module)
             self._mark_weights()
             self.optimizer = optimizer_of(module)
-            if block == CUDA_BLOCK:
+            if self._on_cuda:
                 _all_at_once(self.optimizer)
             self._first_step()
 
@@ -110,7 +113,7 @@ class Rehearsal(ABC, Generic[AnyModule]):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with self._mode, self.ledger:
+        with self._mode, self.ledger, _whole_chunks() if self._on_cuda else nullcontext():
             yield
 
     def _mark_weights(self) -> None:
@@ -335,7 +338,7 @@ class SupervisedRehearsal(Rehearsal[Supervised]):
         return self._peaks_of(lambda: self.step(rows))
 
     def step(self, rows: int) -> None:
-        """As Lightning does it, with automatic optimization."""
+        """As Lightning does it with automatic optimization, and `Supervised.optimizer_step` after it."""
         module = self.module
         batch = self.batch(rows)
         with module.phase("forward"):
@@ -426,6 +429,19 @@ def optimizer_of(module: AdapterModule) -> Optimizer:
     made = module.configure_optimizers()
     optimizer: Optimizer = made["optimizer"] if isinstance(made, dict) else made
     return optimizer
+
+
+@contextmanager
+def _whole_chunks() -> Iterator[None]:
+    """Log-probabilities as CUDA takes them: all of a chunk at once, not as many rows as fit a CPU's cache.
+
+    Fake tensors are on the CPU, as everything is before a fit.
+    """
+    kept, logprobs.CACHED = logprobs.CACHED, sys.maxsize
+    try:
+        yield
+    finally:
+        logprobs.CACHED = kept
 
 
 def _all_at_once(optimizer: Optimizer) -> None:

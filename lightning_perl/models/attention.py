@@ -9,7 +9,7 @@ and the mask.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ COPIED = 2**22
 FUSED_ONLY = ("position_bias", "softcap", "cache", "s_aux")
 """Arguments that only transformers' own function knows what to do with."""
 
+_before: Callable[..., Any] = sdpa_attention_forward
+"""What "sdpa" was: transformers' own, or what somebody else put there."""
 _by_products: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -39,7 +41,10 @@ def attend_by_products(model: nn.Module) -> None:
     Args:
         model: Any; families whose attention is not looked up by name are not touched.
     """
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", _sdpa)
+    global _before
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not _sdpa:
+        _before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", _sdpa)
     _by_products.update(model.modules())
 
 
@@ -66,7 +71,7 @@ def _sdpa(
             attention_mask = _no_later_keys(query, key)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attention_by_products(query, key, value, attention_mask, scale), None
-    output: tuple[Tensor, None] = sdpa_attention_forward(
+    output: tuple[Tensor, None] = _before(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **more
     )
     return output

@@ -8,7 +8,7 @@ Shapes: ``B`` rows, ``R`` response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, cast, get_args
@@ -31,6 +31,7 @@ from lightning_perl.models.trunk import (
 )
 
 Role = Literal["policy", "value", "reference", "reward"]
+TrainedRole = Literal["policy", "value"]
 Layout = Literal["full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra"]
 
 
@@ -129,9 +130,9 @@ class Roles(nn.Module):
             adapter folder of `RewardModel`, or several; for ``full``, ``lora`` and ``dynamic_lora``
             a trunk folder.
         dtype: Of the trunks.
-        checkpointing: Recompute activations in training passes.
+        checkpointing: Recompute activations in training passes, of all roles or of those named.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
+            leaves it to transformers.
         quantization: Keep the frozen trunks' linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
             (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
             ``dtype``. Needs another layout than full. None: everything in ``dtype``.
@@ -159,7 +160,7 @@ class Roles(nn.Module):
         lora: LoraSpec,
         reward: str | list[str] | None = None,
         dtype: TrunkDtype = "float32",
-        checkpointing: bool = False,
+        checkpointing: bool | Sequence[TrainedRole] = False,
         attention: str | None = None,
         quantization: Quantization | None = None,
         shortcuts: Shortcuts = Shortcuts(),
@@ -180,6 +181,7 @@ class Roles(nn.Module):
             raise ValueError(NO_BF16_TUNING)
         if layout == "full" and quantization is not None:
             raise ValueError(NO_QUANTIZED_TUNING)
+        self.checkpointed = _checkpointed(checkpointing)
         self.layout: Layout = layout
         self.ensemble: RewardEnsemble = ensemble
         # Heads before trunks: a missing one is found before gigabytes are read.
@@ -199,7 +201,7 @@ class Roles(nn.Module):
             load_trunk(
                 reward_trunk if number in on_reward else trunk,
                 dtype,
-                checkpointing,
+                bool(self.checkpointed),
                 attention,
                 quantization,
                 shortcuts,
@@ -277,6 +279,13 @@ class Roles(nn.Module):
         trunk = self.trunk(name)
         with trunk.switch.use(self.seats[name].adapter):
             yield trunk
+
+    @contextmanager
+    def training_pass(self, group: Sequence[Role]) -> Iterator[None]:
+        """A pass that roles of one group are trained on, its activations kept or computed again."""
+        checkpointed = not self.checkpointed.isdisjoint(group)
+        with self.trunk(group[0]).training_pass(checkpointed):
+            yield
 
     def groups(self, names: Iterable[Name]) -> list[tuple[Name, ...]]:
         """The asked roles, those answered by one forward together, in the order asked."""
@@ -367,6 +376,20 @@ def _seats(layout: Layout, judges: tuple[str, ...]) -> dict[str, Seat]:
         judge: reward if number == 0 else Seat(reward.trunk, judge)
         for number, judge in enumerate(judges)
     }
+
+
+def _checkpointed(checkpointing: bool | Sequence[TrainedRole]) -> frozenset[str]:
+    """Roles whose training passes are computed again in backward."""
+    trained = get_args(TrainedRole)
+    if isinstance(checkpointing, bool):
+        return frozenset(trained if checkpointing else ())
+    named = [checkpointing] if isinstance(checkpointing, str) else list(checkpointing)
+    unknown = [name for name in named if name not in trained]
+    if unknown:
+        raise ValueError(
+            f"checkpointing: {unknown} are no trained roles. Give true, false, or some of {list(trained)}."
+        )
+    return frozenset(named)
 
 
 def _require_known(layout: Layout, ensemble: RewardEnsemble) -> None:

@@ -97,7 +97,10 @@ class Trunk(nn.Module):
         self.switch = AdapterSwitch()
         if shortcuts.lean_blocks:
             make_lean(model)
-        if shortcuts.short_attention:
+        # Shapes without values (see `weightless`): nothing can be compared.
+        self.weightless = model.device.type == "meta"
+        # Shapes alone stand for a run on CUDA, where attention by products is never taken.
+        if shortcuts.short_attention and not self.weightless:
             attend_by_products(model)
         self.adapters = Adapters(model, self.switch, shortcuts.fused_adapters)
         # Each read of the trunk is one pass; tests and benchmarks count them.
@@ -113,8 +116,6 @@ class Trunk(nn.Module):
                 # The older name, for the last transformers that runs on Python 3.10.
                 model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
         model.train(False)
-        # Shapes without values (see `weightless`): nothing can be compared.
-        self.weightless = model.device.type == "meta"
         if not self.weightless:
             self._compare_with_own_forward()
 
@@ -347,10 +348,14 @@ class Trunk(nn.Module):
         return cache
 
     @contextmanager
-    def training_pass(self) -> Iterator[None]:
-        """Train mode inside the block, which is where transformers checkpoints activations."""
+    def training_pass(self, checkpointed: bool = True) -> Iterator[None]:
+        """Train mode inside the block, which is where transformers checkpoints activations.
+
+        Args:
+            checkpointed: False: keep them in this pass, though the trunk was loaded for checkpointing.
+        """
         was_training = self.model.training
-        self.model.train()
+        self.model.train(checkpointed)
         try:
             yield
         finally:

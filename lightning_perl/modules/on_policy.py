@@ -26,7 +26,7 @@ from lightning_perl.functional.sequences import Cut, Sequences, cuts
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
 from lightning_perl.models.quantization import Quantization
-from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role, Roles
+from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role, Roles, TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk, TrunkDtype, write_adapter_manifest
 from lightning_perl.modules.base import (
@@ -121,9 +121,10 @@ class OnPolicy(AdapterModule):
         critic_max_grad_norm: Clips the critic's and the value head's; None as the actor's.
         max_episodes: Stops training once this many episodes were learned from; None never.
         trunk_dtype: Of the trunks.
-        checkpointing: Recompute activations in backward.
+        checkpointing: Recompute activations in backward: of every training pass, or of those of the roles
+            named (policy, value), where only one of them needs the memory.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
+            leaves it to transformers.
         quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
         shortcuts: Which work is saved where the result is the same.
         optimizer: Makes the optimizer.
@@ -162,7 +163,7 @@ class OnPolicy(AdapterModule):
         critic_max_grad_norm: float | None,
         max_episodes: int | None,
         trunk_dtype: TrunkDtype,
-        checkpointing: bool,
+        checkpointing: bool | list[TrainedRole],
         attention: str | None,
         quantization: Quantization | None,
         shortcuts: Shortcuts,
@@ -387,7 +388,7 @@ class OnPolicy(AdapterModule):
         sums: Stats = {}
         for cut in self._cuts(sequences, self.micro_batch_size, by_length):
             rows = first[cut.rows]
-            with self.roles.trunk("value").training_pass():
+            with self.roles.training_pass(("value",)):
                 answers = self.roles.answer(sequences.cut(cut), ("value",))
                 values[rows, : cut.responses] = _given(answers.value).detach()
                 some = scored._replace(values=values).rows(rows)
@@ -500,7 +501,7 @@ class OnPolicy(AdapterModule):
             with self.phase("actor" if "policy" in group else "critic"):
                 for cut in micro:
                     piece = minibatch.cut(cut)
-                    with self.roles.trunk(group[0]).training_pass():
+                    with self.roles.training_pass(group):
                         answers = self.roles.answer(
                             piece.sequences, group, self.sampling.temperature
                         )

@@ -12,7 +12,7 @@ from lightning_perl.functional.masked import masked_mean
 from lightning_perl.losses.reinforce import baseline_loss, policy_gradient
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.quantization import Quantization
-from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role
+from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role, TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
@@ -68,9 +68,10 @@ class Reinforce(OnPolicy):
         critic_max_grad_norm: Clips the critic's and the head's; None as the actor's.
         max_episodes: Training stops once this many episodes were learned from.
         trunk_dtype: Of the trunk's weights and matrix products; adapters and heads stay fp32.
-        checkpointing: Recompute activations in backward.
+        checkpointing: Recompute activations in backward: of every training pass, or of those of the roles
+            named (policy, value), where only one of them needs the memory.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
+            leaves it to transformers.
         quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
             (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
             ``trunk_dtype``. Needs another layout than full. None: everything in ``trunk_dtype``.
@@ -106,7 +107,7 @@ class Reinforce(OnPolicy):
         critic_max_grad_norm: float | None = None,
         max_episodes: int | None = None,
         trunk_dtype: TrunkDtype = "float32",
-        checkpointing: bool = False,
+        checkpointing: bool | list[TrainedRole] = False,
         attention: str | None = None,
         quantization: Quantization | None = None,
         shortcuts: Shortcuts = Shortcuts(),

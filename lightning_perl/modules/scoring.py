@@ -69,7 +69,7 @@ class Scoring(Supervised):
         trunk_dtype: Of the trunk's weights and matrix products.
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
+            leaves it to transformers.
         quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
         shortcuts: Which work is saved where the result is the same.
         head_learning_rate: Of the reward head; None takes the optimizer's.

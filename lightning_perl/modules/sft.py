@@ -37,7 +37,7 @@ class SFT(Supervised):
         trunk_dtype: Of the trunk's weights and matrix products; adapters stay fp32.
         checkpointing: Recompute activations in backward: less memory, about a third more time.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
+            leaves it to transformers.
         quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
             (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
             ``trunk_dtype``. Needs ``lora``. None: everything in ``trunk_dtype``.

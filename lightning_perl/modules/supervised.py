@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,7 +41,7 @@ class Supervised(AdapterModule):
         trunk_dtype: Of the trunk's weights and matrix products.
         checkpointing: Recompute activations in backward.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers. In bfloat16 on a CPU eager is faster for short rows.
+            leaves it to transformers.
         quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
         shortcuts: Which work is saved where the result is the same.
         optimizer: Makes the optimizer.
@@ -163,6 +165,17 @@ class Supervised(AdapterModule):
         if not self.guard(clip_by_group(optimizer, {})):
             optimizer.zero_grad(set_to_none=True)
         self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Lightning's, and the gradients go at once: it would keep them through the next forward."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad(set_to_none=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trunk or its adapter, and the head."""

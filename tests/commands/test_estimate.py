@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,11 @@ from lightning_perl.commands.reality import (
     real_peak,
 )
 from lightning_perl.commands.rehearsal import Load, OnPolicyRehearsal, prompts_of, rehearsal_of
+from lightning_perl.functional import logprobs
+from lightning_perl.models import attention
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.weightless import materialize, weightless
 from lightning_perl.modules import PPO, SFT, Reinforce, RewardModel
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -272,6 +276,43 @@ def test_comparisons_keep_the_settings() -> None:
     assert ours < plain < peft
 
 
+def test_comparisons_keep_what_else_was_asked_for() -> None:
+    options: dict[str, Any] = {
+        "checkpointing": ["policy"],
+        "minibatch_size": 3,
+        "score_batch_size": 4,
+        "shortcuts": Shortcuts(frozen_head=False),
+    }
+    one = rehearsal(ppo(**options))
+    runs = comparisons(settings_of(one))
+    with weightless(SIZES.config()):
+        again, tuned = runs["PPO hydra"].make(), runs["SFT with LoRA (ours)"].make()
+    for name in ("minibatch_size", "score_batch_size"):
+        assert getattr(again, name) == options[name]
+    assert again.hparams["checkpointing"] == ["policy"]
+    assert tuned.hparams["checkpointing"] is True
+    assert rehearsal(runs["PPO hydra"].make).trunks()[0].shortcuts == options["shortcuts"]
+    assert highest(rehearsal(runs["PPO hydra"].make).peaks()) == highest(one.peaks())
+
+
+def test_pairs_are_compared_with_as_many_rows() -> None:
+    load = LOAD._replace(rows=2, pairs=True)
+    runs = comparisons(settings_of(rehearsal(lambda: RewardModel("x", LoraSpec(16)), load)))
+    assert {run.load.rows for run in runs.values()} == {4}
+    assert not any(run.load.pairs for run in runs.values())
+
+
+def test_cuda_is_rehearsed_without_what_only_a_cpu_does() -> None:
+    on_cuda, on_cpu = (rehearsal(ppo(trunk_dtype="bfloat16"), block=n) for n in (CUDA_BLOCK, 1))
+    own = logprobs.CACHED
+    for one, rows in ((on_cuda, sys.maxsize), (on_cpu, own)):
+        with one._running():
+            inside = logprobs.CACHED
+        assert inside == rows
+        assert own == logprobs.CACHED
+        assert not attention._by_products.intersection(one.module.modules())
+
+
 def test_a_budget_below_the_weights_of_a_comparison_leaves_it_out() -> None:
     runs = comparisons(settings_of(rehearsal(ppo())))
     held = rehearsal(ppo()).ledger.total
@@ -340,6 +381,20 @@ def test_the_command_prints_a_table_of_all_layouts(
         assert f"\n{name}" in said
     for phase in ("rollout", "score", "actor", "critic", "optimizer"):
         assert f"\n{phase}" in said
+
+
+def test_rewards_that_cannot_be_estimated_are_refused(
+    tiny_trunk: TinyTrunk, tmp_path: Path
+) -> None:
+    several = ["--model.init_args.layout=perl", "--model.init_args.reward=[a, b]"]
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] of the 2 reward folders are not there"):
+        command(tiny_trunk, tmp_path, "--model=PPO", *several)
+    other = tiny_trunk(num_hidden_layers=1)
+    apart = ["--model.init_args.layout=lora", f"--model.init_args.reward={other}"]
+    with pytest.raises(
+        ValueError, match=r"one architecture for all trunks.*'num_hidden_layers': 1"
+    ):
+        command(tiny_trunk, tmp_path, "--model=PPO", *apart)
 
 
 def test_sizes_come_together(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:

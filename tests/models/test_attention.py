@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_perl.models import attention
 from lightning_perl.models.adapters import OFF
@@ -192,6 +196,24 @@ def test_other_models_keep_what_they_had(
         assert not used
         mine.model(ids)
         assert used
+
+
+def test_what_was_registered_before_is_asked_by_the_others(
+    tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def theirs(module: object, *states: Tensor, **named: Any) -> tuple[Tensor, None]:
+        asked.append(module)
+        return sdpa_attention_forward(module, *states, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "_before", attention._before)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", theirs)
+    trunk = trunk_of(tiny_trunk, "llama", True)
+    asked.clear()
+    with torch.no_grad():
+        trunk.model(torch.arange(3, 9).view(1, 6))
+    assert len(asked) == 2, "float64 is left to whoever was there"
 
 
 def test_a_trunk_in_bfloat16_is_as_near_as_with_torchs_kernel(tiny_trunk: TinyTrunk) -> None:

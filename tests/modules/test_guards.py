@@ -47,6 +47,30 @@ def demonstrations(count: int, seed: int = 0) -> RatedBatch:
     return batch._replace(labelled=torch.zeros(count, dtype=torch.bool))
 
 
+class GradientsHeld(Callback):
+    """How many parameters have a gradient as a batch begins."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        self.counts.append(sum(one.grad is not None for one in pl_module.parameters()))
+
+
+@pytest.mark.parametrize(("batches", "held"), [(1, [0, 0, 0, 0]), (2, [0, 1, 0, 1])])
+def test_gradients_go_with_their_step(
+    batches: int, held: list[int], hydra_trunk: Path, tmp_path: Path
+) -> None:
+    counted = GradientsHeld()
+    trainer, _ = tiny.quiet_trainer(tmp_path, counted, accumulate_grad_batches=batches)
+    rows = [tiny.rated(4, seed) for seed in range(4)]
+    module = HydraSFT(str(hydra_trunk), tiny.LORA)
+    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
+    assert [int(count > 0) for count in counted.counts] == held
+
+
 class Kept(Callback):
     """Keeps weights, optimizer state and the count of skipped steps after every batch."""
 

@@ -15,7 +15,7 @@ from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import at_columns, last_true
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead
-from lightning_perl.models.roles import Layout
+from lightning_perl.models.roles import Layout, TrainedRole
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
 from lightning_perl.modules.on_policy import OnPolicy
@@ -297,6 +297,38 @@ def test_checkpointing_changes_no_gradient(layout: Layout, hydra_trunk: Path) ->
     assert found[0].keys() == found[1].keys()
     assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
     assert all(gradient.abs().max() > 0 for gradient in found[0].values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "checkpointing", "again"),
+    [
+        ("hydra", False, set()),
+        ("hydra", True, {"actor", "critic"}),
+        ("hydra", ["value"], {"critic"}),
+        ("hydra", ["policy"], {"actor"}),
+        ("joint_hydra", ["value"], {"actor"}),
+    ],
+)
+def test_checkpointing_of_one_role(
+    layout: Layout, checkpointing: bool | list[TrainedRole], again: set[str], hydra_trunk: Path
+) -> None:
+    module = tiny.hydra(hydra_trunk, layout=layout, checkpointing=checkpointing)
+    rollout = module.collect(tiny.prompts(3), 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    switch, calls = module.policy_trunk.switch, list[str]()
+    block = dict(module.policy_trunk.model.named_modules())["model.layers.0.mlp"]
+    block.register_forward_pre_hook(lambda *_: calls.append(switch.current))
+    tiny.rehearse(module, experience)
+    # One micro-batch: a block is read once, and once more where it was not kept.
+    assert {name: calls.count(name) - 1 for name in set(calls)} == {
+        name: int(name in again) for name in set(calls)
+    }
+    assert again <= set(calls)
+
+
+def test_checkpointing_names_trained_roles(hydra_trunk: Path) -> None:
+    with pytest.raises(ValueError, match=r"'reference'.*no trained roles.*'policy', 'value'"):
+        tiny.hydra(hydra_trunk, checkpointing=["reference"])
 
 
 # ---- who learns --------------------------------------------------------------------------------
