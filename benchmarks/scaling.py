@@ -82,8 +82,8 @@ AXES = {
     "stop": Axis(
         (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8),
         (0, 1 / 4),
-        {"batch": 64, "prompt": 8},
-        "short prompts, whose reading is part of the rollout",
+        {"hidden": 512, "layers": 2, "heads": 8, "batch": 128, "prompt": 8},
+        "short prompts, whose reading is part of the rollout, and many rows: few are bound by the weights",
     ),
 }
 
