@@ -13,7 +13,7 @@ Random Llamas in bfloat16 (layout ``full``, which is tuned whole, in fp32), LoRA
   and PPO in three layouts, rank 16 and 128, with and without checkpointing.
 - ``callbacks``: the memory callbacks in a fit, and after an out-of-memory that is brought about.
 
-What fails, or would begin after ``--minutes``, is named in the report, and the status is 1 then.
+What fails, or would begin after ``--minutes``, is named in the report; the status is 1 where that is a whole part.
 """
 
 from __future__ import annotations

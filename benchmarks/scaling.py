@@ -80,8 +80,9 @@ AXES = {
         "8 x 128 positions of 16,384 logits are one chunk: from there on there are more chunks",
     ),
     "stop": Axis(
-        (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8),
-        (0, 1 / 4),
+        # One token always ends a response: of 1024, or of 64.
+        (1 / 1024, 1 / 64, 1 / 32, 1 / 16, 1 / 8),
+        (1 / 64, 1 / 4),
         {"hidden": 512, "layers": 2, "heads": 8, "batch": 128, "prompt": 8},
         "short prompts, whose reading is part of the rollout, and many rows: few are bound by the weights",
     ),
@@ -219,9 +220,6 @@ def axis_lines(
     exponents = {key: exponent(xs, ys) for key, ys in found.items()}
     last = {key: exponent(xs[-2:], ys[-2:]) for key, ys in found.items()}
     generated = [[str(one.tokens)] if stop else [] for one in points]
-    if stop:
-        # One token always ends a response.
-        values = [max(value, 1 / BASE["vocab"]) for value in values]
     rows = [
         [f"{value:.4g}", *tokens, *(f"{ys[number]:.4g}" for ys in found.values())]
         for number, (value, tokens) in enumerate(zip(values, generated, strict=True))

@@ -445,7 +445,8 @@ def report(
         module = make()
     rehearsal = rehearsal_of(module, load)
     found = estimate(rehearsal, limit)
-    others = compare(config, comparisons(settings_of(rehearsal)), limit) if layouts else {}
+    settings = settings_of(rehearsal)
+    others = compare(config, comparisons(settings), limit) if layouts else {}
     name = type(module).__name__
     micro = module.micro_batch_size if isinstance(module, OnPolicy) else load.rows
     parameters = sum(one.numel() for one in own_weights(rehearsal.trunks()[0]))
@@ -474,11 +475,11 @@ def report(
     if limit is not None:
         lines.append(_fitting(found, budget, limit))
     if others:
-        lora = settings_of(rehearsal).lora
+        lora = settings.lora
         lines += [
             "",
-            f"At equal lengths and {micro} rows at once; LoRA of rank {lora.rank} on {_named(lora.targets)}, what "
-            "is tuned whole in float32:",
+            f"At equal lengths and {settings.micro_batch_size} rows at once; LoRA of rank {lora.rank} on "
+            f"{_named(lora.targets)}, what is tuned whole in float32:",
             comparison_table(others, limit is not None),
         ]
     return "\n".join([*lines, f"{seconds:.0f} s"])

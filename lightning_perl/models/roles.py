@@ -283,7 +283,8 @@ class Roles(nn.Module):
     @contextmanager
     def training_pass(self, group: Sequence[Role]) -> Iterator[None]:
         """A pass that roles of one group are trained on, its activations kept or computed again."""
-        checkpointed = not self.checkpointed.isdisjoint(group)
+        # Only where some are named, the others differ: without any, all passes are in train mode.
+        checkpointed = not self.checkpointed or not self.checkpointed.isdisjoint(group)
         with self.trunk(group[0]).training_pass(checkpointed):
             yield
 

@@ -40,7 +40,7 @@ def test_a_rollout_is_fitted_against_its_tokens(script: Script) -> None:
     ]
     lines, exponents = scaling.axis_lines("stop", (0, 0.25, 0.5), points)
     assert exponents == {"rollout, s": pytest.approx(1)}
-    assert lines[2:] == ["| 0.0009766 | 64 | 32 |", "| 0.25 | 16 | 8 |", "| 0.5 | 4 | 2 |",
+    assert lines[2:] == ["| 0 | 64 | 32 |", "| 0.25 | 16 | 8 |", "| 0.5 | 4 | 2 |",
                          "| exponent |  | **1.00** (1.00) |"]  # fmt: skip
     assert scaling.axis_lines("layers", (1, 2, 4), points)[1]["score, MB"] == pytest.approx(0)
 

@@ -151,8 +151,7 @@ RATIO = r"The ratio of the first minibatch is not 1: .*Is there dropout .* or a 
 
 
 def test_dropout_that_came_back_is_refused(gpt2_trunk: Path, tmp_path: Path) -> None:
-    # Without checkpointing no pass of RL is in train mode, and dropout does nothing.
-    module = tiny.hydra(gpt2_trunk, checkpointing=True)
+    module = tiny.hydra(gpt2_trunk)
     for part in module.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.5
