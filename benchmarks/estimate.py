@@ -5,7 +5,7 @@
 
 Everything is `python -m lightning_perl estimate` from Python: bf16 trunk, fp32 adapters on all linear layers,
 AdamW, micro-batch 4 of 256 + 256 tokens, sdpa attention, rollouts of 4 prompts. Full fine-tuning and full PPO are
-float32. Three parts, each of them a section of the report:
+float32. Some runs are shown a second time with `HostAdamW`, whose moments rest on the host. Three parts, each of them a section of the report:
 
 - ``peaks``: the peak of every run at ranks 16 and 128, with and without activation checkpointing.
 - ``fits``: the most rows of a micro-batch and of a rollout in 16, 24, 40 and 80 GiB, at rank 16.
@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,7 @@ from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT, RewardModel
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
+from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 MODELS = {
@@ -69,12 +70,15 @@ PAPER = {
     "PPO joint_hydra": "67.9",
     "PPO hydra": "71.1",
 }
+HOSTED = ", moments on the host"
+"""What `HostAdamW` leaves on the device; the others have AdamW."""
 FITTED = (
     PLAIN,
     "SFT with LoRA (ours)",
     LORA_PPO,
     "PPO dynamic_lora",
     "PPO hydra",
+    "PPO hydra" + HOSTED,
     "PPO joint_hydra",
 )
 
@@ -92,6 +96,14 @@ class Setting(NamedTuple):
 def settings(rank: int, checkpointing: bool) -> Settings:
     """Of Llamas in bf16."""
     return Settings(LoraSpec(rank, float(rank)), "bfloat16", checkpointing, None, 4, LOAD)
+
+
+def runs(rank: int, checkpointing: bool) -> dict[str, Comparison]:
+    """All of them; some also with moments that rest on the host."""
+    same = settings(rank, checkpointing)
+    hosted = comparisons(same._replace(optimizer=partial(HostAdamW, lr=1e-4)))
+    kept = (PLAIN, "PPO hydra", "PPO joint_hydra")
+    return comparisons(same) | {name + HOSTED: hosted[name] for name in kept}
 
 
 def rehearsal(sizes: LlamaSizes, run: Comparison) -> OnPolicyRehearsal | SupervisedRehearsal:
@@ -112,7 +124,7 @@ def peaks(model: str) -> list[str]:
     found: dict[Setting, dict[str, Estimate]] = {}
     for column in columns:
         found[column] = {}
-        for name, run in comparisons(settings(*column)).items():
+        for name, run in runs(*column).items():
             begun = time.perf_counter()
             found[column][name] = estimate(rehearsal(MODELS[model], run))
             total = found[column][name].peak.total / GIB
@@ -128,12 +140,9 @@ def peaks(model: str) -> list[str]:
     ]
     lines = [*table(head, rows), ""]
     for column in columns:
-        lines += [
-            f"PPO hydra, {column}, by phase and kind:",
-            "",
-            *_phases(found[column]["PPO hydra"]),
-            "",
-        ]
+        for name in ("PPO hydra", "PPO hydra" + HOSTED):
+            title = f"{name}, {column}, by phase and kind:"
+            lines += [title, "", *_phases(found[column][name]), ""]
     return lines
 
 
@@ -156,11 +165,10 @@ def fits(model: str, budgets: Sequence[str]) -> list[str]:
     """The largest sizes at rank 16."""
     lines: list[str] = []
     for checkpointing in (False, True):
-        runs = comparisons(settings(RANKS[0], checkpointing))
-        rows = []
+        known, rows = runs(RANKS[0], checkpointing), []
         for name in FITTED:
             cells = _largest(
-                rehearsal(MODELS[model], runs[name]), [parse_bytes(one) for one in budgets]
+                rehearsal(MODELS[model], known[name]), [parse_bytes(one) for one in budgets]
             )
             rows.append([name, *cells])
             say(f"{model}, checkpointing {checkpointing}: {' | '.join(rows[-1])}")

@@ -19,6 +19,8 @@ Kind = Literal[
     "trunk", "adapters", "gradients", "optimizer", "cache", "logits", "activations", "workspace"
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+HOST = torch.device("meta")
+"""Stands for the host's memory where fake tensors of the CPU stand for the GPU's."""
 CUDA_BLOCK = 512
 """What CUDA's caching allocator rounds every tensor up to, in bytes."""
 
@@ -47,7 +49,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     context and the libraries' own buffers (some hundred MiB) are not counted.
 
     Tensors are activations until `mark` or their shape says otherwise: whose last dimension is the
-    vocabulary holds logits.
+    vocabulary holds logits. What is on `HOST` is not counted.
 
     Args:
         vocabulary_size: Of the trunk; None where nothing is a logit.
@@ -89,6 +91,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, tensor: Tensor) -> None:
         """Count a tensor, unless it is counted already."""
+        if tensor.device == HOST:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._kinds:
@@ -112,6 +116,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Say what tensors are; those that were not seen yet are counted."""
         for tensor in tensors:
+            if tensor.device == HOST:
+                continue
             self.note(tensor)
             storage = tensor.untyped_storage()
             size = -(-storage.nbytes() // self.block) * self.block

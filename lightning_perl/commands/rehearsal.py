@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from lightning_perl.batches import PromptBatch, RatedBatch
-from lightning_perl.commands.ledger import CUDA_BLOCK, Ledger, Peak, PhaseLedger
+from lightning_perl.commands.ledger import CUDA_BLOCK, HOST, Ledger, Peak, PhaseLedger
 from lightning_perl.functional import logprobs
 from lightning_perl.functional.packing import Packing, plan
 from lightning_perl.models.trunk import Trunk
@@ -32,6 +32,7 @@ from lightning_perl.models.weightless import materialize
 from lightning_perl.modules.base import AdapterModule, clip_by_group
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
+from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.rollout import Rollout
 
 BLOCK = re.compile(r"(^|\.)\d+(\.[^.]+)?$")
@@ -92,6 +93,8 @@ class Rehearsal(ABC, Generic[AnyModule]):
             self.optimizer = optimizer_of(module)
             if self._on_cuda:
                 _all_at_once(self.optimizer)
+            if isinstance(self.optimizer, HostAdamW):
+                self.optimizer.host = HOST
             self._first_step()
 
     @abstractmethod

@@ -23,6 +23,7 @@ from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 # From Python a module's specs are pickled into its checkpoints, which are read with weights_only.
@@ -223,6 +224,12 @@ class AdapterModule(LightningModule, ABC):
                 "layout, LoRA shape or trunk."
             )
         self._rng = checkpoint["rng"]
+
+    def on_train_start(self) -> None:
+        """Moments that rest on the host rest there: Lightning takes them to the device as it resumes."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, HostAdamW):
+                optimizer.rest()
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Draw on from where the checkpoint stood; only adapter dropout uses torch's generator.

@@ -543,6 +543,7 @@ class OnPolicy(AdapterModule):
 
     def on_train_start(self) -> None:
         """Remember what reference and reward stand on."""
+        super().on_train_start()
         self._stood_on = self._fingerprints()
 
     def on_validation_start(self) -> None:

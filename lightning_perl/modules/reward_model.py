@@ -120,6 +120,7 @@ class RewardModel(Scoring):
 
     def on_train_start(self) -> None:
         """Refuse to train towards scores that nothing could normalize in the end."""
+        super().on_train_start()
         if self.normalize_scores:
             self._demonstrations()
 

@@ -45,6 +45,7 @@ from lightning_perl.models.roles import Layout
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.weightless import materialize, weightless
 from lightning_perl.modules import PPO, SFT, Reinforce, RewardModel
+from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.conftest import TinyTrunk
 
@@ -115,6 +116,20 @@ def test_weights_adapters_and_moments_by_hand() -> None:
         # AdamW: two moments, and a count of steps per tensor.
         tensors = adapters * layers * 7 * 2 + 2
         assert peak.kinds["optimizer"] == FLOAT * (2 * (adapters * adapter + head) + tensors)
+
+
+def test_moments_that_rest_on_the_host_are_counted_in_the_step_only() -> None:
+    plain = rehearsal(ppo()).peaks()
+    hosted = rehearsal(ppo(optimizer=HostAdamW)).peaks()
+    # A block of CUDA's for each count of steps.
+    left = CUDA_BLOCK * (2 * 7 * 2 + 2)
+    for phase, peak in plain.items():
+        if phase != "optimizer":
+            held = peak.kinds["optimizer"]
+            assert held > left
+            assert peak.total - hosted[phase].total == held - left
+    # All of so small a model visit together.
+    assert hosted["optimizer"].total <= plain["optimizer"].total
 
 
 def test_the_cache_is_as_large_as_it_gets() -> None:

@@ -17,6 +17,7 @@ from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, Reinforce, RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.optim import HostAdamW
 from tests.modules import tiny
 
 
@@ -39,6 +40,9 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "HydraSFT": lambda trunk: HydraSFT(trunk, DROPOUT, scheduler=halving),
     "RewardModel": lambda trunk: RewardModel(trunk, DROPOUT),
     "HydraPPO": lambda trunk: HydraPPO(trunk, **RL),
+    "HydraPPO, moments on the host": lambda trunk: HydraPPO(
+        trunk, **RL, optimizer=lambda params: HostAdamW(params, lr=1e-3)
+    ),
     "PPO lora": lambda trunk: PPO(trunk, "lora", **RL),
     "PPO full": lambda trunk: PPO(trunk, "full", **RL),
     "Reinforce": lambda trunk: Reinforce(
