@@ -30,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from lightning_perl.batches import RatedBatch
+from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
 from lightning_perl.data.rows import Row
 from lightning_perl.data.taskmaster import TaskmasterDataModule
@@ -40,7 +40,8 @@ from lightning_perl.functional.sequences import Sequences, at_last_response, pad
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import ScalarHead, load_head
 from lightning_perl.models.trunk import Trunk, load_trunk
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
+from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 
 ROOT = Path("runs/coffee")
 CONFIGS = Path("configs/taskmaster")
@@ -433,12 +434,12 @@ def policy_table(data_dir: str) -> list[str]:
     for repeat in range(SAMPLES_PER_PROMPT):
         for start in range(0, len(prompts), 64):
             chosen = prompts[start : start + 64]
-            ids, mask = pad_left(chosen, trunk.pad_id)
             row = torch.arange(start, start + len(chosen))
+            asked = PromptBatch(*pad_left(chosen, trunk.pad_id), row)
             for adapter, values in seen.items():
                 noise = row_uniforms(1, repeat, row, spec.max_new_tokens)
                 with trunk.switch.use(adapter):
-                    rollout = sample(trunk, ids, mask, row, spec, noise)
+                    rollout = sample(trunk, asked, spec, noise)
                 answers = rollout.sequences()
                 logprobs = {}
                 for role in (OFF, adapter):

@@ -5,7 +5,8 @@
 
 Everything is `python -m lightning_perl estimate` from Python: bf16 trunk, fp32 adapters on all linear layers,
 AdamW, micro-batch 4 of 256 + 256 tokens, sdpa attention, rollouts of 4 prompts. Full fine-tuning and full PPO are
-float32. Some runs are shown a second time with `HostAdamW`, whose moments rest on the host. Three parts, each of them a section of the report:
+float32. Some runs are shown a second time with `HostAdamW`, whose moments rest on the host. Three parts, each of
+them a section of the report:
 
 - ``peaks``: the peak of every run at ranks 16 and 128, with and without activation checkpointing.
 - ``fits``: the most rows of a micro-batch and of a rollout in 16, 24, 40 and 80 GiB, at rank 16.

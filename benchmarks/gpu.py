@@ -29,6 +29,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -336,8 +338,9 @@ def decoding(bench: Bench) -> list[str]:
     size = bench.size
     copy = bandwidth(bench)
     module = made(bench, "PPO hydra", trunk_folder(bench)).to(bench.device)
-    rows = []
-    for count in size.decoded:
+    trunk, rows = module.policy_trunk, []
+    for count, recorded in product(size.decoded, (True, False)):
+        trunk.shortcuts = replace(trunk.shortcuts, recorded_decoding=recorded)
         prompts = PromptBatch(*(one.to(bench.device) for one in random_prompts(bench, count)))
 
         def seconds(new_tokens: int, prompts: PromptBatch = prompts) -> tuple[float, int]:
@@ -350,20 +353,28 @@ def decoding(bench: Bench) -> list[str]:
         whole, steps = min(seconds(size.new_tokens) for _ in range(2))
         first, _ = min(seconds(1) for _ in range(2))
         step = (whole - first) / max(steps - 1, 1)
-        moved = bytes_per_step(module.policy_trunk, bench.sizes, count, size.prompt + steps / 2)
+        moved = bytes_per_step(trunk, bench.sizes, count, size.prompt + steps / 2)
         rows.append(
             [
                 str(count),
+                "CUDA graph" if recorded and trunk.recordable else "plain loop",
                 f"{1e3 * step:.2f}",
                 f"{count / step:.0f}",
                 f"{moved / step / 1e9:.1f}",
                 f"**{moved / step / copy:.1%}**",
             ]
         )
-    head = ["rows", "ms per token", "tokens/s", "GB/s it has to read", "share of the copy's"]
+    head = [
+        "rows",
+        "steps",
+        "ms per token",
+        "tokens/s",
+        "GB/s it has to read",
+        "share of the copy's",
+    ]
     return [
         f"Prompts of {size.prompt}, {size.new_tokens} new tokens, actor's adapter (rank 16) on; reading the "
-        f"prompt is not counted. A copy moves {copy / 1e9:.1f} GB/s.",
+        f"prompt is not counted, recording is. A copy moves {copy / 1e9:.1f} GB/s.",
         "",
         *table(head, rows),
     ]

@@ -6,10 +6,10 @@ copy of the whole cache per token, and twice a layer's memory while it is made.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -26,6 +26,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tokens = tokens
         self.length = 0
+        self._place: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room, once the shapes are known."""
@@ -42,7 +43,11 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens behind the others; views of all of them."""
+        """Write the new tokens behind the others, or where `hold` said; views of all of them."""
+        if self._place is not None:
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(-2, self._place, states)
+            return self._look()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
@@ -51,6 +56,29 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start : self.length, :] = states
         return self._look()
+
+    def hold(self, place: Tensor, shown: int, filler: float = 0.0) -> None:
+        """From now on a token is written at ``place``, and the same views are given back every time.
+
+        So a step is the same work on the same memory, wherever ``place`` has come to: it can be recorded.
+
+        Args:
+            place: Column of the next token, moved on by whoever steps. Shape: ``(1,)``, int64.
+            shown: Columns of the views; those that nothing was written to must be masked.
+            filler: What stands in them: a finite number, since weight 0 times NaN is NaN.
+        """
+        for buffer in self._buffers:
+            buffer[..., self.length : shown, :] = filler
+        self._place, self.length = place, shown
+
+    def let_go(self, length: int) -> None:
+        """Grow again, as `update` does.
+
+        Args:
+            length: Tokens that were written.
+        """
+        self._place, self.length = None, length
+        self._look()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, moved together in the same buffers; called as rows end."""
@@ -97,6 +125,17 @@ def preallocate(cache: Cache, tokens: int) -> None:
         tokens: Of the longest row there will be.
     """
     cache.layers = [
-        PreallocatedLayer(tokens) if type(layer) is DynamicLayer else layer
-        for layer in cache.layers
+        PreallocatedLayer(tokens) if _only_grows(layer, tokens) else layer for layer in cache.layers
     ]
+
+
+def _only_grows(layer: object, tokens: int) -> bool:
+    """A window that no row is longer than never slides."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return bool(layer.sliding_window >= tokens)
+    return type(layer) is DynamicLayer
+
+
+def all_preallocated(layers: list[Any]) -> TypeGuard[list[PreallocatedLayer]]:
+    """Whether there is nothing but keys and values with their room."""
+    return all(isinstance(layer, PreallocatedLayer) for layer in layers)

@@ -48,15 +48,15 @@ class FlopCount:
         self._adapters = adapters
         self._adapter_weights: dict[str, int] = {OFF: 0}
 
-    def read(self, ids: Tensor, keys: int, adapter: str) -> None:
+    def read(self, tokens: int, keys: int, adapter: str) -> None:
         """Count a pass of the decoder's blocks.
 
         Args:
-            ids: What is read. Shape: ``(B, Q)``.
+            tokens: That are read, ``N``.
             keys: Tokens that each may look at, ``K``.
             adapter: Name of the adapter in use, or `OFF`.
         """
-        tokens, pairs = ids.numel(), ids.numel() * keys
+        pairs = tokens * keys
         weights = self._weights + self._weights_of(adapter)
         self.total += 2 * tokens * weights + 4 * pairs * self._attention_width
         if torch.is_grad_enabled() and (trained := self._trained(adapter)):

@@ -25,6 +25,8 @@ class Shortcuts:
         short_attention: On a CPU in half precision, attention over up to 128 keys, and any decoding step, is
             plain matrix products instead of torch's fused kernel.
         preallocated_cache: Keys and values of a rollout get their room at once, not anew with each token.
+        recorded_decoding: On CUDA, the step that samples a token is recorded as a CUDA graph and played again;
+            off, Python asks for every kernel of every step. Needs ``preallocated_cache``.
         length_buckets: Micro-batches are made of rows of similar length, cut to their longest.
     """
 
@@ -35,6 +37,7 @@ class Shortcuts:
     lean_blocks: bool = True
     short_attention: bool = True
     preallocated_cache: bool = True
+    recorded_decoding: bool = True
     length_buckets: bool = True
 
 

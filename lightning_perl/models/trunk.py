@@ -56,6 +56,8 @@ LOCAL_LAYERS = {"sliding_attention", "chunked_attention"}
 DENSE_ATTENTION = {"eager", "sdpa"}
 """Kernels that take a mask of ours. Flash attention would index past its rows by it, which no `except`
 catches on a GPU; flex attention crashes."""
+REFUSALS = (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError)
+"""What families say to a mask that they cannot read."""
 NO_BF16_TUNING = (
     "A trunk that is tuned whole must be float32, got bfloat16: most steps of a usual learning rate are "
     "smaller than a bf16 weight can move, and would be lost. Use trunk_dtype float32, or LoRA, whose weights "
@@ -108,6 +110,8 @@ class Trunk(nn.Module):
         self.flops = FlopCount(model, self.adapters)
         self._transform = LogitTransform(model.config)
         self._packs: dict[int, bool] = {}
+        # Found out by the first rollout, see `recording`.
+        self.recordable: bool | None = None
         if checkpointing:
             options = {"use_reentrant": False, "context_fn": self.switch.pinned}
             if hasattr(model, "activation_checkpointing_enable"):
@@ -192,8 +196,7 @@ class Trunk(nn.Module):
             Shape: ``(B, T, H)``, in the trunk's dtype.
         """
         # Raises outside a role, also where there are no adapters.
-        self.flops.read(ids, attention_mask.shape[1], self.switch.current)
-        self.passes += 1
+        self._count(ids.numel(), attention_mask.shape[1])
         # Always passed: GPT-2 with left padding is off by several nats without.
         positions = position_ids(attention_mask)[:, -ids.shape[1] :]
         output = self.model.base_model(
@@ -205,6 +208,19 @@ class Trunk(nn.Module):
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _count(self, tokens: int, keys: int) -> None:
+        self.flops.read(tokens, keys, self.switch.current)
+        self.passes += 1
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Passes inside the block are trials, and not counted."""
+        passes, flops = self.passes, self.flops.total
+        try:
+            yield
+        finally:
+            self.passes, self.flops.total = passes, flops
 
     def packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         """What `forward` gives for these rows, with what they share read once.
@@ -226,9 +242,7 @@ class Trunk(nn.Module):
 
     def _packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         lines = pack(ids, attention_mask, packing)
-        # Raises outside a role.
-        self.flops.read(lines.ids, packing.columns, self.switch.current)
-        self.passes += 1
+        self._count(lines.ids.numel(), packing.columns)
         output = self.model.base_model(
             input_ids=lines.ids,
             attention_mask=attention_bias(lines.owner, self.dtype),
@@ -282,17 +296,13 @@ class Trunk(nn.Module):
         packing = plan([rows.tolist()], self.model.device)
         ids = rows.to(self.model.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        passes, flops = self.passes, self.flops.total
-        with torch.no_grad(), self.switch.use(OFF):
+        with torch.no_grad(), self.switch.use(OFF), self.uncounted():
             try:
                 ours = self._packed(ids, mask, packing).double()
                 own = self(ids, mask).double()
-            # Whatever a family says to a mask that it cannot read; or no memory for rows that are
-            # longer than any in question.
-            except (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError):
+            # No memory for rows that are longer than any in question counts as well.
+            except REFUSALS:
                 return False
-            finally:
-                self.passes, self.flops.total = passes, flops
         # Rounding in other kernels; a wrong mask or position is off by tens of percent.
         allowed = torch.finfo(self.dtype).eps ** 0.5
         return bool((ours - own).norm() <= allowed * own.norm())
@@ -312,8 +322,44 @@ class Trunk(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """Logits as the model's own forward gives them. Shape: ``(..., H)`` to ``(..., V)``."""
         self.flops.project(hidden, self.lm_head.weight)
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden)
         return self._transform(logits)
+
+    def step(self, ids: Tensor, bias: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits of each row's next token, of nothing but tensors that may stay where they are.
+
+        It is not counted: it may be recorded, and played again by somebody who calls `count_step`.
+
+        Args:
+            ids: The token that is read. Shape: ``(B, 1)``.
+            bias: Added to attention scores. Shape: ``(B, 1, 1, K)``.
+            positions: Of the token in its row. Shape: ``(B, 1)``.
+            cache: Shows ``K`` tokens, this one included.
+
+        Returns:
+            Shape: ``(B, V)``.
+        """
+        output = self.model.base_model(
+            input_ids=ids,
+            attention_mask=bias,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self._logits(output.last_hidden_state[:, -1])
+
+    def count_step(self, rows: int, keys: int) -> None:
+        """Count a `step`.
+
+        Args:
+            rows: ``B``.
+            keys: Tokens that each may look at.
+        """
+        self._count(rows, keys)
+        self.flops.total += 2 * rows * self.lm_head.weight.numel()
 
     def logprobs(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0
@@ -365,13 +411,12 @@ class Trunk(nn.Module):
         ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, :3] = False
-        with torch.no_grad(), self.switch.use(OFF):
+        with torch.no_grad(), self.switch.use(OFF), self.uncounted():
             ours = self.project(self(ids, mask))[mask].double()
             own = self.model(
                 input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)
             ).logits[mask]
         own = own.double()
-        self.passes = self.flops.total = 0
         if not bool(own.isfinite().all()):
             raise ValueError(
                 f"{self.source or 'The model'} ({type(self.model).__name__}): its own logits in "

@@ -38,9 +38,10 @@ from lightning_perl.modules.base import (
 )
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction, checked_scores
+from lightning_perl.rollouts.decoding import sample
 from lightning_perl.rollouts.experience import Experience, Scored
 from lightning_perl.rollouts.rollout import Rollout, split_at
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 from lightning_perl.rollouts.statistics import describe
 
 POSITIVE = 1e-12
@@ -285,9 +286,7 @@ class OnPolicy(AdapterModule):
         spec = sampling or self.sampling
         uniforms = row_uniforms(self.seed, rollout_index, prompts.row, spec.max_new_tokens)
         with self.roles(role) as trunk, trunk.switch.at_rest():
-            rollout = sample(
-                trunk, prompts.ids, prompts.mask, prompts.row, spec, uniforms, early_exit
-            )
+            rollout = sample(trunk, prompts, spec, uniforms, early_exit)
         kept = (
             role == "policy"
             and spec.scored_as_sampled

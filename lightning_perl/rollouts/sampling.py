@@ -1,27 +1,19 @@
-"""Sampling responses from a trunk. The model's own generation config is never read.
+"""How a token is drawn. The model's own generation config is never read.
 
 Each token is drawn by inverse CDF from one uniform number, and a row's uniforms come from (seed,
 rollout, row) alone: its text depends on no batch mate, no rank and no early exit.
 
-Shapes: ``B`` rows, ``P`` prompt tokens, ``R`` response tokens, ``V`` vocabulary.
+Shapes: ``B`` rows, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.functional.logprobs import at_least_fp32
-from lightning_perl.functional.sequences import until_stop
-from lightning_perl.models.trunk import Trunk
-from lightning_perl.rollouts.rollout import Rollout
-
-Finished = Callable[[Tensor, Tensor], Tensor]
-"""``(response_ids so far (b, t), ended (b,)) -> ended (b,)``: more reasons to end a row."""
 
 
 @dataclass(frozen=True)
@@ -145,86 +137,3 @@ def _kept(logits: Tensor, spec: SamplingSpec) -> Tensor:
         allowed = torch.zeros_like(stays).scatter(-1, order, stays)
         logits = logits.masked_fill(~allowed, -torch.inf)
     return logits
-
-
-def stop_at(strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Finished:
-    """A row ends with the token that completes one of ``strings`` in its decoded response."""
-
-    def finished(response_ids: Tensor, ended: Tensor) -> Tensor:
-        texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-        hit = [any(string in text for string in strings) for text in texts]
-        return ended | torch.tensor(hit, device=ended.device)
-
-    return finished
-
-
-@torch.no_grad()
-def sample(
-    trunk: Trunk,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    row: Tensor,
-    spec: SamplingSpec,
-    uniforms: Tensor,
-    early_exit: bool = True,
-) -> Rollout:
-    """Answer every prompt, with the adapter that is switched on now.
-
-    Args:
-        trunk: Inside a role.
-        prompt_ids: Padded on the left. Shape: ``(B, P)``.
-        prompt_mask: Shape: ``(B, P)``, bool.
-        row: Shape: ``(B,)``.
-        spec: How tokens are drawn.
-        uniforms: Shape: ``(B, spec.max_new_tokens)``.
-        early_exit: Finished rows leave the batch, and the loop ends with the last of them. Off, the
-            loop reads no tensor's value (fake tensors, CUDA graphs); the responses are the same.
-            Stop strings need it.
-
-    Returns:
-        The rollout with its log-probabilities; ``R`` is the longest response, or ``max_new_tokens``
-        without early exit.
-    """
-    if spec.stop and not early_exit:
-        raise ValueError("stop strings are found by decoding text, which needs early_exit=True.")
-    finished = stop_at(spec.stop, trunk.tokenizer) if spec.stop else None
-    batch, longest = prompt_ids.shape[0], spec.max_new_tokens
-    prompt_tokens = prompt_ids.shape[1]
-    response_ids = torch.full(
-        (batch, longest), trunk.pad_id, dtype=torch.int64, device=prompt_ids.device
-    )
-    logprobs = torch.zeros(
-        batch, longest, dtype=torch.promote_types(trunk.dtype, torch.float32), device=row.device
-    )
-    lengths = torch.full_like(row, longest)
-    stopped = torch.zeros_like(row, dtype=torch.bool)
-    running = torch.arange(batch, device=row.device)
-    cache, step_ids = trunk.empty_cache(prompt_tokens + longest), prompt_ids
-    mask = torch.cat([prompt_mask, torch.ones_like(response_ids, dtype=torch.bool)], 1)
-    for column in range(longest):
-        hidden = trunk(step_ids, mask[:, : prompt_tokens + column], cache)
-        tokens, chosen = draw(trunk.project(hidden[:, -1]), uniforms[running, column], spec)
-        response_ids[running, column] = tokens
-        logprobs[running, column] = chosen
-        step_ids = tokens.unsqueeze(-1)
-        if not early_exit:
-            continue
-        ended = until_stop(step_ids, trunk.stop_ids)[1]
-        if finished is not None:
-            ended = finished(response_ids[running, : column + 1], ended)
-        if not bool(ended.any()):
-            continue
-        lengths[running[ended]], stopped[running[ended]] = column + 1, True
-        stay = (~ended).nonzero().squeeze(-1)
-        if stay.numel() == 0:
-            break
-        running, step_ids, mask = running[stay], step_ids[stay], mask[stay]
-        cache.batch_select_indices(stay)
-    if early_exit:
-        response_ids = response_ids[:, : int(lengths.max())]
-        logprobs = logprobs[:, : response_ids.shape[1]]
-        columns = torch.arange(response_ids.shape[1], device=row.device)
-        response_mask = columns < lengths.unsqueeze(-1)
-    else:
-        response_mask, stopped = until_stop(response_ids, trunk.stop_ids)
-    return Rollout(prompt_ids, prompt_mask, response_ids, response_mask, stopped, row, logprobs)

@@ -90,3 +90,43 @@ def test_sliding_layers_stay_as_they_are() -> None:
     cache = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
     preallocate(cache, ROOM)
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer] * 2
+
+
+def test_a_held_cache_writes_where_it_is_told_and_grows_on_afterwards() -> None:
+    plain, held_one = DynamicCache(config=config()), DynamicCache(config=config())
+    preallocate(plain, ROOM)
+    preallocate(held_one, ROOM)
+    drawn = torch.Generator().manual_seed(0)
+    place = torch.zeros(1, dtype=torch.int64)
+
+    def both(rows: int, tokens: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        keys, values = torch.randn(2, rows, HEADS, tokens, SIZE, generator=drawn)
+        return plain.update(keys, values, 0), held_one.update(keys, values, 0)
+
+    both(3, 2)
+    layer: Any = held_one.layers[0]
+    layer.hold(place, 5, filler=7.0)
+    seen = []
+    for column in (2, 3):
+        place.fill_(column)
+        (expected, _), (keys, _) = both(3, 1)
+        assert torch.equal(keys[..., : column + 1, :], expected)
+        assert bool((keys[..., column + 1 :, :] == 7).all())
+        seen.append(keys)
+    # The same memory every time.
+    assert [one.data_ptr() for one in seen] == [seen[0].data_ptr()] * 2
+    assert [one.shape[-2] for one in seen] == [5, 5]
+    layer.let_go(4)
+    rows = torch.tensor([2, 0])
+    plain.batch_select_indices(rows)
+    held_one.batch_select_indices(rows)
+    (expected, _), (keys, _) = both(2, 1)
+    assert torch.equal(keys, expected)
+
+
+def test_a_window_that_no_row_reaches_is_no_window() -> None:
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 6, "num_attention_heads": 2}
+    for tokens, kind in ((8, PreallocatedLayer), (9, DynamicSlidingWindowLayer)):
+        cache = DynamicCache(config=MistralConfig(sliding_window=8, **sizes))
+        preallocate(cache, tokens)
+        assert type(cache.layers[0]) is kind

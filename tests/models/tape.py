@@ -1,0 +1,73 @@
+"""What a CUDA graph does, on a CPU: the same operations on the same memory with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Step = Callable[[], None]
+WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+"""On CUDA these wait until the value is known."""
+
+
+class _Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operations; what they write into is put back at the end, since a capture runs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.notes: list[tuple[OpOverload[Any, Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[Any, Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func.overloadpacket in WAITS:
+            raise RuntimeError(f"{func} waits, which is not permitted while capturing")
+        for value in written(func, args, kwargs):
+            self.before.append((value, value.clone()))
+        result = func(*args, **kwargs)
+        self.notes.append((func, args, kwargs, result))
+        return result
+
+
+def written(
+    func: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """Tensors that an operation writes into."""
+    found = []
+    for number, argument in enumerate(func._schema.arguments):
+        value = args[number] if number < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+    return found
+
+
+def tape(step: Step) -> Step:
+    """A recorder: notes what ``step`` does."""
+    with _Capture() as capture, torch.no_grad():
+        step()
+    for value, kept in reversed(capture.before):
+        value.copy_(kept)
+
+    def play() -> None:
+        for func, args, kwargs, result in capture.notes:
+            again = func(*args, **kwargs)
+            views = any(one.alias_info is not None for one in func._schema.returns)
+            if views:
+                continue
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+    return play

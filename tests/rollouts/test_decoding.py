@@ -1,0 +1,327 @@
+"""Sampling whole responses, against a slow loop without cache, batch or padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from lightning_perl.batches import PromptBatch
+from lightning_perl.functional.sequences import pad_left
+from lightning_perl.models.adapters import NoRoleError
+from lightning_perl.models.roles import Role, Roles
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from tests.conftest import TinyTrunk
+from tests.models.families import FAMILIES, STOP_IDS, WINDOW
+from tests.models.rows import build
+
+# ---- whole responses -----------------------------------------------------------------------------
+
+PROMPTS = [[101, 55, 180, 77, 201, 90, 66, 240, 130, 59, 222], [88, 120], [199, 60, 73, 155, 91]]
+ROWS = (40, 7, 12)
+
+
+def answered(
+    roles: Roles,
+    spec: SamplingSpec,
+    rows: Sequence[int] = (0, 1, 2),
+    early_exit: bool = True,
+    role: Role = "policy",
+    extra_padding: int = 0,
+) -> Rollout:
+    """Sample for some of `PROMPTS`, in the order of ``rows``."""
+    ids, mask = pad_left([PROMPTS[row] for row in rows], 0)
+    ids = torch.nn.functional.pad(ids, (extra_padding, 0), value=5)
+    mask = torch.nn.functional.pad(mask, (extra_padding, 0))
+    numbers = torch.tensor([ROWS[row] for row in rows])
+    uniforms = row_uniforms(2, 3, numbers, spec.max_new_tokens)
+    with roles(role) as trunk:
+        return sample(trunk, PromptBatch(ids, mask, numbers), spec, uniforms, early_exit)
+
+
+def responses(rollout: Rollout) -> list[list[int]]:
+    return [
+        ids[mask].tolist()
+        for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+    ]
+
+
+@torch.no_grad()
+def slow_response(trunk: Trunk, prompt: list[int], row: int, spec: SamplingSpec) -> list[int]:
+    """One row alone, the whole text read again for every token."""
+    uniforms = row_uniforms(2, 3, torch.tensor([row]), spec.max_new_tokens)[0]
+    text = list(prompt)
+    for column in range(spec.max_new_tokens):
+        ids = torch.tensor([text])
+        logits = trunk.project(trunk(ids, torch.ones_like(ids, dtype=torch.bool)))[0, -1].double()
+        if spec.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            cumulative = (logits / spec.temperature).softmax(-1).cumsum(-1)
+            token = int((cumulative <= float(uniforms[column])).sum())
+        text.append(token)
+        if token in trunk.stop_ids:
+            break
+    return text[len(prompt) :]
+
+
+# float64, so that no rounding turns a draw; Gemma 2 is refused there.
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.4])
+def test_cached_sampling_equals_a_slow_loop(
+    tiny_trunk: TinyTrunk, family: str, temperature: float
+) -> None:
+    dtype = "float32" if family == "gemma2" else "float64"
+    roles = build(tiny_trunk(family), dtype=dtype)
+    spec = SamplingSpec(max_new_tokens=18, temperature=temperature)
+    rollout = answered(roles, spec)
+    with roles("policy") as trunk:
+        expected = [
+            slow_response(trunk, prompt, row, spec)
+            for prompt, row in zip(PROMPTS, ROWS, strict=True)
+        ]
+    assert responses(rollout) == expected
+    # The long row starts beyond the window, and something is sampled well past it.
+    assert max(map(len, expected)) > 1
+    assert len(PROMPTS[0]) > WINDOW
+    # The adapter answered, not the trunk alone.
+    assert responses(answered(roles, spec, role="reference")) != expected
+
+
+def test_the_cache_of_a_sliding_layer_keeps_its_window_only(roles: Roles) -> None:
+    ids, mask = pad_left(PROMPTS, 0)
+    with torch.no_grad(), roles("policy") as trunk:
+        cache = trunk.empty_cache(ids.shape[1])
+        trunk(ids, mask, cache)
+    assert ids.shape[1] > WINDOW
+    widths = [
+        layer.keys.shape[-2]
+        for layer in cache.layers
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None
+    ]
+    assert widths == [WINDOW - 1] * 2
+
+
+def test_rows_end_at_different_times_past_the_window(tiny_trunk: TinyTrunk) -> None:
+    # What makes the test above worth its name: rows leave the batch one after the other.
+    seen = set()
+    for family in ("mistral", "gemma3", "phi3", "gpt2"):
+        roles = build(tiny_trunk(family), dtype="float64")
+        lengths = answered(roles, SamplingSpec(18, 1.4)).response_tokens().tolist()
+        seen.add(len(set(lengths)))
+    assert max(seen) == 3
+
+
+@pytest.fixture(scope="module")
+def roles(tiny_trunk: TinyTrunk) -> Roles:
+    """Trained Mistral roles in float64, read only."""
+    return build(tiny_trunk("mistral"), dtype="float64")
+
+
+SPEC = SamplingSpec(max_new_tokens=24, temperature=1.2)
+
+
+def test_a_row_s_text_depends_on_no_batch_mate(roles: Roles) -> None:
+    together = responses(answered(roles, SPEC))
+    assert len({len(response) for response in together}) > 1
+    for order in ((0,), (1,), (2,), (2, 0, 1), (1, 0), (2, 1, 0)):
+        assert responses(answered(roles, SPEC, order)) == [together[row] for row in order]
+    assert responses(answered(roles, SPEC, extra_padding=7)) == together
+
+
+def test_early_exit_changes_no_text(roles: Roles) -> None:
+    with_exit, without = answered(roles, SPEC), answered(roles, SPEC, early_exit=False)
+    assert responses(with_exit) == responses(without)
+    assert torch.equal(with_exit.stopped, without.stopped)
+    assert with_exit.response_ids.shape[1] == max(map(len, responses(with_exit)))
+    assert without.response_ids.shape[1] == 24
+    assert torch.equal(with_exit.row, torch.tensor(ROWS))
+
+
+def test_a_response_ends_with_its_first_stop_token(roles: Roles) -> None:
+    for limit in (2, 24):
+        rollout = answered(roles, SamplingSpec(limit, 1.2))
+        for row, response in enumerate(responses(rollout)):
+            stopped = bool(rollout.stopped[row])
+            assert stopped == (response[-1] in STOP_IDS)
+            assert not set(response[:-1]) & set(STOP_IDS)
+            assert stopped or len(response) == limit
+            after = rollout.response_ids[row, len(response) :]
+            assert not after.any(), "padding is pad_id"
+    # Both ends were seen.
+    assert bool(answered(roles, SPEC).stopped.any())
+    assert not bool(answered(roles, SamplingSpec(2, 1.2)).stopped.all())
+
+
+def test_a_shorter_limit_cuts_the_same_text(roles: Roles) -> None:
+    long, short = responses(answered(roles, SPEC)), responses(answered(roles, SamplingSpec(5, 1.2)))
+    assert short == [response[:5] for response in long]
+
+
+def test_finished_rows_stop_costing(roles: Roles) -> None:
+    fed: list[int] = []
+    trunk = roles.trunk("policy")
+    handle = trunk.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    lengths = answered(roles, SPEC).response_tokens()
+    with_exit, fed[:] = list(fed), []
+    answered(roles, SPEC, early_exit=False)
+    handle.remove()
+    assert sum(with_exit) == int(lengths.sum())
+    assert len(with_exit) == int(lengths.max())
+    assert fed == [3] * 24
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_every_token_stops_or_none_does(
+    tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch, early_exit: bool
+) -> None:
+    own = build(tiny_trunk(), dtype="float64")
+    trunk = own.trunk("policy")
+    for stop_ids, length in ((tuple(range(trunk.vocabulary_size)), 1), ((), 6)):
+        monkeypatch.setattr(Trunk, "stop_ids", stop_ids)
+        rollout = answered(own, SamplingSpec(6), early_exit=early_exit)
+        assert rollout.response_tokens().tolist() == [length] * 3
+        assert rollout.stopped.tolist() == [length == 1] * 3
+
+
+def test_the_model_s_generation_config_is_not_read(tiny_trunk: TinyTrunk) -> None:
+    own = build(tiny_trunk(), dtype="float64")
+    trunk = own.trunk("policy")
+    generation = trunk.model.generation_config
+    assert generation is not None
+    assert (generation.temperature, generation.top_k, generation.top_p) == (0.1, 2, 0.3)
+    count = 3000
+    prompt = torch.tensor([PROMPTS[0]])
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    with torch.no_grad(), own("policy"):
+        expected = trunk.project(trunk(prompt, mask)[:, -1])[0].softmax(-1) * count
+        rollout = sample(
+            trunk,
+            PromptBatch(prompt.expand(count, -1), mask.expand(count, -1), torch.arange(count)),
+            SamplingSpec(1),
+            row_uniforms(0, 0, torch.arange(count), 1),
+        )
+    seen = rollout.response_ids[:, 0].bincount(minlength=len(expected))
+    common = expected > 5
+    chi_square = ((seen - expected)[common] ** 2 / expected[common]).sum()
+    freedom = int(common.sum())
+    assert freedom > 20
+    assert float(chi_square) < freedom + 5 * math.sqrt(2 * freedom)
+
+
+# ---- stop strings --------------------------------------------------------------------------------
+
+
+def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(roles: Roles) -> None:
+    tokenizer = roles.trunk("policy").tokenizer
+    free = responses(answered(roles, SPEC))
+    row = max(range(3), key=lambda row: len(free[row]))
+    text = str(tokenizer.decode(free[row][:4], skip_special_tokens=True))
+    stop = text[-2:]
+    rollout = answered(roles, SamplingSpec(24, 1.2, stop=("never there", stop)))
+    for number, (response, whole) in enumerate(zip(responses(rollout), free, strict=True)):
+        texts = [
+            tokenizer.decode(whole[: end + 1], skip_special_tokens=True)
+            for end in range(len(whole))
+        ]
+        ends = [end + 1 for end, text in enumerate(texts) if stop in text]
+        length = ends[0] if ends else len(whole)
+        assert response == whole[:length]
+        assert bool(rollout.stopped[number]) == (bool(ends) or whole[-1] in STOP_IDS)
+    assert len(responses(rollout)[row]) <= 4 < len(free[row])
+
+
+def test_stop_strings_need_early_exit(roles: Roles) -> None:
+    with pytest.raises(ValueError, match=r"stop strings .* needs early_exit=True"):
+        answered(roles, SamplingSpec(4, stop=("x",)), early_exit=False)
+
+
+# ---- what training rests on --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_scored_distribution_is_the_sampled_one(tiny_trunk: TinyTrunk, family: str) -> None:
+    # Log-probabilities as the sampler saw them, token by token with its cache, equal those of the
+    # one pass that scores, also in train mode with every dropout the configuration asks for.
+    dtype = "float32" if family == "gemma2" else "float64"
+    own = build(tiny_trunk(family), dtype=dtype)
+    trunk, spec, seen = own.trunk("policy"), SamplingSpec(18, 0.8), []
+    project = trunk.project
+
+    def spied(hidden: Tensor) -> Tensor:
+        logits = project(hidden)
+        seen.append(logits)
+        return logits
+
+    trunk.project = spied  # type: ignore[method-assign]
+    rollout = answered(own, spec, early_exit=False)
+    trunk.project = project  # type: ignore[method-assign]
+    logits = torch.stack(seen, 1).double() / spec.temperature
+    sampled = logits.log_softmax(-1).gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
+    with trunk.training_pass():
+        scored = own.answer(rollout.sequences(), ("policy",), spec.temperature).policy
+    assert scored is not None
+    mask = rollout.response_mask
+    assert_close(scored[mask].double(), sampled[mask], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        quiet = own.answer(rollout.sequences(), ("policy",), spec.temperature).policy
+    assert quiet is not None
+    assert torch.equal(scored, quiet), "ratio 1"
+
+
+def test_sampling_outside_a_role_raises(roles: Roles) -> None:
+    prompts = PromptBatch(*pad_left(PROMPTS, 0), torch.tensor(ROWS))
+    with pytest.raises(NoRoleError):
+        sample(roles.trunk("policy"), prompts, SPEC, row_uniforms(0, 0, prompts.row, 24))
+
+
+class NoPeeking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises where Python reads a tensor's value."""
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[Any, Any],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+        ):
+            raise RuntimeError(f"{func} reads a value")
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_early_exit_the_loop_reads_no_value(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers looks into the mask to spare itself a causal one, unless it is being traced.
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+    mode = NoPeeking()  # type: ignore[no-untyped-call]
+    with mode:
+        answered_rows(roles, early_exit=False)
+    with pytest.raises(RuntimeError, match="reads a value"), mode:
+        answered_rows(roles, early_exit=True)
+
+
+def answered_rows(roles: Roles, early_exit: bool) -> None:
+    prompts = PromptBatch(*pad_left(PROMPTS, 0), torch.tensor(ROWS))
+    with roles("policy") as trunk:
+        uniforms = row_uniforms(0, 0, prompts.row, 4)
+        sample(trunk, prompts, SamplingSpec(4), uniforms, early_exit)

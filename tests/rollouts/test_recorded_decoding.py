@@ -1,0 +1,307 @@
+"""Recorded steps against the plain loop. On a CPU a tape stands for the CUDA graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.batches import PromptBatch
+from lightning_perl.functional.sequences import pad_left
+from lightning_perl.models import recording
+from lightning_perl.models.roles import Role, Roles
+from lightning_perl.models.shortcuts import Shortcuts
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.rollouts import decoding
+from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from tests.conftest import TinyTrunk
+from tests.models.families import FAMILIES, FLOAT64_THROUGHOUT, WINDOW
+from tests.models.rows import build
+from tests.models.tape import Step, tape
+
+SPEC = SamplingSpec(max_new_tokens=26, temperature=1.3)
+SHORT = SamplingSpec(max_new_tokens=8, temperature=1.3)
+WIDE = {family: {"sliding_window": 64} for family in ("mistral", "gemma2", "gemma3", "phi3")}
+"""A window that no row here is longer than."""
+
+
+def prompts(count: int = 9) -> PromptBatch:
+    drawn = torch.Generator().manual_seed(4)
+    rows = [
+        torch.randint(50, 260, (1 + 3 * row % 11,), generator=drawn).tolist()
+        for row in range(count)
+    ]
+    return PromptBatch(*pad_left(rows, 0), torch.arange(count) + 7)
+
+
+def answered(
+    roles: Roles, spec: SamplingSpec = SPEC, role: Role = "policy", **options: Any
+) -> Rollout:
+    asked = prompts()
+    with roles(role) as trunk, trunk.switch.at_rest():
+        uniforms = row_uniforms(1, 2, asked.row, spec.max_new_tokens)
+        return sample(trunk, asked, spec, uniforms, **options)
+
+
+class Recordings:
+    """A recorder that counts."""
+
+    def __init__(self, record: Callable[[Step], Step]) -> None:
+        self.record, self.made, self.played = record, 0, 0
+
+    def __call__(self, step: Step) -> Step:
+        self.made += 1
+        play = self.record(step)
+
+        def counted() -> None:
+            self.played += 1
+            play()
+
+        return counted
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
+    """As on CUDA, and so that the little there is to decode takes several recordings."""
+    found = Recordings(tape)
+    monkeypatch.setattr(recording, "recorder_on", lambda device: found)
+    monkeypatch.setattr(decoding, "POLL", 3)
+    monkeypatch.setattr(decoding, "LEAST_SHOWN", 16)
+    monkeypatch.setattr(decoding, "WORTH", 1)
+    return found
+
+
+def same(found: Rollout, expected: Rollout, tolerance: float) -> None:
+    assert torch.equal(found.response_ids, expected.response_ids)
+    assert torch.equal(found.response_mask, expected.response_mask)
+    assert torch.equal(found.stopped, expected.stopped)
+    assert found.logprobs is not None
+    assert expected.logprobs is not None
+    assert_close(found.logprobs, expected.logprobs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_samples_what_the_plain_loop_samples(
+    tiny_trunk: TinyTrunk, family: str, recordings: Recordings
+) -> None:
+    dtype = "float32" if family == "gemma2" else "float64"
+    # Norms and rotary angles pass through fp32 in most families, whatever the weights.
+    tolerance = 1e-11 if family in FLOAT64_THROUGHOUT else 1e-5
+    folder = tiny_trunk(family, **WIDE.get(family, {}))
+    roles = build(folder, dtype=dtype)
+    plain = build(folder, dtype=dtype, shortcuts=Shortcuts(recorded_decoding=False))
+    expected = answered(plain)
+    assert recordings.made == 0
+    assert len(set(expected.response_tokens().tolist())) > 3
+    for spec in (SPEC, replace(SPEC, temperature=0.0), replace(SPEC, top_p=0.8, top_k=40)):
+        same(answered(roles, spec), answered(plain, spec), tolerance)
+    same(answered(roles, role="reference"), answered(plain, role="reference"), tolerance)
+    # One for the trial; then for all rows, for more columns, for half of the rows.
+    assert recordings.made > 4
+    assert recordings.played > 20
+    assert roles.trunk("policy").recordable
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_trunk: TinyTrunk) -> Path:
+    return tiny_trunk()
+
+
+def test_what_is_counted_is_what_is_run(
+    folder: Path, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody ends, so that no row stays a few steps longer.
+    monkeypatch.setattr(Trunk, "stop_ids", ())
+    counts = []
+    for recorded in (True, False):
+        roles = build(folder, shortcuts=Shortcuts(recorded_decoding=recorded))
+        answered(roles)
+        trunk = roles.trunk("policy")
+        counts.append((trunk.passes, trunk.flops.total))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == SPEC.max_new_tokens
+    assert recordings.played > SPEC.max_new_tokens / 2
+
+
+def test_rows_that_end_leave_at_the_next_recording(folder: Path, recordings: Recordings) -> None:
+    roles = build(folder)
+    read: list[int] = []
+    trunk: Any = roles.trunk("policy")
+    step = trunk.step
+
+    def noting(ids: Tensor, *more: Any) -> Any:  # noqa: ANN401
+        read.append(len(ids))
+        return step(ids, *more)
+
+    trunk.step = noting
+    rollout = answered(roles)
+    # Twice each: run once, then recorded. The trial has two rows.
+    rows = [count for count in read if count != 2]
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) > 2
+    left = [int((rollout.response_tokens() > column).sum()) for column in range(26)]
+    assert set(rows) <= set(left)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_so_few_tokens_are_not_worth_it(
+    folder: Path, recordings: Recordings, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(decoding, "WORTH", 4)
+    spec = replace(SPEC, max_new_tokens=tokens)
+    plain = build(folder, shortcuts=Shortcuts(recorded_decoding=False))
+    same(answered(build(folder), spec), answered(plain, spec), 1e-5)
+    # The trial's.
+    assert recordings.made == 1
+
+
+def test_everybody_ends_at_once(
+    folder: Path, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = build(folder)
+    monkeypatch.setattr(Trunk, "stop_ids", tuple(range(roles.trunk("policy").vocabulary_size)))
+    rollout = answered(roles)
+    assert rollout.response_tokens().tolist() == [1] * 9
+    assert bool(rollout.stopped.all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"spec": replace(SPEC, stop=("q",))},
+        {"early_exit": False},
+    ],
+)
+def test_not_with_stop_strings_nor_without_early_exit(
+    folder: Path, recordings: Recordings, options: dict[str, Any]
+) -> None:
+    answered(build(folder), **options)
+    assert recordings.made == 0
+
+
+@pytest.mark.parametrize("off", ["recorded_decoding", "preallocated_cache"])
+def test_not_where_it_is_turned_off(folder: Path, recordings: Recordings, off: str) -> None:
+    answered(build(folder, shortcuts=replace(Shortcuts(), **{off: False})))
+    assert recordings.made == 0
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_not_past_a_window(tiny_trunk: TinyTrunk, family: str, recordings: Recordings) -> None:
+    assert prompts().ids.shape[1] > WINDOW
+    roles = build(tiny_trunk(family))
+    answered(roles)
+    assert recordings.made == 0
+    assert roles.trunk("policy").recordable is None
+
+
+def test_never_on_a_cpu(folder: Path) -> None:
+    assert recording.recorder_on(torch.device("cpu")) is None
+    assert recording.recorder_on(torch.device("cuda")) is recording.cuda_graph
+
+
+# ---- what a trial must find ----------------------------------------------------------------------
+
+
+Forward = Callable[..., Any]
+
+
+def counting(forward: Forward, dtype: torch.dtype) -> Forward:
+    """Turns a little by a number that Python keeps: a recording plays the number it had."""
+    read = 0
+    little = torch.finfo(dtype).eps ** 0.6
+
+    def turned(**kwargs: Any) -> Any:  # noqa: ANN401
+        nonlocal read
+        output = forward(**kwargs)
+        if kwargs["past_key_values"] is not None and kwargs["input_ids"].shape[1] == 1:
+            read += 1
+            output.last_hidden_state = output.last_hidden_state * (1 + little * math.sin(2 * read))
+        return output
+
+    return turned
+
+
+def waiting(forward: Forward, dtype: torch.dtype) -> Forward:
+    """Looks at a value."""
+
+    def looking(**kwargs: Any) -> Any:  # noqa: ANN401
+        output = forward(**kwargs)
+        if bool((output.last_hidden_state > 1e9).any()):
+            raise AssertionError
+        return output
+
+    return looking
+
+
+def careless(forward: Forward, dtype: torch.dtype) -> Forward:
+    """Looks at keys that a mask of ours hides from a single token."""
+
+    def unmasked(**kwargs: Any) -> Any:  # noqa: ANN401
+        mask = kwargs["attention_mask"]
+        if mask.dim() == 4 and kwargs["input_ids"].shape[1] == 1:
+            kwargs["attention_mask"] = torch.zeros_like(mask)
+        return forward(**kwargs)
+
+    return unmasked
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (counting, "a recorded step has other logits"),
+        (waiting, "waits, which is not permitted while capturing"),
+        (careless, "steps over a held cache have other logits"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_family_that_cannot_be_recorded_is_found_out_once(
+    folder: Path,
+    recordings: Recordings,
+    spoil: Callable[[Forward, torch.dtype], Forward],
+    fault: str,
+    dtype: str,
+) -> None:
+    def spoiled(**options: Any) -> Roles:
+        roles = build(folder, dtype=dtype, **options)
+        body: Any = roles.trunk("policy").model.base_model
+        forward = spoil(body.forward, roles.trunk("policy").dtype)
+        body.forward = lambda past_key_values=None, **kwargs: forward(
+            past_key_values=past_key_values, **kwargs
+        )
+        return roles
+
+    roles = spoiled()
+    with pytest.warns(UserWarning, match=rf"not recorded as a CUDA graph.*{fault}"):
+        answered(roles, SHORT)
+    assert roles.trunk("policy").recordable is False
+    made = recordings.made
+    found = answered(roles, SHORT)
+    assert recordings.made == made
+    if spoil is not counting:
+        plain = spoiled(shortcuts=Shortcuts(recorded_decoding=False))
+        same(found, answered(plain, SHORT), 0.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_cuda(tiny_trunk: TinyTrunk, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "LEAST_SHOWN", 16)
+    folder = tiny_trunk(family, **WIDE.get(family, {}))
+    rollouts = []
+    for recorded in (True, False):
+        roles = build(folder, shortcuts=Shortcuts(recorded_decoding=recorded)).to("cuda")
+        asked = PromptBatch(*(one.to("cuda") for one in prompts()))
+        with roles("policy") as trunk, trunk.switch.at_rest():
+            uniforms = row_uniforms(1, 2, asked.row, SPEC.max_new_tokens)
+            rollouts.append(sample(trunk, asked, SPEC, uniforms))
+        assert trunk.recordable is (True if recorded else None)
+    same(rollouts[0], rollouts[1], 1e-4)
