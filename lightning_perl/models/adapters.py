@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -267,6 +268,7 @@ class Adapters:
         self.specs: dict[str, LoraSpec] = {}
         # Resolved once, on the bare trunk: later PEFT's own layers would match too.
         self._linear_names = linear_layers_in_blocks(model)
+        self._every = _taken_by_peft(model, shortest_ends(model, self._linear_names))
         # GPT-2 stores its weights as (in, out); PEFT wants to be told.
         self._transposed = any(stored_transposed(module) for module in model.modules())
 
@@ -320,7 +322,7 @@ class Adapters:
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
         """Ends of layer names for PEFT; without targets, those of every linear layer."""
-        every = sorted({name.rsplit(".", 1)[-1] for name in self._linear_names})
+        every = self._every
         found = {target: self._ends_of(target) for target in targets}
         unmatched = [target for target, ends in found.items() if not ends]
         if unmatched:
@@ -564,6 +566,41 @@ def _stored(folder: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]
             "on another model?"
         )
     return {key: stored[PEFT_PREFIX + key] for key in wanted}
+
+
+def shortest_ends(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The shortest ends of these modules' names that are no other module's: mostly their last parts."""
+    wanted = set(names)
+    others = {end for name, _ in model.named_modules() if name not in wanted for end in _ends(name)}
+    return sorted(
+        {next((end for end in _ends(name) if end not in others), name) for name in wanted}
+    )
+
+
+def _ends(name: str) -> list[str]:
+    """``c``, ``b.c``, ``a.b.c`` of ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+
+
+def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:
+    """Without those that PEFT refuses, or puts no plain LoRA on.
+
+    Mamba's fused kernels read the weight of ``out_proj`` past the layer. And where a family has experts,
+    PEFT takes ``gate_proj`` for their weights, though the shared expert's linear layer is called so too.
+    """
+    taken = []
+    for end in ends:
+        try:
+            LoraModel._check_target_module_compatiblity(
+                cast(Any, None), LoraConfig(), cast(Any, model), end.rsplit(".", 1)[-1]
+            )
+        except ValueError:
+            continue
+        taken.append(end)
+    config = LoraConfig(target_modules=taken)
+    convert_peft_config_for_transformers(config, model, None)
+    return sorted(set(taken) & set(config.target_modules or ()))
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:

@@ -6,9 +6,9 @@ copy of the whole cache per token, and twice a layer's memory while it is made.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -127,6 +127,22 @@ def preallocate(cache: Cache, tokens: int) -> None:
     cache.layers = [
         PreallocatedLayer(tokens) if _only_grows(layer, tokens) else layer for layer in cache.layers
     ]
+
+
+def keep_rows(cache: Cache, rows: Tensor) -> None:
+    """Keep these rows, in this order.
+
+    transformers' own ``batch_select_indices`` knows no recurrent or convolutional states.
+
+    Args:
+        cache: Of any layers.
+        rows: Their numbers. Shape: ``(b,)``, int64.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, PreallocatedLayer):
+            layer.batch_select_indices(rows)
+        else:
+            layer.reorder_cache(cast(LongTensor, rows))
 
 
 def _only_grows(layer: object, tokens: int) -> bool:

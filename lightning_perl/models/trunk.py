@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -203,8 +204,8 @@ class Trunk(nn.Module):
             input_ids=ids,
             attention_mask=attention_mask.long(),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -392,6 +393,39 @@ class Trunk(nn.Module):
         if self.shortcuts.preallocated_cache:
             preallocate(cache, tokens)
         return cache
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        # Mamba's families have their own name for it, and swallow the usual one.
+        accepted = inspect.signature(self.model.base_model.forward).parameters
+        return "cache_params" if "cache_params" in accepted else "past_key_values"
+
+    def require_cache(self) -> None:
+        """Read two rows with and without a cache, and compare.
+
+        Raises:
+            ValueError: The family does not keep what it reads the way other families of transformers do,
+                so that sampled tokens would be those of another distribution.
+        """
+        if self.weightless:
+            return
+        ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[1, :3] = False
+        with torch.no_grad(), self.switch.use(OFF), self.uncounted():
+            whole = self(ids, mask)[:, -1].double()
+            cache = self.empty_cache(8)
+            self(ids[:, :6], mask[:, :6], cache)
+            self(ids[:, 6:7], mask[:, :7], cache)
+            cached = self(ids[:, 7:], mask, cache)[:, -1].double()
+        # Other kernels for one token than for many, and recurrences that round a lot.
+        allowed = torch.finfo(self.dtype).eps ** 0.4
+        if not bool((cached - whole).norm() <= allowed * whole.norm()):
+            raise ValueError(
+                f"{self.source or 'The model'} ({type(self.model).__name__}): its hidden states are others when "
+                "a row is read token by token behind a cache, so it cannot be sampled from here. It can be "
+                "tuned by SFT, HydraSFT and RewardModel."
+            )
 
     @contextmanager
     def training_pass(self, checkpointed: bool = True) -> Iterator[None]:

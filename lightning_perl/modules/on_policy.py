@@ -219,6 +219,7 @@ class OnPolicy(AdapterModule):
             reward_ensemble,
             learned_reward=learned_reward_weight > 0,
         )
+        self.policy_trunk.require_cache()
         self.learned_reward_weight = learned_reward_weight
         self.reward_function = reward_function
         self.reward_function_weight = reward_function_weight

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import until_stop
+from lightning_perl.models.cache import keep_rows
 from lightning_perl.models.recording import GrowingRows, Recorder, Step, recorder_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.rollouts.rollout import Rollout
@@ -173,7 +174,7 @@ def _step(
                 if stay.numel() == 0:
                     return
                 running, tokens, mask = running[stay], tokens[stay], mask[stay]
-                cache.batch_select_indices(stay)
+                keep_rows(cache, stay)
         if column == longest:
             return
         hidden = trunk(tokens.unsqueeze(-1), mask[:, : prompt_tokens + column], cache)
@@ -203,7 +204,7 @@ def _play(
             return
         if len(stay) < len(running):
             running, tokens, mask = running[stay], tokens[stay], mask[stay]
-            cache.batch_select_indices(stay)
+            keep_rows(cache, stay)
         shown = min(max(LEAST_SHOWN, 2 * (before + column)), mask.shape[1])
         rows = GrowingRows(trunk, cache, mask, tokens, before + column, shown)
         ended = torch.zeros_like(tokens, dtype=torch.bool)

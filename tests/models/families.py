@@ -132,6 +132,62 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"model_type": "cohere", **_GROUPED, "logit_scale": 0.2, "use_qk_norm": True},
 }
 
+_STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+_CHUNKED = {"chunk_size": 8, "num_hidden_layers": 2}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "falcon_h1": {
+        "model_type": "falcon_h1",
+        **_GROUPED,
+        **_STATE,
+        "mamba_d_ssm": 64,
+        "mamba_chunk_size": 8,
+    },
+    "lfm2": {
+        "model_type": "lfm2",
+        **_GROUPED,
+        "layer_types": ["conv", "full_attention"],
+        "block_ff_dim": 64,
+        "block_multiple_of": 8,
+    },
+    "qwen3_next": {
+        "model_type": "qwen3_next",
+        **_GROUPED,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "mamba2": {
+        "model_type": "mamba2",
+        **_CHUNKED,
+        "hidden_size": 32,
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+        "n_groups": 1,
+    },
+    "zamba2": {
+        "model_type": "zamba2",
+        **_GROUPED,
+        **_CHUNKED,
+        "num_key_value_heads": 4,
+        "num_mem_blocks": 1,
+        "mamba_d_state": 8,
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "layers_block_type": ["mamba", "hybrid"],
+        "adapter_rank": 4,
+    },
+}
+"""Families with states that are neither keys nor values, experts, or layers that PEFT cannot adapt."""
+
 TARGETS: dict[str, tuple[str, ...]] = {
     "gpt2": ("c_attn", "c_fc", "c_proj"),
     "opt": ("fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"),
@@ -165,11 +221,18 @@ def save_tiny_trunk(
         changes: Settings of the configuration to override.
     """
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    settings = {**FAMILIES[family], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings = {
+        **{**FAMILIES, **RECURRENT}[family],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     settings["vocab_size"] = len(AutoTokenizer.from_pretrained(folder))
     settings.update(changes)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,92 @@
+"""Decoders that keep more than keys and values, and those with layers that PEFT takes for others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_perl.models.trunk import load_trunk
+from lightning_perl.modules import HydraPPO
+from lightning_perl.rollouts.sampling import SamplingSpec
+from tests.conftest import TinyTrunk
+from tests.models.families import RECURRENT
+from tests.models.rows import build
+from tests.modules import tiny
+from tests.rollouts.test_decoding import answered
+
+# PEFT says that Mamba's kernels read out_proj past the layer, and takes gate_proj and its kin for experts.
+TARGETS = {
+    "falcon_h1": "down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj",
+    "lfm2": "in_proj k_proj out_proj q_proj v_proj w1 w2 w3",
+    "qwen3_next": "in_proj_ba in_proj_qkvz k_proj o_proj out_proj q_proj shared_expert_gate v_proj",
+    "mamba2": "in_proj",
+    # Parts that a list of modules shares the name of are named with what stands before them.
+    "zamba2": "0.0 0.1 down_proj gate_up_proj in_proj k_proj linear o_proj out_proj q_proj v_proj",
+}
+every_family = pytest.mark.parametrize("family", RECURRENT)
+
+
+@every_family
+def test_targets(tiny_trunk: TinyTrunk, family: str) -> None:
+    trunk = build(tiny_trunk(family)).trunk("policy")
+    names = [name for name, _ in trunk.adapters.layers()]
+    found = {
+        end
+        for end in TARGETS[family].split()
+        if any(f".{one}".endswith(f".{end}") for one in names)
+    }
+    assert sorted(found) == TARGETS[family].split()
+    assert all(any(f".{one}".endswith(f".{end}") for end in found) for one in names)
+
+
+@every_family
+def test_what_is_sampled_is_what_is_scored(tiny_trunk: TinyTrunk, family: str) -> None:
+    roles = build(tiny_trunk(family))
+    rollout = answered(roles, SamplingSpec(max_new_tokens=40, temperature=1.4))
+    # Rows have left the batch, and their states with them.
+    assert len(set(rollout.response_tokens().tolist())) > 1
+    with torch.no_grad():
+        read = roles.answer(rollout.sequences(), ("policy",), 1.4).policy
+    assert read is not None
+    assert rollout.logprobs is not None
+    gap = (rollout.logprobs - read)[rollout.response_mask].abs()
+    # Recurrences round a lot in fp32; a state of another row or step is off by nats.
+    assert float(gap.max()) < 0.05
+
+
+@every_family
+def test_an_update(tiny_trunk: TinyTrunk, family: str) -> None:
+    module = HydraPPO(
+        str(tiny_trunk(family)), lora=tiny.LORA, sampling=tiny.SAMPLING, micro_batch_size=3
+    )
+    rollout = module.collect(tiny.prompts(6), 0)
+    scored = module.score(rollout)
+    mask = rollout.response_mask
+    # What was sampled, read again all at once, with other kernels.
+    assert_close(scored.logprobs[mask], scored.reference[mask], rtol=0, atol=2e-3)
+    _, steps = tiny.rehearse(module, module.experience(rollout, scored)[0])
+    assert all(bool(one.isfinite().all()) for step in steps for one in step.values())
+    assert any(bool(one.any()) for step in steps for one in step.values())
+
+
+def test_a_family_that_loses_its_state_is_not_sampled_from(
+    tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_trunk("mamba2")
+    load_trunk(str(folder)).require_cache()
+    trunk = load_trunk(str(folder))
+    # The usual name is swallowed.
+    monkeypatch.setattr(trunk, "_cache_argument", "past_key_values", raising=False)
+    with pytest.raises(ValueError, match=r"read token by token behind a cache.*SFT, HydraSFT"):
+        trunk.require_cache()
+
+    def forgetful(self: Any) -> None:  # noqa: ANN401
+        raise ValueError("asked")
+
+    monkeypatch.setattr(type(trunk), "require_cache", forgetful)
+    with pytest.raises(ValueError, match="asked"):
+        HydraPPO(str(folder), lora=tiny.LORA, sampling=tiny.SAMPLING)
+    assert torch.is_grad_enabled()
