@@ -81,7 +81,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._look()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, moved together in the same buffers; called as rows end."""
+        """Keep these rows, moved together in the same buffers; only where they become more, in larger ones."""
         if not self.is_initialized:
             return
         self._buffers = [self._moved(buffer, indices) for buffer in self._buffers]
@@ -108,6 +108,8 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _moved(self, buffer: Tensor, indices: Tensor) -> Tensor:
         kept = buffer[: len(indices)]
+        if len(indices) > len(buffer):
+            kept = buffer.new_empty(len(indices), *buffer.shape[1:])
         kept[..., : self.length, :] = buffer[indices, ..., : self.length, :]
         return kept
 
@@ -130,12 +132,12 @@ def preallocate(cache: Cache, tokens: int) -> None:
 
 
 def keep_rows(cache: Cache, rows: Tensor) -> None:
-    """Keep these rows, in this order.
+    """Keep these rows, in this order; one that is named twice is there twice.
 
     transformers' own ``batch_select_indices`` knows no recurrent or convolutional states.
 
     Args:
-        cache: Of any layers.
+        cache: Of any layers, with something in it.
         rows: Their numbers. Shape: ``(b,)``, int64.
     """
     for layer in cache.layers:

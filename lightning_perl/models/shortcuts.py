@@ -27,6 +27,7 @@ class Shortcuts:
         preallocated_cache: Keys and values of a rollout get their room at once, not anew with each token.
         recorded_decoding: On CUDA, the step that samples a token is recorded as a CUDA graph and played again;
             off, Python asks for every kernel of every step. Needs ``preallocated_cache``.
+        shared_prompts: A prompt that a rollout batch has several times is read once, and answered as often.
         length_buckets: Micro-batches are made of rows of similar length, cut to their longest.
     """
 
@@ -38,6 +39,7 @@ class Shortcuts:
     short_attention: bool = True
     preallocated_cache: bool = True
     recorded_decoding: bool = True
+    shared_prompts: bool = True
     length_buckets: bool = True
 
 

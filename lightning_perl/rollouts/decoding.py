@@ -138,9 +138,9 @@ def sample(
     cache = trunk.empty_cache(mask.shape[1])
     # Stop strings are looked for in decoded text, after every token.
     record = recorder_of(trunk, mask.shape[1]) if early_exit and not spec.stop else None
-    hidden = trunk(prompts.ids, prompts.mask, cache)
+    logits = _read_prompts(trunk, cache, prompts, early_exit and trunk.shortcuts.shared_prompts)
     everybody = torch.arange(len(mask), device=mask.device)
-    tokens = responses.draw(trunk.project(hidden[:, -1]), everybody, 0)
+    tokens = responses.draw(logits, everybody, 0)
     if record is not None:
         _play(trunk, cache, mask, tokens, responses, record)
         responses.end_by(trunk.stop_ids)
@@ -151,6 +151,32 @@ def sample(
         responses.end_by(trunk.stop_ids)
     longest = int(responses.mask.sum(1).max()) if early_exit else spec.max_new_tokens
     return responses.rollout(prompts, trunk.pad_id, longest)
+
+
+def _read_prompts(trunk: Trunk, cache: Cache, prompts: PromptBatch, share: bool) -> Tensor:
+    """Logits of the first tokens. Shape: ``(B, V)``."""
+    if share:
+        first, which = distinct_rows(prompts.ids.masked_fill(~prompts.mask, -1))
+        if len(first) < len(which):
+            hidden = trunk(prompts.ids[first], prompts.mask[first], cache)
+            keep_rows(cache, which)
+            return trunk.project(hidden[:, -1])[which]
+    return trunk.project(trunk(prompts.ids, prompts.mask, cache)[:, -1])
+
+
+def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each different row stands first, and for every row which of those it is.
+
+    Args:
+        rows: Shape: ``(B, N)``.
+
+    Returns:
+        Numbers of rows. Shape: ``(b,)``; and places in that. Shape: ``(B,)``.
+    """
+    distinct, which = torch.unique(rows, dim=0, return_inverse=True)
+    numbers = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(distinct[:, 0], len(rows)).scatter_reduce_(0, which, numbers, "amin")
+    return first, which
 
 
 def _step(

@@ -19,12 +19,13 @@ from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import pad_left
 from lightning_perl.models.adapters import NoRoleError
 from lightning_perl.models.roles import Role, Roles
+from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts.decoding import distinct_rows, sample
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 from tests.conftest import TinyTrunk
-from tests.models.families import FAMILIES, STOP_IDS, WINDOW
+from tests.models.families import FAMILIES, RECURRENT, STOP_IDS, WINDOW
 from tests.models.rows import build
 
 # ---- whole responses -----------------------------------------------------------------------------
@@ -221,6 +222,45 @@ def test_the_model_s_generation_config_is_not_read(tiny_trunk: TinyTrunk) -> Non
     freedom = int(common.sum())
     assert freedom > 20
     assert float(chi_square) < freedom + 5 * math.sqrt(2 * freedom)
+
+
+# ---- prompts that are there several times --------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
+def test_a_prompt_is_read_once_and_answered_as_often(tiny_trunk: TinyTrunk, family: str) -> None:
+    exact = family in FAMILIES and family != "gemma2"
+    asked = (2, 0, 2, 1, 2, 0)
+    found, read = [], []
+    for way in (Shortcuts(), Shortcuts(shared_prompts=False)):
+        dtype = "float64" if exact else "float32"
+        roles = build(tiny_trunk(family), dtype=dtype, shortcuts=way)
+        ids, mask = pad_left([PROMPTS[row] for row in asked], 0)
+        prompts = PromptBatch(ids, mask, torch.arange(6))
+        seen: list[int] = []
+        roles.trunk("policy").model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(len(kwargs["input_ids"])),
+            with_kwargs=True,
+        )
+        with roles("policy") as trunk:
+            found.append(sample(trunk, prompts, SPEC, row_uniforms(2, 3, prompts.row, 24)))
+        read.append(seen[:2])
+    assert [one[0] for one in read] == [3, 6]
+    # Nearly all of the six go on.
+    assert read[0][1] > 3
+    first = responses(found[0])
+    assert len(set(map(tuple, first))) == 6, "each with its own noise"
+    if exact:
+        assert first == responses(found[1])
+    logprobs = [one.logprobs[:, 0] for one in found if one.logprobs is not None]
+    assert_close(logprobs[0], logprobs[1], rtol=0, atol=1e-3)
+
+
+def test_distinct_rows() -> None:
+    rows = torch.tensor([[3, 1], [0, 2], [3, 1], [3, 0], [0, 2]])
+    first, which = distinct_rows(rows)
+    assert torch.equal(rows[first][which], rows)
+    assert sorted(first.tolist()) == [0, 1, 3]
 
 
 # ---- stop strings --------------------------------------------------------------------------------
