@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -55,11 +56,14 @@ from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT, RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.supervised import Supervised
+from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 GIB = 2**30
 LAYOUTS = ("full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra")
 ESTIMATED = ("SFT", "RewardModel", "PPO lora", "PPO hydra", "PPO joint_hydra")
+HOSTED = "PPO hydra, moments on the host"
+"""Estimated on CUDA only: a CPU's memory is the host's."""
 SHAPES = {
     "small": LlamaSizes(512, 8, 8, 1408, 32000),
     "1b": LlamaSizes(2048, 16, 32, 8192, 128256, kv_heads=8),
@@ -168,13 +172,15 @@ def trunk_folder(bench: Bench) -> str:
 
 
 def made(bench: Bench, name: str, trunk: str, rank: int = 16, checkpointing: bool = False) -> Any:  # noqa: ANN401 (a module)
-    """``SFT``, ``RewardModel`` or ``PPO LAYOUT``."""
-    kind, _, layout = name.partition(" ")
+    """``SFT``, ``RewardModel``, ``PPO LAYOUT`` or `HOSTED`."""
+    kind, _, layout = name.partition(",")[0].partition(" ")
     common: dict[str, Any] = {
         "lora": LoraSpec(rank=rank, alpha=rank),
         "trunk_dtype": "float32" if layout == "full" else "bfloat16",
         "checkpointing": checkpointing,
     }
+    if name == HOSTED:
+        common["optimizer"] = partial(HostAdamW, lr=1e-4)
     if kind == "PPO":
         sampling = SamplingSpec(max_new_tokens=bench.size.response)
         sizes = {"ppo_epochs": 1, "micro_batch_size": bench.size.micro}
@@ -430,7 +436,7 @@ def taken(
 def estimate(bench: Bench) -> list[str]:
     """Predicted against taken, phase by phase."""
     rows, worst = [], 0.0
-    for name in ESTIMATED:
+    for name in (*ESTIMATED, HOSTED) if bench.device.type == "cuda" else ESTIMATED:
         for rank in bench.size.ranks:
             for checkpointing in (False, True):
                 ways = [name, str(rank), "yes" if checkpointing else "no"]
