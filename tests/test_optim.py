@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_perl import optim
+from lightning_perl.cli import main
 from lightning_perl.commands.ledger import HOST, Ledger
 from lightning_perl.optim import HostAdamW
+from tests.conftest import TinyTrunk
 
 SIZES = ((7, 5), (40,), (3,), (9, 2))
 SETTINGS: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.1}
@@ -98,6 +103,33 @@ def test_a_few_moments_visit_the_device_at_once(monkeypatch: pytest.MonkeyPatch)
     assert ledger.peaks["after"].total - before == 4 * 2 * 43
 
 
+def test_what_somebody_took_to_the_device_goes_back() -> None:
+    with FakeTensorMode(), Ledger(block=1) as ledger:
+        weights = [nn.Parameter(torch.zeros(size)) for size in SIZES]
+        optimizer = HostAdamW(weights)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        # As Lightning does when it resumes.
+        there = ledger.total
+        optimizer.host = HOST
+        optimizer.rest()
+        assert there - ledger.total == 4 * 2 * (35 + 40 + 3 + 18)
+        stored = optimizer.state_dict()
+        assert stored["state"][1]["exp_avg"].device == HOST
+        optimizer.rest()
+
+
+def test_a_copy_goes_on() -> None:
+    weights, optimizer = trained(HostAdamW)
+    again_weights, again = copy.deepcopy((weights, optimizer))
+    for group, of_weights in ((optimizer, weights), (again, again_weights)):
+        for weight in of_weights:
+            weight.grad = torch.ones_like(weight)
+        group.step()
+    assert all(torch.equal(one, other) for one, other in zip(weights, again_weights, strict=True))
+
+
 def test_a_closure_is_called_with_gradients() -> None:
     weight = nn.Parameter(torch.ones(3))
     optimizer = HostAdamW([weight], lr=0.1)
@@ -110,6 +142,40 @@ def test_a_closure_is_called_with_gradients() -> None:
 
     assert optimizer.step(closure).item() == 3.0
     assert float(weight.detach().max()) < 1
+
+
+def test_it_is_chosen_in_yaml(
+    tiny_trunk: TinyTrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    optimizer = {
+        "class_path": "lightning_perl.optim.HostAdamW",
+        "init_args": {"lr": 1e-3, "weight_decay": 0.0},
+    }
+    model = {
+        "class_path": "HydraPPO",
+        "init_args": {
+            "trunk": str(tiny_trunk("llama", max_position_embeddings=512)),
+            "lora": {"rank": 2},
+            "sampling": {"max_new_tokens": 3},
+            "optimizer": optimizer,
+        },
+    }
+    rows = {"rows": "prompts", "prompts": 4, "val_prompts": 2, "batch_size": 4, "max_tokens": 300}
+    data = {"class_path": "CoffeeOrdersDataModule", "init_args": rows}
+    trainer = {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False}
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
+    config = {"model": model, "data": data, "trainer": {**trainer, "logger": logger}}
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "run.yaml"])
+    run = Path("runs/tiny/version_0")
+    saved = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["optimizer"]
+    assert saved["class_path"] == optimizer["class_path"]
+    (path,) = run.glob("checkpoints/*.ckpt")
+    (state,) = torch.load(path, weights_only=True)["optimizer_states"]
+    assert {"exp_avg", "exp_avg_sq", "step"} == {
+        name for one in state["state"].values() for name in one
+    }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -51,7 +52,8 @@ class LoraSpec:
             DeepSpeed-Chat's learning rates assume ``alpha = 1``.
         targets: Names of the linear layers that get an adapter, matched against the end of the
             module's name; ``attention`` stands for all linear layers of the attention, whatever
-            the family calls them. Empty: every linear layer inside the decoder's blocks.
+            the family calls them. Empty: every linear layer inside the decoder's blocks but those that
+            PEFT has no LoRA for, or mistakes for experts' weights (then the log names them).
         dropout: On the adapter's input, in supervised training only; refused in RL, where the first
             ratio must be exactly 1.
     """
@@ -268,7 +270,8 @@ class Adapters:
         self.specs: dict[str, LoraSpec] = {}
         # Resolved once, on the bare trunk: later PEFT's own layers would match too.
         self._linear_names = linear_layers_in_blocks(model)
-        self._every = _taken_by_peft(model, shortest_ends(model, self._linear_names))
+        asked = [name for name in self._linear_names if not _read_past_its_layer(model, name)]
+        self._every = _taken_by_peft(model, shortest_ends(model, asked))
         # GPT-2 stores its weights as (in, out); PEFT wants to be told.
         self._transposed = any(stored_transposed(module) for module in model.modules())
 
@@ -278,6 +281,8 @@ class Adapters:
         Weights are at least fp32 whatever the trunk's dtype.
         """
         targets = self._resolve(spec.targets)
+        if not spec.targets and not self.specs:
+            self._name_what_is_left_out()
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number will do
@@ -318,6 +323,20 @@ class Adapters:
             parameter.requires_grad_(
                 id(parameter) in fresh
                 or (id(parameter) in others and id(parameter) in trainable_before)
+            )
+
+    def _name_what_is_left_out(self) -> None:
+        left = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name in self._linear_names
+                if not any(f".{name}".endswith(f".{end}") for end in self._every)
+            }
+        )
+        if left:
+            rank_zero_info(
+                f"LoRA on all linear layers leaves out {', '.join(left)} of some blocks: PEFT has no plain LoRA "
+                "for them in this family."
             )
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
@@ -583,11 +602,20 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
+def _read_past_its_layer(model: nn.Module, name: str) -> bool:
+    """Whether Mamba's fused kernels take a layer's weight, and never ask the layer or its adapter."""
+    parent, _, last = name.rpartition(".")
+    mixer = model.get_submodule(parent)
+    return last == "out_proj" and all(
+        hasattr(mixer, part) for part in ("A_log", "conv1d", "in_proj")
+    )
+
+
 def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:
     """Without those that PEFT refuses, or puts no plain LoRA on.
 
-    Mamba's fused kernels read the weight of ``out_proj`` past the layer. And where a family has experts,
-    PEFT takes ``gate_proj`` for their weights, though the shared expert's linear layer is called so too.
+    Where a family has experts, PEFT takes ``gate_proj`` for their weights, though linear layers of a shared
+    expert or of a dense block are called so too.
     """
     taken = []
     for end in ends:

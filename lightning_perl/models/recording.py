@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.cache import all_preallocated
-from lightning_perl.models.trunk import REFUSALS, Trunk
+from lightning_perl.models.trunk import REFUSALS, Trunk, near
 
 Step = Callable[[], None]
 Recorder = Callable[[Step], Step]
@@ -32,45 +33,91 @@ POISON = 100.0
 """What the trial leaves where nothing was written: whoever looks there finds other logits."""
 
 
-def cuda_graph(step: Step) -> Step:
-    """Record a step on the GPU. It must have been run once: libraries set themselves up."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may ask for memory meanwhile (a loader that pins batches).
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
-    replay: Step = graph.replay
-    return replay
+class CudaGraphs:
+    """Records steps on a GPU, one after the other, in one pool of memory. A step must have been run once.
+
+    Unlike ``torch.cuda.graph`` it does not give the allocator's free memory back to the driver: what comes
+    after the rollout would have to ask for it again.
+
+    Args:
+        device: Where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _side_stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        # A pool is given up with the last graph that knows it.
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def __call__(self, step: Step) -> Step:
+        """Record a step.
+
+        Raises:
+            RuntimeError: It does what a graph cannot hold.
+        """
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                # Its workspace is not the graph's.
+                torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+                # Other threads may ask for memory meanwhile (a loader that pins batches).
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "A decoding step could not be recorded as a CUDA graph. Set shortcuts: {recorded_decoding: "
+                f"false}} and run again; this process is not to be trusted any more. {error}"
+            ) from error
+        self._graphs.append(graph)
+        replay: Step = graph.replay
+        return replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all: libraries keep a workspace for every stream they have seen.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def recorder_on(device: torch.device) -> Recorder | None:
-    """How steps are recorded there; None where Python is not what one waits for."""
-    return cuda_graph if device.type == "cuda" else None
+    """A fresh recorder for a rollout there; None where Python is not what one waits for."""
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
-    """How decoding steps of a trunk are recorded; None where they are not.
+    """How a rollout's decoding steps are recorded; None where they are not, which is said.
 
-    The trunk must take a mask of ours (see `Trunk.packs`: no ALiBi, no window that is shorter than the
-    rows) and keep nothing but keys and values, and a recorded step must give what the step gives, which is
-    tried out once. A step that waits for the GPU (routing to experts in a loop, say) fails there.
+    The trunk must take a mask of ours (no ALiBi, no window that is shorter than the rows) and keep
+    nothing but keys and values, and a recorded step must give what the step gives, which is tried out
+    once. A step that waits for the GPU (routing to experts in a loop, say) fails there.
 
     Args:
         trunk: Inside a role.
         tokens: Of the longest row there will be.
+
+    Raises:
+        RuntimeError: See `CudaGraphs`.
     """
-    record = recorder_on(trunk.model.device)
     wanted = trunk.shortcuts.recorded_decoding and trunk.shortcuts.preallocated_cache
-    if record is None or not wanted or not trunk.packs(tokens):
+    record = recorder_on(trunk.model.device) if wanted else None
+    if record is None:
         return None
-    if trunk.recordable is None:
+    fault = None
+    if not trunk.takes_masks(tokens):
+        fault = "it reads no mask of ours, or has a window that is shorter than the rows"
+    elif trunk.recordable is None:
         fault = _fault(trunk, record)
         trunk.recordable = fault is None
-        if fault is not None:
-            rank_zero_warn(
-                f"{trunk.source or 'The trunk'} ({type(trunk.model).__name__}): decoding steps are not "
-                f"recorded as a CUDA graph, so rollouts take longer than they might: {fault}."
-            )
-    return record if trunk.recordable else None
+    if fault is not None:
+        rank_zero_warn(
+            f"{trunk.source or 'The trunk'} ({type(trunk.model).__name__}): decoding steps are not recorded "
+            f"as a CUDA graph, so rollouts take longer than they might: {fault}."
+        )
+    return record if fault is None and trunk.recordable else None
 
 
 class GrowingRows:
@@ -149,20 +196,40 @@ def _fault(trunk: Trunk, record: Recorder) -> str | None:
             return "it keeps more than keys and values"
         try:
             whole = trunk.project(trunk(ids, mask))[:, PROMPT:]
-            stepped = _read(trunk, ids, mask, lambda step: step)
-            played = _read(trunk, ids, mask, record)
+            stepped = _read(trunk, ids, mask, partial(_not_waiting, ids.device))
         except REFUSALS as error:
             return str(error).splitlines()[0]
-    # Other kernels here, the same ones there: rounding, and less of it.
-    eps = torch.finfo(trunk.dtype).eps
-    if not _near(stepped, whole, eps**0.5):
-        return "steps over a held cache have other logits"
-    return None if _near(played, stepped, eps**0.75) else "a recorded step has other logits"
+        # Other kernels here, the same ones there: rounding, and less of it.
+        if not near(stepped, whole, trunk.rounding, 0.5):
+            return "steps over a held cache have other logits"
+        played = _read(trunk, ids, mask, record)
+    return (
+        None if near(played, stepped, trunk.rounding, 0.75) else "a recorded step has other logits"
+    )
 
 
-def _near(some: Tensor, other: Tensor, allowed: float) -> bool:
-    some, other = some.double(), other.double()
-    return bool((some - other).norm() <= allowed * other.norm())
+def _not_waiting(device: torch.device, step: Step) -> Step:
+    """The step as it is, but what waits for the GPU raises: it would break a recording."""
+
+    def checked() -> None:
+        with refusing_to_wait(device):
+            step()
+
+    return checked
+
+
+@contextmanager
+def refusing_to_wait(device: torch.device) -> Iterator[None]:
+    """Waiting for the GPU raises inside the block."""
+    if device.type != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _read(trunk: Trunk, ids: Tensor, mask: Tensor, record: Recorder) -> Tensor:
@@ -178,24 +245,9 @@ def _read(trunk: Trunk, ids: Tensor, mask: Tensor, record: Recorder) -> Tensor:
         found.copy_(rows.logits())
         rows.grow(given.index_select(1, rows.place + 1).squeeze(1))
 
-    with _refusing_to_wait(ids.device):
-        step()
+    step()
     seen, play = [found.clone()], record(step)
     for _ in range(STEPS - 1):
         play()
         seen.append(found.clone())
     return torch.stack(seen, 1)
-
-
-@contextmanager
-def _refusing_to_wait(device: torch.device) -> Iterator[None]:
-    """What waits for the GPU raises, before it breaks a recording."""
-    if device.type != "cuda":
-        yield
-        return
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)

@@ -170,6 +170,13 @@ class Trunk(nn.Module):
         return self.lm_head.weight.dtype
 
     @property
+    def rounding(self) -> float:
+        """Of matrix products, relative; in float32 that of TF32 where it is allowed."""
+        if self.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            return 2.0**-10
+        return torch.finfo(self.dtype).eps
+
+    @property
     def quantization(self) -> Quantization | None:
         """How the linear layers are kept; None where they are in the trunk's dtype."""
         kinds = (quantization_of(module) for module in self.model.modules())
@@ -198,16 +205,21 @@ class Trunk(nn.Module):
         """
         # Raises outside a role, also where there are no adapters.
         self._count(ids.numel(), attention_mask.shape[1])
+        mask: Tensor | None = attention_mask.long()
+        if self._cache_argument == "cache_params" and cache is not None and ids.shape[1] == 1:
+            # Mamba's would be laid over the one token; what was padding is in no state.
+            mask = None
         # Always passed: GPT-2 with left padding is off by several nats without.
         positions = position_ids(attention_mask)[:, -ids.shape[1] :]
         output = self.model.base_model(
             input_ids=ids,
-            attention_mask=attention_mask.long(),
+            attention_mask=mask,
             position_ids=positions,
             use_cache=cache is not None,
             **{self._cache_argument: cache},
         )
-        hidden: Tensor = output.last_hidden_state
+        # Mamba-2 gives fp32 whatever its weights are, and casts before its head.
+        hidden: Tensor = output.last_hidden_state.to(self.dtype)
         return hidden
 
     def _count(self, tokens: int, keys: int) -> None:
@@ -272,6 +284,13 @@ class Trunk(nn.Module):
             shorter = length == 32 or self.packs(length // 2)
             self._packs[length] = shorter and self._packs_exactly(longest)
         return self._packs[length]
+
+    def takes_masks(self, tokens: int) -> bool:
+        """Whether a mask of ours can say who sees whom in rows of up to ``tokens`` tokens.
+
+        `packs` tries long rows out; where nothing is packed, the configuration and a short trial will do.
+        """
+        return tokens <= self._longest_packed and self.packs(min(tokens, 32))
 
     @cached_property
     def _longest_packed(self) -> float:
@@ -413,16 +432,15 @@ class Trunk(nn.Module):
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, :3] = False
         with torch.no_grad(), self.switch.use(OFF), self.uncounted():
-            whole = self(ids, mask)[:, -1].double()
+            whole = self.project(self(ids, mask)[:, -1])
             cache = self.empty_cache(8)
             self(ids[:, :6], mask[:, :6], cache)
             self(ids[:, 6:7], mask[:, :7], cache)
-            cached = self(ids[:, 7:], mask, cache)[:, -1].double()
+            cached = self.project(self(ids[:, 7:], mask, cache)[:, -1])
         # Other kernels for one token than for many, and recurrences that round a lot.
-        allowed = torch.finfo(self.dtype).eps ** 0.4
-        if not bool((cached - whole).norm() <= allowed * whole.norm()):
+        if not near(cached, whole, self.rounding, 0.4):
             raise ValueError(
-                f"{self.source or 'The model'} ({type(self.model).__name__}): its hidden states are others when "
+                f"{self.source or 'The model'} ({type(self.model).__name__}): its logits are others when "
                 "a row is read token by token behind a cache, so it cannot be sampled from here. It can be "
                 "tuned by SFT, HydraSFT and RewardModel."
             )
@@ -534,6 +552,25 @@ class Trunk(nn.Module):
             )
         plain.generation_config = self.model.generation_config
         return plain
+
+
+def near(some: Tensor, other: Tensor, rounding: float, power: float) -> bool:
+    """Whether logits are the same but for rounding.
+
+    A constant that all logits of a position share changes no distribution, and may be as large as to hide
+    what does (GPT-2's are near -100): it is taken off, and only its own rounding allowed.
+
+    Args:
+        some: Shape: ``(..., V)``.
+        other: Shape: ``(..., V)``.
+        rounding: `Trunk.rounding`.
+        power: Of it, what the difference may be relative to the rest.
+    """
+    some, other = some.double(), other.double()
+    spread = other - other.mean(-1, keepdim=True)
+    off = some - other
+    off = off - off.mean(-1, keepdim=True)
+    return bool(off.norm() <= rounding**power * spread.norm() + rounding / 2 * other.norm())
 
 
 class LogitTransform:

@@ -172,6 +172,19 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "state_size": 8,
         "n_groups": 1,
     },
+    "mamba": {
+        "model_type": "mamba",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+    },
+    "bamba": {
+        "model_type": "bamba",
+        **_GROUPED,
+        **_STATE,
+        "attn_layer_indices": [1],
+        "mamba_chunk_size": 8,
+    },
     "zamba2": {
         "model_type": "zamba2",
         **_GROUPED,

@@ -12,8 +12,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Step = Callable[[], None]
-WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
-"""On CUDA these wait until the value is known."""
+_aten = torch.ops.aten
+WAITS = (
+    _aten._local_scalar_dense,
+    _aten.nonzero,
+    _aten.equal,
+    _aten.masked_select,
+    _aten._unique2,
+    _aten.unique_dim,
+    # A tensor of Python's numbers: a copy from memory that is not pinned.
+    _aten.lift_fresh,
+)
+"""On CUDA these wait until a value is known, or until a copy has arrived."""
+
+
+def refuse_waits(func: OpOverload[Any, Any], args: tuple[Any, ...]) -> None:
+    """What PyTorch's sync debug mode does on CUDA."""
+    masks = func.overloadpacket in (_aten.index, _aten.index_put_, _aten.index_put) and any(
+        isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1]
+    )
+    if masks or func.overloadpacket in WAITS:
+        raise RuntimeError(f"{func} waits")
+
+
+class NotWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises at what waits."""
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[Any, Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        refuse_waits(func, args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -32,8 +65,7 @@ class _Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if func.overloadpacket in WAITS:
-            raise RuntimeError(f"{func} waits, which is not permitted while capturing")
+        refuse_waits(func, args)
         for value in written(func, args, kwargs):
             self.before.append((value, value.clone()))
         result = func(*args, **kwargs)

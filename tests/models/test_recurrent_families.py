@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import HydraPPO
@@ -17,14 +20,16 @@ from tests.models.rows import build
 from tests.modules import tiny
 from tests.rollouts.test_decoding import answered
 
-# PEFT says that Mamba's kernels read out_proj past the layer, and takes gate_proj and its kin for experts.
+# Mamba's kernels read out_proj past the layer; PEFT takes gate_proj and its kin for experts.
 TARGETS = {
     "falcon_h1": "down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj",
     "lfm2": "in_proj k_proj out_proj q_proj v_proj w1 w2 w3",
     "qwen3_next": "in_proj_ba in_proj_qkvz k_proj o_proj out_proj q_proj shared_expert_gate v_proj",
     "mamba2": "in_proj",
+    "mamba": "dt_proj in_proj x_proj",
+    "bamba": "down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj",
     # Parts that a list of modules shares the name of are named with what stands before them.
-    "zamba2": "0.0 0.1 down_proj gate_up_proj in_proj k_proj linear o_proj out_proj q_proj v_proj",
+    "zamba2": "0.0 0.1 down_proj gate_up_proj in_proj k_proj linear o_proj q_proj v_proj",
 }
 every_family = pytest.mark.parametrize("family", RECURRENT)
 
@@ -55,6 +60,31 @@ def test_what_is_sampled_is_what_is_scored(tiny_trunk: TinyTrunk, family: str) -
     gap = (rollout.logprobs - read)[rollout.response_mask].abs()
     # Recurrences round a lot in fp32; a state of another row or step is off by nats.
     assert float(gap.max()) < 0.05
+
+
+def test_mamba_2_loads_in_bfloat16(tiny_trunk: TinyTrunk) -> None:
+    trunk = load_trunk(str(tiny_trunk("mamba2")), dtype="bfloat16")
+    trunk.require_cache()
+    assert trunk.dtype == torch.bfloat16
+
+
+@every_family
+def test_adapters_load_in_plain_peft_and_here(
+    tiny_trunk: TinyTrunk, tmp_path: Path, family: str
+) -> None:
+    folder = tiny_trunk(family)
+    roles, ids = build(folder), torch.arange(60, 72)[None]
+    roles.trunk("policy").adapters.save("actor", tmp_path, str(folder))
+    with torch.no_grad(), roles("policy") as trunk:
+        expected = trunk.project(trunk(ids, torch.ones_like(ids, dtype=torch.bool)))
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path))
+    again = load_trunk(str(folder))
+    again.adapters.load("actor", tmp_path)
+    with torch.no_grad(), again.switch.use("actor"):
+        found = again.project(again(ids, torch.ones_like(ids, dtype=torch.bool)))
+        theirs = plain.eval()(input_ids=ids).logits
+    assert_close(found, expected, rtol=0, atol=0)
+    assert_close(theirs, expected, rtol=1e-4, atol=1e-4)
 
 
 @every_family

@@ -256,6 +256,17 @@ def test_a_prompt_is_read_once_and_answered_as_often(tiny_trunk: TinyTrunk, fami
     assert_close(logprobs[0], logprobs[1], rtol=0, atol=1e-3)
 
 
+def test_padding_is_no_token(roles: Roles) -> None:
+    # The padding's id, once as padding and once as a token.
+    rows = [[0, 55, 90], [55, 90]]
+    prompts = PromptBatch(*pad_left(rows, 0), torch.tensor([3, 3]))
+    assert torch.equal(prompts.ids[0], prompts.ids[1])
+    with roles("policy") as trunk:
+        rollout = sample(trunk, prompts, SPEC, row_uniforms(0, 0, prompts.row, 24))
+    assert rollout.logprobs is not None
+    assert float(rollout.logprobs[0, 0]) != float(rollout.logprobs[1, 0])
+
+
 def test_distinct_rows() -> None:
     rows = torch.tensor([[3, 1], [0, 2], [3, 1], [3, 0], [0, 2]])
     first, which = distinct_rows(rows)

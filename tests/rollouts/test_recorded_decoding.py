@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import pad_left
 from lightning_perl.models import recording
+from lightning_perl.models.recording import STEPS, GrowingRows
 from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
@@ -26,10 +27,12 @@ from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, FLOAT64_THROUGHOUT, WINDOW
 from tests.models.rows import build
-from tests.models.tape import Step, tape
+from tests.models.tape import NotWaiting, Step, tape
 
 SPEC = SamplingSpec(max_new_tokens=26, temperature=1.3)
 SHORT = SamplingSpec(max_new_tokens=8, temperature=1.3)
+WAITING = ("falcon", "falcon_new")
+"""They split heads by a list of Python's, which is copied to the GPU at every step."""
 WIDE = {family: {"sliding_window": 64} for family in ("mistral", "gemma2", "gemma3", "phi3")}
 """A window that no row here is longer than."""
 
@@ -74,6 +77,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
     """As on CUDA, and so that the little there is to decode takes several recordings."""
     found = Recordings(tape)
     monkeypatch.setattr(recording, "recorder_on", lambda device: found)
+    monkeypatch.setattr(recording, "refusing_to_wait", lambda device: NotWaiting())  # type: ignore[no-untyped-call]
     monkeypatch.setattr(decoding, "POLL", 3)
     monkeypatch.setattr(decoding, "LEAST_SHOWN", 16)
     monkeypatch.setattr(decoding, "WORTH", 1)
@@ -105,9 +109,12 @@ def test_every_family_samples_what_the_plain_loop_samples(
     for spec in (SPEC, replace(SPEC, temperature=0.0), replace(SPEC, top_p=0.8, top_k=40)):
         same(answered(roles, spec), answered(plain, spec), tolerance)
     same(answered(roles, role="reference"), answered(plain, role="reference"), tolerance)
+    if family in WAITING:
+        assert recordings.made == 0
+        assert roles.trunk("policy").recordable is False
+        return
     # One for the trial; then for all rows, for more columns, for half of the rows.
-    assert recordings.made > 4
-    assert recordings.played > 20
+    assert 4 < recordings.made < recordings.played / 3
     assert roles.trunk("policy").recordable
 
 
@@ -130,6 +137,27 @@ def test_what_is_counted_is_what_is_run(
     assert counts[0] == counts[1]
     assert counts[0][0] == SPEC.max_new_tokens
     assert recordings.played > SPEC.max_new_tokens / 2
+
+
+def test_a_recording_holds_until_its_room_is_full(
+    folder: Path, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trunk, "stop_ids", ())
+    shown: list[int] = []
+
+    class Noting(GrowingRows):
+        def __init__(self, *args: Any) -> None:
+            shown.append(args[-1])
+            super().__init__(*args)
+
+    monkeypatch.setattr(decoding, "GrowingRows", Noting)
+    assert prompts().ids.shape[1] == 11
+    answered(build(folder))
+    # Twice the columns that are there, and no more than there will be: 11 + 26.
+    assert shown == [22, 37]
+    # And the trial's. The first step of each room is run as it is.
+    assert recordings.made == 3
+    assert recordings.played == STEPS - 1 + (26 - 1) - 2
 
 
 def test_rows_that_end_leave_at_the_next_recording(folder: Path, recordings: Recordings) -> None:
@@ -194,18 +222,20 @@ def test_not_where_it_is_turned_off(folder: Path, recordings: Recordings, off: s
     assert recordings.made == 0
 
 
-@pytest.mark.parametrize("family", WIDE)
-def test_not_past_a_window(tiny_trunk: TinyTrunk, family: str, recordings: Recordings) -> None:
+@pytest.mark.parametrize("family", [*WIDE, "lfm2"])
+def test_not_past_a_window_nor_with_other_states(
+    tiny_trunk: TinyTrunk, family: str, recordings: Recordings
+) -> None:
     assert prompts().ids.shape[1] > WINDOW
     roles = build(tiny_trunk(family))
-    answered(roles)
+    with pytest.warns(UserWarning, match="not recorded as a CUDA graph.* it reads no mask of ours"):
+        answered(roles)
     assert recordings.made == 0
     assert roles.trunk("policy").recordable is None
 
 
 def test_never_on_a_cpu(folder: Path) -> None:
     assert recording.recorder_on(torch.device("cpu")) is None
-    assert recording.recorder_on(torch.device("cuda")) is recording.cuda_graph
 
 
 # ---- what a trial must find ----------------------------------------------------------------------
@@ -254,12 +284,53 @@ def careless(forward: Forward, dtype: torch.dtype) -> Forward:
     return unmasked
 
 
+def single(kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs["attention_mask"].dim() == 4 and kwargs["input_ids"].shape[1] == 1)
+
+
+def peeking(forward: Forward, dtype: torch.dtype) -> Forward:
+    """Looks where nothing was written yet."""
+
+    def looking(**kwargs: Any) -> Any:  # noqa: ANN401
+        output = forward(**kwargs)
+        if single(kwargs):
+            last = kwargs["past_key_values"].layers[0].keys[:, :, -1]
+            more = output.last_hidden_state + last.flatten(1)[:, None, :4].repeat(1, 1, 8)
+            output.last_hidden_state = more
+        return output
+
+    return looking
+
+
+def leaning(forward: Forward, dtype: torch.dtype) -> Forward:
+    """Is off by more than rounding, and not by much."""
+    little = torch.finfo(dtype).eps ** 0.3
+
+    sides = torch.ones(32, dtype=dtype)
+    sides[::2] = -1
+
+    def turned(**kwargs: Any) -> Any:  # noqa: ANN401
+        output = forward(**kwargs)
+        if single(kwargs):
+            output.last_hidden_state = output.last_hidden_state * (1 + little * sides)
+        return output
+
+    return turned
+
+
+OTHER = "steps over a held cache have other logits"
+
+
 @pytest.mark.parametrize(
-    ("spoil", "fault"),
+    ("spoil", "fault", "offset"),
     [
-        (counting, "a recorded step has other logits"),
-        (waiting, "waits, which is not permitted while capturing"),
-        (careless, "steps over a held cache have other logits"),
+        (counting, "a recorded step has other logits", 0.0),
+        (waiting, "aten.* waits", 0.0),
+        (careless, OTHER, 0.0),
+        # GPT-2's logits are near -100: what all of them share hides what a distribution is made of.
+        (careless, OTHER, 100.0),
+        (peeking, OTHER, 0.0),
+        (leaning, OTHER, 0.0),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -269,11 +340,14 @@ def test_a_family_that_cannot_be_recorded_is_found_out_once(
     spoil: Callable[[Forward, torch.dtype], Forward],
     fault: str,
     dtype: str,
+    offset: float,
 ) -> None:
     def spoiled(**options: Any) -> Roles:
         roles = build(folder, dtype=dtype, **options)
-        body: Any = roles.trunk("policy").model.base_model
-        forward = spoil(body.forward, roles.trunk("policy").dtype)
+        trunk: Any = roles.trunk("policy")
+        own, body = trunk._logits, trunk.model.base_model
+        trunk._logits = lambda hidden: own(hidden) - offset
+        forward = spoil(body.forward, trunk.dtype)
         body.forward = lambda past_key_values=None, **kwargs: forward(
             past_key_values=past_key_values, **kwargs
         )
@@ -286,7 +360,7 @@ def test_a_family_that_cannot_be_recorded_is_found_out_once(
     made = recordings.made
     found = answered(roles, SHORT)
     assert recordings.made == made
-    if spoil is not counting:
+    if spoil in (waiting, careless):
         plain = spoiled(shortcuts=Shortcuts(recorded_decoding=False))
         same(found, answered(plain, SHORT), 0.0)
 
@@ -303,5 +377,15 @@ def test_on_cuda(tiny_trunk: TinyTrunk, family: str, monkeypatch: pytest.MonkeyP
         with roles("policy") as trunk, trunk.switch.at_rest():
             uniforms = row_uniforms(1, 2, asked.row, SPEC.max_new_tokens)
             rollouts.append(sample(trunk, asked, SPEC, uniforms))
-        assert trunk.recordable is (True if recorded else None)
+        assert trunk.recordable is (family not in WAITING if recorded else None)
     same(rollouts[0], rollouts[1], 1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_capture_that_fails_names_the_switch() -> None:
+    record = recording.CudaGraphs(torch.device("cuda"))
+    value = torch.ones(3, device="cuda")
+    stream = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match=r"recorded_decoding: false"):
+        record(lambda: print(value.sum().item()))
+    assert torch.cuda.current_stream() == stream
