@@ -117,7 +117,11 @@ def test_what_somebody_took_to_the_device_goes_back() -> None:
         assert there - ledger.total == 4 * 2 * (35 + 40 + 3 + 18)
         stored = optimizer.state_dict()
         assert stored["state"][1]["exp_avg"].device == HOST
-        optimizer.rest()
+        resting = ledger.total
+        optimizer.load_state_dict(stored)
+        assert optimizer.state_dict()["state"][1]["exp_avg"].device == HOST
+        # Counts of steps only.
+        assert ledger.total <= resting + 4 * len(SIZES)
 
 
 def test_a_copy_goes_on() -> None:
