@@ -89,6 +89,10 @@ AXES = {
 }
 
 
+BEHIND = "without prompts and first tokens, s"
+"""Fitted against the tokens that are left."""
+
+
 class Point(NamedTuple):
     """What an iteration cost.
 
@@ -96,11 +100,15 @@ class Point(NamedTuple):
         seconds: By phase.
         megabytes: By phase, above what was held before.
         tokens: Generated.
+        prompts: Seconds of a rollout of one token a row.
+        rows: Of the rollout.
     """
 
     seconds: dict[str, float]
     megabytes: dict[str, float]
     tokens: int
+    prompts: float = 0.0
+    rows: int = 0
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -170,15 +178,17 @@ def measure(sizes: Sizes, args: argparse.Namespace) -> Point:
     def iteration(seconds: dict[str, list[float]]) -> int:
         rollout, taken = timed(lambda: module.collect(prompts, 0), device)
         seconds["rollout"].append(taken)
+        _, taken = timed(lambda: module.collect(prompts, 0, sampling=SamplingSpec(1)), device)
+        seconds["prompts"].append(taken)
         scored, taken = timed(lambda: module.score(rollout, values=not module.begins), device)
         seconds["score"].append(taken)
         _, taken = timed(lambda: learn(rollout, scored), device)
         seconds["update"].append(taken)
         return int(rollout.response_mask.sum())
 
-    seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    seconds: dict[str, list[float]] = {part: [] for part in (*PHASES, "prompts")}
     # The first makes the optimizer's moments.
-    iteration({phase: [] for phase in PHASES})
+    iteration({part: [] for part in seconds})
     tokens = [iteration(seconds) for _ in range(args.repeats)][-1]
     ledger = Ledger(block=1)
     with ledger, ledger.phase("rollout"):
@@ -190,9 +200,11 @@ def measure(sizes: Sizes, args: argparse.Namespace) -> Point:
         held["update"] = ledger.total
         learn(rollout, scored)
     return Point(
-        {phase: median(found) for phase, found in seconds.items()},
+        {phase: median(seconds[phase]) for phase in PHASES},
         {phase: (ledger.peaks[phase].total - held.get(phase, 0)) / 2**20 for phase in PHASES},
         tokens,
+        median(seconds["prompts"]),
+        batch,
     )
 
 
@@ -213,12 +225,16 @@ def axis_lines(
 ) -> tuple[list[str], dict[str, float]]:
     """An axis' table, and its exponents."""
     stop = name == "stop"
-    xs: Sequence[float] = [one.tokens for one in points] if stop else values
-    found = columns(points)
+    found, xs = columns(points), dict[str, Sequence[float]]()
     if stop:
-        found = {"rollout, s": found["rollout, s"]}
-    exponents = {key: exponent(xs, ys) for key, ys in found.items()}
-    last = {key: exponent(xs[-2:], ys[-2:]) for key, ys in found.items()}
+        behind = [one.seconds["rollout"] - one.prompts for one in points]
+        found = {"rollout, s": found["rollout, s"], BEHIND: behind}
+        xs = {
+            "rollout, s": [one.tokens for one in points],
+            BEHIND: [one.tokens - one.rows for one in points],
+        }
+    exponents = {key: exponent(xs.get(key, values), ys) for key, ys in found.items()}
+    last = {key: exponent(xs.get(key, values)[-2:], ys[-2:]) for key, ys in found.items()}
     generated = [[str(one.tokens)] if stop else [] for one in points]
     rows = [
         [f"{value:.4g}", *tokens, *(f"{ys[number]:.4g}" for ys in found.values())]

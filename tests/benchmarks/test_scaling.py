@@ -34,14 +34,22 @@ def test_memory_grows_as_it_should_at_toy_size(script: Script, tmp_path: Path) -
 def test_a_rollout_is_fitted_against_its_tokens(script: Script) -> None:
     scaling = script("scaling")
     seconds = {"rollout": 3.0, "score": 1.0, "update": 1.0}
+    # Four rows; prompts with their first tokens take 7 s, every other token half a second.
     points = [
-        scaling.Point({**seconds, "rollout": 0.5 * tokens}, dict.fromkeys(seconds, 1.0), tokens)
-        for tokens in (64, 16, 4)
+        scaling.Point(
+            {**seconds, "rollout": 7 + 0.5 * (tokens - 4)},
+            dict.fromkeys(seconds, 1.0),
+            tokens,
+            7.0,
+            4,
+        )
+        for tokens in (68, 20, 8)
     ]
     lines, exponents = scaling.axis_lines("stop", (0, 0.25, 0.5), points)
-    assert exponents == {"rollout, s": pytest.approx(1)}
-    assert lines[2:] == ["| 0 | 64 | 32 |", "| 0.25 | 16 | 8 |", "| 0.5 | 4 | 2 |",
-                         "| exponent |  | **1.00** (1.00) |"]  # fmt: skip
+    assert exponents[scaling.BEHIND] == pytest.approx(1)
+    assert exponents["rollout, s"] < 0.8
+    assert lines[2:5] == ["| 0 | 68 | 39 | 32 |", "| 0.25 | 20 | 15 | 8 |", "| 0.5 | 8 | 9 | 2 |"]
+    assert lines[5].endswith("**1.00** (1.00) |")
     assert scaling.axis_lines("layers", (1, 2, 4), points)[1]["score, MB"] == pytest.approx(0)
 
 
