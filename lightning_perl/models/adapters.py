@@ -53,7 +53,7 @@ class LoraSpec:
         targets: Names of the linear layers that get an adapter, matched against the end of the
             module's name; ``attention`` stands for all linear layers of the attention, whatever
             the family calls them. Empty: every linear layer inside the decoder's blocks but those that
-            PEFT has no LoRA for, or mistakes for experts' weights (then the log names them).
+            PEFT has no LoRA for, or that kernels read past it (then the log names them).
         dropout: On the adapter's input, in supervised training only; refused in RL, where the first
             ratio must be exactly 1.
     """
@@ -335,8 +335,8 @@ class Adapters:
         )
         if left:
             rank_zero_info(
-                f"LoRA on all linear layers leaves out {', '.join(left)} of some blocks: PEFT has no plain LoRA "
-                "for them in this family."
+                f"LoRA on all linear layers leaves out {', '.join(left)} of some blocks: PEFT has no plain LoRA for "
+                "them in this family, or kernels read their weights past it."
             )
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:

@@ -90,7 +90,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Nothing held any more; room is made anew."""
         super().reset()
-        self.length = 0
+        self._place, self.length = None, 0
 
     def crop(self, *_: object) -> None:
         """Not offered: sampling never takes a token back."""

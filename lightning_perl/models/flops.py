@@ -75,6 +75,18 @@ class FlopCount:
         gradients = (hidden.requires_grad + weight.requires_grad) * torch.is_grad_enabled()
         self.total += 2 * hidden.numel() * weight.shape[0] * (1 + gradients)
 
+    def step(self, rows: int, keys: int, adapter: str, weight: Tensor) -> None:
+        """Count a token more of some rows, read and projected: a step of decoding.
+
+        Args:
+            rows: ``B``.
+            keys: Tokens that each may look at, ``K``.
+            adapter: Name of the adapter in use, or `OFF`.
+            weight: Of the LM head. Shape: ``(V, H)``.
+        """
+        self.read(rows, keys, adapter)
+        self.total += 2 * rows * weight.numel()
+
     def _weights_of(self, adapter: str) -> int:
         # Decoding asks once per token; an adapter keeps its shape.
         if adapter not in self._adapter_weights:

@@ -167,9 +167,9 @@ class GrowingRows:
 
     def logits(self) -> Tensor:
         """Of each row's next token. Shape: ``(B, V)``."""
-        hidden = ~(self._real & (self._columns <= self.place))
-        bias = torch.zeros_like(hidden, dtype=self.trunk.dtype)
-        bias.masked_fill_(hidden, torch.finfo(self.trunk.dtype).min)
+        unseen = ~(self._real & (self._columns <= self.place))
+        bias = torch.zeros_like(unseen, dtype=self.trunk.dtype)
+        bias.masked_fill_(unseen, torch.finfo(self.trunk.dtype).min)
         positions = self._moved + self.place
         return self.trunk.step(self._ids, bias[:, None, None], positions, self.cache)
 

@@ -378,8 +378,8 @@ class Trunk(nn.Module):
             rows: ``B``.
             keys: Tokens that each may look at.
         """
-        self._count(rows, keys)
-        self.flops.total += 2 * rows * self.lm_head.weight.numel()
+        self.flops.step(rows, keys, self.switch.current, self.lm_head.weight)
+        self.passes += 1
 
     def logprobs(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0
@@ -428,9 +428,7 @@ class Trunk(nn.Module):
         """
         if self.weightless:
             return
-        ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        mask[1, :3] = False
+        ids, mask = self._two_rows()
         with torch.no_grad(), self.switch.use(OFF), self.uncounted():
             whole = self.project(self(ids, mask)[:, -1])
             cache = self.empty_cache(8)
@@ -459,10 +457,15 @@ class Trunk(nn.Module):
         finally:
             self.model.train(was_training)
 
-    def _compare_with_own_forward(self) -> None:
+    def _two_rows(self) -> tuple[Tensor, Tensor]:
+        """Ids of 8 tokens and their mask, the second row padded on the left."""
         ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, :3] = False
+        return ids, mask
+
+    def _compare_with_own_forward(self) -> None:
+        ids, mask = self._two_rows()
         with torch.no_grad(), self.switch.use(OFF), self.uncounted():
             ours = self.project(self(ids, mask))[mask].double()
             own = self.model(

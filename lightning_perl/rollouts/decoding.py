@@ -21,23 +21,24 @@ from lightning_perl.models.trunk import Trunk
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec, draw
 
-Ended = Callable[[Tensor, Tensor], Tensor]
-"""``(ids of some rows so far (b, t), the last of them (b,)) -> whether that ends the row (b,)``."""
+Ended = Callable[[Tensor, int, Tensor], Tensor]
+"""``(numbers of rows (b,), tokens so far, the last of them (b,)) -> whether that ends the row (b,)``."""
 POLL = 8
 """Recorded steps after which it is asked who has ended; asking waits for the GPU."""
 LEAST_SHOWN = 256
 """Columns of keys and values that a recorded step looks at, at least."""
 WORTH = 4
-"""Steps for which a recording, which takes about as long as two of them, is made."""
+"""Steps that must be left for a recording to be made: Python goes through it once, as through a step."""
 
 
-def ends_of(trunk: Trunk, strings: tuple[str, ...]) -> Ended:
+def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> Ended:
     """A row ends with a stop token, or with the one that completes one of ``strings`` in its text."""
 
-    def ended(ids: Tensor, tokens: Tensor) -> Tensor:
+    def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
         by_token = until_stop(tokens.unsqueeze(-1), trunk.stop_ids)[1]
         if not strings:
             return by_token
+        ids = responses.ids[rows, :length]
         texts = trunk.tokenizer.batch_decode(ids, skip_special_tokens=True)
         hit = [any(string in text for string in strings) for text in texts]
         return by_token | torch.tensor(hit, device=ids.device)
@@ -145,7 +146,7 @@ def sample(
         _play(trunk, cache, mask, tokens, responses, record)
         responses.end_by(trunk.stop_ids)
     elif early_exit:
-        _step(trunk, cache, mask, tokens, responses, ends_of(trunk, spec.stop))
+        _step(trunk, cache, mask, tokens, responses, ends_of(trunk, responses, spec.stop))
     else:
         _step(trunk, cache, mask, tokens, responses, None)
         responses.end_by(trunk.stop_ids)
@@ -193,7 +194,7 @@ def _step(
     prompt_tokens = mask.shape[1] - longest
     for column in range(1, longest + 1):
         if ends is not None:
-            ended = ends(responses.ids[running, :column], tokens)
+            ended = ends(running, column, tokens)
             if bool(ended.any()):
                 responses.end(running[ended], column)
                 stay = (~ended).nonzero().squeeze(-1)

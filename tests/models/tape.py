@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tests.refusing import Refusing
 
 Step = Callable[[], None]
 _aten = torch.ops.aten
@@ -35,37 +36,17 @@ def refuse_waits(func: OpOverload[Any, Any], args: tuple[Any, ...]) -> None:
         raise RuntimeError(f"{func} waits")
 
 
-class NotWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises at what waits."""
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload[Any, Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        refuse_waits(func, args)
-        return func(*args, **(kwargs or {}))
-
-
-class _Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Capture(Refusing):  # type: ignore[no-untyped-call]
     """Notes operations; what they write into is put back at the end, since a capture runs nothing."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(refuse_waits)
         self.notes: list[tuple[OpOverload[Any, Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self.before: list[tuple[Tensor, Tensor]] = []
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload[Any, Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def run(
+        self, func: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> object:
-        kwargs = kwargs or {}
-        refuse_waits(func, args)
         for value in written(func, args, kwargs):
             self.before.append((value, value.clone()))
         result = func(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch._ops import OpOverload
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import LAYOUTS, Layout
@@ -21,21 +19,12 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
+from tests.refusing import Refusing
 
 
-class NoShapesOfValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to make a shape of a tensor's values."""
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload[Any, Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        if func is torch.ops.aten.nonzero.default:
-            raise AssertionError(func)
-        return func(*args, **(kwargs or {}))
+def no_shapes_of_values(func: OpOverload[Any, Any], args: tuple[Any, ...]) -> None:
+    """Raises where a shape is made of a tensor's values."""
+    assert func is not torch.ops.aten.nonzero.default, func
 
 
 NAMES = [field.name for field in fields(Shortcuts)]
@@ -143,7 +132,7 @@ def test_values_and_gradient_at_once_make_no_shape_of_values(hydra_trunk: Path) 
     module = tiny.hydra(hydra_trunk, minibatch_size=3)
     rollout = module.collect(tiny.prompts(8), 0)
     scored = module.score(rollout, values=False)
-    with NoShapesOfValues():  # type: ignore[no-untyped-call]
+    with Refusing(no_shapes_of_values):
         module.begin(rollout, scored, by_length=False)
 
 

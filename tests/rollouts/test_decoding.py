@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -27,6 +26,7 @@ from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, RECURRENT, STOP_IDS, WINDOW
 from tests.models.rows import build
+from tests.refusing import Refusing
 
 # ---- whole responses -----------------------------------------------------------------------------
 
@@ -340,23 +340,14 @@ def test_sampling_outside_a_role_raises(roles: Roles) -> None:
         sample(roles.trunk("policy"), prompts, SPEC, row_uniforms(0, 0, prompts.row, 24))
 
 
-class NoPeeking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+def no_peeking(func: OpOverload[Any, Any], args: tuple[Any, ...]) -> None:
     """Raises where Python reads a tensor's value."""
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload[Any, Any],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        if func.overloadpacket in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.equal,
-        ):
-            raise RuntimeError(f"{func} reads a value")
-        return func(*args, **(kwargs or {}))
+    if func.overloadpacket in (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.equal,
+    ):
+        raise RuntimeError(f"{func} reads a value")
 
 
 def test_without_early_exit_the_loop_reads_no_value(
@@ -364,7 +355,7 @@ def test_without_early_exit_the_loop_reads_no_value(
 ) -> None:
     # transformers looks into the mask to spare itself a causal one, unless it is being traced.
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
-    mode = NoPeeking()  # type: ignore[no-untyped-call]
+    mode = Refusing(no_peeking)
     with mode:
         answered_rows(roles, early_exit=False)
     with pytest.raises(RuntimeError, match="reads a value"), mode:

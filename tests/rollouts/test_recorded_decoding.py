@@ -27,7 +27,8 @@ from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, FLOAT64_THROUGHOUT, WINDOW
 from tests.models.rows import build
-from tests.models.tape import NotWaiting, Step, tape
+from tests.models.tape import Step, refuse_waits, tape
+from tests.refusing import Refusing
 
 SPEC = SamplingSpec(max_new_tokens=26, temperature=1.3)
 SHORT = SamplingSpec(max_new_tokens=8, temperature=1.3)
@@ -77,7 +78,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
     """As on CUDA, and so that the little there is to decode takes several recordings."""
     found = Recordings(tape)
     monkeypatch.setattr(recording, "recorder_on", lambda device: found)
-    monkeypatch.setattr(recording, "refusing_to_wait", lambda device: NotWaiting())  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(recording, "refusing_to_wait", lambda device: Refusing(refuse_waits))
     monkeypatch.setattr(decoding, "POLL", 3)
     monkeypatch.setattr(decoding, "LEAST_SHOWN", 16)
     monkeypatch.setattr(decoding, "WORTH", 1)
