@@ -335,8 +335,8 @@ class Adapters:
         )
         if left:
             rank_zero_info(
-                f"LoRA on all linear layers leaves out {', '.join(left)} of some blocks: PEFT has no plain LoRA for "
-                "them in this family, or kernels read their weights past it."
+                f"LoRA on all linear layers leaves out {', '.join(left)} of some blocks: PEFT has no plain LoRA "
+                "for them in this family, or kernels read their weights past it."
             )
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
