@@ -49,23 +49,26 @@ class ConversationDataModule(LightningDataModule, ABC):
     to the trainer's loggers (``data/train_rows`` and so on). ``splits`` holds the rows themselves.
 
     Args:
-        tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
-        rows: What the loaders yield: ``rated`` (:class:`~lightning_perl.batches.RatedBatch`: SFT,
-            Hydra-SFT, reward models) or ``prompts``
-            (:class:`~lightning_perl.batches.PromptBatch`: the distinct contexts, for sampling).
-        batch_size: Rows of a training batch; a pair counts as one.
-        val_batch_size: Rows of a validation or test batch; None takes ``batch_size``.
-        max_tokens: Tokens of a row, the context window. Longer contexts lose whole turns on the
-            left.
-        max_response_tokens: Tokens of an answer, EOS included. Prompts may take the rest,
-            ``max_tokens - max_response_tokens``.
-        bucket: Batch rows of like length. False shuffles only.
-        seed: Seed of the order of rows. Splits do not depend on it.
-        num_workers: Processes that collate; 0 is enough for text.
-        on_bad_row: ``raise`` stops at the first row that cannot be used, ``reject`` counts it in
-            ``report`` and goes on. A file that cannot be read, or not to its end, is one such row.
-        keep_conflicts: Learn from rows whose labels contradict each other, and count them; False
-            takes them for bad rows. See :meth:`distinct`.
+        tokenizer: The folder of a trunk or tokenizer, or a name of the Hugging Face hub. From
+            Python also a loaded tokenizer.
+        rows: What a batch holds. ``rated``: prompts with their answers, labels and pairs, for SFT,
+            Hydra-SFT and reward models (``RatedBatch``). ``prompts``: the distinct prompts alone,
+            for reinforcement learning (``PromptBatch``).
+        batch_size: Rows of a training batch. A pair counts as one row.
+        val_batch_size: Rows of a validation or test batch. None: ``batch_size``.
+        max_tokens: Tokens of a row, prompt and answer together. A prompt that is too long loses
+            whole turns on the left.
+        max_response_tokens: Tokens of an answer, end-of-sequence token included. A prompt may take
+            the rest, ``max_tokens - max_response_tokens``.
+        bucket: Put rows of similar length into a batch, which saves padding. False: shuffle only.
+        seed: Seed of the order of the rows. The splits do not depend on it.
+        num_workers: Processes that collate batches. 0 is enough for text.
+        on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line.
+            ``reject`` counts such rows in ``report`` and goes on. A file that cannot be read to its
+            end counts as one such row.
+        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb
+            down for one answer, a pair in both orders), and count them. False takes each of them
+            for a bad row.
 
     Raises:
         ValueError: An argument out of its range.

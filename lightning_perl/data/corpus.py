@@ -148,21 +148,15 @@ class CorpusDataModule(ConversationDataModule):
     test split, else the validation split; its other rows are left out and counted.
 
     Args:
-        tokenizer: See :class:`ConversationDataModule`, as for the others.
-        data_dir: The folder that the layouts start from.
-        val_fraction: Share of the training dialogs that become a validation split, if none is
-            there.
-        test_fraction: Share of the dialogs that become a test split, if none is there.
-        rows: As the base.
-        batch_size: As the base.
-        val_batch_size: As the base.
-        max_tokens: As the base.
-        max_response_tokens: As the base.
-        bucket: As the base.
-        seed: As the base.
-        num_workers: As the base.
-        on_bad_row: As the base.
-        keep_conflicts: As the base.
+        data_dir: The folder that holds the corpus's files.
+        val_fraction: Share of the training dialogs (or prompts) that become the validation split,
+            where the corpus's authors made none.
+        test_fraction: Share of the dialogs (or prompts) that become the test split, where the
+            corpus's authors made none.
+        on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (most public
+            corpora have some); ``raise`` stops at the first one, naming file and line. A file that
+            cannot be read to its end counts as one such row.
+        settings: As :class:`ConversationDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
@@ -175,30 +169,10 @@ class CorpusDataModule(ConversationDataModule):
         data_dir: str | Path,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
-        rows: Literal["rated", "prompts"] = "rated",
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        max_tokens: int = 512,
-        max_response_tokens: int = 128,
-        bucket: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
         on_bad_row: Literal["reject", "raise"] = "reject",
-        keep_conflicts: bool = True,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            rows=rows,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            max_tokens=max_tokens,
-            max_response_tokens=max_response_tokens,
-            bucket=bucket,
-            seed=seed,
-            num_workers=num_workers,
-            on_bad_row=on_bad_row,
-            keep_conflicts=keep_conflicts,
-        )
+        super().__init__(tokenizer, on_bad_row=on_bad_row, **settings)
         for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 <= share < 0.5:
                 raise ValueError(f"data.{name} must be at least 0 and below 0.5, got {share}.")

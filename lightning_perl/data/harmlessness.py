@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, text_of, usable
 from lightning_perl.data.download import Remote
@@ -49,65 +47,15 @@ class HarmlessnessDataModule(CorpusDataModule):
     all splits are carved out of it, and the report says so.
 
     Args:
-        tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
         data_dir: The folder that holds ``hh-harmless-base/`` or upstream's ``harmless-base/``, each
-            with ``train.jsonl`` and ``test.jsonl``, plain or ``.gz``. Without either, ``fit``
-            downloads the corpus (14 MB) into ``harmless-base/``.
-        val_fraction: Share of the training dialogs that become the validation split.
-        test_fraction: Share of the dialogs that become the test split, where no test file is there.
-        rows: ``rated`` for pairs as :class:`~lightning_perl.batches.RatedBatch`, ``prompts`` for
-            the distinct prompts as :class:`~lightning_perl.batches.PromptBatch`.
-        batch_size: Pairs, or prompts, of a training batch.
-        val_batch_size: Pairs of a validation or test batch; None takes ``batch_size``.
-        max_tokens: Tokens of a row. Longer prompts lose whole turns on the left.
-        max_response_tokens: Tokens of a reply, EOS included; longer ones are bad rows.
-        bucket: Batch rows of like length.
-        seed: Seed of the order of rows. Splits do not depend on it.
-        num_workers: Processes that collate.
-        on_bad_row: ``reject`` counts the rows that cannot be used (the corpus has empty replies and
-            contexts that differ); ``raise`` stops at the first, with file and line. A file that
-            cannot be read, or not to its end, is one such row.
-        keep_conflicts: Learn from pairs that are there in both orders, and count them; False takes
-            them for bad rows.
+            with ``train.jsonl`` and ``test.jsonl``, plain or ``.gz``. Where it holds neither,
+            ``fit`` downloads the corpus (14 MB) into ``harmless-base/``.
+        settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
         FileNotFoundError: No local copy and no network, with what to download from where.
     """
-
-    def __init__(
-        self,
-        tokenizer: str | Path | PreTrainedTokenizerBase,
-        data_dir: str | Path,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        rows: Literal["rated", "prompts"] = "rated",
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        max_tokens: int = 512,
-        max_response_tokens: int = 128,
-        bucket: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        on_bad_row: Literal["reject", "raise"] = "reject",
-        keep_conflicts: bool = True,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            data_dir=data_dir,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            rows=rows,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            max_tokens=max_tokens,
-            max_response_tokens=max_response_tokens,
-            bucket=bucket,
-            seed=seed,
-            num_workers=num_workers,
-            on_bad_row=on_bad_row,
-            keep_conflicts=keep_conflicts,
-        )
 
     @property
     def corpus_files(self) -> Corpus:

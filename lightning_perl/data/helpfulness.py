@@ -104,7 +104,6 @@ class HelpfulnessDataModule(CorpusDataModule):
     one post are never divided. The preference is that of many voters, not of one rater.
 
     Args:
-        tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
         data_dir: ``hh``: the folder that holds ``hh-helpful-base/`` or upstream's
             ``helpful-base/``, each with ``train.jsonl`` and ``test.jsonl``. ``shp``: the folder
             that holds ``shp/``, with a folder for each subreddit and in it ``train.json``,
@@ -113,22 +112,7 @@ class HelpfulnessDataModule(CorpusDataModule):
         corpus: ``hh`` or ``shp``.
         min_score_ratio: Of ``shp``: leave out pairs whose votes have a lower ratio. 1 keeps all, as
             PERL did; the dataset's card recommends 2 for a cleaner signal.
-        val_fraction: Share of the training dialogs that become the validation split, where no
-            validation file is there.
-        test_fraction: Share of the dialogs that become the test split, where no test file is there.
-        rows: ``rated`` for pairs as :class:`~lightning_perl.batches.RatedBatch`, ``prompts`` for
-            the distinct prompts as :class:`~lightning_perl.batches.PromptBatch`.
-        batch_size: Pairs, or prompts, of a training batch.
-        val_batch_size: Pairs of a validation or test batch; None takes ``batch_size``.
-        max_tokens: Tokens of a row. Longer prompts lose whole turns on the left; a post is one turn.
-        max_response_tokens: Tokens of a reply, EOS included; longer ones are bad rows.
-        bucket: Batch rows of like length.
-        seed: Seed of the order of rows. Splits do not depend on it.
-        num_workers: Processes that collate.
-        on_bad_row: ``reject`` counts the rows that cannot be used; ``raise`` stops at the first,
-            with file and line. A file that cannot be read, or not to its end, is one such row.
-        keep_conflicts: Learn from pairs that are there in both orders, and count them; False takes
-            them for bad rows.
+        settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
@@ -141,35 +125,9 @@ class HelpfulnessDataModule(CorpusDataModule):
         data_dir: str | Path,
         corpus: Literal["hh", "shp"] = "hh",
         min_score_ratio: float = 1.0,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        rows: Literal["rated", "prompts"] = "rated",
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        max_tokens: int = 512,
-        max_response_tokens: int = 128,
-        bucket: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        on_bad_row: Literal["reject", "raise"] = "reject",
-        keep_conflicts: bool = True,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            data_dir=data_dir,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            rows=rows,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            max_tokens=max_tokens,
-            max_response_tokens=max_response_tokens,
-            bucket=bucket,
-            seed=seed,
-            num_workers=num_workers,
-            on_bad_row=on_bad_row,
-            keep_conflicts=keep_conflicts,
-        )
+        super().__init__(tokenizer, data_dir=data_dir, **settings)
         if corpus not in _CORPORA:
             raise ValueError(f"data.corpus must be one of {sorted(_CORPORA)}, got {corpus!r}.")
         if min_score_ratio < 1:

@@ -94,7 +94,6 @@ class PreferenceDataModule(ConversationDataModule):
     comes at its end. A resumed run reads past the rows before its position.
 
     Args:
-        tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
         train: Where the training rows come from, see above.
         val: Validation rows, as ``train`` but without weights; None takes ``val_fraction`` of the
             training prompts, at least one of two or more.
@@ -107,19 +106,9 @@ class PreferenceDataModule(ConversationDataModule):
         chat_template: Render prompts with the tokenizer's own chat template, for a trunk that was
             tuned with it, instead of the plain turn template. Of ``messages`` then only the last
             answer counts.
-        rows: ``rated`` for :class:`~lightning_perl.batches.RatedBatch`, ``prompts`` for the
-            distinct prompts as :class:`~lightning_perl.batches.PromptBatch`.
-        batch_size: Rows of a training batch; a pair counts as one.
-        val_batch_size: Rows of a validation or test batch; None takes ``batch_size``.
-        max_tokens: Tokens of a row. Longer prompts lose whole turns on the left.
-        max_response_tokens: Tokens of an answer, EOS included.
-        bucket: Batch rows of like length.
-        seed: Seed of the order of rows.
-        num_workers: Processes that collate; none in a stream.
-        on_bad_row: ``raise`` stops at the first row that cannot be used, with file and line;
-            ``reject`` counts it in ``report`` and goes on. A file that cannot be read, or not to
-            its end, is one such row.
-        keep_conflicts: Learn from rows that contradict each other, and count them.
+        keep_conflicts: Learn from rows whose labels contradict each other, and count them. False
+            takes each of them for a bad row.
+        settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad file or row.
@@ -139,30 +128,10 @@ class PreferenceDataModule(ConversationDataModule):
         streaming: bool = False,
         shuffle_block: int = 4096,
         chat_template: bool = False,
-        rows: Literal["rated", "prompts"] = "rated",
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        max_tokens: int = 512,
-        max_response_tokens: int = 128,
-        bucket: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        on_bad_row: Literal["reject", "raise"] = "raise",
         keep_conflicts: bool = False,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            rows=rows,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            max_tokens=max_tokens,
-            max_response_tokens=max_response_tokens,
-            bucket=bucket,
-            seed=seed,
-            num_workers=num_workers,
-            on_bad_row=on_bad_row,
-            keep_conflicts=keep_conflicts,
-        )
+        super().__init__(tokenizer, keep_conflicts=keep_conflicts, **settings)
         unknown = sorted(set(columns or {}) - set(_NAMES))
         if unknown:
             raise ValueError(f"data.columns: unknown {unknown}; the names are {list(_NAMES)}.")

@@ -166,7 +166,6 @@ class SummarizationDataModule(CorpusDataModule):
     licensed files.
 
     Args:
-        tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
         data_dir: The folder that holds, by corpus: ``tldr_3_filtered/{train,valid,test}.jsonl``, or
             ``tldr/oai1b_judged.jsonl`` for its authors' summaries; ``tldr/oai1b_judged.jsonl`` or
             ``tldr/oai1b.csv_judged.csv``; ``tldr-human/*.jsonl``; ``comparisons/batch*.json``;
@@ -174,24 +173,9 @@ class SummarizationDataModule(CorpusDataModule):
             ``bolt/``, with ``*.xml`` anywhere below. Files may be ``.gz``. What is missing, ``fit``
             downloads, but for ``tldr_human`` and ``bolt``.
         corpus: One of the table.
-        val_fraction: Share of the training posts that become the validation split, where their
-            authors made none.
-        test_fraction: The same of the test split.
-        rows: ``rated`` for demonstrations and pairs as
-            :class:`~lightning_perl.batches.RatedBatch`, ``prompts`` for the distinct prompts as
-            :class:`~lightning_perl.batches.PromptBatch`.
-        batch_size: Rows of a training batch; a pair counts as one.
-        val_batch_size: Rows of a validation or test batch; None takes ``batch_size``.
-        max_tokens: Tokens of a row. A post is one turn, which is never cut: longer ones are bad
-            rows.
-        max_response_tokens: Tokens of a summary, EOS included; longer ones are bad rows.
-        bucket: Batch rows of like length.
-        seed: Seed of the order of rows. Splits do not depend on it.
-        num_workers: Processes that collate.
-        on_bad_row: ``reject`` counts the rows that cannot be used; ``raise`` stops at the first,
-            with file and line. A file that cannot be read, or not to its end, is one such row.
-        keep_conflicts: Learn from pairs that are there in both orders, and count them; False takes
-            them for bad rows.
+        max_tokens: Tokens of a row, prompt and answer together. A post is one turn, which is never
+            cut: a longer one is a bad row.
+        settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
@@ -203,38 +187,13 @@ class SummarizationDataModule(CorpusDataModule):
         tokenizer: str | Path | PreTrainedTokenizerBase,
         data_dir: str | Path,
         corpus: Corpora = "tldr",
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        rows: Literal["rated", "prompts"] = "rated",
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
         max_tokens: int = 640,
-        max_response_tokens: int = 128,
-        bucket: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        on_bad_row: Literal["reject", "raise"] = "reject",
-        keep_conflicts: bool = True,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            data_dir=data_dir,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            rows=rows,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            max_tokens=max_tokens,
-            max_response_tokens=max_response_tokens,
-            bucket=bucket,
-            seed=seed,
-            num_workers=num_workers,
-            on_bad_row=on_bad_row,
-            keep_conflicts=keep_conflicts,
-        )
+        super().__init__(tokenizer, data_dir=data_dir, max_tokens=max_tokens, **settings)
         if corpus not in _CORPORA:
             raise ValueError(f"data.corpus must be one of {sorted(_CORPORA)}, got {corpus!r}.")
-        if corpus == "bolt" and rows != "prompts":
+        if corpus == "bolt" and self.rows != "prompts":
             raise ValueError(
                 "data.corpus bolt has conversations without summaries, so nothing to learn from: "
                 "set data.rows: prompts."

@@ -129,7 +129,6 @@ class TaskmasterDataModule(ConversationDataModule):
     are not there. API calls are agent turns.
 
     Args:
-        tokenizer: A folder or a name that transformers loads; from Python also a tokenizer.
         data_dir: The folder that holds ``taskmaster-coffee/`` and ``taskmaster-ticketing/``, or the
             original repository's ``TM-4-2024/`` and ``TM-3-2020/``, or one such folder itself.
             Files may be gzip-compressed. What is not there, ``fit`` downloads.
@@ -142,21 +141,10 @@ class TaskmasterDataModule(ConversationDataModule):
         train_folds: Folds to train and validate on; None takes every other fold.
         val_fraction: Share of the training dialogs that become the validation split; above 0 at
             least one dialog of two or more.
-        rows: ``rated`` for :class:`~lightning_perl.batches.RatedBatch`, ``prompts`` for the
-            distinct contexts as :class:`~lightning_perl.batches.PromptBatch`.
-        batch_size: Rows of a training batch.
-        val_batch_size: Rows of a validation or test batch; None takes ``batch_size``.
-        max_tokens: Tokens of a row. Longer contexts lose whole turns on the left (ticketing has 86
-            turns), longer demonstrated dialogs at their end.
-        max_response_tokens: Tokens of an answer, EOS included.
-        bucket: Batch rows of like length.
-        seed: Seed of the order of rows.
-        num_workers: Processes that collate.
         on_bad_row: ``reject`` counts the rows that cannot be used (the corpora have empty answers,
             and turns longer than the window); ``raise`` stops at the first, with file and row. A
             file that cannot be read is one such row.
-        keep_conflicts: Learn from answers with a thumb up and a thumb down, and count them; False
-            takes them for bad rows.
+        settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
@@ -175,30 +163,10 @@ class TaskmasterDataModule(ConversationDataModule):
         fold: int = 0,
         train_folds: Sequence[int] | None = None,
         val_fraction: float = 0.1,
-        rows: Literal["rated", "prompts"] = "rated",
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        max_tokens: int = 512,
-        max_response_tokens: int = 128,
-        bucket: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
         on_bad_row: Literal["reject", "raise"] = "reject",
-        keep_conflicts: bool = True,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            rows=rows,
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            max_tokens=max_tokens,
-            max_response_tokens=max_response_tokens,
-            bucket=bucket,
-            seed=seed,
-            num_workers=num_workers,
-            on_bad_row=on_bad_row,
-            keep_conflicts=keep_conflicts,
-        )
+        super().__init__(tokenizer, on_bad_row=on_bad_row, **settings)
         if task not in _FOLDERS:
             raise ValueError(f"data.task must be one of {sorted(_FOLDERS)}, got {task!r}.")
         if not (demonstrations or thumbs):
