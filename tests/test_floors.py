@@ -21,11 +21,12 @@ BELOW: dict[str, set[str]] = {
     "losses": {"functional"},
     "models": {"functional"},
     "optim": set(),
+    "phases": set(),
     "rollouts": {"batches", "functional", "models"},
     "packaged": set(),
     "data": {"batches", "functional", "packaged"},
     "rewards": {"data"},
-    "callbacks": {"batches", "metrics"},
+    "callbacks": {"batches", "metrics", "phases"},
     "metrics": {"functional"},
     "modules": {
         "functional",
@@ -38,6 +39,7 @@ BELOW: dict[str, set[str]] = {
         "callbacks",
         "metrics",
         "packaged",
+        "phases",
     },
 }
 BELOW["commands"] = set(BELOW) - {""}
@@ -49,6 +51,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "": set(),
     "batches": {"torch"},
     "optim": {"torch"},
+    "phases": {"lightning", "torch"},
     "functional": {"torch"},
     "losses": {"torch"},
     "callbacks": {"lightning", "torch", "wandb", "matplotlib"},

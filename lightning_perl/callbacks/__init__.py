@@ -2,11 +2,11 @@
 
 from lightning_perl.callbacks.before_after import BeforeAfter
 from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
-from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.callbacks.reward_report import RewardReport
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.callbacks.samples import Answering, SampleWriter
 from lightning_perl.callbacks.speed import SpeedMonitor
+from lightning_perl.phases import PhaseCallback
 
 __all__ = [
     "Answering",

@@ -11,8 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_perl.callbacks.phases import WHOLE_BATCH, PhaseCallback, cuda_device
 from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.phases import WHOLE_BATCH, PhaseCallback, cuda_device
 
 GIB = 1024**3
 """Bytes of one GiB, the unit of every ``memory/`` key."""

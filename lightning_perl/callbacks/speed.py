@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_perl.callbacks.phases import WHOLE_BATCH, PhaseCallback, cuda_device
+from lightning_perl.phases import WHOLE_BATCH, PhaseCallback, cuda_device
 
 # What each count of tokens in `training_step`'s result was spent on.
 _PHASES = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightning_perl.callbacks.phases import PhaseCallback
+from lightning_perl.phases import PhaseCallback
 
 Kind = Literal[
     "trunk", "adapters", "gradients", "optimizer", "cache", "logits", "activations", "workspace"

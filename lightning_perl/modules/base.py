@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from lightning_perl.batches import Bounded
 from lightning_perl.callbacks.handover import Handover
-from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.optim import HostAdamW
+from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 # From Python a module's specs are pickled into its checkpoints, which are read with weights_only.

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_perl.callbacks import PhaseCallback
+from lightning_perl.phases import PhaseCallback
 
 Work = Callable[["Phased"], Mapping[str, Any] | None]
 

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_perl.callbacks.phases import PhaseCallback
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import (
@@ -32,6 +31,7 @@ from lightning_perl.modules import (
 from lightning_perl.modules.base import AdapterModule, clip_by_group, default_optimizer
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
+from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
 

@@ -1,4 +1,4 @@
-"""Callbacks that know which part of a train batch is running."""
+"""The contract between modules and callbacks: which part of a train batch is running."""
 
 from __future__ import annotations
 
