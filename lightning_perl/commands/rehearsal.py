@@ -303,9 +303,10 @@ def _marked_cache(body: nn.Module, ledger: Ledger) -> Iterator[None]:
     """Call keys and values what they are, block by block."""
 
     def mark(_: object, args: object, kwargs: dict[str, Any], output: object) -> None:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, Cache):
-            ledger.mark(_keys_and_values(cache), "cache")
+        # By its class: transformers 5.24 renamed the argument.
+        for cache in kwargs.values():
+            if isinstance(cache, Cache):
+                ledger.mark(_keys_and_values(cache), "cache")
 
     with ExitStack() as hooks:
         for name, part in body.named_modules():

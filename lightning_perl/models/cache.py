@@ -6,10 +6,19 @@ copy of the whole cache per token, and twice a layer's memory while it is made.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeGuard, cast
 
-from torch import LongTensor, Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from torch import LongTensor, Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+CACHE_ARGUMENTS = ("cache", "cache_params")
+"""Names of the cache in a decoder's forward: since transformers 5.24, and of Mamba's families before."""
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -157,3 +166,14 @@ def _only_grows(layer: object, tokens: int) -> bool:
 def all_preallocated(layers: list[Any]) -> TypeGuard[list[PreallocatedLayer]]:
     """Whether there is nothing but keys and values with their room."""
     return all(isinstance(layer, PreallocatedLayer) for layer in layers)
+
+
+def cache_argument(body: nn.Module) -> str:
+    """What a decoder's forward calls its cache; transformers renamed it in 5.24."""
+    accepted = inspect.signature(body.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
+
+
+def only_states(cache: Cache) -> bool:
+    """Whether a family keeps recurrent and convolutional states and no keys and values (Mamba)."""
+    return not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)

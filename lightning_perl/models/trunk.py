@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from lightning_perl.functional.packing import Packing, attention_bias, pack, pla
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
 from lightning_perl.models.attention import attend_by_products
-from lightning_perl.models.cache import preallocate
+from lightning_perl.models.cache import cache_argument, only_states, preallocate
 from lightning_perl.models.flops import FlopCount
 from lightning_perl.models.lean_blocks import make_lean
 from lightning_perl.models.quantization import (
@@ -206,8 +205,8 @@ class Trunk(nn.Module):
         # Raises outside a role, also where there are no adapters.
         self._count(ids.numel(), attention_mask.shape[1])
         mask: Tensor | None = attention_mask.long()
-        if self._cache_argument == "cache_params" and cache is not None and ids.shape[1] == 1:
-            # Mamba's would be laid over the one token; what was padding is in no state.
+        if cache is not None and ids.shape[1] == 1 and only_states(cache):
+            # Mamba would lay the whole mask over the one token. Padding has entered no state.
             mask = None
         # Always passed: GPT-2 with left padding is off by several nats without.
         positions = position_ids(attention_mask)[:, -ids.shape[1] :]
@@ -366,8 +365,8 @@ class Trunk(nn.Module):
             input_ids=ids,
             attention_mask=bias,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
         return self._logits(output.last_hidden_state[:, -1])
 
@@ -415,9 +414,7 @@ class Trunk(nn.Module):
 
     @cached_property
     def _cache_argument(self) -> str:
-        # Mamba's families have their own name for it, and swallow the usual one.
-        accepted = inspect.signature(self.model.base_model.forward).parameters
-        return "cache_params" if "cache_params" in accepted else "past_key_values"
+        return cache_argument(self.model.base_model)
 
     def require_cache(self) -> None:
         """Read two rows with and without a cache, and compare.

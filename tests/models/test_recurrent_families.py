@@ -108,8 +108,8 @@ def test_a_family_that_loses_its_state_is_not_sampled_from(
     folder = tiny_trunk("mamba2")
     load_trunk(str(folder)).require_cache()
     trunk = load_trunk(str(folder))
-    # The usual name is swallowed.
-    monkeypatch.setattr(trunk, "_cache_argument", "past_key_values", raising=False)
+    # A name that the family does not know is swallowed.
+    monkeypatch.setattr(trunk, "_cache_argument", "memory", raising=False)
     with pytest.raises(ValueError, match=r"read token by token behind a cache.*SFT, HydraSFT"):
         trunk.require_cache()
 

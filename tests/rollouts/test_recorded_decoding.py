@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers.cache_utils import Cache
 
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import pad_left
@@ -245,6 +246,10 @@ def test_never_on_a_cpu(folder: Path) -> None:
 Forward = Callable[..., Any]
 
 
+def cache_in(kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+
+
 def counting(forward: Forward, dtype: torch.dtype) -> Forward:
     """Turns a little by a number that Python keeps: a recording plays the number it had."""
     read = 0
@@ -253,7 +258,7 @@ def counting(forward: Forward, dtype: torch.dtype) -> Forward:
     def turned(**kwargs: Any) -> Any:  # noqa: ANN401
         nonlocal read
         output = forward(**kwargs)
-        if kwargs["past_key_values"] is not None and kwargs["input_ids"].shape[1] == 1:
+        if cache_in(kwargs) is not None and kwargs["input_ids"].shape[1] == 1:
             read += 1
             output.last_hidden_state = output.last_hidden_state * (1 + little * math.sin(2 * read))
         return output
@@ -295,7 +300,7 @@ def peeking(forward: Forward, dtype: torch.dtype) -> Forward:
     def looking(**kwargs: Any) -> Any:  # noqa: ANN401
         output = forward(**kwargs)
         if single(kwargs):
-            keys = kwargs["past_key_values"].layers[0].keys
+            keys = cache_in(kwargs).layers[0].keys
             # No key that was read is so large.
             strange = (keys.abs() > 50).any((1, 2, 3)).to(dtype)
             output.last_hidden_state = output.last_hidden_state * (1 - strange[:, None, None])
@@ -349,10 +354,7 @@ def test_a_family_that_cannot_be_recorded_is_found_out_once(
         trunk: Any = roles.trunk("policy")
         own, body = trunk._logits, trunk.model.base_model
         trunk._logits = lambda hidden: own(hidden) - offset
-        forward = spoil(body.forward, trunk.dtype)
-        body.forward = lambda past_key_values=None, **kwargs: forward(
-            past_key_values=past_key_values, **kwargs
-        )
+        body.forward = spoil(body.forward, trunk.dtype)
         return roles
 
     roles = spoiled()
