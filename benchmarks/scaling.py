@@ -170,17 +170,19 @@ def measure(sizes: Sizes, args: argparse.Namespace) -> Point:
     def learn(rollout: Rollout, scored: Scored) -> None:
         """What `PPO.training_step` does with a scored rollout."""
         begun = None
-        if module.begins:
-            scored, begun = module.begin(rollout, scored)
+        if module.values_come_later:
+            scored, begun = module.first_value_pass(rollout, scored)
         experience, _ = module.experience(rollout, scored)
-        module.update(experience, optimizer, begun=begun)
+        module.update(experience, optimizer, first_value_stats=begun)
 
     def iteration(seconds: dict[str, list[float]]) -> int:
         rollout, taken = timed(lambda: module.collect(prompts, 0), device)
         seconds["rollout"].append(taken)
         _, taken = timed(lambda: module.collect(prompts, 0, sampling=SamplingSpec(1)), device)
         seconds["prompts"].append(taken)
-        scored, taken = timed(lambda: module.score(rollout, values=not module.begins), device)
+        scored, taken = timed(
+            lambda: module.score(rollout, values=not module.values_come_later), device
+        )
         seconds["score"].append(taken)
         _, taken = timed(lambda: learn(rollout, scored), device)
         seconds["update"].append(taken)
@@ -195,7 +197,7 @@ def measure(sizes: Sizes, args: argparse.Namespace) -> Point:
         rollout = module.collect(prompts, 0)
     with ledger, ledger.phase("score"):
         held = {"score": ledger.total}
-        scored = module.score(rollout, values=not module.begins)
+        scored = module.score(rollout, values=not module.values_come_later)
     with ledger, ledger.phase("update"):
         held["update"] = ledger.total
         learn(rollout, scored)

@@ -183,7 +183,7 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         """Gradients that earlier micro-batches have left, or the critic where it comes first."""
         own = [group for group in self._groups() if group["name"] == phase]
         others = [group for group in self._groups() if group["name"] != phase]
-        if phase == "actor" and self.module.begins:
+        if phase == "actor" and self.module.values_come_later:
             self._leave_gradients(others)
         if phase == "critic":
             for group in own:

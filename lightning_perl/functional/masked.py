@@ -14,6 +14,11 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum()
 
 
+def masked_row_sums(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the values that count in each row. Shape: ``(B, R)`` to ``(B,)``."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum(1)
+
+
 def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
     """Mean of the values that count.
 

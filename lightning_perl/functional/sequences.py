@@ -67,27 +67,39 @@ class Cut(NamedTuple):
     responses: int
 
 
-def cuts(sequences: Sequences, size: int, by_length: bool = True) -> Iterator[Cut]:
+def cuts(
+    sequences: Sequences, size: int, by_length: bool = True, samples: int = 1
+) -> Iterator[Cut]:
     """Micro-batches of up to ``size`` rows.
 
     Args:
         sequences: ``B`` rows.
-        size: Rows of each but the last.
+        size: Rows of a micro-batch at most.
         by_length: Rows of similar length go together, the longest first, without the columns that none
             of them uses. This reads tensors' values, once. Off: rows as they come, all columns.
+        samples: Neighbouring rows that have one prompt. A micro-batch holds whole groups of them, or a
+            part of one group where ``size`` is smaller.
     """
     count, responses = sequences.response_mask.shape
     order, spans = torch.arange(count, device=sequences.ids.device), [(0, responses)] * count
     if by_length:
-        order = sequences.attention_mask.sum(1).argsort(descending=True, stable=True)
+        longest = sequences.attention_mask.sum(1).view(-1, samples).amax(1)
+        groups = longest.argsort(descending=True, stable=True)
+        order = order.view(-1, samples)[groups].flatten()
         # At least one prompt column stays, and one of the response.
         first = sequences.attention_mask.long().argmax(1).clamp(max=sequences.prompt_tokens - 1)
         last = last_true(sequences.response_mask) + 1
         spans = torch.stack([first, last], 1)[order].tolist()
-    for start in range(0, count, size):
-        together = spans[start : start + size]
+    whole = max(samples, size // samples * samples)
+    starts = [
+        at
+        for group in range(0, count, whole)
+        for at in range(group, min(group + whole, count), size)
+    ]
+    for start, end in zip(starts, [*starts[1:], count], strict=True):
+        together = spans[start:end]
         yield Cut(
-            order[start : start + size],
+            order[start:end],
             min(unused for unused, _ in together),
             max(used for _, used in together),
         )

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_perl.functional.packing import plan_samples, saves_work
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, average, has_head, load_head
@@ -100,7 +101,7 @@ REDUCTIONS: dict[RewardEnsemble, Callable[[Tensor], Tensor]] = {
 Name = TypeVar("Name", bound=str)
 
 
-class Answers(NamedTuple):
+class RoleAnswers(NamedTuple):
     """What roles said about some rows; None where a role was not asked.
 
     Attributes:
@@ -144,6 +145,7 @@ class Roles(nn.Module):
             average; so values are scores at step 0 for one adapter and for ``weight_average`` only.
         learned_reward: False: nobody answers the role reward, and the trunk needs no reward head.
             The value head is then a copy of the trunk's reward head where there is one, else 0.
+        critic: False: nobody answers the role value, and nothing is kept for it.
 
     Attributes:
         judges: Who answers the role reward: names of reward adapters, or ``reward`` alone.
@@ -167,6 +169,7 @@ class Roles(nn.Module):
         seed: int = 0,
         ensemble: RewardEnsemble = "mean",
         learned_reward: bool = True,
+        critic: bool = True,
     ) -> None:
         super().__init__()
         rewards = [reward] if isinstance(reward, str) else list(reward or [])
@@ -194,12 +197,12 @@ class Roles(nn.Module):
         ]
         averaged = len(heads) > 1 and ensemble == "weight_average"
         self.judges = _judges(learned_reward * (1 if averaged else len(heads)))
-        self.seats = _seats(layout, self.judges)
+        self.seats = _seats(layout, self.judges, critic)
         reward_trunk = rewards[0] if layout in REWARD_TRUNK_LAYOUTS and rewards else trunk
-        on_reward = {self.seats[name].trunk for name in ("value", *self.judges)}
+        judged = {self.seats[name].trunk for name in (*self.judges, "value") if name in self.seats}
         trunks = [
             load_trunk(
-                reward_trunk if number in on_reward else trunk,
+                reward_trunk if number in judged else trunk,
                 dtype,
                 bool(self.checkpointed),
                 attention,
@@ -208,39 +211,43 @@ class Roles(nn.Module):
             )
             for number in range(1 + max(seat.trunk for seat in self.seats.values()))
         ]
-        critic_trunk = trunks[self.seats["value"].trunk]
+        judging = trunks[max(judged, default=0)]
         for head, folder in zip(heads, folders, strict=False):
-            _require_width(head, folder, critic_trunk)
+            _require_width(head, folder, judging)
         heads = [average(heads)] if averaged else heads
         self.reward_heads = nn.ModuleDict(dict(zip(self.judges, heads, strict=False)))
-        self.value_head = _first_value_head(heads, critic_trunk.hidden_size)
+        self.value_head = _first_value_head(heads, judging.hidden_size) if critic else None
         # The heads alone so far; trunks keep theirs.
-        self.to(torch.promote_types(critic_trunk.dtype, torch.float32))
+        self.to(torch.promote_types(judging.dtype, torch.float32))
         self.trunks = nn.ModuleList(trunks)
         self._compare_tokenizers()
         self.requires_grad_(False)
-        self.value_head.requires_grad_(True)
+        if self.value_head is not None:
+            self.value_head.requires_grad_(True)
         self._place_adapters(lora, folders if rewards else [], seed)
 
     def _place_adapters(self, lora: LoraSpec, rewards: list[Path], seed: int) -> None:
         if self.layout == "full":
             self.trunk("policy").requires_grad_(True)
-            # The value role never uses its LM head; weights without a gradient are not trained.
-            self.trunk("value").model.base_model.requires_grad_(True)
+            if "value" in self.seats:
+                # It never uses its LM head; weights without a gradient are not trained.
+                self.trunk("value").model.base_model.requires_grad_(True)
             return
         self.trunk("policy").adapters.add("actor", lora, seed)
         if self.layout == "joint_hydra":
             return
-        critic = self.trunk("value").adapters
-        if rewards and self.layout == "perl":
+        from_reward = bool(rewards) and self.layout == "perl"
+        if from_reward:
             self._load_judges(rewards)
-            critic.add("critic", critic.specs["reward"], seed + 1)
-            critic.copy("reward", "critic")
-            return
-        if self.layout == "perl" and self.judges:
+        elif self.layout == "perl" and self.judges:
             # The trunk's own head scores: the reward adapter is a fresh one that changes nothing.
-            critic.add("reward", lora, seed + 1, trainable=False)
-        critic.add("critic", lora, seed + 1)
+            self.trunk("reward").adapters.add("reward", lora, seed + 1, trainable=False)
+        if "value" not in self.seats:
+            return
+        critic = self.trunk("value").adapters
+        critic.add("critic", critic.specs["reward"] if from_reward else lora, seed + 1)
+        if from_reward:
+            critic.copy("reward", "critic")
 
     def _load_judges(self, rewards: list[Path]) -> None:
         adapters = self.trunk("reward").adapters
@@ -296,26 +303,42 @@ class Roles(nn.Module):
         return [tuple(group) for group in seated.values()]
 
     def answer(
-        self, sequences: Sequences, roles: Iterable[Role], temperature: float = 1.0
-    ) -> Answers:
-        """What the roles say of these rows: one forward per distinct (trunk, adapter).
+        self,
+        sequences: Sequences,
+        roles: Iterable[Role],
+        temperature: float = 1.0,
+        samples: int = 1,
+    ) -> RoleAnswers:
+        """The roles' answers about these rows: one forward per distinct (trunk, adapter).
 
         Args:
             sequences: Rows with their responses.
             roles: Who is asked. The reward is None where there is no learned one.
             temperature: Divides the logits of policy and reference, as in sampling.
+            samples: Neighbouring rows that have one prompt, which is then read once for all of them where
+                that saves work and the trunk packs rows. A batch of fewer rows has one prompt.
         """
         asked = [name for role in roles for name in self._answerers(role)]
         found: dict[str, Tensor] = {}
         for group in self.groups(asked):
             with self(group[0]) as trunk:
-                hidden = trunk(sequences.ids, sequences.attention_mask)
+                hidden = self._hidden(trunk, sequences, min(samples, len(sequences.ids)))
                 for name in group:
                     found.update(self._read(name, trunk, hidden, sequences, temperature))
         scores = [found.pop(judge) for judge in self.judges if judge in found]
         if scores:
             found["reward"] = REDUCTIONS[self.ensemble](torch.stack(scores))
-        return Answers(**found)
+        return RoleAnswers(**found)
+
+    def _hidden(self, trunk: Trunk, sequences: Sequences, samples: int) -> Tensor:
+        """Last hidden states. Shape: ``(B, T, H)``."""
+        ids, mask, prompt_tokens = sequences.ids, sequences.attention_mask, sequences.prompt_tokens
+        if samples > 1 and trunk.shortcuts.shared_prompts:
+            packing = plan_samples(len(ids), ids.shape[1], prompt_tokens, samples, ids.device)
+            if saves_work(packing, ids.numel(), ids.shape[1], trunk.hidden_size):
+                return trunk.packed(ids, mask, packing)
+        hidden: Tensor = trunk(ids, mask)
+        return hidden
 
     def _answerers(self, role: Role) -> tuple[str, ...]:
         return self.judges if role == "reward" else (role,)
@@ -328,7 +351,7 @@ class Roles(nn.Module):
             return {name: self.reward_heads[name](last)}
         states = predicting(hidden, sequences.response_mask.shape[1])
         if name == "value":
-            return {"value": self.value_head(states)}
+            return {"value": cast(ScalarHead, self.value_head)(states)}
         logprobs, entropy = trunk.logprobs(states, sequences.response_ids, temperature)
         return {name: logprobs, "entropy": entropy} if name == "policy" else {name: logprobs}
 
@@ -339,12 +362,16 @@ class Roles(nn.Module):
         return self.trunk("policy").adapters.parameters("actor")
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What the value loss trains besides the value head; empty in ``joint_hydra``."""
+        """What the value loss trains besides the value head; empty in ``joint_hydra`` and without a critic."""
+        if self.layout == "joint_hydra" or "value" not in self.seats:
+            return []
         if self.layout == "full":
             return list(self.trunk("value").model.base_model.parameters())
-        if self.layout == "joint_hydra":
-            return []
         return self.trunk("value").adapters.parameters("critic")
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """The value head's; empty without a critic."""
+        return [] if self.value_head is None else list(self.value_head.parameters())
 
 
 def _first_value_head(heads: list[ScalarHead], hidden_size: int) -> ScalarHead:
@@ -369,14 +396,18 @@ def _judges(count: int) -> tuple[str, ...]:
     return tuple(f"reward_{number}" if number else "reward" for number in range(count))
 
 
-def _seats(layout: Layout, judges: tuple[str, ...]) -> dict[str, Seat]:
-    """The layout's seats; none for a reward without a judge, one more for each further judge."""
+def _seats(layout: Layout, judges: tuple[str, ...], critic: bool) -> dict[str, Seat]:
+    """The layout's seats: one per judge, none for the value without a critic; trunks numbered without gaps."""
     reward = LAYOUTS[layout]["reward"]
     seats = {str(role): seat for role, seat in LAYOUTS[layout].items() if role != "reward"}
-    return seats | {
+    seats |= {
         judge: reward if number == 0 else Seat(reward.trunk, judge)
         for number, judge in enumerate(judges)
     }
+    if not critic:
+        del seats["value"]
+    trunks = sorted({seat.trunk for seat in seats.values()})
+    return {name: Seat(trunks.index(seat.trunk), seat.adapter) for name, seat in seats.items()}
 
 
 def _checkpointed(checkpointing: bool | Sequence[TrainedRole]) -> frozenset[str]:

@@ -4,6 +4,16 @@ from lightning_perl.modules.hydra_sft import HydraSFT
 from lightning_perl.modules.ppo import PPO, HydraPPO, JointHydraPPO
 from lightning_perl.modules.reinforce import Reinforce
 from lightning_perl.modules.reward_model import RewardModel
+from lightning_perl.modules.rloo import RLOO
 from lightning_perl.modules.sft import SFT
 
-__all__ = ["PPO", "SFT", "HydraPPO", "HydraSFT", "JointHydraPPO", "Reinforce", "RewardModel"]
+__all__ = [
+    "PPO",
+    "RLOO",
+    "SFT",
+    "HydraPPO",
+    "HydraSFT",
+    "JointHydraPPO",
+    "Reinforce",
+    "RewardModel",
+]

@@ -20,8 +20,10 @@ from torch.optim import Optimizer
 from lightning_perl.batches import Bounded
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import Trunk
+from lightning_perl.models.quantization import Quantization
+from lightning_perl.models.roles import TrainedRole
+from lightning_perl.models.shortcuts import Shortcuts, chosen
+from lightning_perl.models.trunk import Trunk, TrunkDtype
 from lightning_perl.optim import HostAdamW
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -47,20 +49,50 @@ def default_optimizer(learning_rate: float) -> OptimizerCallable:
     )
 
 
+Stats = dict[str, Tensor]
+"""Named statistics of a step, detached."""
+
+
 class AdapterModule(LightningModule, ABC):
-    """What all modules share. Its checkpoints hold exactly what is trained, and the optimizer.
+    """What all modules share. A checkpoint holds exactly what is trained, and the optimizer.
 
     Args:
-        optimizer: Makes the optimizer from parameter groups.
-        scheduler: Makes the learning-rate scheduler; none by default.
+        trunk_dtype: Dtype of the trunk's weights and matrix products. Adapters and heads stay float32.
+        checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+            True: in every training pass. A list of roles (policy, value): only where those are trained.
+        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2. None:
+            transformers chooses.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
+            (int8) by bitsandbytes, the extra ``quantization``. LM head and embeddings stay in
+            ``trunk_dtype``. Not where the whole trunk is trained. None: everything in ``trunk_dtype``.
+        shortcuts: Save work whose result is known or not needed. Results change by rounding at most; False
+            does everything the plain way, for comparison.
+        optimizer: Makes the one optimizer from the parameter groups.
+        scheduler: Makes the learning-rate scheduler, which is stepped once per optimizer step (RL: once per
+            rollout batch). None: the learning rates stay.
+        seed: Seed of fresh adapters and heads, and in RL of sampling and shuffling.
     """
 
     rows: ClassVar[Literal["rated", "prompts"]]
 
     def __init__(
-        self, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None
+        self,
+        trunk_dtype: TrunkDtype = "float32",
+        checkpointing: bool | list[TrainedRole] = False,
+        attention: str | None = None,
+        quantization: Quantization | None = None,
+        shortcuts: bool | Shortcuts = True,
+        optimizer: OptimizerCallable = default_optimizer(1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        self.trunk_dtype: TrunkDtype = trunk_dtype
+        self.checkpointing = checkpointing
+        self.attention = attention
+        self.quantization: Quantization | None = quantization
+        self.shortcuts = chosen(shortcuts)
+        self.seed = seed
         # Callables and functions cannot be read back with weights_only; the values can.
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "gold", "reward_function"])
         self.strict_loading = False

@@ -69,7 +69,16 @@ class Supervised(AdapterModule):
             raise ValueError(NO_BF16_TUNING)
         if lora is None and quantization is not None:
             raise ValueError(NO_QUANTIZED_TUNING)
-        super().__init__(optimizer, scheduler)
+        super().__init__(
+            trunk_dtype,
+            checkpointing,
+            attention,
+            quantization,
+            shortcuts,
+            optimizer,
+            scheduler,
+            seed,
+        )
         self.guard = FiniteGuard()
         self.rated = 0
         self.trunk: Trunk = load_trunk(

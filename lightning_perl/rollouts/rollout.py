@@ -5,9 +5,11 @@ Shapes: ``B`` rollouts, ``P`` prompt tokens, ``R`` response tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_perl.functional.sequences import Sequences
@@ -47,9 +49,30 @@ class Rollout(NamedTuple):
             response_mask=self.response_mask,
         )
 
+    def widened(self, response_tokens: int, pad_id: int) -> Rollout:
+        """The same with so many response columns, the new ones masked out."""
+        missing = (0, response_tokens - self.response_ids.shape[1])
+        logprobs = None if self.logprobs is None else F.pad(self.logprobs, missing)
+        return self._replace(
+            response_ids=F.pad(self.response_ids, missing, value=pad_id),
+            response_mask=F.pad(self.response_mask, missing, value=False),
+            logprobs=logprobs,
+        )
+
     def response_tokens(self) -> Tensor:
         """Length of each response, the stop token included. Shape: ``(B,)``, int64."""
         return self.response_mask.sum(1)
+
+
+def joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Rollouts of prompts with the same columns as one; shorter responses are padded on the right."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.response_ids.shape[1] for part in parts)
+    widened = [part.widened(width, pad_id) for part in parts]
+    return Rollout(
+        *(None if column[0] is None else torch.cat(column) for column in zip(*widened, strict=True))
+    )  # type: ignore[arg-type]
 
 
 def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:

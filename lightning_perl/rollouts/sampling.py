@@ -1,7 +1,7 @@
 """How a token is drawn. The model's own generation config is never read.
 
 Each token is drawn by inverse CDF from one uniform number, and a row's uniforms come from (seed,
-rollout, row) alone: its text depends on no batch mate, no rank and no early exit.
+rollout, row, sample) alone: its text depends on no batch mate, no rank and no early exit.
 
 Shapes: ``B`` rows, ``V`` vocabulary.
 """
@@ -28,6 +28,8 @@ class SamplingSpec:
             only: the scored distribution would not be the sampled one.
         top_k: Keep this many tokens; 0 keeps all. Evaluation only.
         stop: Strings that end a response, besides the trunk's EOS.
+        batch_size: Responses drawn at once: less memory for keys and values, the same texts. None: all
+            of a batch.
     """
 
     max_new_tokens: int = 128
@@ -35,6 +37,7 @@ class SamplingSpec:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
@@ -46,6 +49,8 @@ class SamplingSpec:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"sampling.batch_size must be at least 1, got {self.batch_size}.")
         object.__setattr__(self, "stop", tuple(self.stop))
 
     @property
@@ -67,25 +72,29 @@ class SamplingSpec:
             )
 
 
-def row_uniforms(seed: int, rollout: int, row: Tensor, count: int) -> Tensor:
-    """Uniform numbers in (0, 1) that depend on their own row only.
+def row_uniforms(seed: int, rollout: int, row: Tensor, count: int, samples: int = 1) -> Tensor:
+    """Uniform numbers in (0, 1) that depend on their own row and sample only.
 
-    A counter-based generator (the finalizer of SplitMix64 over seed, rollout, row and column), so
+    A counter-based generator (the finalizer of SplitMix64 over seed, rollout, row, sample and column), so
     that no generator state has to be kept, sharded or resumed.
 
     Args:
         seed: Of the run.
         rollout: Index of the rollout.
         row: Shape: ``(B,)``, int64.
-        count: Numbers per row.
+        count: Numbers per response.
+        samples: Responses per row, ``k``; those of one row stand together. The first has the numbers that
+            it has alone.
 
     Returns:
-        Shape: ``(B, count)``, float32.
+        Shape: ``(B k, count)``, float32.
     """
     columns = torch.arange(count, device=row.device)
     # Each is mixed before the next is added: seed 3, rollout 9 is not seed 9, rollout 3.
     state = _mix(_mix(torch.full_like(row, seed)) + rollout)
     state = _mix(state + row).unsqueeze(-1)
+    sample = torch.arange(samples, device=row.device)
+    state = torch.where(sample == 0, state, _mix(state + sample)).view(-1, 1)
     bits = _mix(state + columns) & 0x7FFFFF
     # 23 bits, the middle of each step: exact in float32's 24, never 0 or 1.
     return (bits.to(torch.float32) + 0.5) / 2**23

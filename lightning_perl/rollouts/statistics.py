@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_perl.functional.kl import k1
-from lightning_perl.functional.masked import masked_mean
+from lightning_perl.functional.masked import masked_mean, masked_row_sums
 from lightning_perl.rollouts.experience import Scored
 from lightning_perl.rollouts.rollout import Rollout
 
@@ -22,11 +22,10 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
     ``length_score_correlation`` (Pearson; 0 where either does not vary).
     """
     mask = rollout.response_mask
-    kl = torch.where(mask, k1(scored.logprobs, scored.reference), torch.zeros_like(scored.logprobs))
     lengths = rollout.response_tokens().float()
     return {
         "score": scored.scores.mean(),
-        "kl": kl.sum(1).mean(),
+        "kl": masked_row_sums(k1(scored.logprobs, scored.reference), mask).mean(),
         "response_tokens": lengths.mean(),
         "truncated_fraction": (~rollout.stopped).float().mean(),
         "distinct_2": distinct_pairs(rollout.response_ids, mask),

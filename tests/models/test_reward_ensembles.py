@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, load_head, save_heads
-from lightning_perl.models.roles import REDUCTIONS, Answers, RewardEnsemble, Roles
+from lightning_perl.models.roles import REDUCTIONS, RewardEnsemble, RoleAnswers, Roles
 from lightning_perl.models.trunk import load_trunk, write_adapter_manifest
 from tests.conftest import TinyTrunk
 from tests.models.rows import ROLES, SPEC, backward, gradients, loss, padded
@@ -49,7 +49,7 @@ def perl(trunk: Path, reward: str | list[str], ensemble: RewardEnsemble = "mean"
 
 
 @torch.no_grad()
-def answers(roles: Roles) -> Answers:
+def answers(roles: Roles) -> RoleAnswers:
     return roles.answer(padded(), ROLES)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import LoraSpec, NoRoleError
 from lightning_perl.models.heads import ScalarHead, load_head, save_heads
-from lightning_perl.models.roles import LAYOUTS, Answers, Layout, Role, Roles
+from lightning_perl.models.roles import LAYOUTS, Layout, Role, RoleAnswers, Roles
 from lightning_perl.models.trunk import TrunkDtype, load_trunk, write_adapter_manifest
 from tests.conftest import TinyTrunk
 from tests.models.rows import (
@@ -43,7 +43,7 @@ def passes(roles: Roles) -> int:
 
 
 @torch.no_grad()
-def answers(roles: Roles, asked: tuple[Role, ...] = ROLES) -> Answers:
+def answers(roles: Roles, asked: tuple[Role, ...] = ROLES) -> RoleAnswers:
     return roles.answer(padded(), asked)
 
 

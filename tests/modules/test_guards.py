@@ -26,7 +26,8 @@ from lightning_perl.models.heads import HEADS_FILE
 from lightning_perl.models.trunk import TrunkDtype, load_trunk
 from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, RewardModel
 from lightning_perl.modules.base import AdapterModule, FiniteGuard
-from lightning_perl.modules.on_policy import OnPolicy, ratio_tolerance
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.safety import ratio_tolerance
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.experience import Scored
 from lightning_perl.rollouts.rollout import Rollout, split_at

@@ -36,9 +36,9 @@ def iteration(module: OnPolicy) -> dict[str, Any]:
     """Everything a rollout and its update come to."""
     tiny.train_adapters(module)
     rollout = module.collect(tiny.prompts(8), 0)
-    scored, begun = module.score(rollout, values=not module.begins), None
-    if module.begins:
-        scored, begun = module.begin(rollout, scored)
+    scored, begun = module.score(rollout, values=not module.values_come_later), None
+    if module.values_come_later:
+        scored, begun = module.first_value_pass(rollout, scored)
     experience, _ = module.experience(rollout, scored)
     stats, steps = tiny.rehearse(module, experience, begun)
     mask = rollout.response_mask
@@ -118,9 +118,9 @@ def test_the_critic_reads_the_first_minibatch_once(hydra_trunk: Path) -> None:
         )
         rollout = module.collect(tiny.prompts(8), 0)
         before = module.policy_trunk.passes
-        scored, begun = module.score(rollout, values=not module.begins), None
-        if module.begins:
-            scored, begun = module.begin(rollout, scored)
+        scored, begun = module.score(rollout, values=not module.values_come_later), None
+        if module.values_come_later:
+            scored, begun = module.first_value_pass(rollout, scored)
         module.zero_grad()
         tiny.rehearse(module, module.experience(rollout, scored)[0], begun)
         counted.append(module.policy_trunk.passes - before)
@@ -133,7 +133,7 @@ def test_values_and_gradient_at_once_make_no_shape_of_values(hydra_trunk: Path) 
     rollout = module.collect(tiny.prompts(8), 0)
     scored = module.score(rollout, values=False)
     with Refusing(no_shapes_of_values):
-        module.begin(rollout, scored, by_length=False)
+        module.first_value_pass(rollout, scored, by_length=False)
 
 
 def test_scoring_asks_the_policy_only_where_nothing_was_kept(hydra_trunk: Path) -> None:

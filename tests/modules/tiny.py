@@ -234,7 +234,7 @@ def rehearse(
         )
 
     optimizer.register_step_pre_hook(record)
-    return module.update(experience, optimizer, begun=begun), steps
+    return module.update(experience, optimizer, first_value_stats=begun), steps
 
 
 def gradients_of(module: Supervised, batch: RatedBatch) -> dict[str, Tensor]:

@@ -1,0 +1,174 @@
+"""On-policy methods that also train a critic.
+
+Shapes: ``B`` rollouts, ``R`` response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from lightning_perl.functional.sequences import cuts
+from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
+from lightning_perl.modules.base import Backward, Stats
+from lightning_perl.modules.evaluation import given
+from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, add, size_of
+from lightning_perl.modules.safety import POSITIVE, require_in_range
+from lightning_perl.rollouts.experience import Experience, Scored
+from lightning_perl.rollouts.rollout import Rollout
+
+
+class ActorCritic(OnPolicy):
+    """Policy and critic learn together. Leaves fill `value_loss` besides `OnPolicy`'s holes.
+
+    Args:
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
+            takes its reward from there.
+        value_coef: Weight of the value loss; it matters where actor and critic share an adapter.
+        max_grad_norm: Clips the norm of the actor's gradient.
+        critic_max_grad_norm: Clips the gradient norms of the critic and of the value head. None: as
+            ``max_grad_norm``.
+        critic_learning_rate: Learning rate of the critic, often a tenth of the actor's. None: the
+            optimizer's.
+        head_learning_rate: Learning rate of the value head. None: the critic's.
+        settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
+    """
+
+    trained_roles: ClassVar[tuple[TrainedRole, ...]] = ("policy", "value")
+
+    def __init__(
+        self,
+        trunk: str,
+        value_coef: float = 1.0,
+        max_grad_norm: float = 1.0,
+        critic_max_grad_norm: float | None = None,
+        critic_learning_rate: float | None = None,
+        head_learning_rate: float | None = None,
+        **settings: Any,
+    ) -> None:
+        norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
+        require_in_range(
+            {
+                "value_coef": (value_coef, 0.0, math.inf),
+                "critic_max_grad_norm": (norm, POSITIVE, math.inf),
+            }
+        )
+        super().__init__(trunk, max_grad_norm=max_grad_norm, **settings)
+        self.value_coef = value_coef
+        self.max_grad_norms |= {"critic": norm, "head": norm}
+        self.critic_learning_rate = critic_learning_rate
+        self.head_learning_rate = (
+            critic_learning_rate if head_learning_rate is None else head_learning_rate
+        )
+
+    @abstractmethod
+    def value_loss(
+        self, values: Tensor, experience: Experience, size: MinibatchSize
+    ) -> tuple[Tensor, Stats]:
+        """The critic's loss on a micro-batch before ``value_coef``, and statistics; see `policy_loss`.
+
+        Args:
+            values: Of the critic being trained. Shape: ``(B, R)``.
+            experience: The micro-batch.
+            size: How much the whole minibatch holds.
+        """
+
+    def role_loss(
+        self, role: Role, answers: RoleAnswers, experience: Experience, size: MinibatchSize
+    ) -> tuple[Tensor, Stats]:
+        """Weighted loss of one trained role on a micro-batch, and its statistics."""
+        if role != "value" or answers.value is None:
+            return super().role_loss(role, answers, experience, size)
+        loss, stats = self.value_loss(answers.value, experience, size)
+        weighted = self.value_coef * loss
+        return weighted, {"value_loss": loss.detach(), "loss": weighted.detach(), **stats}
+
+    @property
+    def values_come_later(self) -> bool:
+        """Whether the critic's values come with its first gradient: if its pass is its own."""
+        alone = ("value",) in self.roles.groups(self.trained_roles)
+        return alone and self.shortcuts.shared_value_pass
+
+    def values_of(self, rollout: Rollout, scored: Scored) -> tuple[Scored, Stats | None]:
+        """The critic's values, and the first minibatch's gradient with them."""
+        if not self.values_come_later:
+            return scored, None
+        with self.phase("critic"):
+            return self.first_value_pass(rollout, scored, self.manual_backward)
+
+    def first_value_pass(
+        self,
+        rollout: Rollout,
+        scored: Scored,
+        backward: Backward = torch.Tensor.backward,
+        by_length: bool = True,
+    ) -> tuple[Scored, Stats]:
+        """The critic's values, and from the same passes its gradient in the first minibatch.
+
+        The critic has not moved since the rollout, so the first update would read the same rows with the
+        same weights again. A row's value loss needs that row's returns alone.
+
+        Args:
+            rollout: What was sampled.
+            scored: Without values, the scores final.
+            backward: As in `update`.
+            by_length: As in `update`.
+
+        Returns:
+            ``scored`` with values; and the statistics of the value loss, for `update`.
+        """
+        first, *later = (
+            rows.to(rollout.row.device) for rows in self._minibatches(len(rollout.row), 0)
+        )
+        values = torch.zeros_like(scored.values)
+        if later:
+            rest = torch.cat(later)
+            temperature = self.sampling.temperature
+            others = self.ask(rollout.rows(rest), ["value"], temperature, by_length, self.samples)
+            values[rest] = given(others.value)
+        sequences = rollout.sequences().rows(first)
+        size = size_of(sequences)
+        by_length = by_length and self.shortcuts.length_buckets
+        sums: Stats = {}
+        for cut in cuts(sequences, self.micro_batch_size, by_length, self.samples):
+            rows = first[cut.rows]
+            with self.roles.training_pass(("value",)):
+                answers = self.roles.answer(sequences.cut(cut), ("value",), samples=self.samples)
+                values[rows, : cut.responses] = given(answers.value).detach()
+                piece = scored._replace(values=values).rows(rows)
+                experience, _ = self.experience(rollout.rows(rows), piece)
+                every = torch.arange(len(rows), device=rows.device)
+                micro = experience.cut(cut._replace(rows=every))
+                loss, stats = self.role_loss("value", answers, micro, size)
+                backward(loss)
+            add(sums, stats)
+        return scored._replace(values=values), sums
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Actor, critic and value head, each with its own learning rate and clipping."""
+        critic = {"params": self.roles.critic_parameters(), "lr": self.critic_learning_rate}
+        head = {"params": self.roles.value_parameters(), "lr": self.head_learning_rate}
+        groups = [
+            *super().parameter_groups(),
+            {"name": "critic", **critic},
+            {"name": "head", **head},
+        ]
+        return [
+            {key: value for key, value in group.items() if value is not None}
+            for group in groups
+            if group["params"]
+        ]
+
+    def hand_over(self, folder: Path) -> None:
+        """Write ``RUN/adapters/{actor,critic}``, or trunks under ``RUN/{policy,critic}`` in the layout full."""
+        super().hand_over(folder)
+        target = folder / "adapters" / self.roles.seats["value"].adapter
+        if self.roles.seats["value"] != self.roles.seats["policy"]:
+            target = self.write_role("value", folder, "critic")
+        save_heads(target, {"value": cast(ScalarHead, self.roles.value_head)})

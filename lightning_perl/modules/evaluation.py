@@ -1,0 +1,367 @@
+"""What an on-policy module does without learning: sample answers, score them, compare them with the reference's.
+
+Shapes: ``B`` rollouts, ``R`` response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_perl.batches import Answers, Bounded, PromptBatch
+from lightning_perl.functional.sequences import cuts
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.roles import (
+    Layout,
+    RewardEnsemble,
+    Role,
+    RoleAnswers,
+    Roles,
+    TrainedRole,
+)
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.modules.base import AdapterModule, Stats
+from lightning_perl.modules.safety import require_in_range
+from lightning_perl.packaged import unpackaged
+from lightning_perl.rewards import RewardFunction, checked_scores
+from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts.experience import Scored
+from lightning_perl.rollouts.rollout import Rollout, joined, split_at
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.statistics import describe
+
+VALIDATION_ROLLOUT = -1
+"""Rollout index of validation's noise: the same at every validation, never a training rollout's."""
+
+
+class Evaluation(AdapterModule):
+    """Policy, reference and reward (and in `ActorCritic` value) on the trunks of one layout.
+
+    `collect` and `score` run without a Trainer.
+
+    Args:
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
+            takes its reward from there.
+        layout: Which trunk, adapter and head answers which role: ``full`` (four models), ``lora``
+            (LoRA-PPO: four trunks, two adapters), ``dynamic_lora`` (two trunks), ``perl`` (reward, policy
+            and critic adapters on one trunk), ``hydra`` (the trunk's own reward head) or ``joint_hydra``
+            (one adapter for policy and critic).
+        lora: Shape of the actor and critic adapters. Hydra-RLHF: rank 128 on all linear layers; PERL: rank 1
+            to 16 on the attention projections.
+        reward: Where the reward model is: for ``perl`` the folder RUN/adapters/reward, or several of them;
+            for ``full``, ``lora`` and ``dynamic_lora`` a trunk folder with a reward head. None: the trunk's
+            own reward head.
+        reward_ensemble: How several reward adapters make one score (PERL's outlook against reward
+            hacking): ``mean`` or ``minimum`` of their scores, a forward pass each, or the score of their
+            ``weight_average``, one pass. Scores of pairwise models have no scale of their own: train each
+            with ``normalize_scores``, or the lowest decides the minimum and the widest the mean.
+        learned_reward_weight: Weight of the learned reward's score. 0 disables it; the trunk then needs no
+            reward head.
+        reward_function: A reward in plain Python, added to the learned one.
+        reward_function_weight: Weight of the Python reward's score.
+        sampling: How rollouts are drawn. Its temperature also divides the logits when responses are scored.
+        validation_sampling: How validation answers are drawn. None: as rollouts.
+        score_batch_size: Episodes per scoring pass.
+        gold: The true reward, where an experiment knows it. It is logged and never learned from.
+        settings: Arguments of `AdapterModule`.
+    """
+
+    rows: ClassVar[Literal["rated", "prompts"]] = "prompts"
+    trained_roles: ClassVar[tuple[TrainedRole, ...]] = ("policy",)
+
+    def __init__(
+        self,
+        trunk: str,
+        layout: Layout = "hydra",
+        lora: LoraSpec = LoraSpec(),
+        reward: str | list[str] | None = None,
+        reward_ensemble: RewardEnsemble = "mean",
+        learned_reward_weight: float = 1.0,
+        reward_function: RewardFunction | None = None,
+        reward_function_weight: float = 1.0,
+        sampling: SamplingSpec = SamplingSpec(),
+        validation_sampling: SamplingSpec | None = None,
+        score_batch_size: int = 4,
+        gold: RewardFunction | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        sampling.refuse_unscored()
+        require_in_range(
+            {
+                "score_batch_size": (score_batch_size, 1, math.inf),
+                "learned_reward_weight": (learned_reward_weight, 0.0, math.inf),
+                "reward_function_weight": (reward_function_weight, 0.0, math.inf),
+            }
+        )
+        if learned_reward_weight == 0 and (reward_function is None or reward_function_weight == 0):
+            raise ValueError(
+                "learned_reward_weight is 0 and there is no reward_function with a weight, so every "
+                "score would be 0. Give one of them."
+            )
+        self.roles = Roles(
+            layout,
+            unpackaged(trunk),
+            lora,
+            reward=reward,
+            dtype=self.trunk_dtype,
+            checkpointing=self.checkpointing,
+            attention=self.attention,
+            quantization=self.quantization,
+            shortcuts=self.shortcuts,
+            seed=self.seed,
+            ensemble=reward_ensemble,
+            learned_reward=learned_reward_weight > 0,
+            critic="value" in self.trained_roles,
+        )
+        self.policy_trunk.require_cache()
+        self.learned_reward_weight = learned_reward_weight
+        self.reward_function = reward_function
+        self.reward_function_weight = reward_function_weight
+        self.sampling = sampling
+        self.validation_sampling = validation_sampling or sampling
+        self.score_batch_size = score_batch_size
+        self.gold = gold
+        self._reference_gold: list[Tensor] = []
+
+    @property
+    def policy_trunk(self) -> Trunk:
+        """The policy's trunk; its tokenizer is everybody's."""
+        return self.roles.trunk("policy")
+
+    # ---- sampling and scoring, without a Trainer -------------------------------------------------
+
+    def collect(
+        self,
+        prompts: PromptBatch,
+        rollout_index: int,
+        role: Role = "policy",
+        sampling: SamplingSpec | None = None,
+        early_exit: bool = True,
+        samples: int = 1,
+    ) -> Rollout:
+        """Sample responses to prompts, those to one prompt next to each other.
+
+        The noise of a response comes from (seed, rollout index, row, sample) and from nothing else.
+
+        Args:
+            prompts: ``B / samples`` of them.
+            rollout_index: Number of the rollout.
+            role: Whose adapter answers.
+            sampling: How tokens are drawn. None: the module's ``sampling``.
+            early_exit: See `rollouts.decoding.sample`.
+            samples: Responses per prompt.
+        """
+        spec = sampling or self.sampling
+        uniforms = row_uniforms(self.seed, rollout_index, prompts.row, spec.max_new_tokens, samples)
+        repeated = PromptBatch(*(part.repeat_interleave(samples, 0) for part in prompts))
+        size = spec.batch_size or len(repeated.row)
+        slices = [slice(start, start + size) for start in range(0, len(repeated.row), size)]
+        with self.roles(role) as trunk, trunk.switch.at_rest():
+            parts = [
+                sample(
+                    trunk,
+                    PromptBatch(*(part[rows] for part in repeated)),
+                    spec,
+                    uniforms[rows],
+                    early_exit,
+                )
+                for rows in slices
+            ]
+            rollout = joined(parts, trunk.pad_id)
+        kept = (
+            role == "policy"
+            and spec.scored_as_sampled
+            and spec.temperature == self.sampling.temperature
+            and self.shortcuts.sampled_logprobs
+        )
+        return rollout if kept else rollout._replace(logprobs=None)
+
+    def score(
+        self,
+        rollout: Rollout,
+        by_length: bool = True,
+        values: bool = True,
+        samples: int = 1,
+        temperature: float | None = None,
+    ) -> Scored:
+        """What the roles say of a rollout, one forward pass per distinct (trunk, adapter).
+
+        The policy is not asked where its log-probabilities were kept while it sampled, the critic only
+        where one is trained. Without a learned reward every score is 0.
+
+        Args:
+            rollout: What was sampled.
+            by_length: Read rows of similar length together, which looks at tensors' values.
+            values: Ask the critic; else its values are 0.
+            samples: Responses per prompt, which stand next to each other.
+            temperature: Divides the logits. None: the temperature of ``sampling``.
+        """
+        roles: list[Role] = ["reference", "reward"]
+        if values and "value" in self.trained_roles:
+            roles.insert(0, "value")
+        if rollout.logprobs is None:
+            roles.insert(0, "policy")
+        temperature = self.sampling.temperature if temperature is None else temperature
+        answers = self.ask(rollout, roles, temperature, by_length, samples)
+        reference = given(answers.reference)
+        return Scored(
+            given(answers.policy if rollout.logprobs is None else rollout.logprobs),
+            reference,
+            torch.zeros_like(reference) if answers.value is None else answers.value,
+            torch.zeros_like(reference[:, 0]) if answers.reward is None else answers.reward,
+        )
+
+    @torch.no_grad()
+    def ask(
+        self,
+        rollout: Rollout,
+        roles: Sequence[Role],
+        temperature: float = 1.0,
+        by_length: bool = True,
+        samples: int = 1,
+    ) -> RoleAnswers:
+        """The roles' answers about a rollout, micro-batch by micro-batch; 0 in columns that were cut off."""
+        sequences = rollout.sequences()
+        by_length = by_length and self.shortcuts.length_buckets
+        whole: dict[str, Tensor] = {}
+        for cut in cuts(sequences, self.score_batch_size, by_length, samples):
+            answers = self.roles.answer(sequences.cut(cut), roles, temperature, samples)
+            for name, part in answers._asdict().items():
+                if part is None:
+                    continue
+                shape = rollout.response_mask.shape[: part.dim()]
+                into = whole.setdefault(name, part.new_zeros(shape))
+                into[(cut.rows, slice(cut.responses))[: part.dim()]] = part
+        return RoleAnswers(**whole)
+
+    def rewarded(self, rollout: Rollout, learned: Tensor) -> tuple[Tensor, Stats]:
+        """What the responses earn: the learned score and the Python reward, each times its weight.
+
+        It decodes texts and calls Python, which `score` and the update never do.
+
+        Args:
+            rollout: What was sampled.
+            learned: Scores of the reward role. Shape: ``(B,)``.
+
+        Returns:
+            Scores, shape ``(B,)``, and the means of their parts where there is a Python reward.
+
+        Raises:
+            ValueError: The Python reward raised, or did not give a finite number per response.
+        """
+        scores = self.learned_reward_weight * learned
+        if self.reward_function is None:
+            return scores, {}
+        python = self.call(self.reward_function, "reward_function", rollout).to(learned)
+        parts = {"function_score": python.mean()}
+        if self.roles.judges:
+            parts["learned_score"] = learned.mean()
+        return scores + self.reward_function_weight * python, parts
+
+    @torch.no_grad()
+    def scores(self, rollout: Rollout, by_length: bool = True) -> Tensor:
+        """What the responses earn; only the reward role is asked. Shape: ``(B,)``."""
+        learned = torch.zeros(len(rollout.row), device=rollout.row.device)
+        if self.roles.judges:
+            learned = given(self.ask(rollout, ["reward"], by_length=by_length).reward)
+        return self.rewarded(rollout, learned)[0]
+
+    def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
+        """Prompts and responses, decoded without special tokens."""
+        tokenizer, stop_ids = self.policy_trunk.tokenizer, self.policy_trunk.stop_ids
+
+        def decoded(ids: Tensor, mask: Tensor) -> list[str]:
+            rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+            # EOS ends every turn of a prompt; dropped, one turn would run into the next.
+            turns = [split_at(row, stop_ids) for row in rows]
+            return [
+                "\n".join(str(tokenizer.decode(turn, skip_special_tokens=True)) for turn in row)
+                for row in turns
+            ]
+
+        return (
+            decoded(rollout.prompt_ids, rollout.prompt_mask),
+            decoded(rollout.response_ids, rollout.response_mask),
+        )
+
+    def call(self, function: RewardFunction, argument: str, rollout: Rollout) -> Tensor:
+        """Scores of a Python reward, the argument that named it being used in messages. Shape: ``(B,)``."""
+        prompts, responses = self.texts(rollout)
+        scores = checked_scores(function, argument, prompts, responses, rollout.row.tolist())
+        return torch.tensor(scores, dtype=torch.float32)
+
+    # ---- Lightning -------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Answer held-out prompts as policy and as reference, with the same noise, and compare."""
+        spec = self.validation_sampling
+        rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
+        scored = self.score(rollout, values=False, temperature=spec.temperature or 1.0)
+        scores, parts = self.rewarded(rollout, scored.scores)
+        before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
+        before_scores = self.scores(before)
+        wins = (scores > before_scores).float() + 0.5 * (scores == before_scores)
+        described = describe(rollout, scored._replace(scores=scores))
+        stats = {key: described[key] for key in ("score", "response_tokens")} | parts
+        if spec.scored_as_sampled:
+            stats["kl"] = described["kl"]
+        stats["win_rate"] = wins.mean()
+        stats["reference_score"] = before_scores.mean()
+        if self.gold is not None:
+            gold_before = self.call(self.gold, "gold", before)
+            stats["gold"] = self.call(self.gold, "gold", rollout).mean()
+            stats["reference_gold"] = gold_before.mean()
+            self._reference_gold.append(gold_before)
+        for key, value in stats.items():
+            shown = key in ("score", "kl")
+            name, rows = f"{self.held_out}/{key}", len(batch.row)
+            self.log(name, value, batch_size=rows, prog_bar=shown, on_epoch=True)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the spread of the reference's gold over all prompts; batch by batch it is smaller."""
+        if self._reference_gold:
+            spread = torch.cat(self._reference_gold).std(correction=0)
+            self.log(f"{self.held_out}/reference_gold_sd", spread)
+            self._reference_gold.clear()
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def answer(self, prompts: PromptBatch, role: Literal["policy", "reference"]) -> Answers:
+        """Texts and scores for prompts, with validation's sampling and noise."""
+        moved = PromptBatch(*(part.to(self.device) for part in prompts))
+        rollout = self.collect(moved, VALIDATION_ROLLOUT, role, self.validation_sampling)
+        prompt_texts, response_texts = self.texts(rollout)
+        return Answers(prompt_texts, response_texts, self.scores(rollout).tolist())
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Row numbers, prompts, the policy's responses and their scores."""
+        return {"row": batch.row, **self.answer(batch, "policy")._asdict()}
+
+    @property
+    def window(self) -> int | None:
+        """The smallest window of the trunks, in tokens."""
+        windows = [trunk.window for trunk in self.roles.distinct_trunks()]
+        return min((window for window in windows if window is not None), default=None)
+
+    def longest_row(self, data: Bounded) -> int:
+        """The longest prompt and the longest sampled response, in tokens."""
+        sampled = max(self.sampling.max_new_tokens, self.validation_sampling.max_new_tokens)
+        return data.max_tokens - data.max_response_tokens + sampled
+
+
+def given(answer: Tensor | None) -> Tensor:
+    """The answer of a role that was asked.
+
+    Raises:
+        RuntimeError: It was not asked.
+    """
+    if answer is None:
+        raise RuntimeError("A role was not asked for what is needed of it.")
+    return answer
