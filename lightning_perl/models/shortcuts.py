@@ -45,3 +45,10 @@ class Shortcuts:
 
 PLAIN = Shortcuts(**dict.fromkeys(Shortcuts.__dataclass_fields__, False))
 """None of them."""
+
+
+def chosen(shortcuts: bool | Shortcuts) -> Shortcuts:
+    """What a module's argument ``shortcuts`` stands for: all of them for True, none for False."""
+    if isinstance(shortcuts, Shortcuts):
+        return shortcuts
+    return Shortcuts() if shortcuts else PLAIN
