@@ -43,7 +43,7 @@ from lightning_perl.models.quantization import (
     quantization_of,
     require_quantizable,
 )
-from lightning_perl.models.shortcuts import Shortcuts
+from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.weightless import architecture, stand_in_tokenizer
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
@@ -75,7 +75,7 @@ class Trunk(nn.Module):
         tokenizer: Its tokenizer.
         checkpointing: Compute each block's activations again in backward, in training passes only.
         source: Where it came from, for messages and manifests.
-        shortcuts: Which work is saved.
+        shortcuts: Save work whose result is known or not needed. False: save none, for comparison.
 
     Raises:
         ValueError: Trunk and head together do not give the model's own logits.
@@ -87,24 +87,24 @@ class Trunk(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         checkpointing: bool = False,
         source: str = "",
-        shortcuts: Shortcuts = Shortcuts(),
+        shortcuts: bool | Shortcuts = True,
     ) -> None:
         super().__init__()
-        self.shortcuts = shortcuts
+        self.shortcuts = chosen(shortcuts)
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
         # Who says how turns become tokens: folder (or data) to template.
         self.templates: dict[str, str] = {}
         self.switch = AdapterSwitch()
-        if shortcuts.lean_blocks:
+        if self.shortcuts.lean_blocks:
             make_lean(model)
         # Shapes without values (see `weightless`): nothing can be compared.
         self.weightless = model.device.type == "meta"
         # Shapes alone stand for a run on CUDA, where attention by products is never taken.
-        if shortcuts.short_attention and not self.weightless:
+        if self.shortcuts.short_attention and not self.weightless:
             attend_by_products(model)
-        self.adapters = Adapters(model, self.switch, shortcuts.fused_adapters)
+        self.adapters = Adapters(model, self.switch, self.shortcuts.fused_adapters)
         # Each read of the trunk is one pass; tests and benchmarks count them.
         self.passes = 0
         self.flops = FlopCount(model, self.adapters)
@@ -636,7 +636,7 @@ def load_trunk(
     checkpointing: bool = False,
     attention: str | None = None,
     quantization: Quantization | None = None,
-    shortcuts: Shortcuts = Shortcuts(),
+    shortcuts: bool | Shortcuts = True,
 ) -> Trunk:
     """A trunk from a transformers folder or a hub name, every dropout 0.
 
@@ -651,7 +651,7 @@ def load_trunk(
         quantization: Keep the linear layers in 4 bits (nf4, double quantization) or 8 bits (int8), by
             bitsandbytes; LM head and embeddings stay in ``dtype``. It is done here, on the CPU. None: all
             in ``dtype``.
-        shortcuts: Which work is saved.
+        shortcuts: Save work whose result is known or not needed. False: save none, for comparison.
 
     Raises:
         ValueError: fp16, an unknown dtype or quantization, or weights that are stored quantized.
