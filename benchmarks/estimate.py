@@ -20,40 +20,42 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reality import real_peak
 from record import machine, table, write_section
+from torch import Tensor
 
+from lightning_perl.batches import RatedBatch
 from lightning_perl.commands.estimate import (
     GIB,
-    PLAIN,
-    Comparison,
+    LORA_SFT,
     Estimate,
     LlamaSizes,
-    Settings,
     comparisons,
     estimate,
     highest,
-    largest,
+    largest_sizes,
     parse_bytes,
 )
 from lightning_perl.commands.ledger import KINDS
-from lightning_perl.commands.reality import real_peak
 from lightning_perl.commands.rehearsal import (
     Load,
     OnPolicyRehearsal,
     SupervisedRehearsal,
     rehearsal_of,
 )
+from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT, RewardModel
+from lightning_perl.modules.base import AdapterModule, default_optimizer
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.optim import HostAdamW
@@ -67,10 +69,10 @@ SMALL: dict[TrunkDtype, LlamaSizes] = {
     "float32": LlamaSizes(128, 4, 4, 352, 1000),
     "bfloat16": LlamaSizes(128, 4, 4, 352, 1000, kv_heads=2),
 }
-CUDAS_ATTENTION = Shortcuts(short_attention=False)
-"""What estimates are made for; the shortcut is a CPU's, in bfloat16."""
 RANKS = (16, 128)
 LOAD = Load(256, 256, 4)
+PLAIN = "LoRA-SFT"
+"""transformers' own loss and blocks, our LoRA layers: what the others are measured by."""
 LORA_PPO = "PPO lora"
 # 2309.00754, Table 1, Llama 7b; its batch sizes are not known.
 PAPER = {
@@ -83,7 +85,7 @@ HOSTED = ", moments on the host"
 """What `HostAdamW` leaves on the device; the others have AdamW."""
 FITTED = (
     PLAIN,
-    "SFT with LoRA (ours)",
+    LORA_SFT,
     LORA_PPO,
     "PPO dynamic_lora",
     "PPO hydra",
@@ -102,24 +104,76 @@ class Setting(NamedTuple):
         return f"rank {self.rank}" + (", checkpointing" if self.checkpointing else "")
 
 
-def settings(rank: int, checkpointing: bool) -> Settings:
-    """Of Llamas in bf16."""
-    return Settings(LoraSpec(rank, float(rank)), "bfloat16", checkpointing, None, 4, LOAD)
+class PlainLoss(SupervisedRehearsal):
+    """Fine-tuning with transformers' own loss, on the logits of all positions."""
+
+    def loss(self, batch: RatedBatch) -> Tensor:
+        """Cross-entropy as transformers computes it from labels."""
+        trunk = self.module.trunk
+        labels = batch.ids.masked_fill(~batch.response_mask, -100)
+        with trunk.training_pass(), trunk.switch.use(self.module.adapter):
+            output = trunk.model(
+                input_ids=batch.ids,
+                attention_mask=batch.attention_mask.long(),
+                position_ids=position_ids(batch.attention_mask),
+                labels=labels,
+                use_cache=False,
+            )
+        loss: Tensor = output.loss
+        return loss
 
 
-def runs(rank: int, checkpointing: bool) -> dict[str, Comparison]:
-    """All of them; some also with moments that rest on the host."""
-    same = settings(rank, checkpointing)
-    hosted = comparisons(same._replace(optimizer=partial(HostAdamW, lr=1e-4)))
+class PeftLayers(PlainLoss):
+    """The same with PEFT's own LoRA layers, which cast and keep their inputs in fp32."""
+
+    def loss(self, batch: RatedBatch) -> Tensor:
+        """The same loss."""
+        for _, layer in self.module.trunk.adapters.layers():
+            # Ours hangs on the instance.
+            vars(layer).pop("forward", None)
+        return super().loss(batch)
+
+
+class Run(NamedTuple):
+    """What makes a module, how much its train batch holds, and how it is run."""
+
+    make: Callable[[], AdapterModule]
+    load: Load
+    rehearse: Callable[[Any, Load], OnPolicyRehearsal | SupervisedRehearsal] = rehearsal_of
+
+
+def runs(rank: int, checkpointing: bool) -> dict[str, Run]:
+    """Runs of Llamas in bf16; some also with moments that rest on the host."""
+    common: dict[str, Any] = {
+        "trunk": "trunk",
+        "lora": LoraSpec(rank, float(rank)),
+        "trunk_dtype": "bfloat16",
+        "checkpointing": checkpointing,
+    }
+
+    def compared(optimizer: Any) -> dict[str, Run]:  # noqa: ANN401 (makes an optimizer)
+        with weightless(SMALL["float32"].config()):
+            ppo = PPO(micro_batch_size=LOAD.rows, optimizer=optimizer, **common)
+        return {name: Run(*run) for name, run in comparisons(ppo, LOAD).items()}
+
+    own_blocks = partial(SFT, shortcuts=Shortcuts(lean_blocks=False), **common)
+    plain = {
+        PLAIN: Run(own_blocks, LOAD, PlainLoss),
+        "LoRA-SFT, PEFT's layers": Run(own_blocks, LOAD, PeftLayers),
+    }
+    hosted = compared(partial(HostAdamW, lr=1e-4))
+    hosted[PLAIN] = Run(partial(own_blocks, optimizer=partial(HostAdamW, lr=1e-4)), LOAD, PlainLoss)
     kept = (PLAIN, "PPO hydra", "PPO joint_hydra")
-    return comparisons(same) | {name + HOSTED: hosted[name] for name in kept}
+    return (
+        plain | compared(default_optimizer(1e-4)) | {name + HOSTED: hosted[name] for name in kept}
+    )
 
 
-def rehearsal(sizes: LlamaSizes, run: Comparison) -> OnPolicyRehearsal | SupervisedRehearsal:
+def rehearsal(sizes: LlamaSizes, run: Run) -> OnPolicyRehearsal | SupervisedRehearsal:
     """A run on that architecture."""
     with weightless(sizes.config()):
         module = run.make()
-    return run.rehearsal(module, run.load)
+    return run.rehearse(module, run.load)
 
 
 def say(line: str) -> None:
@@ -187,20 +241,7 @@ def fits(model: str, budgets: Sequence[str]) -> list[str]:
 
 
 def _largest(one: OnPolicyRehearsal | SupervisedRehearsal, budgets: Sequence[int]) -> list[str]:
-    held, rows = one.ledger.total, one.load.rows
-    if isinstance(one, SupervisedRehearsal):
-        searched: list[Callable[[int], int]] = [cache(lambda rows: highest(one.step_peaks(rows)))]
-    else:
-        searched = [
-            cache(lambda rows: highest(one.update_peaks(rows))),
-            cache(lambda rows: highest(one.rollout_peaks(rows))),
-        ]
-    return [
-        " / ".join(
-            str(largest(bytes_of, budget, {0: held, rows: bytes_of(rows)})) for bytes_of in searched
-        )
-        for budget in budgets
-    ]
+    return [" / ".join(map(str, largest_sizes(one, budget).values())) for budget in budgets]
 
 
 def small_runs(
@@ -212,7 +253,6 @@ def small_runs(
         "lora": LoraSpec(rank, float(rank)),
         "trunk_dtype": dtype,
         "checkpointing": checkpointing,
-        "shortcuts": CUDAS_ATTENTION,
     }
     yield "SFT", lambda: SFT("trunk", **common), load
     yield "RewardModel, thumbs", lambda: RewardModel("trunk", **common), load

@@ -48,7 +48,7 @@ from lightning_perl.callbacks.speed import matmul_tflops
 from lightning_perl.commands.estimate import LlamaSizes
 from lightning_perl.commands.ledger import CUDA_BLOCK, Ledger, PhaseLedger
 from lightning_perl.commands.new_trunk import train_tokenizer
-from lightning_perl.commands.rehearsal import Load, SupervisedRehearsal, rehearsal_of
+from lightning_perl.commands.rehearsal import Load, SupervisedRehearsal, rated_of, rehearsal_of
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
 from lightning_perl.models.trunk import Trunk
@@ -401,7 +401,7 @@ def predicted(
     found = {phase: peak.total / GIB for phase, peak in rehearsal.peaks().items()}
     if not isinstance(rehearsal, SupervisedRehearsal):
         return found, None
-    batch = rehearsal.batch(size.micro)
+    batch = rated_of(load, size.micro)
     ids = torch.randint(10, bench.sizes.vocabulary_size, batch.ids.shape)
     if batch.packing is not None:
         return {"step": max(found.values())}, batch._replace(ids=ids)

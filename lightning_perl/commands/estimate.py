@@ -1,4 +1,4 @@
-"""How much memory a run will take, before there is a GPU: the module's own acts under fake tensors."""
+"""``estimate``: how much memory a fit will take, before there is a GPU."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from pkgutil import resolve_name
+from typing import Any, NamedTuple, get_args
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_perl.batches import RatedBatch
 from lightning_perl.commands.ledger import KINDS, Peak
 from lightning_perl.commands.rehearsal import (
     Load,
@@ -27,57 +28,52 @@ from lightning_perl.commands.rehearsal import (
     own_weights,
     rehearsal_of,
 )
-from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.roles import Layout, TrainedRole
-from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import TrunkDtype
+from lightning_perl.models.roles import Layout
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT
-from lightning_perl.modules.base import AdapterModule, default_optimizer
+from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.scoring import Scoring
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 GIB = 2**30
 MOST_ROWS = 2**16
-"""No search goes further."""
+"""The largest size that a search tries."""
 SECANTS = 8
 """Runs of a search before it halves what is left."""
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-ANY_TRUNK = "trunk"
-"""Where no weights are read, no folder is asked for."""
-PLAIN = "LoRA-SFT"
-"""transformers' own loss and blocks, our LoRA layers: what the others are measured by."""
+LORA_SFT = "SFT with LoRA"
+"""The run that others are compared with."""
 NOT_COUNTED = (
     "Not counted: CUDA's context, libraries' buffers and fragmentation, about 1 GiB. A card of 24 GB holds "
     "what fits --budget 23GB."
 )
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of ``24GiB``, ``80 GB`` or ``500MiB``.
-
-    Raises:
-        ValueError: It is no such thing.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text, re.IGNORECASE)
-    if found is None or float(found[1]) <= 0:
-        raise ValueError(f"--budget must be a size such as 24GiB or 80GB, got {text!r}.")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** "_KMGT".index(found[2].upper()))
+SHAPE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""Two trunks take the same memory if these are equal."""
 
 
 @dataclass(frozen=True)
 class LlamaSizes:
-    """A Llama by its sizes, for those who have no configuration file.
+    """The sizes of a Llama, for those who have no configuration file.
 
     Args:
-        hidden_size: Width.
-        layers: Decoder blocks.
+        hidden_size: Width of the hidden states.
+        layers: Number of decoder blocks.
         heads: Attention heads.
-        kv_heads: Heads of keys and values; None as many as heads.
         intermediate_size: Width of the MLP.
         vocabulary_size: Rows of the embedding and of the LM head, which are two matrices.
+        kv_heads: Heads of keys and values. None: as many as attention heads.
     """
 
     hidden_size: int
@@ -88,7 +84,7 @@ class LlamaSizes:
     kv_heads: int | None = None
 
     def config(self) -> LlamaConfig:
-        """As transformers has it."""
+        """The configuration that transformers builds the model from."""
         return LlamaConfig(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.layers,
@@ -101,16 +97,154 @@ class LlamaSizes:
         )
 
 
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """What ``estimate`` takes beside the arguments of ``fit``."""
+    parser.add_argument(
+        "--architecture",
+        type=str | None,
+        default=None,
+        help="A model folder, a config.json or a hub name, in place of the configuration's trunk. Only the "
+        "architecture is read, never weights. Or give the sizes of a Llama: --hidden_size and so on.",
+    )
+    for size in fields(LlamaSizes):
+        parser.add_argument(f"--{size.name}", type=int | None, default=None)
+    parser.add_argument(
+        "--pairs",
+        type=bool | None,
+        default=None,
+        help="Whether the data's rows are preference pairs. By default they are for modules with a reward "
+        "loss, unless the datamodule says that it has no pairs.",
+    )
+    parser.add_argument(
+        "--budget",
+        type=str | None,
+        default=None,
+        help="Such as 24GiB: also find the largest batches that fit.",
+    )
+    parser.add_argument(
+        "--layouts",
+        action="store_true",
+        help="Also estimate PPO's layouts and supervised fine-tuning, at the same lengths.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+
+
+def run(config: Namespace, parser: LightningArgumentParser) -> None:
+    """Print the estimate of a parsed command line."""
+    print(
+        report(
+            partial(_make_module, config, parser),
+            _architecture(config),
+            load_of(config),
+            config.budget,
+            config.layouts,
+            config.json,
+        )
+    )
+
+
+def load_of(config: Namespace) -> Load:
+    """Lengths and sizes as the data and the module state them.
+
+    Raises:
+        ValueError: The module is none of this package.
+    """
+    data, model = config.data.init_args, config.model.init_args
+    module_class = resolve_name(config.model.class_path)
+    if not (isinstance(module_class, type) and issubclass(module_class, AdapterModule)):
+        raise ValueError(
+            f"estimate runs this package's modules, and {config.model.class_path} is none of them."
+        )
+    prompt = data.max_tokens - data.max_response_tokens
+    if issubclass(module_class, OnPolicy):
+        rows = data.batch_size * model.get("samples", 1)
+        return Load(prompt, model.sampling.max_new_tokens, rows)
+    pairs = config.pairs
+    if pairs is None:
+        data_class = resolve_name(config.data.class_path)
+        pairs = issubclass(module_class, Scoring) and getattr(data_class, "pairs", True)
+    accumulated = (config.trainer.accumulate_grad_batches or 1) > 1
+    return Load(prompt, data.max_response_tokens, data.batch_size, pairs, accumulated)
+
+
+def _make_module(config: Namespace, parser: LightningArgumentParser) -> AdapterModule:
+    """The module alone, without what only a real run reads.
+
+    Raises:
+        ValueError: Several rewards of which some are not there yet, or a reward on a trunk of another shape.
+    """
+    chosen = config.model.clone()
+    chosen.init_args.pop("gold", None)
+    rewards = chosen.init_args.get("reward")
+    folders = [rewards] if isinstance(rewards, str) else rewards or []
+    missing = [name for name in folders if not Path(unpackaged(name)).expanduser().exists()]
+    if missing and len(folders) > 1:
+        raise ValueError(
+            f"estimate: {missing} of the {len(folders)} reward folders are not there, so their shapes are "
+            "not known. Give folders that exist, or one that does not: it is taken to have the actor's shape."
+        )
+    if missing:
+        # Not trained yet: taken to have the actor's shape, or the policy trunk's.
+        chosen.init_args["reward"] = None
+    for folder in set(folders) - set(missing):
+        _require_same_shape(folder, _architecture(config))
+    with warnings.catch_warnings():
+        # A module's own default optimizer is a function, which no config file can hold.
+        warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
+        module: AdapterModule = parser.instantiate(Namespace(model=chosen)).model  # type: ignore[no-untyped-call]
+    return module
+
+
+def _require_same_shape(reward: str, policy: PreTrainedConfig) -> None:
+    """All trunks are estimated with one architecture."""
+    if not (Path(unpackaged(reward)).expanduser() / "config.json").is_file():
+        return  # an adapter
+    ours, theirs = (
+        {name: getattr(config, name, None) for name in SHAPE}
+        for config in (policy, architecture_from(reward))
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"estimate knows one architecture for all trunks; that of the reward in {reward} is another: "
+            f"{theirs}, got {ours} for the policy. Estimate it with a reward on a trunk of the policy's shape."
+        )
+
+
+def _architecture(config: Namespace) -> PreTrainedConfig:
+    """The architecture of the sizes, of ``--architecture``, or of the trunk.
+
+    Raises:
+        ValueError: Some sizes but not all, or nothing that transformers can read.
+    """
+    sizes = {size.name: config[size.name] for size in fields(LlamaSizes)}
+    if all(value is None for value in sizes.values()):
+        return architecture_from(config.architecture or config.model.init_args.trunk)
+    missing = [
+        f"--{size.name}"
+        for size in fields(LlamaSizes)
+        if size.default is MISSING and sizes[size.name] is None
+    ]
+    if missing or config.architecture:
+        raise ValueError(
+            "estimate: give --architecture, or all sizes of a Llama without it"
+            + (f"; missing {', '.join(missing)}." if missing else ".")
+        )
+    return LlamaSizes(**sizes).config()
+
+
 def architecture_from(source: str) -> PreTrainedConfig:
     """The configuration of a model folder, a ``config.json``, or a hub name. No weights are read.
 
     Raises:
         ValueError: There is none, transformers does not know it, or it is no decoder's.
     """
-    where = Path(unpackaged(source)).expanduser()
+    path = Path(unpackaged(source)).expanduser()
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(where) if where.exists() else source
+            str(path) if path.exists() else source
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -123,43 +257,28 @@ def architecture_from(source: str) -> PreTrainedConfig:
     return config
 
 
-class PlainLoss(SupervisedRehearsal):
-    """Fine-tuning with transformers' own loss, on the logits of all positions."""
+def parse_bytes(text: str) -> int:
+    """Bytes of ``24GiB``, ``80 GB`` or ``500MiB``.
 
-    def loss(self, batch: RatedBatch) -> Tensor:
-        """Cross-entropy as transformers computes it from labels."""
-        trunk = self.module.trunk
-        labels = batch.ids.masked_fill(~batch.response_mask, -100)
-        with trunk.training_pass(), trunk.switch.use(self.module.adapter):
-            output = trunk.model(
-                input_ids=batch.ids,
-                attention_mask=batch.attention_mask.long(),
-                position_ids=position_ids(batch.attention_mask),
-                labels=labels,
-                use_cache=False,
-            )
-        loss: Tensor = output.loss
-        return loss
+    Raises:
+        ValueError: The text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"--budget must be a size such as 24GiB or 80GB, got {text!r}.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** "_KMGT".index(match[2].upper()))
 
 
-class PeftLayers(PlainLoss):
-    """The same with PEFT's own LoRA layers, which cast and keep their inputs in fp32."""
-
-    def loss(self, batch: RatedBatch) -> Tensor:
-        """The same loss."""
-        for _, layer in self.module.trunk.adapters.layers():
-            # Ours hangs on the instance.
-            vars(layer).pop("forward", None)
-        return super().loss(batch)
+# ---- peaks, and the largest sizes that fit -------------------------------------------------------
 
 
 class Estimate(NamedTuple):
-    """What was found for one run.
+    """The estimate of one run.
 
     Attributes:
-        peaks: Of each phase.
-        micro_batch_size: The largest that fits the budget; None where nobody asked.
-        rollout_rows: The most prompts sampled at once that fit; None also where nothing is sampled.
+        peaks: The peak of each phase.
+        micro_batch_size: The largest that fits the budget; None without a budget.
+        rollout_rows: The most responses sampled at once that fit; None also where nothing is sampled.
     """
 
     peaks: Peaks
@@ -167,45 +286,14 @@ class Estimate(NamedTuple):
     rollout_rows: int | None = None
 
     @property
+    def phase(self) -> str:
+        """The phase with the largest peak."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase].total)
+
+    @property
     def peak(self) -> Peak:
-        """The largest."""
-        return max(self.peaks.values(), key=lambda peak: peak.total)
-
-
-def highest(peaks: Peaks) -> int:
-    """Bytes at the highest of some peaks."""
-    return max(peak.total for peak in peaks.values())
-
-
-def largest(bytes_of: Callable[[int], int], budget: int, known: Mapping[int, int]) -> int:
-    """The most rows whose peak is within the budget; it and one row more have been run.
-
-    Peaks grow nearly as ``held + rows * slope``, so secants find the place in three or four runs; a bracket
-    keeps them honest where peaks do not.
-
-    Args:
-        bytes_of: Peak with so many rows; does not fall as rows grow.
-        budget: Bytes.
-        known: Peaks that are known, at least of 0 rows (what is always held) and of one other number.
-
-    Returns:
-        0 where not even one row fits; `MOST_ROWS` where that many do.
-    """
-    seen = dict(known)
-    if seen[0] > budget:
-        return 0
-    while True:
-        good = max(rows for rows, peak in seen.items() if peak <= budget)
-        bad = min((rows for rows, peak in seen.items() if peak > budget), default=MOST_ROWS + 1)
-        if bad - good == 1:
-            return good
-        rows = (good + bad) // 2
-        (near, peak), (far, other) = sorted(seen.items(), key=lambda one: abs(one[1] - budget))[:2]
-        # Peaks that do not grow say nothing, and a secant that has not arrived by now will not.
-        if peak != other and len(seen) < SECANTS:
-            rows = near + math.floor((budget - peak) * (near - far) / (peak - other))
-        rows = min(max(rows, good + 1), bad - 1)
-        seen[rows] = bytes_of(rows)
+        """The largest peak."""
+        return self.peaks[self.phase]
 
 
 def estimate(
@@ -226,195 +314,117 @@ def estimate(
             "and optimizer hold before the first row is read. Use a layout with fewer trunks, a smaller "
             "rank, trunk_dtype bfloat16 with LoRA, or a smaller trunk."
         )
-    if isinstance(rehearsal, SupervisedRehearsal):
-        known = {0: held, rehearsal.load.rows: highest(peaks)}
-        return Estimate(
-            peaks, largest(lambda rows: highest(rehearsal.step_peaks(rows)), budget, known)
-        )
-    micro = rehearsal.module.micro_batch_size
-    known = {0: held, micro: highest(rehearsal.update_peaks(micro))}
-    rows = rehearsal.load.rows
-    return Estimate(
-        peaks,
-        largest(lambda rows: highest(rehearsal.update_peaks(rows)), budget, known),
-        largest(
-            lambda rows: highest(rehearsal.rollout_peaks(rows)),
-            budget,
-            {0: held, rows: peaks["rollout"].total},
-        ),
-    )
+    return Estimate(peaks, **largest_sizes(rehearsal, budget))
 
 
-class Comparison(NamedTuple):
-    """A run beside the one that was asked for.
+def largest_sizes(
+    rehearsal: OnPolicyRehearsal | SupervisedRehearsal, budget: int
+) -> dict[str, int]:
+    """The largest of each of the rehearsal's `sizes` whose peak is within the budget."""
+    found = {}
+    for name, (own, act) in rehearsal.sizes().items():
 
-    Attributes:
-        make: Makes its module.
-        rehearsal: How that is run.
-        load: At which lengths, and how many rows.
+        def bytes_of(rows: int, act: Callable[[int], None] = act) -> int:
+            return highest(rehearsal.peaks_of(lambda: act(rows)))
+
+        known = {0: rehearsal.ledger.total, own: bytes_of(own)}
+        found[name] = largest(bytes_of, budget, known)
+    return found
+
+
+def highest(peaks: Peaks) -> int:
+    """Bytes of the highest peak."""
+    return max(peak.total for peak in peaks.values())
+
+
+def largest(bytes_of: Callable[[int], int], budget: int, known: Mapping[int, int]) -> int:
+    """The most rows whose peak is within the budget; it and one row more have been run.
+
+    Peaks grow nearly as ``held + rows * slope``, so secants find the place in three or four runs; a bracket
+    keeps them honest where peaks do not.
+
+    Args:
+        bytes_of: Peak with that many rows; does not fall as rows grow.
+        budget: Bytes.
+        known: Peaks that are known, at least of 0 rows (what is always held) and of one other number.
+
+    Returns:
+        0 where not even one row fits; `MOST_ROWS` where that many do.
     """
-
-    make: Callable[[], AdapterModule]
-    rehearsal: Callable[[Any, Load], OnPolicyRehearsal | SupervisedRehearsal]
-    load: Load
-
-
-class Settings(NamedTuple):
-    """What runs that are compared have in common.
-
-    Attributes:
-        lora: Of every adapter.
-        dtype: Of the trunks; those that are tuned whole are float32.
-        checkpointing: Which training passes are computed again in backward; of a list, supervised runs take
-            that they are.
-        attention: transformers' ``attn_implementation``.
-        micro_batch_size: Rows of a forward and backward.
-        load: Of the run that was asked for.
-        optimizer: Makes the optimizer.
-        shortcuts: Which work is saved, but in `PLAIN` ways.
-        minibatch_size: Of PPO.
-        score_batch_size: Of PPO.
-    """
-
-    lora: LoraSpec
-    dtype: TrunkDtype
-    checkpointing: bool | list[TrainedRole]
-    attention: str | None
-    micro_batch_size: int
-    load: Load
-    optimizer: OptimizerCallable = default_optimizer(1e-4)
-    shortcuts: Shortcuts = Shortcuts()
-    minibatch_size: int | None = None
-    score_batch_size: int | None = None
+    peaks = dict(known)
+    if peaks[0] > budget:
+        return 0
+    while True:
+        good = max(rows for rows, peak in peaks.items() if peak <= budget)
+        bad = min((rows for rows, peak in peaks.items() if peak > budget), default=MOST_ROWS + 1)
+        if bad - good == 1:
+            return good
+        rows = (good + bad) // 2
+        nearest = sorted(peaks.items(), key=lambda item: abs(item[1] - budget))
+        (near, peak), (far, other) = nearest[:2]
+        # Equal peaks have no slope, and a secant that has not arrived by now will not.
+        if peak != other and len(peaks) < SECANTS:
+            rows = near + math.floor((budget - peak) * (near - far) / (peak - other))
+        rows = min(max(rows, good + 1), bad - 1)
+        peaks[rows] = bytes_of(rows)
 
 
-def settings_of(rehearsal: OnPolicyRehearsal | SupervisedRehearsal) -> Settings:
-    """Those of a run, for its comparisons."""
-    module, load = rehearsal.module, rehearsal.load
-    trunk = rehearsal.trunks()[0]
-    specs = list(trunk.adapters.specs.values())
-    dtypes = {
-        torch.float32: "float32",
-        torch.bfloat16: "bfloat16",
-        torch.float64: "float64",
-    }
+# ---- layouts side by side ------------------------------------------------------------------------
+
+Comparison = tuple[Callable[[], AdapterModule], Load]
+"""What makes a module, and how much its train batch holds."""
+
+
+def comparisons(module: AdapterModule, load: Load) -> dict[str, Comparison]:
+    """PPO in all layouts and supervised fine-tuning, with a module's settings, lengths and micro-batch."""
+    own, trunk = module.hparams, next(part for part in module.modules() if isinstance(part, Trunk))
     # A pair is two rows to those that know no pairs.
     rows = load.rows * (2 if load.pairs else 1)
-    return Settings(
-        specs[0] if specs else LoraSpec(),
-        cast(TrunkDtype, dtypes[trunk.dtype]),
-        module.hparams["checkpointing"],
-        trunk.model.config._attn_implementation,
-        module.micro_batch_size if isinstance(module, OnPolicy) else rows,
-        load._replace(rows=rows, pairs=False, accumulated=False),
-        module._make_optimizer,
-        trunk.shortcuts,
-        module.hparams.get("minibatch_size"),
-        module.hparams.get("score_batch_size"),
-    )
-
-
-def comparisons(settings: Settings) -> dict[str, Comparison]:
-    """All layouts of PPO, and supervised fine-tuning in four ways, at equal lengths and micro-batch."""
-    lora, dtype, load = settings.lora, settings.dtype, settings.load
-    own_blocks = replace(settings.shortcuts, lean_blocks=False)
-
-    def ppo(layout: Layout) -> Callable[[], AdapterModule]:
-        return lambda: PPO(
-            ANY_TRUNK,
-            layout=layout,
-            lora=lora,
-            sampling=SamplingSpec(load.response_tokens),
-            micro_batch_size=settings.micro_batch_size,
-            minibatch_size=settings.minibatch_size,
-            score_batch_size=settings.score_batch_size,
-            trunk_dtype="float32" if layout == "full" else dtype,
-            checkpointing=settings.checkpointing,
-            attention=settings.attention,
-            shortcuts=settings.shortcuts,
-            optimizer=settings.optimizer,
-        )
-
-    def sft(
-        adapter: LoraSpec | None, shortcuts: Shortcuts = settings.shortcuts
-    ) -> Callable[[], AdapterModule]:
-        return lambda: SFT(
-            ANY_TRUNK,
-            lora=adapter,
-            trunk_dtype=dtype if adapter else "float32",
-            checkpointing=bool(settings.checkpointing),
-            attention=settings.attention,
-            shortcuts=shortcuts,
-            optimizer=settings.optimizer,
-        )
-
-    batch = load._replace(rows=settings.micro_batch_size)
-    supervised = {
-        PLAIN: Comparison(sft(lora, own_blocks), PlainLoss, batch),
-        "LoRA-SFT, PEFT's layers": Comparison(sft(lora, own_blocks), PeftLayers, batch),
-        "SFT with LoRA (ours)": Comparison(sft(lora), SupervisedRehearsal, batch),
-        "full SFT": Comparison(sft(None), SupervisedRehearsal, batch),
+    load = load._replace(rows=rows, pairs=False, accumulated=False)
+    micro = module.micro_batch_size if isinstance(module, OnPolicy) else rows
+    shared: dict[str, Any] = {
+        "trunk": "trunk",
+        "attention": own["attention"],
+        "shortcuts": trunk.shortcuts,
+        "optimizer": module._make_optimizer,
     }
-    layouts = {f"PPO {name}": Comparison(ppo(name), OnPolicyRehearsal, load) for name in LAYOUTS}
-    return supervised | layouts
+    # What is tuned whole is not quantized, and float32.
+    frozen: dict[str, Any] = {name: own[name] for name in ("trunk_dtype", "quantization")}
+    lora = next(iter(trunk.adapters.specs.values()), LoraSpec())
+    sft = shared | {"checkpointing": bool(own["checkpointing"])}
+    ppo = shared | {
+        "checkpointing": own["checkpointing"],
+        "sampling": SamplingSpec(load.response_tokens),
+        "lora": lora,
+        "micro_batch_size": micro,
+        "minibatch_size": own.get("minibatch_size"),
+        "score_batch_size": own.get("score_batch_size"),
+    }
+    runs: dict[str, Comparison] = {
+        LORA_SFT: (partial(SFT, **sft, **frozen, lora=lora), load._replace(rows=micro)),
+        "full SFT": (partial(SFT, **sft, lora=None), load._replace(rows=micro)),
+    }
+    for layout in LAYOUTS:
+        settings = ppo if layout == "full" else ppo | frozen
+        runs[f"PPO {layout}"] = (partial(PPO, **settings, layout=layout), load)
+    return runs
 
 
 def compare(
     config: PreTrainedConfig, runs: Mapping[str, Comparison], budget: int | None
 ) -> dict[str, Estimate | None]:
-    """What each run takes; None where a budget does not even hold its weights."""
-    found: dict[str, Estimate | None] = {}
-    for name, run in runs.items():
+    """The estimate of each run; None where a budget does not even hold its weights."""
+    estimates: dict[str, Estimate | None] = {}
+    for name, (make, load) in runs.items():
         with weightless(config):
-            module = run.make()
-        rehearsal = run.rehearsal(module, run.load)
-        tight = budget is not None and rehearsal.ledger.total > budget
-        found[name] = None if tight else estimate(rehearsal, budget)
-    return found
+            module = make()
+        rehearsal = rehearsal_of(module, load)
+        too_large = budget is not None and rehearsal.ledger.total > budget
+        estimates[name] = None if too_large else estimate(rehearsal, budget)
+    return estimates
 
 
-def table(one: Estimate) -> str:
-    """The phases of a run, in GiB by kind."""
-    shown = [kind for kind in KINDS if any(peak.kinds.get(kind) for peak in one.peaks.values())]
-    lines = [f"{'phase':<10}{'peak':>9}" + "".join(f"{kind:>12}" for kind in shown)]
-    for phase, peak in one.peaks.items():
-        kinds = "".join(f"{peak.kinds[kind] / GIB:>12.2f}" for kind in shown)
-        lines.append(f"{phase:<10}{peak.total / GIB:>9.2f}{kinds}")
-    return "\n".join(lines)
-
-
-def comparison_table(found: Mapping[str, Estimate | None], fitted: bool) -> str:
-    """Runs side by side."""
-    reference = found.get(PLAIN)
-    head = f"{'run':<28}{'peak GiB':>9}{'x LoRA-SFT':>12}  {'in':<10}"
-    lines = [head + (f"{'micro-batch':>12}{'rollout':>9}" if fitted else "")]
-    for name, one in found.items():
-        if one is None:
-            lines.append(f"{name:<28}{'over':>9}{'':>12}  its weights alone pass the budget")
-            continue
-        ratio = f"{one.peak.total / reference.peak.total:.2f}" if reference else ""
-        phase = max(one.peaks, key=lambda phase: one.peaks[phase].total)
-        line = f"{name:<28}{one.peak.total / GIB:>9.2f}{ratio:>12}  {phase:<10}"
-        if fitted:
-            line += f"{one.micro_batch_size:>12}{'' if one.rollout_rows is None else one.rollout_rows:>9}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def as_json(one: Estimate) -> dict[str, Any]:
-    """Numbers for machines, in GiB."""
-    return {
-        "peak_gib": one.peak.total / GIB,
-        "phases": {
-            phase: {
-                "peak_gib": peak.total / GIB,
-                "kinds_gib": {kind: size / GIB for kind, size in peak.kinds.items()},
-            }
-            for phase, peak in one.peaks.items()
-        },
-        "largest_micro_batch_size": one.micro_batch_size,
-        "largest_rollout_batch_size": one.rollout_rows,
-    }
+# ---- what is printed -----------------------------------------------------------------------------
 
 
 def report(
@@ -423,7 +433,7 @@ def report(
     load: Load,
     budget: str | None = None,
     layouts: bool = False,
-    as_object: bool = False,
+    as_json: bool = False,
 ) -> str:
     """What ``python -m lightning_perl estimate`` prints.
 
@@ -432,65 +442,95 @@ def report(
         config: The trunk's architecture.
         load: What a train batch holds.
         budget: Such as ``24GiB``: also look for the largest batches that fit.
-        layouts: Also estimate all layouts and ways of fine-tuning.
-        as_object: One JSON object instead of tables.
+        layouts: Also estimate all layouts and supervised fine-tuning.
+        as_json: One JSON object instead of tables.
 
     Raises:
         ValueError: A budget that cannot be read or does not hold the weights, a module that cannot be
             estimated, or rows longer than the trunk has positions for.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     limit = None if budget is None else parse_bytes(budget)
     with weightless(config):
         module = make()
     rehearsal = rehearsal_of(module, load)
-    found = estimate(rehearsal, limit)
-    settings = settings_of(rehearsal)
-    others = compare(config, comparisons(settings), limit) if layouts else {}
-    name = type(module).__name__
+    own = estimate(rehearsal, limit)
+    others = compare(config, comparisons(module, load), limit) if layouts else {}
     micro = module.micro_batch_size if isinstance(module, OnPolicy) else load.rows
-    parameters = sum(one.numel() for one in own_weights(rehearsal.trunks()[0]))
-    seconds = time.perf_counter() - begun
-    if as_object:
-        return json.dumps(
-            {
-                "module": name,
-                "layout": module.roles.layout if isinstance(module, OnPolicy) else None,
-                "model_type": config.model_type,
-                "parameters": parameters,
-                "load": load._asdict() | {"micro_batch_size": micro},
-                **as_json(found),
-                "budget_gib": None if limit is None else limit / GIB,
-                "layouts": {key: one and as_json(one) for key, one in others.items()} or None,
-                "seconds": seconds,
-            }
-        )
+    facts = {
+        "module": type(module).__name__,
+        "layout": module.roles.layout if isinstance(module, OnPolicy) else None,
+        "model_type": config.model_type,
+        "parameters": sum(weight.numel() for weight in own_weights(rehearsal.trunks[0])),
+        "load": load._asdict() | {"micro_batch_size": micro},
+        **numbers(own),
+        "budget_gib": None if limit is None else limit / GIB,
+        "layouts": {name: other and numbers(other) for name, other in others.items()} or None,
+        "seconds": time.perf_counter() - start,
+    }
+    if as_json:
+        return json.dumps(facts)
     lines = [
-        f"{name} on {config.model_type} of {parameters / 1e9:.2f}B parameters, {load.prompt_tokens} + "
-        f"{load.response_tokens} tokens, {load.rows} {'pairs' if load.pairs else 'rows'} a batch, "
-        f"{micro} at once; GiB at each phase's peak:",
-        table(found),
+        f"{facts['module']} on {config.model_type} of {facts['parameters'] / 1e9:.2f}B parameters, "
+        f"{load.prompt_tokens} + {load.response_tokens} tokens, {load.rows} "
+        f"{'pairs' if load.pairs else 'rows'} a batch, {micro} at once; GiB at each phase's peak:",
+        phase_table(own),
         NOT_COUNTED,
     ]
     if limit is not None:
-        lines.append(_fitting(found, budget, limit))
+        rollout = own.rollout_rows
+        lines.append(
+            f"Largest in {budget}: {own.micro_batch_size} rows at once in training"
+            + ("" if rollout is None else f", {rollout} responses at once in a rollout")
+            + ("." if own.peak.total <= limit else "; the run as configured does not fit.")
+        )
     if others:
-        lora = settings.lora
         lines += [
             "",
-            f"At equal lengths and {settings.micro_batch_size} rows at once; LoRA of rank {lora.rank} on "
-            f"{_named(lora.targets)}, what is tuned whole in float32:",
+            "With the same settings and lengths; what is tuned whole is in float32:",
             comparison_table(others, limit is not None),
         ]
-    return "\n".join([*lines, f"{seconds:.0f} s"])
+    return "\n".join([*lines, f"{facts['seconds']:.0f} s"])
 
 
-def _named(targets: tuple[str, ...]) -> str:
-    return ", ".join(targets) or "all linear layers"
+def phase_table(run: Estimate) -> str:
+    """The phases of a run, in GiB by kind."""
+    shown = [kind for kind in KINDS if any(peak.kinds.get(kind) for peak in run.peaks.values())]
+    lines = [f"{'phase':<10}{'peak':>9}" + "".join(f"{kind:>12}" for kind in shown)]
+    for phase, peak in run.peaks.items():
+        kinds = "".join(f"{peak.kinds[kind] / GIB:>12.2f}" for kind in shown)
+        lines.append(f"{phase:<10}{peak.total / GIB:>9.2f}{kinds}")
+    return "\n".join(lines)
 
 
-def _fitting(found: Estimate, budget: str | None, limit: int) -> str:
-    what = f"Largest in {budget}: {found.micro_batch_size} rows at once in training"
-    if found.rollout_rows is not None:
-        what += f", {found.rollout_rows} prompts at once in a rollout"
-    return what + ("." if found.peak.total <= limit else "; the run as configured does not fit.")
+def comparison_table(runs: Mapping[str, Estimate | None], fitted: bool) -> str:
+    """Runs side by side."""
+    reference = runs.get(LORA_SFT)
+    head = f"{'run':<18}{'peak GiB':>9}{'x LoRA-SFT':>12}  {'in':<10}"
+    lines = [head + (f"{'micro-batch':>12}{'rollout':>9}" if fitted else "")]
+    for name, run in runs.items():
+        if run is None:
+            lines.append(f"{name:<18}{'over':>9}{'':>12}  its weights alone pass the budget")
+            continue
+        ratio = f"{run.peak.total / reference.peak.total:.2f}" if reference else ""
+        line = f"{name:<18}{run.peak.total / GIB:>9.2f}{ratio:>12}  {run.phase:<10}"
+        if fitted:
+            line += f"{run.micro_batch_size:>12}{'' if run.rollout_rows is None else run.rollout_rows:>9}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def numbers(run: Estimate) -> dict[str, Any]:
+    """The JSON object of a run, in GiB."""
+    return {
+        "peak_gib": run.peak.total / GIB,
+        "phases": {
+            phase: {
+                "peak_gib": peak.total / GIB,
+                "kinds_gib": {kind: size / GIB for kind, size in peak.kinds.items()},
+            }
+            for phase, peak in run.peaks.items()
+        },
+        "largest_micro_batch_size": run.micro_batch_size,
+        "largest_rollout_batch_size": run.rollout_rows,
+    }

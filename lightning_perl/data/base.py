@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -73,6 +73,9 @@ class ConversationDataModule(LightningDataModule, ABC):
     Raises:
         ValueError: An argument out of its range.
     """
+
+    pairs: ClassVar[bool] = True
+    """Whether rated rows may be preference pairs; ``estimate`` then counts two answers for each row."""
 
     def __init__(
         self,

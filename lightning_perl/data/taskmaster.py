@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -150,6 +150,8 @@ class TaskmasterDataModule(ConversationDataModule):
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
         FileNotFoundError: No local copy and no network, with what to download from where.
     """
+
+    pairs: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.reality import allocator_peak
 from lightning_perl.commands.ledger import CUDA_BLOCK, Ledger
-from lightning_perl.commands.reality import allocator_peak
 
 FLOAT = 4
 

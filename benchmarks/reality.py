@@ -1,4 +1,4 @@
-"""The same train batch with real tensors on the CPU, to hold an estimate against."""
+"""The same train batch with real tensors on the CPU, which an estimate is compared with."""
 
 from __future__ import annotations
 
