@@ -39,7 +39,7 @@ from lightning_perl.callbacks import run_folder
 from lightning_perl.commands.estimate import LlamaSizes, architecture_from, report
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.rehearsal import Load
-from lightning_perl.data import CoffeeOrdersDataModule, TaskmasterDataModule
+from lightning_perl.data import TaskmasterDataModule
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.scoring import Scoring
@@ -184,9 +184,8 @@ ARCHITECTURE_HELP = (
 )
 PAIRS_HELP = (
     "Whether the data's rows are preference pairs. By default they are for modules with a reward loss, unless "
-    "the data has thumbs only, as Taskmaster's."
+    "the data is Taskmaster's, which has thumbs only; say false for thumbs of your own."
 )
-THUMBS = (TaskmasterDataModule, CoffeeOrdersDataModule)
 
 
 class EstimateCLI(PerlCLI):
@@ -304,7 +303,7 @@ class EstimateCLI(PerlCLI):
             return Load(prompt, args.sampling.max_new_tokens, data.batch_size)
         pairs = self.config.pairs
         if pairs is None:
-            thumbs = issubclass(resolve_name(self.config.data.class_path), THUMBS)
+            thumbs = issubclass(resolve_name(self.config.data.class_path), TaskmasterDataModule)
             pairs = issubclass(self.module_class, Scoring) and not thumbs
         accumulated = (self.config.trainer.accumulate_grad_batches or 1) > 1
         return Load(prompt, data.max_response_tokens, data.batch_size, pairs, accumulated)
