@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from perl_reward import ATTENTION, ROOT, balance, read, spread
 from small_trunk import adam, fitted, linear_decay, middle, run_missing, trunks
 
-from lightning_perl.data import CoffeeOrdersDataModule, TaskmasterDataModule
+from lightning_perl.data import PreferenceDataModule, TaskmasterDataModule
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import Reinforce, RewardModel
@@ -65,13 +65,22 @@ def trunk_of(task: str) -> str:
     )
 
 
+def orders(kind: str, **options: Any) -> PreferenceDataModule:
+    """The packaged coffee orders, prompts or rated answers."""
+    files = {
+        split: f"packaged:quickstart/orders/{kind}_{split}.jsonl.gz"
+        for split in ("train", "val", "test")
+    }
+    return PreferenceDataModule(
+        trunk_of("quickstart"), **files, max_tokens=80, max_response_tokens=32, **options
+    )
+
+
 def prompts(task: str, data_dir: Path, seed: int) -> ConversationDataModule:
     """Prompts to train on and to hold out."""
     options: dict[str, Any] = {"rows": "prompts", "batch_size": BATCH, "seed": seed}
     if task == "quickstart":
-        return CoffeeOrdersDataModule(
-            trunk_of(task), prompts=8000, val_prompts=256, val_batch_size=128, **options
-        )
+        return orders("prompts", val_batch_size=128, **options)
     return TaskmasterDataModule(
         trunk_of(task),
         data_dir,
@@ -87,7 +96,7 @@ def prompts(task: str, data_dir: Path, seed: int) -> ConversationDataModule:
 def rated(task: str, data_dir: Path) -> ConversationDataModule:
     """Thumbs for the reward model."""
     if task == "quickstart":
-        return CoffeeOrdersDataModule(trunk_of(task), batch_size=16)
+        return orders("rated", batch_size=16)
     return TaskmasterDataModule(
         trunk_of(task),
         data_dir,

@@ -1,4 +1,4 @@
-"""Files that come with the package, named ``packaged:quickstart/trunk`` wherever a folder is asked for."""
+"""Files that come with the package: ``packaged:quickstart/trunk`` is found wherever a path is asked for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def unpackaged(source: str) -> str:
     path = Path(str(files("lightning_perl").joinpath(source.removeprefix(PREFIX))))
     if not path.exists():
         raise FileNotFoundError(
-            f"{source}: lightning_perl ships no such file; it ships packaged:quickstart/trunk."
+            f"{source}: lightning_perl ships no such file; it ships packaged:quickstart/trunk and "
+            "packaged:quickstart/orders/prompts_train.jsonl.gz (also rated_, also _val and _test)."
         )
     return str(path)

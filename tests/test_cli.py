@@ -22,6 +22,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 import lightning_perl
 from lightning_perl.cli import config_source, main, packaged_configs
 from tests.conftest import TinyTrunk
+from tests.data.orders import prompt_data
 from tests.modules import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -30,16 +31,7 @@ MODEL: dict[str, Any] = {
     "class_path": "HydraPPO",
     "init_args": {"lora": {"rank": 2}, "sampling": {"max_new_tokens": 3}, "micro_batch_size": 4},
 }
-DATA: dict[str, Any] = {
-    "class_path": "CoffeeOrdersDataModule",
-    "init_args": {
-        "rows": "prompts",
-        "prompts": 8,
-        "val_prompts": 2,
-        "batch_size": 4,
-        "max_tokens": 300,
-    },
-}
+DATA = prompt_data()
 TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
     "max_epochs": 1,
@@ -181,7 +173,7 @@ def test_three_configs_compose_and_two_runs_do_not_collide(trunk: str) -> None:
         assert (run / "adapters/actor/adapter_model.safetensors").is_file()
         saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         assert saved["model"]["init_args"]["trunk"] == trunk
-        assert saved["data"]["init_args"]["prompts"] == 8
+        assert len(saved["data"]["init_args"]["train"]) == 8
         assert saved["trainer"]["max_epochs"] == 1
     # Nothing of a run lies outside its folder.
     assert sorted(path.name for path in Path.cwd().iterdir()) == [

@@ -21,6 +21,7 @@ from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import load_trunk
 from tests.conftest import TinyTrunk
 from tests.data import corpus_files, taskmaster_files
+from tests.data.orders import orders
 
 ROOT = Path(__file__).parents[1]
 # A link and its target are one config.
@@ -81,14 +82,6 @@ def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
     arguments = config["data"]["init_args"]
     copy = {"data_dir": str(corpora), "max_tokens": 300, "max_response_tokens": 128}
     small: dict[str, dict[str, Any]] = {
-        "CoffeeOrdersDataModule": {
-            "demonstrations": 16,
-            "thumbs": 16,
-            "prompts": 16,
-            "val_prompts": 4,
-            "max_tokens": 300,
-            "max_response_tokens": 150,
-        },
         "TaskmasterDataModule": copy,
         "HarmlessnessDataModule": copy,
         "HelpfulnessDataModule": copy,
@@ -99,6 +92,14 @@ def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
             "max_response_tokens": 128,
         },
     }
+    for split in ("train", "val", "test"):
+        source = str(arguments.get(split, ""))
+        if source.startswith("packaged:"):
+            count = 16 if split == "train" else 4
+            rows = orders(Path(source).name.removesuffix(".jsonl.gz"), count)
+            # The first training rows have no thumb.
+            more = orders("rated_val", 8) if source.endswith("rated_train.jsonl.gz") else []
+            small[name] |= {split: [*rows, *more], "max_response_tokens": 150}
     assert name in small, f"no test makes the data of {name} small"
     return small[name]
 

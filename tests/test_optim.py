@@ -20,6 +20,7 @@ from lightning_perl.cli import main
 from lightning_perl.commands.ledger import HOST, Ledger
 from lightning_perl.optim import HostAdamW
 from tests.conftest import TinyTrunk
+from tests.data.orders import prompt_data
 
 SIZES = ((7, 5), (40,), (3,), (9, 2))
 SETTINGS: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.1}
@@ -165,8 +166,7 @@ def test_it_is_chosen_in_yaml(
             "optimizer": optimizer,
         },
     }
-    rows = {"rows": "prompts", "prompts": 4, "val_prompts": 2, "batch_size": 4, "max_tokens": 300}
-    data = {"class_path": "CoffeeOrdersDataModule", "init_args": rows}
+    data = prompt_data(train=4)
     trainer = {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False}
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
     config = {"model": model, "data": data, "trainer": {**trainer, "logger": logger}}

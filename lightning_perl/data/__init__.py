@@ -1,7 +1,6 @@
 """Datamodules: from files to the batches of :mod:`lightning_perl.batches`."""
 
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.coffee_orders import CoffeeOrdersDataModule
 from lightning_perl.data.corpus import CorpusDataModule
 from lightning_perl.data.harmlessness import HarmlessnessDataModule
 from lightning_perl.data.helpfulness import HelpfulnessDataModule
@@ -10,7 +9,6 @@ from lightning_perl.data.summarization import SummarizationDataModule
 from lightning_perl.data.taskmaster import TaskmasterDataModule
 
 __all__ = [
-    "CoffeeOrdersDataModule",
     "ConversationDataModule",
     "CorpusDataModule",
     "HarmlessnessDataModule",

@@ -17,10 +17,11 @@ from lightning_perl.data.files import (
     jsonl_rows,
     parquet_rows,
 )
+from lightning_perl.packaged import unpackaged
 
 T = TypeVar("T")
 Rows: TypeAlias = Iterator[tuple[str, Mapping[str, Any]]]
-Sources: TypeAlias = str | Path | list[Any] | dict[str, float]
+Sources: TypeAlias = list[Any] | dict[str, float] | str | Path
 """A file, a name of the hub, a list of rows, a list of files and names, or their weights."""
 
 _READERS: dict[str, Callable[[Path, BadRowHook], Rows]] = {
@@ -140,15 +141,16 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
     """Returns the sources that an argument names.
 
     Args:
-        value: A file, a name of the hub, a list of rows, a list of files and names, or a mapping
-            from files and names to weights.
+        value: A file (``packaged:NAME`` for one of this package), a name of the hub, a list of rows,
+            a list of files and names, or a mapping from files and names to weights.
         argument: Its name, for error messages.
 
     Raises:
         ValueError: None of these, or a weight that is not above 0.
+        FileNotFoundError: The package has no such file.
     """
     if isinstance(value, str | Path):
-        return [Source(argument, str(value))]
+        return [Source(argument, unpackaged(str(value)))]
     if isinstance(value, Mapping) and value:
         for place, weight in value.items():
             if not 0 < weight < math.inf:
@@ -156,10 +158,13 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
                     f"{argument}: the weight of {place!r} must be above 0, got {weight}. Leave out "
                     "what is not wanted."
                 )
-        return [Source(argument, str(place), float(weight)) for place, weight in value.items()]
+        return [
+            Source(argument, unpackaged(str(place)), float(weight))
+            for place, weight in value.items()
+        ]
     if isinstance(value, list) and value:
         if all(isinstance(place, str | Path) for place in value):
-            return [Source(argument, str(place)) for place in value]
+            return [Source(argument, unpackaged(str(place))) for place in value]
         # What is not a row is a bad row, with its number.
         if not any(isinstance(place, str | Path) for place in value):
             return [Source(argument, value)]

@@ -336,8 +336,9 @@ def command(tiny_trunk: TinyTrunk, tmp_path: Path, *more: str) -> None:
             },
         },
         "data": {
-            "class_path": "CoffeeOrdersDataModule",
+            "class_path": "PreferenceDataModule",
             "init_args": {
+                "train": "never_read.jsonl",
                 "rows": "prompts",
                 "batch_size": 4,
                 "max_tokens": 40,

@@ -74,7 +74,7 @@ def given(name: str) -> list[str]:
 def test_every_datamodule_is_here() -> None:
     public = {name for name in lightning_perl.data.__all__ if name in KEYS}
     abstract = {"ConversationDataModule", "CorpusDataModule"}
-    assert public == set(lightning_perl.data.__all__) - abstract - {"CoffeeOrdersDataModule"}
+    assert public == set(lightning_perl.data.__all__) - abstract
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_perl.batches import PromptBatch, RatedBatch
-from lightning_perl.data import CoffeeOrdersDataModule, PreferenceDataModule, TaskmasterDataModule
+from lightning_perl.data import PreferenceDataModule, TaskmasterDataModule
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.collate import PromptExample, RatedExample, RatedRow
 from lightning_perl.data.report import DataReport, SplitReport, auroc, quantile
@@ -132,16 +132,6 @@ def taskmaster(**arguments: Any) -> Make:
     return make
 
 
-def orders(**arguments: Any) -> Make:
-    def make(folder: Path, tokenizer: Path) -> tuple[ConversationDataModule, int]:
-        module = CoffeeOrdersDataModule(
-            str(tokenizer), 50, 50, 100, 20, max_tokens=200, max_response_tokens=100, **arguments
-        )
-        return module, 180 if module.rows == "rated" else 140
-
-    return make
-
-
 KINDS: dict[str, Make] = {
     "own": own(),
     "own, conflicts kept": own(keep_conflicts=True),
@@ -152,8 +142,6 @@ KINDS: dict[str, Make] = {
     "taskmaster": taskmaster(),
     "taskmaster, some": taskmaster(max_demonstrations=10, train_folds=[1, 2]),
     "taskmaster prompts": taskmaster(rows="prompts"),
-    "orders": orders(),
-    "orders as prompts": orders(rows="prompts"),
 }
 
 

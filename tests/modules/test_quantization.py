@@ -32,6 +32,7 @@ from lightning_perl.modules import (
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
 from tests.conftest import TinyTrunk
+from tests.data.orders import prompt_data
 from tests.modules import tiny
 
 if any(find_spec(name) is None for name in NEEDS):
@@ -242,16 +243,7 @@ def test_both_are_chosen_in_yaml(
             },
         },
     }
-    data = {
-        "class_path": "CoffeeOrdersDataModule",
-        "init_args": {
-            "rows": "prompts",
-            "prompts": 4,
-            "val_prompts": 2,
-            "batch_size": 4,
-            "max_tokens": 300,
-        },
-    }
+    data = prompt_data(train=4)
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
     trainer = {
         "accelerator": "cpu",
