@@ -61,11 +61,10 @@ def train(module: AdapterModule, load: Load, optimizer: Optimizer) -> None:
         rollout = module.collect(PromptBatch(ids, mask, row), 0, early_exit=False)
         # Whole responses, whatever was drawn.
         rollout = rollout._replace(response_mask=torch.ones_like(rollout.response_mask))
-        scored, begun = module.score(rollout, values=not module.values_come_later), None
-        if module.values_come_later:
-            scored, begun = module.first_value_pass(rollout, scored)
+        scored = module.score(rollout, values=not module.values_come_later)
+        scored, value_stats = module.values_of(rollout, scored)
         experience, _ = module.experience(rollout, scored)
-        module.update(experience, optimizer, first_value_stats=begun)
+        module.update(experience, optimizer, first_value_stats=value_stats)
     elif isinstance(module, Supervised):
         batch = rated_of(load, load.rows)
         batch.attention_mask[1::2, -1] = False

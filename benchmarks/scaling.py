@@ -169,11 +169,9 @@ def measure(sizes: Sizes, args: argparse.Namespace) -> Point:
 
     def learn(rollout: Rollout, scored: Scored) -> None:
         """What `PPO.training_step` does with a scored rollout."""
-        begun = None
-        if module.values_come_later:
-            scored, begun = module.first_value_pass(rollout, scored)
+        scored, value_stats = module.values_of(rollout, scored)
         experience, _ = module.experience(rollout, scored)
-        module.update(experience, optimizer, first_value_stats=begun)
+        module.update(experience, optimizer, first_value_stats=value_stats)
 
     def iteration(seconds: dict[str, list[float]]) -> int:
         rollout, taken = timed(lambda: module.collect(prompts, 0), device)

@@ -148,6 +148,7 @@ class Roles(nn.Module):
         critic: False: nobody answers the role value, and nothing is kept for it.
 
     Attributes:
+        value_head: The critic's head; absent without a critic.
         judges: Who answers the role reward: names of reward adapters, or ``reward`` alone.
 
     Raises:
@@ -216,13 +217,14 @@ class Roles(nn.Module):
             _require_width(head, folder, judging)
         heads = [average(heads)] if averaged else heads
         self.reward_heads = nn.ModuleDict(dict(zip(self.judges, heads, strict=False)))
-        self.value_head = _first_value_head(heads, judging.hidden_size) if critic else None
+        if critic:
+            self.value_head = _first_value_head(heads, judging.hidden_size)
         # The heads alone so far; trunks keep theirs.
         self.to(torch.promote_types(judging.dtype, torch.float32))
         self.trunks = nn.ModuleList(trunks)
         self._compare_tokenizers()
         self.requires_grad_(False)
-        if self.value_head is not None:
+        if critic:
             self.value_head.requires_grad_(True)
         self._place_adapters(lora, folders if rewards else [], seed)
 
@@ -351,7 +353,7 @@ class Roles(nn.Module):
             return {name: self.reward_heads[name](last)}
         states = predicting(hidden, sequences.response_mask.shape[1])
         if name == "value":
-            return {"value": cast(ScalarHead, self.value_head)(states)}
+            return {"value": self.value_head(states)}
         logprobs, entropy = trunk.logprobs(states, sequences.response_ids, temperature)
         return {name: logprobs, "entropy": entropy} if name == "policy" else {name: logprobs}
 
@@ -371,7 +373,7 @@ class Roles(nn.Module):
 
     def value_parameters(self) -> list[nn.Parameter]:
         """The value head's; empty without a critic."""
-        return [] if self.value_head is None else list(self.value_head.parameters())
+        return list(self.value_head.parameters()) if "value" in self.seats else []
 
 
 def _first_value_head(heads: list[ScalarHead], hidden_size: int) -> ScalarHead:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_perl.functional.sequences import cuts
-from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
@@ -53,10 +53,11 @@ class ActorCritic(OnPolicy):
         **settings: Any,
     ) -> None:
         norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
+        least = -math.inf if critic_max_grad_norm is None else POSITIVE
         require_in_range(
             {
                 "value_coef": (value_coef, 0.0, math.inf),
-                "critic_max_grad_norm": (norm, POSITIVE, math.inf),
+                "critic_max_grad_norm": (norm, least, math.inf),
             }
         )
         super().__init__(trunk, max_grad_norm=max_grad_norm, **settings)
@@ -95,12 +96,14 @@ class ActorCritic(OnPolicy):
         alone = ("value",) in self.roles.groups(self.trained_roles)
         return alone and self.shortcuts.shared_value_pass
 
-    def values_of(self, rollout: Rollout, scored: Scored) -> tuple[Scored, Stats | None]:
+    def values_of(
+        self, rollout: Rollout, scored: Scored, backward: Backward = torch.Tensor.backward
+    ) -> tuple[Scored, Stats | None]:
         """The critic's values, and the first minibatch's gradient with them."""
         if not self.values_come_later:
             return scored, None
         with self.phase("critic"):
-            return self.first_value_pass(rollout, scored, self.manual_backward)
+            return self.first_value_pass(rollout, scored, backward)
 
     def first_value_pass(
         self,
@@ -171,4 +174,4 @@ class ActorCritic(OnPolicy):
         target = folder / "adapters" / self.roles.seats["value"].adapter
         if self.roles.seats["value"] != self.roles.seats["policy"]:
             target = self.write_role("value", folder, "critic")
-        save_heads(target, {"value": cast(ScalarHead, self.roles.value_head)})
+        save_heads(target, {"value": self.roles.value_head})

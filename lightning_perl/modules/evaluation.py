@@ -93,7 +93,6 @@ class Evaluation(AdapterModule):
         sampling.refuse_unscored()
         require_in_range(
             {
-                "score_batch_size": (score_batch_size, 1, math.inf),
                 "learned_reward_weight": (learned_reward_weight, 0.0, math.inf),
                 "reward_function_weight": (reward_function_weight, 0.0, math.inf),
             }

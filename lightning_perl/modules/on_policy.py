@@ -108,7 +108,10 @@ class OnPolicy(Evaluation):
             )
         require_in_range({"max_grad_norm": (max_grad_norm, POSITIVE, math.inf)})
         require_counts(
-            samples=samples, micro_batch_size=micro_batch_size, max_episodes=max_episodes
+            samples=samples,
+            micro_batch_size=micro_batch_size,
+            score_batch_size=score_batch_size,
+            max_episodes=max_episodes,
         )
         scored = micro_batch_size if score_batch_size is None else score_batch_size
         super().__init__(trunk, score_batch_size=scored, **settings)
@@ -342,7 +345,7 @@ class OnPolicy(Evaluation):
             scored, parts = self._scored(batch, rollout)
         if self.rollout_index == 0:
             self._require_fresh_start(rollout, scored)
-        scored, first_value_stats = self.values_of(rollout, scored)
+        scored, first_value_stats = self.values_of(rollout, scored, self.manual_backward)
         experience, stats = self.experience(rollout, scored)
         trained = self._learn(experience, first_value_stats)
         if self._make_scheduler is not None:
@@ -365,7 +368,9 @@ class OnPolicy(Evaluation):
         """Whether `values_of` asks the critic, and not `score`."""
         return False
 
-    def values_of(self, rollout: Rollout, scored: Scored) -> tuple[Scored, Stats | None]:
+    def values_of(
+        self, rollout: Rollout, scored: Scored, backward: Backward = torch.Tensor.backward
+    ) -> tuple[Scored, Stats | None]:
         """The scored rollout with the critic's values; and its statistics, where it has learned with them."""
         return scored, None
 

@@ -39,6 +39,7 @@ class PPO(ActorCritic):
         kl_coef: Weight of the KL to the reference in the reward, the papers' beta (Hydra-RLHF 0.02).
         clip_range: How far the ratio may move from 1 before its gradient stops, PPO's epsilon.
         value_clip_range: How far a value may move from its old one before its gradient stops.
+        value_coef: Weight of the value loss; it matters where actor and critic share an adapter.
         discount: Discount per token, the papers' gamma.
         gae_lambda: Lambda of generalized advantage estimation (Hydra-RLHF 0.95).
         whiten_advantages: Shift and scale advantages over the whole rollout batch.
@@ -64,6 +65,7 @@ class PPO(ActorCritic):
         kl_coef: float = 0.02,
         clip_range: float = 0.2,
         value_clip_range: float = 0.2,
+        value_coef: float = 0.1,
         discount: float = 1.0,
         gae_lambda: float = 0.95,
         whiten_advantages: bool = True,
@@ -83,7 +85,7 @@ class PPO(ActorCritic):
                 "gae_lambda": (gae_lambda, 0.0, 1.0),
             }
         )
-        super().__init__(trunk, layout=layout or self.own_layout, **settings)
+        super().__init__(trunk, layout=layout or self.own_layout, value_coef=value_coef, **settings)
         self.learn_in(ppo_epochs, minibatch_size)
         self.kl_coef = kl_coef
         self.clip_range = clip_range

@@ -70,9 +70,8 @@ def joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:
         return parts[0]
     width = max(part.response_ids.shape[1] for part in parts)
     widened = [part.widened(width, pad_id) for part in parts]
-    return Rollout(
-        *(None if column[0] is None else torch.cat(column) for column in zip(*widened, strict=True))
-    )  # type: ignore[arg-type]
+    columns = zip(*widened, strict=True)
+    return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.functional.masked import masked_mean, masked_sum, whiten
+from lightning_perl.functional.masked import masked_mean, masked_row_sums, masked_sum, whiten
 
 GARBAGE = (1e4, -1e30, 1e30)
 
@@ -149,3 +149,17 @@ def test_reductions_keep_the_dtype() -> None:
         values = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
         for reduced in (masked_sum(values, mask), masked_mean(values, mask), whiten(values, mask)):
             assert reduced.dtype == dtype
+
+
+def check_masked_row_sums(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+    values, mask = random_values(0, 4, 6), random_mask(0, 4, 6)
+    expected = [
+        sum(v for v, m in zip(*row, strict=True) if m)
+        for row in zip(values.tolist(), mask.tolist(), strict=True)
+    ]
+    assert_close(fn(values, mask), torch.tensor(expected, dtype=values.dtype))
+    assert torch.isfinite(fn(torch.where(mask, values, torch.inf), mask)).all()
+
+
+def test_masked_row_sums() -> None:
+    check_masked_row_sums(masked_row_sums)

@@ -20,9 +20,11 @@ from lightning_perl.functional.packing import (
     packed_tokens,
     places,
     plan,
+    plan_samples,
+    saves_work,
     unpack,
 )
-from lightning_perl.functional.sequences import pad_right
+from lightning_perl.functional.sequences import pad_left, pad_right
 
 PAIR = [[5, 6, 7, 8], [5, 6, 9]]
 ALONE = [[3, 4]]
@@ -49,6 +51,24 @@ def check_plan(function: Callable[[Sequence[Sequence[Sequence[int]]]], Packing])
     assert (packing.lines, packing.columns) == (3, 7)
     # The longest line need not be the last.
     assert function([THREE, ALONE]).columns == 7
+
+
+def check_plan_samples(function: Callable[[int, int, int, int], Packing]) -> None:
+    packing = function(6, 9, 5, 3)
+    assert packing.line.tolist() == [0, 0, 0, 1, 1, 1]
+    assert packing.shared.tolist() == [5] * 6
+    assert packing.start.tolist() == [5, 9, 13] * 2
+    assert (packing.lines, packing.columns) == (2, 17)
+
+
+def check_saves_work(function: Callable[[Packing, int, int, int], bool]) -> None:
+    """Four answers of 64 tokens: a short prompt is worth sharing in a wide trunk only."""
+    for prompt, hidden, saves in ((512, 64, True), (64, 512, True), (64, 8, False), (8, 8, False)):
+        tokens = prompt + 64
+        packing = plan_samples(8, tokens, prompt, 4)
+        assert function(packing, 8 * tokens, tokens, hidden) == saves
+    # One row a line is the same work, and no gain.
+    assert not function(plan_samples(8, 72, 8, 1), 8 * 72, 72, 64)
 
 
 def check_places(function: Callable[[Packing, int], Tensor]) -> None:
@@ -101,6 +121,8 @@ CHECKS: dict[Callable[..., Any], Callable[[Callable[..., Any]], None]] = {
     common_prefix: check_common_prefix,
     packed_tokens: check_packed_tokens,
     plan: check_plan,
+    plan_samples: check_plan_samples,
+    saves_work: check_saves_work,
     places: check_places,
     pack: check_pack,
     attention_bias: check_attention_bias,
@@ -161,3 +183,25 @@ def test_unpack_undoes_pack_with_its_gradient(seed: int) -> None:
     rows_of_line = torch.bincount(packing.line)[:, None]
     times = torch.where(lines.owner == SHARED, rows_of_line, (lines.owner > 0).long())
     assert_close(values.grad[..., 0], times.double())
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_responses_to_one_prompt_see_what_they_see_in_rows_of_their_own(samples: int) -> None:
+    prompts, prompt_mask = pad_left([[3, 4, 5], [6]], 0)
+    responses, response_mask = pad_right(
+        [[7, 8], [9], [1, 2], [3, 4], [5], [6, 7]][: 2 * samples], 0
+    )
+    ids = torch.cat([prompts.repeat_interleave(samples, 0), responses], 1)
+    mask = torch.cat([prompt_mask.repeat_interleave(samples, 0), response_mask], 1)
+    packing = plan_samples(len(ids), ids.shape[1], prompts.shape[1], samples)
+    lines = pack(ids, mask, packing)
+    visible = attention_bias(lines.owner, torch.float64)[:, 0] == 0
+    where = places(packing, ids.shape[1])
+    for row in range(len(ids)):
+        line = row // samples
+        columns = (where[row][mask[row]] - line * packing.columns).tolist()
+        assert lines.ids[line, columns].tolist() == ids[row][mask[row]].tolist()
+        assert lines.position_ids[line, columns].tolist() == list(range(len(columns)))
+        for token, column in enumerate(columns):
+            seen = visible[line, column].nonzero().flatten().tolist()
+            assert seen == sorted(columns[: token + 1])

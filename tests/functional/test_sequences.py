@@ -260,6 +260,25 @@ def test_cuts() -> None:
     check_cuts(cuts)
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+def test_cuts_keep_the_responses_to_a_prompt_together(by_length: bool) -> None:
+    lengths = torch.tensor([1, 4, 2, 6, 5, 3, 2, 2, 2, 6, 6, 6])
+    mask = torch.arange(6) < lengths.unsqueeze(1)
+    ids = torch.arange(12).unsqueeze(1).expand(12, 7)
+    rows = Sequences(ids, torch.cat([torch.ones(12, 1, dtype=torch.bool), mask], 1), mask)
+    for size, most in ((1, 1), (2, 2), (3, 3), (4, 3), (7, 6), (100, 12)):
+        pieces = [cut.rows.tolist() for cut in cuts(rows, size, by_length, samples=3)]
+        assert sorted(row for piece in pieces for row in piece) == list(range(12))
+        assert max(len(piece) for piece in pieces) == most
+        for piece in pieces:
+            groups = {row // 3 for row in piece}
+            # A piece holds whole groups, or is a part of one.
+            assert len(groups) == 1 or len(piece) == 3 * len(groups)
+        if by_length:
+            first = [piece[0] // 3 for piece in pieces]
+            assert first == sorted(first, key=[1, 3, 0, 2].index)
+
+
 def test_a_row_without_padding_or_answer_keeps_a_column_of_each() -> None:
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     rows = Sequences(

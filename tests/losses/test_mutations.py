@@ -29,7 +29,7 @@ from lightning_perl.functional.logprobs import (
     frozen_head_logprobs,
     logprobs_and_directions,
 )
-from lightning_perl.functional.masked import masked_mean, masked_sum, whiten
+from lightning_perl.functional.masked import masked_mean, masked_row_sums, masked_sum, whiten
 from lightning_perl.functional.packing import (
     attention_bias,
     common_prefix,
@@ -37,6 +37,8 @@ from lightning_perl.functional.packing import (
     packed_tokens,
     places,
     plan,
+    plan_samples,
+    saves_work,
     unpack,
 )
 from lightning_perl.functional.sequences import (
@@ -54,6 +56,7 @@ from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.losses.ppo import clipped_surrogate, clipped_value_loss
 from lightning_perl.losses.reinforce import baseline_loss, policy_gradient
 from lightning_perl.losses.reward import bradley_terry, centering, thumbs
+from lightning_perl.losses.rloo import leave_one_out
 from tests.functional.test_advantages import check_generalized_advantages, check_token_rewards
 from tests.functional.test_kl import check_k1, check_k2, check_k3
 from tests.functional.test_logprobs import (
@@ -63,7 +66,12 @@ from tests.functional.test_logprobs import (
     check_frozen_head_logprobs,
     check_logprobs_and_directions,
 )
-from tests.functional.test_masked import check_masked_mean, check_masked_sum, check_whiten
+from tests.functional.test_masked import (
+    check_masked_mean,
+    check_masked_row_sums,
+    check_masked_sum,
+    check_whiten,
+)
 from tests.functional.test_packing import CHECKS as PACKING_CHECKS
 from tests.functional.test_sequences import (
     check_at_columns,
@@ -80,6 +88,7 @@ from tests.losses.test_language_modeling import check_cross_entropy
 from tests.losses.test_ppo import check_clipped_surrogate, check_clipped_value_loss
 from tests.losses.test_reinforce import check_baseline_loss, check_policy_gradient
 from tests.losses.test_reward import check_bradley_terry, check_centering, check_thumbs
+from tests.losses.test_rloo import check_leave_one_out
 
 Function = Callable[..., Any]
 
@@ -125,6 +134,8 @@ CHECKS: dict[Function, Callable[[Function], None]] = {
     clipped_surrogate: check_clipped_surrogate,
     clipped_value_loss: check_clipped_value_loss,
     policy_gradient: check_policy_gradient,
+    leave_one_out: check_leave_one_out,
+    masked_row_sums: check_masked_row_sums,
     baseline_loss: check_baseline_loss,
     bradley_terry: check_bradley_terry,
     centering: check_centering,
@@ -146,6 +157,15 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("gaps as long as the prompt", "len(row) - shared", "len(row)"),
         Mutation("the last line's columns", "max(columns, start)", "start"),
     ],
+    plan_samples: [
+        Mutation("answers on one another", "row % samples * response_tokens", "0 * row"),
+        Mutation("rows are lines", "row // samples,", "row,"),
+        Mutation("one answer a line", "prompt_tokens + samples * response_tokens", "tokens"),
+    ],
+    saves_work: [
+        Mutation("attention is free", "6 * hidden_size + packing.columns", "6 * hidden_size"),
+        Mutation("always", "packed <", "0 * packed <"),
+    ],
     places: [
         Mutation("lines on one another", "packing.line[:, None] * packing.columns + inside", "inside"),
         Mutation("answers where they stood", "torch.where(column < packing.shared[:, None], column, own)",
@@ -158,7 +178,8 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("all tokens shared", "column < packing.shared[:, None]", "column >= 0"),
         Mutation("nothing shared", "column < packing.shared[:, None]", "column < 0"),
         Mutation("rows counted from zero", "torch.arange(1, len(ids) + 1,", "torch.arange(0, len(ids),"),
-        Mutation("positions run on", "laid(column, 0)", "laid(places(packing, tokens), 0)"),
+        Mutation("positions run on", "laid(position_ids(attention_mask), 0)",
+                 "laid(places(packing, tokens), 0)"),
     ],
     attention_bias: [
         Mutation("answers see one another", "seen == looks", "seen != NOBODY"),
@@ -399,6 +420,16 @@ MUTATIONS: dict[Function, list[Mutation]] = {
         Mutation("ties are clipped", "clipped > plain", "clipped >= plain"),
         Mutation("fraction of the padding", ".to(values.dtype), response_mask",
                  ".to(values.dtype), ~response_mask"),
+    ],
+    leave_one_out: [
+        Mutation("its own reward counts", "(groups.sum(1, keepdim=True) - groups)", "groups.sum(1, keepdim=True)"),
+        Mutation("mean of all", "(samples - 1)", "samples"),
+        Mutation("groups across", "rewards.view(-1, samples)", "rewards.view(samples, -1)"),
+        Mutation("no baseline", "(groups - others)", "groups"),
+    ],
+    masked_row_sums: [
+        Mutation("padding counts", "torch.where(mask, values, torch.zeros_like(values))", "values"),
+        Mutation("columns", ".sum(1)", ".sum(0)"),
     ],
     policy_gradient: [
         Mutation("descent", "-logprobs", "logprobs"),

@@ -526,7 +526,14 @@ def reward_run(plain_trunk: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def perl(trunk: Path | str, reward: Path | str, dtype: TrunkDtype = "float32") -> PPO:
-    return PPO(str(trunk), "perl", str(reward), tiny.LORA, tiny.SAMPLING, trunk_dtype=dtype)
+    return PPO(
+        str(trunk),
+        "perl",
+        reward=str(reward),
+        lora=tiny.LORA,
+        sampling=tiny.SAMPLING,
+        trunk_dtype=dtype,
+    )
 
 
 def test_reward_adapter_names_its_trunk(reward_run: Path, plain_trunk: Path) -> None:

@@ -19,8 +19,7 @@ from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import PPO, RewardModel
-from lightning_perl.modules.base import require_trainable
-from lightning_perl.modules.on_policy import Stats
+from lightning_perl.modules.base import Stats, require_trainable
 from lightning_perl.rollouts.experience import Experience, Scored
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -446,7 +445,14 @@ def test_perl_starts_from_the_reward_adapter(plain_trunk: Path, tmp_path: Path) 
     rows = [tiny.rated(8, seed) for seed in range(5)]
     trainer.fit(reward, tiny.Batches(rows))
     where = folder / "adapters" / "reward"
-    module = PPO(str(plain_trunk), "perl", str(where), tiny.LORA, tiny.SAMPLING, ppo_epochs=1)
+    module = PPO(
+        str(plain_trunk),
+        "perl",
+        reward=str(where),
+        lora=tiny.LORA,
+        sampling=tiny.SAMPLING,
+        ppo_epochs=1,
+    )
     rollout = module.collect(tiny.prompts(6), 0)
     scored = module.score(rollout)
     sequences = rollout.sequences()

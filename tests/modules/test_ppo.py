@@ -18,6 +18,7 @@ from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.roles import Layout, TrainedRole
 from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
+from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.rollouts.experience import Scored
 from lightning_perl.rollouts.rollout import Rollout
@@ -80,10 +81,10 @@ def test_experience_by_hand(hydra_trunk: Path) -> None:
     assert rewards == [[-0.25, 0.5, 4.0], [-2.5]]
     mask = rollout.response_mask
     assert experience.advantages[mask].tolist() == pytest.approx(advantages, rel=1e-12)
-    assert experience.returns[mask].tolist() == pytest.approx(returns, rel=1e-12)
+    assert given(experience.returns)[mask].tolist() == pytest.approx(returns, rel=1e-12)
     assert experience.advantages[~mask].tolist() == [0.0, 0.0]
     assert_close(experience.old_logprobs[mask], scored.logprobs[mask])
-    assert_close(experience.old_values[mask], scored.values[mask])
+    assert_close(given(experience.old_values)[mask], scored.values[mask])
     assert stats["reward"].item() == pytest.approx((4.25 - 2.5) / 2)
     mean = sum(returns) / 4
     spread = sum((value - mean) ** 2 for value in returns)
@@ -101,7 +102,7 @@ def test_whitening_shifts_and_scales_over_all_tokens_of_the_rollout(hydra_trunk:
     expected = [(value - mean) / deviation for value in advantages]
     mask = rollout.response_mask
     assert experience.advantages[mask].tolist() == pytest.approx(expected, rel=1e-6)
-    assert experience.returns[mask].tolist() == pytest.approx(returns)
+    assert given(experience.returns)[mask].tolist() == pytest.approx(returns)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_policy_loss_at_ratio_one_is_minus_the_mean_advantage_over_tokens(
     stats, _ = tiny.rehearse(module, experience)
     tokens = mask.sum()
     assert_close(stats["policy_loss"], -experience.advantages[mask].sum() / tokens)
-    error = (experience.old_values - experience.returns)[mask]
+    error = (given(experience.old_values) - given(experience.returns))[mask]
     assert_close(stats["value_loss"], 0.5 * (error**2).sum() / tokens)
     assert_close(stats["loss"], stats["policy_loss"] + 0.1 * stats["value_loss"])
     # The mean of rows' means is another number here, so this can fail.
@@ -594,8 +595,10 @@ def test_value_learns_the_returns(hydra_trunk: Path, tmp_path: Path) -> None:
     module.update(experience, tiny.one_optimizer(module))
     values = module.score(rollout).values
     mask = rollout.response_mask
-    error = ((values - experience.returns)[mask] ** 2).mean()
-    assert error < 0.3 * ((experience.old_values - experience.returns)[mask] ** 2).mean()
+    error = ((values - given(experience.returns))[mask] ** 2).mean()
+    assert (
+        error < 0.3 * ((given(experience.old_values) - given(experience.returns))[mask] ** 2).mean()
+    )
     assert "explained_variance" in first
 
 
@@ -698,4 +701,4 @@ def test_score_is_paid_for_the_eos_action(hydra_trunk: Path) -> None:
     experience, _ = module.experience(rollout, scored)
     mask = rollout.response_mask
     # Without a KL penalty and with lambda 1, every token's return is the score.
-    assert_close(experience.returns[mask], scored.scores.unsqueeze(-1).expand_as(mask)[mask])
+    assert_close(given(experience.returns)[mask], scored.scores.unsqueeze(-1).expand_as(mask)[mask])

@@ -55,7 +55,7 @@ def test_scores_are_the_weighted_sum(kind: Callable[..., OnPolicy], hydra_trunk:
     rollout = module.collect(tiny.prompts(6), 0)
     learned = module.score(rollout).scores
     scores, parts = module.rewarded(rollout, learned)
-    _, responses = module._texts(rollout)
+    _, responses = module.texts(rollout)
     assert len(set(words(responses).tolist())) > 1
     assert_close(scores, 0.5 * learned - 3.0 * words(responses))
     assert_close(parts["function_score"], -words(responses).mean())
@@ -99,7 +99,7 @@ def test_function_alone_needs_no_head_no_pass_and_no_trunk(
         scored = module.score(rollout)
         assert not scored.scores.any()
         scores, parts = module.rewarded(rollout, scored.scores)
-        assert_close(scores, -words(module._texts(rollout)[1]).double())
+        assert_close(scores, -words(module.texts(rollout)[1]).double())
         assert set(parts) == {"function_score"}
         # The critic starts from the trunk's reward head where there is one, else from nothing.
         assert bool(scored.values.any()) == (trunk == hydra_trunk)

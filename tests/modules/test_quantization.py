@@ -101,7 +101,7 @@ def test_a_reward_adapter_and_its_ppo_stand_on_the_same_quantized_trunk(
     trainer, run = tiny.quiet_trainer(tmp_path / "reward")
     trainer.fit(reward, batches(reward))
     folder = run / "adapters" / "reward"
-    ppo = PPO(str(plain_trunk), "perl", str(folder), quantization=kind, **ROLLOUTS)
+    ppo = PPO(str(plain_trunk), "perl", reward=str(folder), quantization=kind, **ROLLOUTS)
     batch = tiny.rated(3)
     with torch.no_grad():
         expected = reward.scores(batch)

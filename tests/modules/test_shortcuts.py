@@ -36,11 +36,10 @@ def iteration(module: OnPolicy) -> dict[str, Any]:
     """Everything a rollout and its update come to."""
     tiny.train_adapters(module)
     rollout = module.collect(tiny.prompts(8), 0)
-    scored, begun = module.score(rollout, values=not module.values_come_later), None
-    if module.values_come_later:
-        scored, begun = module.first_value_pass(rollout, scored)
+    scored = module.score(rollout, values=not module.values_come_later)
+    scored, value_stats = module.values_of(rollout, scored)
     experience, _ = module.experience(rollout, scored)
-    stats, steps = tiny.rehearse(module, experience, begun)
+    stats, steps = tiny.rehearse(module, experience, value_stats)
     mask = rollout.response_mask
     names = ("logprobs", "reference", "values")
     seen = {name: getattr(scored, name)[mask] for name in names}
@@ -118,11 +117,10 @@ def test_the_critic_reads_the_first_minibatch_once(hydra_trunk: Path) -> None:
         )
         rollout = module.collect(tiny.prompts(8), 0)
         before = module.policy_trunk.passes
-        scored, begun = module.score(rollout, values=not module.values_come_later), None
-        if module.values_come_later:
-            scored, begun = module.first_value_pass(rollout, scored)
+        scored = module.score(rollout, values=not module.values_come_later)
+        scored, value_stats = module.values_of(rollout, scored)
         module.zero_grad()
-        tiny.rehearse(module, module.experience(rollout, scored)[0], begun)
+        tiny.rehearse(module, module.experience(rollout, scored)[0], value_stats)
         counted.append(module.policy_trunk.passes - before)
     # Off, twice the actor, the critic once or twice and once more.
     assert counted == [1 + 2 + 2, 1 + 2 + 3]

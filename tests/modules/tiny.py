@@ -28,8 +28,8 @@ from lightning_perl.functional.sequences import pad_left, pad_right
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
 from lightning_perl.modules import PPO
-from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.on_policy import OnPolicy, Stats
+from lightning_perl.modules.base import AdapterModule, Stats
+from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.experience import Experience
@@ -216,7 +216,7 @@ def changed(before: dict[str, Tensor], module: LightningModule) -> set[str]:
 
 
 def rehearse(
-    module: OnPolicy, experience: Experience, begun: Stats | None = None
+    module: OnPolicy, experience: Experience, value_stats: Stats | None = None
 ) -> tuple[Stats, list[dict[str, Tensor]]]:
     """Statistics and each step's gradients (absent where there is none); no weight moves."""
     optimizer = torch.optim.SGD(module.parameter_groups(), lr=0.0)
@@ -234,7 +234,7 @@ def rehearse(
         )
 
     optimizer.register_step_pre_hook(record)
-    return module.update(experience, optimizer, first_value_stats=begun), steps
+    return module.update(experience, optimizer, first_value_stats=value_stats), steps
 
 
 def gradients_of(module: Supervised, batch: RatedBatch) -> dict[str, Tensor]:
