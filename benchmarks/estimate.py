@@ -49,9 +49,9 @@ from lightning_perl.commands.rehearsal import (
     rehearsal_of,
 )
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT, RewardModel
 from lightning_perl.modules.on_policy import OnPolicy

@@ -19,16 +19,11 @@ from torch import Tensor, nn
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, average, has_head, load_head
+from lightning_perl.models.loading import NO_BF16_TUNING, TrunkDtype, load_trunk, model_source
+from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import (
-    NO_BF16_TUNING,
-    Trunk,
-    TrunkDtype,
-    load_trunk,
-    model_source,
-    require_trunk_of,
-)
+from lightning_perl.models.trunk import Trunk
 
 Role = Literal["policy", "value", "reference", "reward"]
 TrainedRole = Literal["policy", "value"]

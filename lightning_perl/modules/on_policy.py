@@ -25,10 +25,12 @@ from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import Cut, Sequences, cuts
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
+from lightning_perl.models.loading import TrunkDtype
+from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role, Roles, TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import Trunk, TrunkDtype, write_adapter_manifest
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import (
     AdapterModule,
     Backward,
@@ -800,7 +802,7 @@ class OnPolicy(AdapterModule):
         if self.roles.layout == "full":
             for role, name in (("policy", "policy"), ("value", "critic")):
                 manifest = {"module": type(self).__name__}
-                self.roles.trunk(role).save(folder / name, None, manifest)
+                save_trunk(self.roles.trunk(role), folder / name, None, manifest)
             save_heads(folder / "critic", heads)
             return
         written = set()

@@ -12,10 +12,10 @@ from lightning_perl.functional.advantages import generalized_advantages, token_r
 from lightning_perl.functional.masked import masked_mean, whiten
 from lightning_perl.losses.ppo import clipped_surrogate, clipped_value_loss
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import Answers, Layout, RewardEnsemble, Role, TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, Stats, require_in_range
 from lightning_perl.rewards import RewardFunction

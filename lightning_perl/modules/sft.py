@@ -9,9 +9,10 @@ from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import predicting
 from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import Trunk, TrunkDtype
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.supervised import Stats, Supervised, sequences_of
 

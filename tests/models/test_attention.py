@@ -15,8 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lightning_perl.models import attention
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.attention import attention_by_products, suits
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import Trunk, load_trunk
+from lightning_perl.models.trunk import Trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, WINDOW
 from tests.models.test_lean_blocks import trained_pass

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lightning_perl.functional.packing import Packing, plan
 from lightning_perl.functional.sequences import pad_right
 from lightning_perl.models.adapters import OFF
-from lightning_perl.models.trunk import Trunk, load_trunk
+from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.trunk import Trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES
 from tests.models.rows import build
