@@ -1,8 +1,8 @@
-"""Rows that begin alike, laid on one line so that what they share is computed once.
+"""Rows that begin alike, packed into one line so that what they share is computed once.
 
-A preference pair is ``prompt + chosen`` and ``prompt + rejected``; on one line it is
-``prompt | chosen | rejected``. Positions restart at each answer, and a mask keeps the answers apart, so
-every token sees exactly what it sees in a row of its own.
+A preference pair is ``prompt + chosen`` and ``prompt + rejected``; packed it is ``prompt | chosen | rejected``.
+So are several responses to one prompt. Positions restart at each answer, and a mask keeps the answers apart, so
+that every token attends to exactly the tokens that it attends to in a row of its own.
 
 Shapes: ``B`` rows, ``T`` tokens of the longest row, ``L`` lines, ``C`` columns of the longest line.
 """
@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_perl.functional.sequences import position_ids
+
 SHARED = 0
 """Owner of the tokens that all rows of a line share."""
 NOBODY = -1
@@ -22,11 +24,11 @@ NOBODY = -1
 
 
 class Packing(NamedTuple):
-    """Where each row's tokens stand: token ``t`` in column ``t``, or ``start + t - shared`` from ``shared`` on.
+    """Where each row's tokens go: token ``t`` to column ``t``, from ``shared`` on to ``start + t - shared``.
 
     Attributes:
         line: Shape: ``(B,)``, int64.
-        shared: How many tokens the row shares with all others of its line. Shape: ``(B,)``, int64.
+        shared: Number of columns that the row shares with all others of its line. Shape: ``(B,)``, int64.
         start: Column of the row's first own token. Shape: ``(B,)``, int64.
         lines: ``L``.
         columns: ``C``.
@@ -54,7 +56,7 @@ class Lines(NamedTuple):
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows have in common at their start; the last of each is left to itself."""
+    """How many tokens all rows have in common at their start; the last token of each is not shared."""
     most = min(len(row) for row in rows) - 1
     for column in range(most):
         if any(row[column] != rows[0][column] for row in rows):
@@ -68,11 +70,11 @@ def packed_tokens(rows: Sequence[Sequence[int]]) -> int:
 
 
 def plan(groups: Sequence[Sequence[Sequence[int]]], device: torch.device | None = None) -> Packing:
-    """One line per group; rows are numbered through in the order given.
+    """One line per group. Rows are numbered through in the order given, and padded on the right.
 
     Args:
         groups: Groups of rows of token ids, none of them empty.
-        device: Where the plan is needed; None for the CPU.
+        device: Device of the plan; None for the CPU.
     """
     lines, shares, starts, columns = [], [], [], 1
     for line, rows in enumerate(groups):
@@ -92,10 +94,48 @@ def plan(groups: Sequence[Sequence[Sequence[int]]], device: torch.device | None 
     )
 
 
-def places(packing: Packing, tokens: int) -> Tensor:
-    """Where token ``t`` of each row stands, lines laid end to end: ``line * C + column``.
+def plan_samples(
+    rows: int,
+    samples: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    longest: int | None = None,
+    device: torch.device | None = None,
+) -> Packing:
+    """A plan for several responses to each prompt, from shapes alone: no tensor's value is read.
 
-    What a row does not have (padding on its right) may point anywhere in the batch.
+    Rows of a prompt are adjacent. Prompts are padded on the left, responses on the right.
+
+    Args:
+        rows: ``B``, a multiple of ``samples``.
+        samples: Responses to each prompt.
+        prompt_tokens: Columns of the prompts, at least 1.
+        response_tokens: Columns of the responses, at least 1.
+        longest: Columns that no line may exceed; the prompt is then repeated on as few lines as hold all
+            responses. A single row that is longer keeps a line to itself. None: no limit.
+        device: Device of the plan; None for the CPU.
+    """
+    together = samples
+    if longest is not None:
+        together = max(1, min(samples, (longest - prompt_tokens) // response_tokens))
+    lines = -(-samples // together)
+    # As even as can be: 8 responses of which 5 fit go on two lines of 4.
+    together = -(-samples // lines)
+    row = torch.arange(rows, device=device)
+    sample = row % samples
+    return Packing(
+        row // samples * lines + sample // together,
+        torch.full_like(row, prompt_tokens),
+        prompt_tokens + sample % together * response_tokens,
+        rows // samples * lines,
+        prompt_tokens + together * response_tokens,
+    )
+
+
+def places(packing: Packing, tokens: int) -> Tensor:
+    """Where token ``t`` of each row goes, lines laid end to end: ``line * C + column``.
+
+    Padding may point anywhere in the batch.
 
     Args:
         packing: The plan.
@@ -113,7 +153,7 @@ def places(packing: Packing, tokens: int) -> Tensor:
 
 
 def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
-    """Lay rows that are padded on the right on their lines.
+    """Copy rows to their lines.
 
     Args:
         ids: Shape: ``(B, T)``, int64.
@@ -132,14 +172,14 @@ def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
         flat = torch.full((size + 1,), padding, dtype=torch.int64, device=ids.device)
         return flat.scatter(0, where, values.flatten())[:size].view(packing.lines, packing.columns)
 
-    return Lines(laid(ids, 0), laid(column, 0), laid(owner, NOBODY))
+    return Lines(laid(ids, 0), laid(position_ids(attention_mask), 0), laid(owner, NOBODY))
 
 
 def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention logits: 0 where a token may look, the dtype's least number elsewhere.
+    """What is added to attention scores: 0 where a token may look, the dtype's least number elsewhere.
 
-    A token looks at the shared tokens and at those of its own row, never ahead; padding at itself, so
-    that no softmax is empty. Additive and not boolean: eager attention in transformers adds a boolean
+    A token attends to the shared tokens and to those of its own row, never to later ones; padding attends to
+    itself, so that no softmax is empty. Additive and not boolean: transformers' eager attention adds a boolean
     mask as 0 and 1.
 
     Args:
@@ -147,19 +187,19 @@ def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: The model's.
 
     Returns:
-        Shape: ``(L, 1, C, C)``: line, head, who looks, at whom.
+        Shape: ``(L, 1, C, C)``: line, head, query, key.
     """
-    looks, seen = owner[:, :, None], owner[:, None, :]
+    query, key = owner[:, :, None], owner[:, None, :]
     columns = torch.arange(owner.shape[1], device=owner.device)
-    ahead = columns[None, :] > columns[:, None]
+    later = columns[None, :] > columns[:, None]
     itself = columns[None, :] == columns[:, None]
-    visible = ((seen == SHARED) | ((seen == looks) & (seen != NOBODY))) & ~ahead | itself
+    visible = ((key == SHARED) | ((key == query) & (key != NOBODY))) & ~later | itself
     zero = torch.zeros((), dtype=dtype, device=owner.device)
     return torch.where(visible, zero, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def unpack(values: Tensor, packing: Packing, tokens: int) -> Tensor:
-    """From lines back to rows; what stands at a row's padding means nothing.
+    """From lines back to rows. Values at a row's padding mean nothing.
 
     Args:
         values: Shape: ``(L, C, H)``.

@@ -324,8 +324,10 @@ class Roles(nn.Module):
         states = predicting(hidden, sequences.response_mask.shape[1])
         if name == "value":
             return {"value": self.value_head(states)}
-        logprobs, entropy = trunk.logprobs(states, sequences.response_ids, temperature)
-        return {name: logprobs, "entropy": entropy} if name == "policy" else {name: logprobs}
+        logprobs, entropy = trunk.logprobs(
+            states, sequences.response_ids, temperature, entropy=name == "policy"
+        )
+        return {name: logprobs} if entropy is None else {name: logprobs, "entropy": entropy}
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """What the policy's gradient trains (in ``joint_hydra`` the critic's too)."""

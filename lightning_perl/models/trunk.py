@@ -350,27 +350,27 @@ class Trunk(nn.Module):
         self.flops.project(rows, self.lm_head.weight.detach(), self.lm_head.weight)
 
     def logprobs(
-        self, states: Tensor, targets: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+        self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of tokens and entropies of their distributions, in nats.
 
-        At most `LOGITS_AT_ONCE` logits exist at a time. Under a frozen LM head the entropies have no
-        gradient.
+        At most `LOGITS_AT_ONCE` logits exist at a time.
 
         Args:
             states: Hidden states that predict the targets. Shape: ``(B, R, H)``.
             targets: Shape: ``(B, R)``, int64.
             temperature: Divides the logits.
+            entropy: False: entropies are not computed, and None.
 
         Returns:
-            Shape: ``(B, R)`` each, at least fp32.
+            Shape: ``(B, R)`` each, at least fp32. Under a frozen LM head the entropies have no gradient.
         """
         chunk_tokens = max(1, LOGITS_AT_ONCE // self.vocabulary_size)
         trained = any(parameter.requires_grad for parameter in self.lm_head.parameters())
         once = self.shortcuts.frozen_head and not (trained and torch.is_grad_enabled())
         of_chunks = frozen_head_logprobs if once else chunked_logprobs
         self.flops.project(targets.numel(), states, self.lm_head.weight)
-        return of_chunks(states, targets, self._logits, temperature, chunk_tokens)
+        return of_chunks(states, targets, self._logits, temperature, chunk_tokens, entropy)
 
     def empty_cache(self, tokens: int) -> Cache:
         """An empty cache of keys and values for rows of up to ``tokens`` tokens.

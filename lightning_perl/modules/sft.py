@@ -21,7 +21,7 @@ def imitation_loss(trunk: Trunk, hidden: Tensor, batch: RatedBatch) -> tuple[Ten
     """Cross-entropy of the responses to imitate, in nats per token, and how many tokens there were."""
     sequences = sequences_of(batch)
     states = predicting(hidden, sequences.response_mask.shape[1])
-    logprobs, _ = trunk.logprobs(states, sequences.response_ids)
+    logprobs, _ = trunk.logprobs(states, sequences.response_ids, entropy=False)
     mask = sequences.response_mask & batch.imitate.unsqueeze(-1)
     return cross_entropy(logprobs, mask), mask.sum()
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from lightning_perl.functional.packing import (
     packed_tokens,
     places,
     plan,
+    plan_samples,
     unpack,
 )
-from lightning_perl.functional.sequences import pad_right
+from lightning_perl.functional.sequences import pad_left, pad_right
 
 PAIR = [[5, 6, 7, 8], [5, 6, 9]]
 ALONE = [[3, 4]]
@@ -49,6 +50,21 @@ def check_plan(function: Callable[[Sequence[Sequence[Sequence[int]]]], Packing])
     assert (packing.lines, packing.columns) == (3, 7)
     # The longest line need not be the last.
     assert function([THREE, ALONE]).columns == 7
+
+
+def check_plan_samples(function: Callable[..., Packing]) -> None:
+    packing = function(6, 3, 4, 2)
+    assert packing.line.tolist() == [0, 0, 0, 1, 1, 1]
+    assert packing.shared.tolist() == [4] * 6
+    assert packing.start.tolist() == [4, 6, 8] * 2
+    assert (packing.lines, packing.columns) == (2, 10)
+    # Three fit; two and two are as few lines, and shorter.
+    packing = function(8, 4, 4, 2, longest=11)
+    assert packing.line.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert packing.start.tolist() == [4, 6] * 4
+    assert (packing.lines, packing.columns) == (4, 8)
+    # One row of a line to itself, though it is longer.
+    assert function(2, 2, 4, 2, longest=5)[3:] == (2, 6)
 
 
 def check_places(function: Callable[[Packing, int], Tensor]) -> None:
@@ -101,6 +117,7 @@ CHECKS: dict[Callable[..., Any], Callable[[Callable[..., Any]], None]] = {
     common_prefix: check_common_prefix,
     packed_tokens: check_packed_tokens,
     plan: check_plan,
+    plan_samples: check_plan_samples,
     places: check_places,
     pack: check_pack,
     attention_bias: check_attention_bias,
@@ -126,18 +143,55 @@ def random_groups(seed: int) -> list[list[list[int]]]:
     return groups
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(seed: int) -> None:
+class Packed(NamedTuple):
+    """Rows, and how they are packed."""
+
+    rows: list[list[int]]
+    ids: Tensor
+    mask: Tensor
+    packing: Packing
+
+
+def random_pack(seed: int) -> Packed:
     groups = random_groups(seed)
     rows = [row for group in groups for row in group]
-    packing = plan(groups)
-    ids, mask = pad_right(rows, 0)
+    return Packed(rows, *pad_right(rows, 0), plan(groups))
+
+
+def random_samples(seed: int) -> Packed:
+    """Several responses to each prompt, padded as a rollout pads them; at times a limit to the lines."""
+    draw = random.Random(seed)
+    samples = draw.randint(1, 5)
+    prompts, responses = [], []
+    for _ in range(draw.randint(1, 3)):
+        prompt = [draw.randrange(1, 5) for _ in range(draw.randint(1, 6))]
+        prompts += [prompt] * samples
+        responses += [
+            [draw.randrange(1, 5) for _ in range(draw.randint(1, 4))] for _ in range(samples)
+        ]
+    left, right = pad_left(prompts, 0), pad_right(responses, 0)
+    ids, mask = (torch.cat(pair, 1) for pair in zip(left, right, strict=True))
+    shape = (len(prompts), samples, left[0].shape[1], right[0].shape[1])
+    packing = plan_samples(*shape, longest=draw.choice((None, 8, 12)))
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, responses, strict=True)]
+    return Packed(rows, ids, mask, packing)
+
+
+every_pack = pytest.mark.parametrize(
+    "packed",
+    [make(seed) for make in (random_pack, random_samples) for seed in range(30)],
+)
+
+
+@every_pack
+def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(packed: Packed) -> None:
+    rows, ids, mask, packing = packed
     lines = pack(ids, mask, packing)
     visible = attention_bias(lines.owner, torch.float64)[:, 0] == 0
     where = places(packing, ids.shape[1])
     for number, row in enumerate(rows):
         line = int(packing.line[number])
-        columns = (where[number, : len(row)] - line * packing.columns).tolist()
+        columns = (where[number][mask[number]] - line * packing.columns).tolist()
         assert lines.ids[line, columns].tolist() == row
         assert lines.position_ids[line, columns].tolist() == list(range(len(row)))
         for token, column in enumerate(columns):
@@ -145,12 +199,9 @@ def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(seed: int) -> 
             assert seen == sorted(columns[: token + 1])
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_unpack_undoes_pack_with_its_gradient(seed: int) -> None:
-    groups = random_groups(seed)
-    rows = [row for group in groups for row in group]
-    packing = plan(groups)
-    ids, mask = pad_right(rows, 0)
+@every_pack
+def test_unpack_undoes_pack_with_its_gradient(packed: Packed) -> None:
+    _, ids, mask, packing = packed
     lines = pack(ids, mask, packing)
     values = torch.stack([lines.ids, lines.position_ids], -1).double().requires_grad_()
     back = unpack(values, packing, ids.shape[1])
