@@ -51,7 +51,6 @@ from lightning_perl.commands.rehearsal import (
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.roles import Layout
-from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT, RewardModel
 from lightning_perl.modules.on_policy import OnPolicy
@@ -67,8 +66,6 @@ SMALL: dict[TrunkDtype, LlamaSizes] = {
     "float32": LlamaSizes(128, 4, 4, 352, 1000),
     "bfloat16": LlamaSizes(128, 4, 4, 352, 1000, kv_heads=2),
 }
-CUDAS_ATTENTION = Shortcuts(short_attention=False)
-"""What estimates are made for; the shortcut is a CPU's, in bfloat16."""
 RANKS = (16, 128)
 LOAD = Load(256, 256, 4)
 LORA_PPO = "PPO lora"
@@ -212,7 +209,6 @@ def small_runs(
         "lora": LoraSpec(rank, float(rank)),
         "trunk_dtype": dtype,
         "checkpointing": checkpointing,
-        "shortcuts": CUDAS_ATTENTION,
     }
     yield "SFT", lambda: SFT("trunk", **common), load
     yield "RewardModel, thumbs", lambda: RewardModel("trunk", **common), load

@@ -152,7 +152,9 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Shapes: hidden ``(N, H)``, targets ``(N,)``."""
         directions = ctx.needs_input_grad[0]
-        chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        chunks = zip(
+            torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True
+        )
         parts = [
             logprobs_and_directions(*chunk, project, temperature, directions, entropy)
             for chunk in chunks

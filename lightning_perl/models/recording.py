@@ -102,7 +102,7 @@ def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
     Raises:
         RuntimeError: See `CudaGraphs`.
     """
-    wanted = trunk.shortcuts.recorded_decoding and trunk.shortcuts.preallocated_cache
+    wanted = trunk.shortcuts.recorded_decoding
     record = recorder_on(trunk.model.device) if wanted else None
     if record is None:
         return None

@@ -20,7 +20,6 @@ from lightning_perl.functional.logprobs import chunked_logprobs, frozen_head_log
 from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
-from lightning_perl.models.attention import attend_by_products
 from lightning_perl.models.cache import cache_argument, only_states, preallocate
 from lightning_perl.models.flops import FlopCount
 from lightning_perl.models.lean_blocks import make_lean
@@ -79,9 +78,6 @@ class Trunk(nn.Module):
             make_lean(model)
         # Shapes without values (see `weightless`): nothing can be compared.
         self.weightless = model.device.type == "meta"
-        # Shapes alone stand for a run on CUDA, which never uses attention by products.
-        if self.shortcuts.short_attention and not self.weightless:
-            attend_by_products(model)
         self.adapters = Adapters(model, self.switch, self.shortcuts.fused_adapters)
         self.passes = 0
         self.flops = FlopCount(model, self.adapters)
@@ -378,8 +374,7 @@ class Trunk(nn.Module):
         Sliding-window layers keep their window only, and grow as transformers implements them.
         """
         cache = DynamicCache(config=self.model.config)
-        if self.shortcuts.preallocated_cache:
-            preallocate(cache, tokens)
+        preallocate(cache, tokens)
         return cache
 
     @cached_property

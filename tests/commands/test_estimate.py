@@ -39,7 +39,6 @@ from lightning_perl.commands.reality import (
 )
 from lightning_perl.commands.rehearsal import Load, OnPolicyRehearsal, prompts_of, rehearsal_of
 from lightning_perl.functional import logprobs
-from lightning_perl.models import attention
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.shortcuts import Shortcuts
@@ -325,7 +324,6 @@ def test_cuda_is_rehearsed_without_what_only_a_cpu_does() -> None:
             inside = logprobs.CACHED
         assert inside == rows
         assert own == logprobs.CACHED
-        assert not attention._by_products.intersection(one.module.modules())
 
 
 def test_a_budget_below_the_weights_of_a_comparison_leaves_it_out() -> None:

@@ -18,7 +18,6 @@ from lightning_perl.models.adapters import OFF
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.manifest import save_trunk
 from lightning_perl.models.roles import Role, Roles
-from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import LogitTransform, Trunk
 from lightning_perl.modules import HydraPPO
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -113,8 +112,7 @@ def test_off_is_the_bare_model_bit_for_bit_before_and_after_training(
 ) -> None:
     folder, sequences = tiny_trunk(family), padded()
     plain = own_logits(bare(folder, getattr(torch, dtype)), sequences)
-    # All that is exact bit for bit; attention by products rounds in other places.
-    roles = build(folder, dtype=dtype, shortcuts=Shortcuts(short_attention=False))
+    roles = build(folder, dtype=dtype)
     trunk, before = roles.trunk("policy"), own_weights(roles)
     with roles("reference"):
         assert torch.equal(our_logits(trunk, sequences), plain)
