@@ -39,7 +39,8 @@ from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import Sequences, at_last_response, pad_left, predicting
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import ScalarHead, load_head
-from lightning_perl.models.trunk import Trunk, load_trunk
+from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.rollouts.decoding import sample
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 

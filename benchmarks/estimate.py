@@ -50,9 +50,9 @@ from lightning_perl.commands.rehearsal import (
 )
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT, RewardModel
 from lightning_perl.modules.base import AdapterModule, default_optimizer

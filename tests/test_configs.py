@@ -18,7 +18,7 @@ from transformers.utils.logging import enable_progress_bar
 
 from lightning_perl.cli import main
 from lightning_perl.models.heads import load_head
-from lightning_perl.models.trunk import load_trunk
+from lightning_perl.models.loading import load_trunk
 from tests.conftest import TinyTrunk
 from tests.data import corpus_files, taskmaster_files
 from tests.data.orders import orders

@@ -58,7 +58,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
 }
 
 PEFT_FILE = "models/adapters.py"
-TRUNK_FILE = "models/trunk.py"
+LOADING_FILE = "models/loading.py"
 # `from_pretrained` of these is not a model's.
 NO_MODEL = re.compile(r"tokenizer|config|processor", re.IGNORECASE)
 
@@ -79,8 +79,8 @@ def wrong_arrow(file: str, floor: str, name: str) -> str | None:
     top, _, rest = name.partition(".")
     if top == "peft" and file != PEFT_FILE:
         return f"imports peft; only {PEFT_FILE} may"
-    if name.startswith("transformers.AutoModel") and file != TRUNK_FILE:
-        return f"imports {name}; only {TRUNK_FILE} may load models"
+    if name.startswith("transformers.AutoModel") and file != LOADING_FILE:
+        return f"imports {name}; only {LOADING_FILE} may load models"
     if top == PACKAGE.name:
         target = rest.partition(".")[0]
         # A name of the root itself (__version__), not a floor.
@@ -117,9 +117,9 @@ def violations(package: Path) -> list[str]:
             if wrong := wrong_arrow(file, floor, name):
                 found.append(f"{file}:{line}: {wrong}")
         # A PEFT adapter is no trunk; adapters.py may load one.
-        if file not in (TRUNK_FILE, PEFT_FILE):
+        if file not in (LOADING_FILE, PEFT_FILE):
             for line, expression in loaded_models(tree):
-                found.append(f"{file}:{line}: calls {expression}; only {TRUNK_FILE} loads models")
+                found.append(f"{file}:{line}: calls {expression}; only {LOADING_FILE} loads models")
     return found
 
 
@@ -175,7 +175,7 @@ def test_the_checker_goes_red(tmp_path: Path, file: str, source: str, message: s
         ("losses/ppo.py", "from lightning_perl.functional import kl"),
         ("models/adapters.py", "import peft\npeft.PeftModel.from_pretrained('x')"),
         (
-            "models/trunk.py",
+            "models/loading.py",
             "from transformers import AutoModel as A\nA.from_pretrained",
         ),
         ("data/base.py", "from transformers import AutoTokenizer\nAutoTokenizer.from_pretrained"),

@@ -25,8 +25,8 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def chosen_logprobs(
-    hidden: Tensor, targets: Tensor, project: Project, temperature: float
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, targets: Tensor, project: Project, temperature: float, entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target and entropy of its distribution, all positions at once.
 
     Args:
@@ -34,15 +34,16 @@ def chosen_logprobs(
         targets: Shape: ``(C,)``, int64.
         project: The LM head with its family's logit transform.
         temperature: Divides the logits, as it did when the tokens were sampled.
+        entropy: False: entropies are not computed.
 
     Returns:
-        Log-probabilities and entropies in nats, at least fp32. Shape: ``(C,)`` each.
+        Log-probabilities and entropies (or None) in nats, at least fp32. Shape: ``(C,)`` each.
     """
     logits = at_least_fp32(project(hidden)) / temperature
-    # the entropy from log-probabilities, not logits: at GPT-2's logits near -100 that cancels
+    # The entropy is taken from log-probabilities: at GPT-2's logits near -100 the formula for logits cancels.
     logprobs = logits - logits.logsumexp(-1, keepdim=True)
     chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen, -(logprobs.exp() * logprobs).sum(-1)
+    return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else None
 
 
 def chunked_logprobs(
@@ -51,12 +52,12 @@ def chunked_logprobs(
     project: Project,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """`chosen_logprobs` for a batch, in chunks whose logits are computed again in backward.
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`chosen_logprobs` for a batch, in chunks whose logits are recomputed in backward.
 
-    For a head that is trained; under a frozen one `frozen_head_logprobs` does less.
-
-    At any moment at most ``chunk_tokens x V`` logits exist, in forward and in backward.
+    For a head that is trained; under a frozen one `frozen_head_logprobs` does less work. At most
+    ``chunk_tokens x V`` logits exist at a time, in forward and in backward.
 
     Args:
         hidden: Hidden states that *predict* the targets. Shape: ``(B, R, H)``.
@@ -64,9 +65,10 @@ def chunked_logprobs(
         project: The LM head with its family's logit transform, ``(C, H) -> (C, V)``.
         temperature: Divides the logits.
         chunk_tokens: Positions projected at once.
+        entropy: False: entropies are not computed.
 
     Returns:
-        Log-probabilities and entropies in nats, at least fp32. Shape: ``(B, R)`` each.
+        Log-probabilities and entropies (or None) in nats, at least fp32. Shape: ``(B, R)`` each.
     """
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     logprobs, entropies = [], []
@@ -75,55 +77,64 @@ def chunked_logprobs(
             flat_hidden[start : start + chunk_tokens],
             flat_targets[start : start + chunk_tokens],
         )
+        inputs = (*chunk, project, temperature, entropy)
         if torch.is_grad_enabled():
-            one = checkpoint(chosen_logprobs, *chunk, project, temperature, use_reentrant=False)
+            results = checkpoint(chosen_logprobs, *inputs, use_reentrant=False)
         else:
-            one = chosen_logprobs(*chunk, project, temperature)
-        logprobs.append(one[0])
-        entropies.append(one[1])
-    return torch.cat(logprobs).view_as(targets), torch.cat(entropies).view_as(targets)
+            results = chosen_logprobs(*inputs)
+        logprobs.append(results[0])
+        entropies.append(results[1])
+    entropies_of_all = torch.cat(entropies).view_as(targets) if entropy else None
+    return torch.cat(logprobs).view_as(targets), entropies_of_all
 
 
 def logprobs_and_directions(
-    hidden: Tensor, targets: Tensor, project: Project, temperature: float, directions: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `chosen_logprobs` gives, and which way the hidden states raise each log-probability.
+    hidden: Tensor,
+    targets: Tensor,
+    project: Project,
+    temperature: float,
+    directions: bool,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `chosen_logprobs` gives, and the gradient of each log-probability in its hidden state.
 
     Args:
         hidden: Shape: ``(C, H)``.
         targets: Shape: ``(C,)``, int64.
         project: A frozen LM head with its family's logit transform.
         temperature: Divides the logits.
-        directions: Whether they are asked for.
+        directions: Whether the gradients are needed.
+        entropy: False: entropies are not computed.
 
     Returns:
-        Log-probabilities and entropies in nats, at least fp32, shape ``(C,)`` each; and
-        ``d logprob / d hidden``, shape ``(C, H)``, in the dtype of ``hidden``.
+        Log-probabilities and entropies (or None) in nats, at least fp32, shape ``(C,)`` each; and
+        ``d logprob / d hidden`` (or None), shape ``(C, H)``, in the dtype of ``hidden``.
     """
     hidden = hidden.detach().requires_grad_(directions)
     with torch.set_grad_enabled(directions):
         logits = project(hidden)
     chosen, entropies = [], []
     d_logits = torch.empty_like(logits) if directions else None
-    # On a CPU a few rows at a time, which stay in its cache; they are five passes over V numbers.
+    # On a CPU a few rows at a time, which stay in its cache through five passes over V numbers.
     rows = len(targets) if logits.device.type != "cpu" else max(1, CACHED // logits.shape[-1])
     with torch.no_grad():
         for start in range(0, len(targets), rows):
-            some, index = logits[start : start + rows], targets[start : start + rows].unsqueeze(-1)
+            part, index = logits[start : start + rows], targets[start : start + rows].unsqueeze(-1)
             # Promoted first, as in sampling: divided in bf16 it would be another distribution.
-            scaled = some if temperature == 1 else at_least_fp32(some) / temperature
-            dtype = torch.promote_types(some.dtype, torch.float32)
+            scaled = part if temperature == 1 else at_least_fp32(part) / temperature
+            dtype = torch.promote_types(part.dtype, torch.float32)
             logprobs = torch.log_softmax(scaled, -1, dtype=dtype)
             chosen.append(logprobs.gather(-1, index).squeeze(-1))
-            probabilities = logprobs.exp()
-            entropies.append(-torch.linalg.vecdot(probabilities, logprobs))
+            probabilities = logprobs.exp() if entropy or directions else logprobs
+            if entropy:
+                entropies.append(-torch.linalg.vecdot(probabilities, logprobs))
             if d_logits is not None:
-                # d log p(y) / d logits = onehot(y) - p, in the place of p
+                # d log p(y) / d logits = onehot(y) - p, written over p
                 ones = torch.ones_like(index, dtype=dtype)
                 slope = probabilities.neg_().scatter_add_(-1, index, ones)
                 d_logits[start : start + rows] = slope if temperature == 1 else slope / temperature
-    way = torch.autograd.grad(logits, hidden, d_logits)[0] if directions else None
-    return torch.cat(chosen), torch.cat(entropies), way
+    gradients = torch.autograd.grad(logits, hidden, d_logits)[0] if directions else None
+    return torch.cat(chosen), torch.cat(entropies) if entropy else None, gradients
 
 
 class _FrozenHeadLogprobs(torch.autograd.Function):
@@ -137,27 +148,33 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
         project: Project,
         temperature: float,
         chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor]:
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """Shapes: hidden ``(N, H)``, targets ``(N,)``."""
         directions = ctx.needs_input_grad[0]
-        starts = range(0, len(targets), chunk_tokens)
-        chunks = [slice(start, start + chunk_tokens) for start in starts]
+        chunks = zip(
+            torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True
+        )
         parts = [
-            logprobs_and_directions(hidden[one], targets[one], project, temperature, directions)
-            for one in chunks
+            logprobs_and_directions(*chunk, project, temperature, directions, entropy)
+            for chunk in chunks
         ]
-        entropies = torch.cat([entropy for _, entropy, _ in parts])
-        ctx.mark_non_differentiable(entropies)
+        logprobs, entropies, gradients = zip(*parts, strict=True)
         if directions:
-            ctx.save_for_backward(torch.cat([way for _, _, way in parts if way is not None]))
-        return torch.cat([logprobs for logprobs, _, _ in parts]), entropies
+            ctx.save_for_backward(torch.cat(gradients))
+        if not entropy:
+            return torch.cat(logprobs), None
+        entropies_of_all = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies_of_all)
+        return torch.cat(logprobs), entropies_of_all
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """The directions, each by its token's gradient."""
+        """Each token's gradient in the hidden states, scaled."""
         (directions,) = ctx.saved_tensors
-        return directions * d_logprobs.unsqueeze(-1).to(directions.dtype), None, None, None, None
+        scaled = directions * d_logprobs.unsqueeze(-1).to(directions.dtype)
+        return scaled, None, None, None, None, None
 
 
 def frozen_head_logprobs(
@@ -166,24 +183,15 @@ def frozen_head_logprobs(
     project: Project,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """`chunked_logprobs` under a head that is not trained: its logits are made once.
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunked_logprobs` under a head that is not trained: its logits are computed once.
 
-    ``d log p(y) / d h = W^T (onehot(y) - p)`` depends on nothing that happens to the log-probability
-    afterwards, so it is taken in forward, while the chunk's logits are there, and scaled in backward.
-
-    Args:
-        hidden: Hidden states that *predict* the targets. Shape: ``(B, R, H)``.
-        targets: Shape: ``(B, R)``, int64.
-        project: A frozen LM head with its family's logit transform, ``(C, H) -> (C, V)``.
-        temperature: Divides the logits.
-        chunk_tokens: Positions projected at once.
-
-    Returns:
-        Log-probabilities, and entropies without a gradient, in nats, at least fp32. Shape: ``(B, R)``
-        each.
+    ``d log p(y) / d h = W^T (onehot(y) - p)`` does not depend on what the loss does with the
+    log-probability, so it is taken in forward, while the chunk's logits are there, and scaled in backward.
+    The arguments are those of `chunked_logprobs`; the entropies have no gradient.
     """
-    flat: tuple[Tensor, Tensor] = _FrozenHeadLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), targets.flatten(), project, temperature, chunk_tokens
+    logprobs, entropies = _FrozenHeadLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, 1), targets.flatten(), project, temperature, chunk_tokens, entropy
     )
-    return flat[0].view_as(targets), flat[1].view_as(targets)
+    return logprobs.view_as(targets), entropies.view_as(targets) if entropy else None

@@ -1,8 +1,8 @@
-"""Rows that begin alike, laid on one line so that what they share is computed once.
+"""Rows that begin alike, packed into one line so that what they share is computed once.
 
-A preference pair is ``prompt + chosen`` and ``prompt + rejected``; on one line it is
-``prompt | chosen | rejected``. Positions restart at each answer, and a mask keeps the answers apart, so
-every token sees exactly what it sees in a row of its own.
+A preference pair is ``prompt + chosen`` and ``prompt + rejected``; packed it is ``prompt | chosen | rejected``.
+So are several responses to one prompt. Positions restart at each answer, and a mask keeps the answers apart, so
+that every token attends to exactly the tokens that it attends to in a row of its own.
 
 Shapes: ``B`` rows, ``T`` tokens of the longest row, ``L`` lines, ``C`` columns of the longest line.
 """
@@ -24,11 +24,11 @@ NOBODY = -1
 
 
 class Packing(NamedTuple):
-    """Where each row's tokens stand: token ``t`` in column ``t``, or ``start + t - shared`` from ``shared`` on.
+    """Where each row's tokens go: token ``t`` to column ``t``, from ``shared`` on to ``start + t - shared``.
 
     Attributes:
         line: Shape: ``(B,)``, int64.
-        shared: How many tokens the row shares with all others of its line. Shape: ``(B,)``, int64.
+        shared: Number of columns that the row shares with all others of its line. Shape: ``(B,)``, int64.
         start: Column of the row's first own token. Shape: ``(B,)``, int64.
         lines: ``L``.
         columns: ``C``.
@@ -56,7 +56,7 @@ class Lines(NamedTuple):
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows have in common at their start; the last of each is left to itself."""
+    """How many tokens all rows have in common at their start; the last token of each is not shared."""
     most = min(len(row) for row in rows) - 1
     for column in range(most):
         if any(row[column] != rows[0][column] for row in rows):
@@ -70,11 +70,11 @@ def packed_tokens(rows: Sequence[Sequence[int]]) -> int:
 
 
 def plan(groups: Sequence[Sequence[Sequence[int]]], device: torch.device | None = None) -> Packing:
-    """One line per group; rows are numbered through in the order given.
+    """One line per group. Rows are numbered through in the order given, and padded on the right.
 
     Args:
         groups: Groups of rows of token ids, none of them empty.
-        device: Where the plan is needed; None for the CPU.
+        device: Device of the plan; None for the CPU.
     """
     lines, shares, starts, columns = [], [], [], 1
     for line, rows in enumerate(groups):
@@ -97,14 +97,16 @@ def plan(groups: Sequence[Sequence[Sequence[int]]], device: torch.device | None 
 def plan_samples(
     rows: int, tokens: int, prompt_tokens: int, samples: int, device: torch.device | None = None
 ) -> Packing:
-    """One line per prompt: its columns once, then those of its responses. No tensor's value is read.
+    """A plan for several responses to each prompt, from shapes alone: no tensor's value is read.
+
+    Rows of a prompt are adjacent. Prompts are padded on the left, responses on the right.
 
     Args:
-        rows: ``B``; neighbouring rows have one prompt, padded alike.
+        rows: ``B``, a multiple of ``samples``.
         tokens: ``T``.
-        prompt_tokens: Columns of the prompt, its padding included.
-        samples: Rows per prompt; it divides ``rows``.
-        device: Where the plan is needed; None for the CPU.
+        prompt_tokens: Columns of the prompts.
+        samples: Responses to each prompt.
+        device: Device of the plan; None for the CPU.
     """
     row, response_tokens = torch.arange(rows, device=device), tokens - prompt_tokens
     return Packing(
@@ -116,25 +118,25 @@ def plan_samples(
     )
 
 
-def saves_work(packing: Packing, numbers: int, tokens: int, hidden_size: int) -> bool:
-    """Whether lines cost a decoder less than rows: fewer tokens to read, but more to look at.
+def saves_work(packing: Packing, rows: int, tokens: int, hidden_size: int) -> bool:
+    """Whether lines cost a decoder less than rows: there are fewer tokens, but each attends to more columns.
 
-    A token costs a block about ``24 H^2`` FLOPs in its linear layers and ``4 H`` per column in attention.
+    Per token a block costs about ``24 H^2`` FLOPs in its linear layers and ``4 H`` per column in attention.
 
     Args:
         packing: The plan.
-        numbers: Tokens of the rows, ``B T``.
+        rows: ``B``.
         tokens: ``T``.
         hidden_size: ``H``.
     """
     packed = packing.lines * packing.columns * (6 * hidden_size + packing.columns)
-    return packed < numbers * (6 * hidden_size + tokens)
+    return packed < rows * tokens * (6 * hidden_size + tokens)
 
 
 def places(packing: Packing, tokens: int) -> Tensor:
-    """Where token ``t`` of each row stands, lines laid end to end: ``line * C + column``.
+    """Where token ``t`` of each row goes, lines laid end to end: ``line * C + column``.
 
-    What a row does not have (padding on its right) may point anywhere in the batch.
+    Padding may point anywhere in the batch.
 
     Args:
         packing: The plan.
@@ -152,7 +154,7 @@ def places(packing: Packing, tokens: int) -> Tensor:
 
 
 def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
-    """Lay rows on their lines; padding is left out.
+    """Copy rows to their lines.
 
     Args:
         ids: Shape: ``(B, T)``, int64.
@@ -175,10 +177,10 @@ def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
 
 
 def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention logits: 0 where a token may look, the dtype's least number elsewhere.
+    """What is added to attention scores: 0 where a token may look, the dtype's least number elsewhere.
 
-    A token looks at the shared tokens and at those of its own row, never ahead; padding at itself, so
-    that no softmax is empty. Additive and not boolean: eager attention in transformers adds a boolean
+    A token attends to the shared tokens and to those of its own row, never to later ones; padding attends to
+    itself, so that no softmax is empty. Additive and not boolean: transformers' eager attention adds a boolean
     mask as 0 and 1.
 
     Args:
@@ -186,19 +188,19 @@ def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: The model's.
 
     Returns:
-        Shape: ``(L, 1, C, C)``: line, head, who looks, at whom.
+        Shape: ``(L, 1, C, C)``: line, head, query, key.
     """
-    looks, seen = owner[:, :, None], owner[:, None, :]
+    query, key = owner[:, :, None], owner[:, None, :]
     columns = torch.arange(owner.shape[1], device=owner.device)
-    ahead = columns[None, :] > columns[:, None]
+    later = columns[None, :] > columns[:, None]
     itself = columns[None, :] == columns[:, None]
-    visible = ((seen == SHARED) | ((seen == looks) & (seen != NOBODY))) & ~ahead | itself
+    visible = ((key == SHARED) | ((key == query) & (key != NOBODY))) & ~later | itself
     zero = torch.zeros((), dtype=dtype, device=owner.device)
     return torch.where(visible, zero, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def unpack(values: Tensor, packing: Packing, tokens: int) -> Tensor:
-    """From lines back to rows; what stands at a row's padding means nothing.
+    """From lines back to rows. Values at a row's padding mean nothing.
 
     Args:
         values: Shape: ``(L, C, H)``.

@@ -1,9 +1,9 @@
 """LoRA adapters on a trunk, and the switch between them: the only file that imports PEFT.
 
-PEFT builds the layers and defines the file format. Its ``set_adapter`` and ``disable_adapter`` are
-not used: they switch ``requires_grad`` of the other adapters off, so a second role's gradient is lost
-without an error. Here the layers ask one `AdapterSwitch` which adapter answers. Nothing else changes
-when a role changes: no flag on any layer, no ``requires_grad``, no train or eval mode.
+PEFT builds the layers and defines the file format. Its ``set_adapter`` and ``disable_adapter`` are not used:
+they set ``requires_grad`` of the other adapters to False, so that a second role's gradient is lost without an
+error. Here the layers ask one `AdapterSwitch` which adapter to apply. Nothing else changes with the role: no
+flag on any layer, no ``requires_grad``, no train or eval mode.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from lightning_perl.models.lean_linear import Factors, fusible, lean_linear
 from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
 from lightning_perl.models.weightless import architecture
 
 OFF = "off"
-"""The trunk alone."""
-
+"""Name of no adapter: the trunk alone."""
 ATTENTION = "attention"
-"""As a target: every linear layer of the blocks' attention, whatever the family calls it."""
-
+"""Target that stands for every linear layer of the blocks' attention, whatever the family calls it."""
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
+WEIGHTS_FILE = "adapter_model.safetensors"
+NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+"""PEFT's settings that change what an adapter computes, but not the names of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class LoraSpec:
     """A low-rank adapter (2106.09685): ``W x + alpha / rank * B A x``.
 
     Args:
-        rank: Inner size. Hydra-RLHF uses 128, PERL 1 to 16.
-        alpha: Scale; the step an adapter takes is proportional to ``learning_rate * alpha / rank``.
-            DeepSpeed-Chat's learning rates assume ``alpha = 1``.
+        rank: Inner size of the adapter. Hydra-RLHF uses 128, PERL 1 to 16.
+        alpha: Scale of the adapter. The size of its steps is proportional to
+            ``learning_rate * alpha / rank``; DeepSpeed-Chat's learning rates assume ``alpha = 1``.
         targets: Names of the linear layers that get an adapter, matched against the end of the
             module's name; ``attention`` stands for all linear layers of the attention, whatever
-            the family calls them. Empty: every linear layer inside the decoder's blocks but those that
-            PEFT has no LoRA for, or that kernels read past it (then the log names them).
-        dropout: On the adapter's input, in supervised training only; refused in RL, where the first
-            ratio must be exactly 1.
+            the family calls them. Empty: every linear layer inside the decoder's blocks, except those
+            that PEFT has no LoRA for, or whose weights kernels read directly (the log names them).
+        dropout: Dropout probability on the adapter's input, in supervised training only. RL refuses it,
+            since the first ratio must be exactly 1.
     """
 
     rank: int = 16
@@ -64,7 +64,7 @@ class LoraSpec:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot mean anything."""
+        """Refuse values out of range."""
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1, got {self.rank}.")
         if not 0 <= self.dropout < 1:
@@ -74,15 +74,15 @@ class LoraSpec:
 
 
 class NoRoleError(RuntimeError):
-    """A trunk was run outside ``with roles(...)``."""
-
-
-NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-"""Settings of PEFT's that change what an adapter computes, but not the names of its tensors."""
+    """A trunk was run outside ``with roles(...)`` (or ``with trunk.switch.use(...)``)."""
 
 
 class AdapterSwitch:
-    """Which adapter the trunk's LoRA layers apply now. Re-entrant and exception-safe."""
+    """Which adapter the trunk's LoRA layers apply now. Re-entrant and exception-safe.
+
+    Attributes:
+        rested: Inside `at_rest`, adapters that were cast to the trunk's dtype, by layer and name.
+    """
 
     def __init__(self) -> None:
         self._current: str | None = None
@@ -93,7 +93,7 @@ class AdapterSwitch:
         """Name of the adapter in use, or `OFF`.
 
         Raises:
-            NoRoleError: Nobody has chosen one.
+            NoRoleError: None was chosen.
         """
         if self._current is None:
             raise NoRoleError(
@@ -104,7 +104,7 @@ class AdapterSwitch:
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
-        """Let ``adapter`` (or `OFF`) answer inside the block."""
+        """Apply ``adapter`` (or none: `OFF`) inside the block."""
         before = self._current
         self._current = adapter
         try:
@@ -114,9 +114,9 @@ class AdapterSwitch:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Promise that no weight changes inside the block: each adapter is cast to the trunk's dtype once.
+        """Inside the block no weight changes, so each adapter is cast to the trunk's dtype only once.
 
-        For passes without a gradient, above all those that sample one token.
+        It speeds up passes without a gradient, above all decoding steps.
         """
         before = self.rested
         self.rested = {} if before is None else before
@@ -126,141 +126,48 @@ class AdapterSwitch:
             self.rested = before
 
     def pinned(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts for a checkpointed block: its recomputation runs with today's adapter.
+        """Contexts of a checkpointed block's forward and recomputation: both run with the present adapter.
 
-        Backward runs after the role's block was left, perhaps inside another role's.
+        Backward runs after the role's ``with`` block was left, perhaps inside another role's.
         """
         return nullcontext(), self.use(self.current)
-
-
-class Factors(NamedTuple):
-    """An adapter on one layer, ready to be multiplied with.
-
-    Attributes:
-        down: Shape: ``(r, I)``, in the input's dtype.
-        up: Times the adapter's scale. Shape: ``(O, r)``.
-        fusible: Whether the layer under it is a plain frozen one.
-    """
-
-    down: Tensor
-    up: Tensor
-    fusible: bool
 
 
 def _weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
 
 
-def fused_product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``x W^T + bias + x A^T B^T``, the low-rank part added in place; and ``x A^T``.
-
-    Shapes: rows ``(N, I)``, weight ``(O, I)``, bias ``(O,)``, down ``(r, I)``, up ``(O, r)``; the
-    results ``(N, O)`` and ``(N, r)``.
-    """
-    inner = rows @ down.T
-    return F.linear(rows, weight, bias).addmm_(inner, up.T), inner
-
-
-class FrozenLinearWithAdapter(torch.autograd.Function):
-    """``x W^T + bias + x A^T B^T`` with W and bias frozen, the low-rank part added in place.
-
-    Composed of single products, autograd keeps both summands and adds them, forward and backward: a
-    pass over the activations for each adapter that this does without. Only ``x`` and ``x A^T`` are
-    kept for backward.
-
-    Shapes: ``N`` tokens, ``I`` inputs, ``O`` outputs, ``r`` rank.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 (autograd's context)
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-    ) -> Tensor:
-        """Shapes: x ``(..., I)``, weight ``(O, I)``, bias ``(O,)``, down ``(r, I)``, up ``(O, r)``."""
-        rows = x.reshape(-1, x.shape[-1])
-        y, inner = fused_product(rows, weight, bias, down, up)
-        ctx.save_for_backward(rows, weight, down, up, inner)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """Gradients of x, down and up."""
-        rows, weight, down, up, inner = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
-        d_inner = flat @ up
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (flat @ weight).addmm_(d_inner, down).view(*dy.shape[:-1], -1)
-        return dx, None, None, d_inner.T @ rows, flat.T @ inner
-
-
-def _fusible(layer: LoraLayer, adapter: str, x: Tensor) -> bool:
-    """Whether the layer under the adapter is a plain, frozen linear one, read without dropout."""
-    base = layer.base_layer
-    dropout = layer.lora_dropout[adapter]
-    # Hooks and an exchanged forward (offloading) run only where the layer itself is called.
-    called = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
-    return (
-        type(base) is nn.Linear
-        and not called
-        and not base.weight.requires_grad
-        and (base.bias is None or not base.bias.requires_grad)
-        and base.weight.dtype == x.dtype
-        # Autocast would cast some of the products and not the one that is added in place.
-        and not torch.is_autocast_enabled(x.device.type)
-        and not (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0)
-    )
-
-
-def _factors(layer: LoraLayer, adapter: str, x: Tensor) -> Factors:
+def _factors(layer: LoraLayer, switch: AdapterSwitch, adapter: str, x: Tensor) -> Factors:
+    key = (id(layer), adapter)
+    cache = None if torch.is_grad_enabled() else switch.rested
+    if cache is not None and key in cache:
+        return cache[key]
     down, up = _weights(layer, adapter)
     up = up * layer.scaling[adapter]
-    return Factors(down.to(x.dtype), up.to(x.dtype), _fusible(layer, adapter, x))
+    may_fuse = fusible(layer.base_layer, layer.lora_dropout[adapter], x)
+    factors = Factors(down.to(x.dtype), up.to(x.dtype), may_fuse)
+    if cache is not None:
+        cache[key] = factors
+    return factors
 
 
-def _rested(layer: LoraLayer, switch: AdapterSwitch, adapter: str, x: Tensor) -> Factors:
-    if switch.rested is None or torch.is_grad_enabled():
-        return _factors(layer, adapter, x)
-    key = (id(layer), adapter)
-    if key not in switch.rested:
-        switch.rested[key] = _factors(layer, adapter, x)
-    return switch.rested[key]
-
-
-def _lean_forward(layer: LoraLayer, switch: AdapterSwitch, fused: bool, x: Tensor) -> Tensor:
-    # PEFT's own forward casts x to the adapter's fp32 and keeps that copy for backward (15-20% of
-    # time and memory on a bf16 trunk). The products run in the trunk's dtype; weights stay fp32.
+def _forward(layer: LoraLayer, switch: AdapterSwitch, fused: bool, x: Tensor) -> Tensor:
+    """The forward of a linear layer that carries adapters, instead of PEFT's."""
     adapter = switch.current
     if adapter == OFF or adapter not in layer.lora_A:
         bare: Tensor = layer.base_layer(x)
         return bare
-    down, up, fusible = _rested(layer, switch, adapter, x)
-    if fused and fusible:
-        base = cast(nn.Linear, layer.base_layer)
-        if not torch.is_grad_enabled():
-            rows = x.reshape(-1, x.shape[-1])
-            added, _ = fused_product(rows, base.weight, base.bias, down, up)
-            return added.view(*x.shape[:-1], -1)
-        y: Tensor = FrozenLinearWithAdapter.apply(x, base.weight, base.bias, down, up)  # type: ignore[no-untyped-call]
-        return y
-    result: Tensor = layer.base_layer(x)
-    return result + F.linear(F.linear(layer.lora_dropout[adapter](x), down), up)
+    factors = _factors(layer, switch, adapter, x)
+    return lean_linear(layer.base_layer, layer.lora_dropout[adapter], factors, fused, x)
 
 
 class Adapters:
     """The LoRA adapters of one trunk.
 
     Args:
-        model: The bare trunk; it is changed in place and its own weights are frozen.
-        switch: Which adapter answers.
-        fused: A frozen linear layer and its adapter are one operation to autograd.
+        model: The bare model. It is changed in place, and adding an adapter freezes its own weights.
+        switch: Says which adapter applies.
+        fused: Compute a frozen linear layer and its adapter as one operation of autograd.
     """
 
     def __init__(self, model: nn.Module, switch: AdapterSwitch, fused: bool = True) -> None:
@@ -270,39 +177,53 @@ class Adapters:
         self.specs: dict[str, LoraSpec] = {}
         # Resolved once, on the bare trunk: later PEFT's own layers would match too.
         self._linear_names = linear_layers_in_blocks(model)
-        asked = [name for name in self._linear_names if not _read_past_its_layer(model, name)]
-        self._every = _taken_by_peft(model, shortest_ends(model, asked))
+        called = [name for name in self._linear_names if not _weight_read_directly(model, name)]
+        self._every = _taken_by_peft(model, shortest_ends(model, called))
         # GPT-2 stores its weights as (in, out); PEFT wants to be told.
         self._transposed = any(stored_transposed(module) for module in model.modules())
 
     def add(self, name: str, spec: LoraSpec, seed: int, trainable: bool = True) -> None:
-        """A fresh adapter that changes nothing yet: ``A`` drawn from ``seed``, ``B`` zero.
+        """Add a fresh adapter, which changes nothing yet: ``A`` is drawn from ``seed``, ``B`` is zero.
 
-        Weights are at least fp32 whatever the trunk's dtype.
+        Its weights are at least fp32, whatever the trunk's dtype.
         """
         targets = self._resolve(spec.targets)
         if not spec.targets and not self.specs:
             self._name_what_is_left_out()
-        config = LoraConfig(
+        trained = {
+            id(weight)
+            for other in self.specs
+            for weight in self.parameters(other)
+            if weight.requires_grad
+        }
+        with warnings.catch_warnings():
+            # Several adapters on one trunk is what this class is for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(self._config(spec, targets), self.model, name)
+        self.specs[name] = spec
+        self._initialise(name, seed)
+        if trainable:
+            trained |= {id(weight) for weight in self.parameters(name)}
+        # PEFT decides anew what is trainable when an adapter is added; here it is set once.
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def _config(self, spec: LoraSpec, targets: list[str], **about: Any) -> LoraConfig:
+        return LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number will do
             lora_dropout=spec.dropout,
             target_modules=targets,
             fan_in_fan_out=self._transposed,
+            **about,
         )
-        trainable_before = {
-            id(parameter) for parameter in self.model.parameters() if parameter.requires_grad
-        }
-        with warnings.catch_warnings():
-            # Several adapters on one trunk is what this class is for.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(config, self.model, name)
-        self.specs[name] = spec
+
+    def _initialise(self, name: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _, layer in self.layers():
-            cast(Any, layer).forward = partial(_lean_forward, layer, self.switch, self.fused)
+            cast(Any, layer).forward = partial(_forward, layer, self.switch, self.fused)
             if name not in layer.lora_A:
-                # An earlier adapter's layer, outside this one's targets.
+                # A layer of an earlier adapter, which this one's targets leave out.
                 continue
             down, up = _weights(layer, name)
             base = cast(Tensor, layer.get_base_layer().weight)
@@ -311,26 +232,13 @@ class Adapters:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             down.data = drawn.to(down.device, dtype)
             up.data = torch.zeros_like(up, dtype=dtype)
-        # Adding an adapter makes PEFT decide anew what is trainable; set once, by us.
-        fresh = {id(parameter) for parameter in self.parameters(name)} if trainable else set()
-        others = {
-            id(parameter)
-            for other in self.specs
-            if other != name
-            for parameter in self.parameters(other)
-        }
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(
-                id(parameter) in fresh
-                or (id(parameter) in others and id(parameter) in trainable_before)
-            )
 
     def _name_what_is_left_out(self) -> None:
         left = sorted(
             {
                 name.rsplit(".", 1)[-1]
                 for name in self._linear_names
-                if not any(f".{name}".endswith(f".{end}") for end in self._every)
+                if not any(_ends_so(name, end) for end in self._every)
             }
         )
         if left:
@@ -341,31 +249,28 @@ class Adapters:
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
         """Ends of layer names for PEFT; without targets, those of every linear layer."""
-        every = self._every
-        found = {target: self._ends_of(target) for target in targets}
-        unmatched = [target for target, ends in found.items() if not ends]
+        if not targets:
+            return self._every
+        ends = {target: self._ends_of(target) for target in targets}
+        unmatched = [target for target in targets if not ends[target]]
         if unmatched:
             raise ValueError(
                 f"lora.targets: {unmatched} matches no linear layer of this trunk; "
-                f"its decoder blocks have {every}."
+                f"its decoder blocks have {self._every}."
             )
-        return [end for ends in found.values() for end in ends] if targets else every
+        return [end for target in ends for end in ends[target]]
 
     def _ends_of(self, target: str) -> list[str]:
-        """What a target stands for; nothing where it matches no layer."""
-        if target == ATTENTION:
-            # With the block's part before it: GPT-2's mlp.c_proj is no attention.
-            ends = {
-                ".".join(name.rsplit(".", 2)[-2:])
-                for name in self._linear_names
-                if any("attn" in part or "attention" in part for part in name.split(".")[:-1])
-            }
-            return sorted(ends)
-        return (
-            [target]
-            if any(f".{name}".endswith(f".{target}") for name in self._linear_names)
-            else []
-        )
+        """The ends of layer names that a target stands for; none where it matches no layer."""
+        if target != ATTENTION:
+            return [target] if any(_ends_so(name, target) for name in self._linear_names) else []
+        # The last two parts of the name: GPT-2's mlp.c_proj is no attention.
+        ends = {
+            ".".join(name.rsplit(".", 2)[-2:])
+            for name in self._linear_names
+            if any("attn" in part or "attention" in part for part in name.split(".")[:-1])
+        }
+        return sorted(ends)
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """Name and layer of every linear layer that carries adapters."""
@@ -375,19 +280,19 @@ class Adapters:
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's weights under the keys of PEFT's files, without its prefix."""
-        found: dict[str, nn.Parameter] = {}
+        tensors: dict[str, nn.Parameter] = {}
         for layer_name, layer in self.layers():
             if name in layer.lora_A:
                 for key, weight in zip("AB", _weights(layer, name), strict=True):
-                    found[f"{layer_name}.lora_{key}.weight"] = cast(nn.Parameter, weight)
-        return found
+                    tensors[f"{layer_name}.lora_{key}.weight"] = cast(nn.Parameter, weight)
+        return tensors
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's weights."""
         return list(self.tensors(name).values())
 
     def copy(self, source: str, target: str) -> None:
-        """Overwrite ``target``'s weights with ``source``'s values; two tensors stay two."""
+        """Overwrite the weights of ``target`` with the values of ``source``."""
         with torch.no_grad():
             values = self.tensors(source)
             for key, parameter in self.tensors(target).items():
@@ -399,33 +304,20 @@ class Adapters:
         Args:
             name: The adapter.
             folder: Made if missing.
-            base: What ``base_model_name_or_path`` should say.
+            base: The config's ``base_model_name_or_path``.
         """
         folder.mkdir(parents=True, exist_ok=True)
         spec = self.specs[name]
-        LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.alpha,  # type: ignore[arg-type]
-            lora_dropout=spec.dropout,
-            target_modules=self._resolve(spec.targets),
-            fan_in_fan_out=self._transposed,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base,
-            inference_mode=True,
-        ).save_pretrained(str(folder))
-        save_file(
-            {
-                PEFT_PREFIX + key: parameter.detach().cpu().contiguous()
-                for key, parameter in self.tensors(name).items()
-            },
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        stored = load_file(folder / "adapter_model.safetensors")
-        if any(
-            not torch.equal(stored[PEFT_PREFIX + key], parameter.detach().cpu())
+        about = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
+        config = self._config(spec, self._resolve(spec.targets), **about)
+        config.save_pretrained(str(folder))
+        tensors = {
+            PEFT_PREFIX + key: parameter.detach().cpu().contiguous()
             for key, parameter in self.tensors(name).items()
-        ):
+        }
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        stored = load_file(folder / WEIGHTS_FILE)
+        if any(not torch.equal(stored[key], tensor) for key, tensor in tensors.items()):
             raise RuntimeError(f"{folder} was written but does not read back as adapter {name}.")
 
     def load(self, name: str, folder: Path, seed: int = 0, trainable: bool = True) -> None:
@@ -447,12 +339,12 @@ class Adapters:
     def load_average(
         self, name: str, folders: Sequence[Path], seed: int = 0, trainable: bool = True
     ) -> None:
-        """Add the mean of the adapters of several PEFT folders: the exact mean of their deltas.
+        """Add one adapter that is the exact mean of the adapters of several PEFT folders.
 
-        The mean of ``k`` products ``s_i B_i A_i`` has no rank of theirs, and the product of a mean
-        ``B`` and a mean ``A`` is another matrix. So the ranks stand beside each other,
-        ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter of the sum of the ranks, with
-        scale 1, on every layer that one of them has.
+        The mean of ``k`` products ``s_i B_i A_i`` has a higher rank than each of them, and the product of
+        a mean ``B`` and a mean ``A`` is another matrix. So they are concatenated,
+        ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter whose rank is the sum of the ranks
+        and whose scale is 1, on every layer that one of them has.
 
         Raises:
             FileNotFoundError: A folder is no adapter folder.
@@ -477,15 +369,15 @@ class Adapters:
 
     def _blocks(self, name: str, targets: tuple[str, ...], ranks: slice) -> dict[str, Tensor]:
         """Views of some ranks of an adapter, on the layers that ``targets`` name."""
-        found = {}
+        blocks = {}
         for key, weight in self.tensors(name).items():
             layer, _, part = key.removesuffix(".weight").rpartition(".lora_")
-            if any(f".{layer}".endswith(f".{target}") for target in targets):
-                found[key] = weight[ranks] if part == "A" else weight[:, ranks]
-        return found
+            if any(_ends_so(layer, target) for target in targets):
+                blocks[key] = weight[ranks] if part == "A" else weight[:, ranks]
+        return blocks
 
     def _spec_of(self, folder: Path) -> LoraSpec:
-        """The shape of a stored adapter."""
+        """Rank, scale and targets of a stored adapter."""
         config_path = folder / "adapter_config.json"
         if not config_path.is_file():
             raise FileNotFoundError(
@@ -519,7 +411,7 @@ class Adapters:
         return spec
 
     def own_weights(self) -> dict[str, Tensor]:
-        """The model's weights as it keeps them, under their bare names; of quantized ones the codes."""
+        """The model's weights as stored, under their bare names; codes where they are quantized."""
         quantized = tuple(
             f"{name}." for name, module in self.model.named_modules() if quantization_of(module)
         )
@@ -527,22 +419,22 @@ class Adapters:
             key.replace(".base_layer.", "."): value
             for key, value in self.model.state_dict().items()
             if ".lora_" not in key
-            # Scales and maps of codes.
+            # A quantized layer's scales and code tables are left out.
             and not (key.startswith(quantized) and not key.endswith((".weight", ".bias")))
         }
 
     def merged(self, name: str | None) -> dict[str, Tensor]:
         """The model's weights under their bare names, ``name`` added in at least fp32.
 
-        Nothing in the model changes. None: the weights as they are. Quantized ones are made dense: the
-        values that the adapter was trained on, so that the sum is what was trained. Merged into the
-        weights before they were quantized it would be another model.
+        The model does not change. None: the weights as they are. Quantized weights are made dense, so
+        that the sum is what was trained; merged into the weights before quantization it would be another
+        model.
         """
-        deltas: dict[str, Tensor] = {}
-        if name is not None:
-            for layer_name, layer in self.layers():
-                if name in layer.lora_A:
-                    deltas[f"{layer_name}.weight"] = cast(Any, layer).get_delta_weight(name)
+        deltas = {
+            f"{layer_name}.weight": cast(Any, layer).get_delta_weight(name)
+            for layer_name, layer in self.layers()
+            if name is not None and name in layer.lora_A
+        }
         quantized = {
             f"{layer_name.removesuffix('.base_layer')}.weight": module
             for layer_name, module in self.model.named_modules()
@@ -552,8 +444,8 @@ class Adapters:
         for bare, stored in self.own_weights().items():
             value = dense(quantized[bare]) if bare in quantized else stored
             if bare in deltas:
-                delta = deltas[bare]
-                value = value.to(torch.promote_types(value.dtype, delta.dtype)) + delta
+                value = value.to(torch.promote_types(value.dtype, deltas[bare].dtype))
+                value = value + deltas[bare]
             turned = bare in quantized and stored_transposed(quantized[bare])
             weights[bare] = value.T.contiguous() if turned else value
         return weights
@@ -565,7 +457,7 @@ def _stored(folder: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]
     Raises:
         ValueError: They are not exactly those, or have other shapes.
     """
-    stored = load_file(folder / "adapter_model.safetensors")
+    stored = load_file(folder / WEIGHTS_FILE)
     shapes = {PEFT_PREFIX + key: shape for key, shape in wanted.items()}
     wrong = [
         f"{key} {tuple(stored[key].shape)} instead of {tuple(shape)}"
@@ -596,14 +488,18 @@ def shortest_ends(model: nn.Module, names: Iterable[str]) -> list[str]:
     )
 
 
+def _ends_so(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
 def _ends(name: str) -> list[str]:
     """``c``, ``b.c``, ``a.b.c`` of ``a.b.c``."""
     parts = name.split(".")
     return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
-def _read_past_its_layer(model: nn.Module, name: str) -> bool:
-    """Whether Mamba's fused kernels take a layer's weight, and never ask the layer or its adapter."""
+def _weight_read_directly(model: nn.Module, name: str) -> bool:
+    """Whether Mamba's fused kernels read a layer's weight without calling the layer or its adapter."""
     parent, _, last = name.rpartition(".")
     mixer = model.get_submodule(parent)
     return last == "out_proj" and all(
@@ -612,10 +508,10 @@ def _read_past_its_layer(model: nn.Module, name: str) -> bool:
 
 
 def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:
-    """Without those that PEFT refuses, or puts no plain LoRA on.
+    """Those of the names that PEFT puts plain LoRA on.
 
-    Where a family has experts, PEFT takes ``gate_proj`` for their weights, though linear layers of a shared
-    expert or of a dense block are called so too.
+    Where a family has experts, PEFT takes ``gate_proj`` for the experts' weights, though linear layers of a
+    shared expert or of a dense block have that name too.
     """
     taken = []
     for end in ends:

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.cache import all_preallocated
-from lightning_perl.models.trunk import REFUSALS, Trunk, near
+from lightning_perl.models.trunk import REFUSALS, Trunk, same_logits
 
 Step = Callable[[], None]
 Recorder = Callable[[Step], Step]
@@ -102,7 +102,7 @@ def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
     Raises:
         RuntimeError: See `CudaGraphs`.
     """
-    wanted = trunk.shortcuts.recorded_decoding and trunk.shortcuts.preallocated_cache
+    wanted = trunk.shortcuts.recorded_decoding
     record = recorder_on(trunk.model.device) if wanted else None
     if record is None:
         return None
@@ -200,11 +200,13 @@ def _fault(trunk: Trunk, record: Recorder) -> str | None:
         except REFUSALS as error:
             return str(error).splitlines()[0]
         # Other kernels here, the same ones there: rounding, and less of it.
-        if not near(stepped, whole, trunk.rounding, 0.5):
+        if not same_logits(stepped, whole, trunk.rounding, 0.5):
             return "steps over a held cache have other logits"
         played = _read(trunk, ids, mask, record)
     return (
-        None if near(played, stepped, trunk.rounding, 0.75) else "a recorded step has other logits"
+        None
+        if same_logits(played, stepped, trunk.rounding, 0.75)
+        else "a recorded step has other logits"
     )
 
 

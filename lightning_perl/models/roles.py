@@ -20,16 +20,11 @@ from lightning_perl.functional.packing import plan_samples, saves_work
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, average, has_head, load_head
+from lightning_perl.models.loading import NO_BF16_TUNING, TrunkDtype, load_trunk, model_source
+from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import (
-    NO_BF16_TUNING,
-    Trunk,
-    TrunkDtype,
-    load_trunk,
-    model_source,
-    require_trunk_of,
-)
+from lightning_perl.models.trunk import Trunk
 
 Role = Literal["policy", "value", "reference", "reward"]
 TrainedRole = Literal["policy", "value"]
@@ -336,8 +331,9 @@ class Roles(nn.Module):
         """Last hidden states. Shape: ``(B, T, H)``."""
         ids, mask, prompt_tokens = sequences.ids, sequences.attention_mask, sequences.prompt_tokens
         if samples > 1 and trunk.shortcuts.shared_prompts:
-            packing = plan_samples(len(ids), ids.shape[1], prompt_tokens, samples, ids.device)
-            if saves_work(packing, ids.numel(), ids.shape[1], trunk.hidden_size):
+            rows, tokens = ids.shape
+            packing = plan_samples(rows, tokens, prompt_tokens, samples, ids.device)
+            if saves_work(packing, rows, tokens, trunk.hidden_size):
                 return trunk.packed(ids, mask, packing)
         hidden: Tensor = trunk(ids, mask)
         return hidden
@@ -354,8 +350,10 @@ class Roles(nn.Module):
         states = predicting(hidden, sequences.response_mask.shape[1])
         if name == "value":
             return {"value": self.value_head(states)}
-        logprobs, entropy = trunk.logprobs(states, sequences.response_ids, temperature)
-        return {name: logprobs, "entropy": entropy} if name == "policy" else {name: logprobs}
+        logprobs, entropy = trunk.logprobs(
+            states, sequences.response_ids, temperature, entropy=name == "policy"
+        )
+        return {name: logprobs} if entropy is None else {name: logprobs, "entropy": entropy}
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """What the policy's gradient trains (in ``joint_hydra`` the critic's too)."""

@@ -20,10 +20,12 @@ from torch.optim import Optimizer
 from lightning_perl.batches import Bounded
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.loading import TrunkDtype
+from lightning_perl.models.manifest import agree_on_template
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts, chosen
-from lightning_perl.models.trunk import Trunk, TrunkDtype
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.optim import HostAdamW
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -170,7 +172,7 @@ class AdapterModule(LightningModule, ABC):
             said["data"] = template
         for trunk in trunks:
             for by, named in said.items():
-                trunk.agree_on_template(named, by)
+                agree_on_template(trunk, named, by)
 
     def _refuse_longer_than_window(self, data: Bounded) -> None:
         longest, window = self.longest_row(data), self.window

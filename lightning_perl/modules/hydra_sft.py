@@ -6,9 +6,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
+from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.scoring import Scoring
 

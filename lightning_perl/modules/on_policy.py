@@ -22,8 +22,8 @@ from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import Sequences, cuts
 from lightning_perl.models.adapters import OFF
+from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
-from lightning_perl.models.trunk import write_adapter_manifest
 from lightning_perl.modules.base import (
     Backward,
     FiniteGuard,
@@ -482,7 +482,7 @@ class OnPolicy(Evaluation):
         """
         trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
         if adapter == OFF:
-            trunk.save(folder / name, None, {"module": type(self).__name__})
+            save_trunk(trunk, folder / name, None, {"module": type(self).__name__})
             return folder / name
         target = folder / "adapters" / adapter
         trunk.adapters.save(adapter, target, trunk.source)

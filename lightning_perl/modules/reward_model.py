@@ -16,9 +16,10 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning_perl.batches import RatedBatch
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import save_heads
+from lightning_perl.models.loading import TrunkDtype
+from lightning_perl.models.manifest import MANIFEST_FILE, write_adapter_manifest
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import MANIFEST_FILE, TrunkDtype, write_adapter_manifest
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.scoring import Scoring
 

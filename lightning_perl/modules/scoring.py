@@ -18,9 +18,9 @@ from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.losses.reward import bradley_terry, centering, thumbs
 from lightning_perl.metrics import RewardMeasures, RewardMetrics
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import TrunkDtype
 from lightning_perl.modules.sft import imitation_loss
 from lightning_perl.modules.supervised import Stats, Supervised, sequences_of
 

@@ -9,9 +9,10 @@ from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import predicting
 from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import Trunk, TrunkDtype
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import default_optimizer
 from lightning_perl.modules.supervised import Stats, Supervised, sequences_of
 
@@ -20,7 +21,7 @@ def imitation_loss(trunk: Trunk, hidden: Tensor, batch: RatedBatch) -> tuple[Ten
     """Cross-entropy of the responses to imitate, in nats per token, and how many tokens there were."""
     sequences = sequences_of(batch)
     states = predicting(hidden, sequences.response_mask.shape[1])
-    logprobs, _ = trunk.logprobs(states, sequences.response_ids)
+    logprobs, _ = trunk.logprobs(states, sequences.response_ids, entropy=False)
     mask = sequences.response_mask & batch.imitate.unsqueeze(-1)
     return cross_entropy(logprobs, mask), mask.sum()
 

@@ -17,9 +17,11 @@ from lightning_perl.batches import Bounded, RatedBatch
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.loading import NO_BF16_TUNING, TrunkDtype, load_trunk
+from lightning_perl.models.manifest import save_trunk
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import NO_BF16_TUNING, Trunk, TrunkDtype, load_trunk
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, FiniteGuard, clip_by_group
 from lightning_perl.packaged import unpackaged
 
@@ -211,7 +213,7 @@ class Supervised(AdapterModule):
             RuntimeError: The folder gives other logits than the module.
         """
         merged = None if self.adapter == OFF else self.adapter
-        self.trunk.save(folder, merged, {"module": type(self).__name__})
+        save_trunk(self.trunk, folder, merged, {"module": type(self).__name__})
         if self.heads():
             save_heads(folder, self.heads())
         again = load_trunk(

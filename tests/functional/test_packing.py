@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -66,9 +66,9 @@ def check_saves_work(function: Callable[[Packing, int, int, int], bool]) -> None
     for prompt, hidden, saves in ((512, 64, True), (64, 512, True), (64, 8, False), (8, 8, False)):
         tokens = prompt + 64
         packing = plan_samples(8, tokens, prompt, 4)
-        assert function(packing, 8 * tokens, tokens, hidden) == saves
+        assert function(packing, 8, tokens, hidden) == saves
     # One row a line is the same work, and no gain.
-    assert not function(plan_samples(8, 72, 8, 1), 8 * 72, 72, 64)
+    assert not function(plan_samples(8, 72, 8, 1), 8, 72, 64)
 
 
 def check_places(function: Callable[[Packing, int], Tensor]) -> None:
@@ -148,18 +148,54 @@ def random_groups(seed: int) -> list[list[list[int]]]:
     return groups
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(seed: int) -> None:
+class Packed(NamedTuple):
+    """Rows, and how they are packed."""
+
+    rows: list[list[int]]
+    ids: Tensor
+    mask: Tensor
+    packing: Packing
+
+
+def random_pack(seed: int) -> Packed:
     groups = random_groups(seed)
     rows = [row for group in groups for row in group]
-    packing = plan(groups)
-    ids, mask = pad_right(rows, 0)
+    return Packed(rows, *pad_right(rows, 0), plan(groups))
+
+
+def random_samples(seed: int) -> Packed:
+    """Several responses to each prompt, padded as a rollout pads them."""
+    draw = random.Random(seed)
+    samples = draw.randint(1, 5)
+    prompts, responses = [], []
+    for _ in range(draw.randint(1, 3)):
+        prompt = [draw.randrange(1, 5) for _ in range(draw.randint(1, 6))]
+        prompts += [prompt] * samples
+        responses += [
+            [draw.randrange(1, 5) for _ in range(draw.randint(1, 4))] for _ in range(samples)
+        ]
+    left, right = pad_left(prompts, 0), pad_right(responses, 0)
+    ids, mask = (torch.cat(pair, 1) for pair in zip(left, right, strict=True))
+    packing = plan_samples(len(ids), ids.shape[1], left[0].shape[1], samples)
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, responses, strict=True)]
+    return Packed(rows, ids, mask, packing)
+
+
+every_pack = pytest.mark.parametrize(
+    "packed",
+    [make(seed) for make in (random_pack, random_samples) for seed in range(30)],
+)
+
+
+@every_pack
+def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(packed: Packed) -> None:
+    rows, ids, mask, packing = packed
     lines = pack(ids, mask, packing)
     visible = attention_bias(lines.owner, torch.float64)[:, 0] == 0
     where = places(packing, ids.shape[1])
     for number, row in enumerate(rows):
         line = int(packing.line[number])
-        columns = (where[number, : len(row)] - line * packing.columns).tolist()
+        columns = (where[number][mask[number]] - line * packing.columns).tolist()
         assert lines.ids[line, columns].tolist() == row
         assert lines.position_ids[line, columns].tolist() == list(range(len(row)))
         for token, column in enumerate(columns):
@@ -167,12 +203,9 @@ def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(seed: int) -> 
             assert seen == sorted(columns[: token + 1])
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_unpack_undoes_pack_with_its_gradient(seed: int) -> None:
-    groups = random_groups(seed)
-    rows = [row for group in groups for row in group]
-    packing = plan(groups)
-    ids, mask = pad_right(rows, 0)
+@every_pack
+def test_unpack_undoes_pack_with_its_gradient(packed: Packed) -> None:
+    _, ids, mask, packing = packed
     lines = pack(ids, mask, packing)
     values = torch.stack([lines.ids, lines.position_ids], -1).double().requires_grad_()
     back = unpack(values, packing, ids.shape[1])
@@ -183,25 +216,3 @@ def test_unpack_undoes_pack_with_its_gradient(seed: int) -> None:
     rows_of_line = torch.bincount(packing.line)[:, None]
     times = torch.where(lines.owner == SHARED, rows_of_line, (lines.owner > 0).long())
     assert_close(values.grad[..., 0], times.double())
-
-
-@pytest.mark.parametrize("samples", [2, 3])
-def test_responses_to_one_prompt_see_what_they_see_in_rows_of_their_own(samples: int) -> None:
-    prompts, prompt_mask = pad_left([[3, 4, 5], [6]], 0)
-    responses, response_mask = pad_right(
-        [[7, 8], [9], [1, 2], [3, 4], [5], [6, 7]][: 2 * samples], 0
-    )
-    ids = torch.cat([prompts.repeat_interleave(samples, 0), responses], 1)
-    mask = torch.cat([prompt_mask.repeat_interleave(samples, 0), response_mask], 1)
-    packing = plan_samples(len(ids), ids.shape[1], prompts.shape[1], samples)
-    lines = pack(ids, mask, packing)
-    visible = attention_bias(lines.owner, torch.float64)[:, 0] == 0
-    where = places(packing, ids.shape[1])
-    for row in range(len(ids)):
-        line = row // samples
-        columns = (where[row][mask[row]] - line * packing.columns).tolist()
-        assert lines.ids[line, columns].tolist() == ids[row][mask[row]].tolist()
-        assert lines.position_ids[line, columns].tolist() == list(range(len(columns)))
-        for token, column in enumerate(columns):
-            seen = visible[line, column].nonzero().flatten().tolist()
-            assert seen == sorted(columns[: token + 1])

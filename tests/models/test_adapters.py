@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_perl.models import adapters
 from lightning_perl.models.adapters import (
     OFF,
     AdapterSwitch,
-    FrozenLinearWithAdapter,
     LoraSpec,
     NoRoleError,
 )
+from lightning_perl.models.lean_linear import FrozenLinearWithAdapter, fusible
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import Trunk, load_trunk
+from lightning_perl.models.trunk import Trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import LLAMA_TARGETS
 from tests.models.rows import ROLES, SPEC, backward, build, gradients, loss, padded, train
@@ -244,21 +244,23 @@ def test_the_fused_products_have_the_right_gradients(bias: bool) -> None:
     assert torch.autograd.gradcheck(fused, (x.detach(), down, up))
 
 
+def may_fuse(layer: Any, x: Tensor) -> bool:  # noqa: ANN401
+    return fusible(layer.base_layer, layer.lora_dropout["actor"], x)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_fused_or_not_a_trunk_gives_the_same_states_and_gradients(
-    tiny_trunk: TinyTrunk, family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    tiny_trunk: TinyTrunk, family: str, dtype: str
 ) -> None:
     found = []
     for fused in (True, False):
-        # Gradients of this trunk are off by 0.1 in bfloat16: whatever rounds alike should.
-        shortcuts = Shortcuts(short_attention=False)
+        # Gradients of this trunk are off by 0.1 in bfloat16.
+        shortcuts = Shortcuts(fused_adapters=fused)
         roles = build(tiny_trunk(family), dtype=dtype, shortcuts=shortcuts)
         layer = dict(roles.trunk("policy").adapters.layers())["model.layers.0.mlp.up_proj"]
         x = torch.zeros(1, 32, dtype=roles.trunk("policy").dtype)
-        assert adapters._fusible(layer, "actor", x)
-        if not fused:
-            monkeypatch.setattr(adapters, "_fusible", lambda *_: False)
+        assert may_fuse(layer, x)
         value = loss(roles, padded(), "policy")
         backward(value)
         found.append((value.detach(), gradients(roles)))
@@ -274,15 +276,15 @@ def test_layers_that_must_be_called_are_not_fused(tiny_trunk: TinyTrunk) -> None
     layer = dict(trunk.adapters.layers())["model.layers.0.mlp.up_proj"]
     base = layer.get_base_layer()
     x = torch.zeros(1, 32)
-    assert adapters._fusible(layer, "actor", x)
+    assert may_fuse(layer, x)
     hook = base.register_forward_hook(lambda *_: None)
-    assert not adapters._fusible(layer, "actor", x)
+    assert not may_fuse(layer, x)
     hook.remove()
-    assert not adapters._fusible(layer, "actor", x.double())
+    assert not may_fuse(layer, x.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not adapters._fusible(layer, "actor", x)
+        assert not may_fuse(layer, x)
     base.weight.requires_grad_(True)
-    assert not adapters._fusible(layer, "actor", x)
+    assert not may_fuse(layer, x)
 
 
 def test_an_adapter_that_a_layer_has_not_leaves_the_layer_alone(tiny_trunk: TinyTrunk) -> None:

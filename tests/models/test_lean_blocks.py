@@ -13,8 +13,9 @@ from torch.testing import assert_close
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.lean_blocks import make_lean, recomputed
+from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.models.trunk import Trunk, TrunkDtype, load_trunk
+from lightning_perl.models.trunk import Trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES
 

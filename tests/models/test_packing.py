@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lightning_perl.functional.packing import Packing, plan
-from lightning_perl.functional.sequences import pad_right
+from lightning_perl.functional.packing import Packing, plan, plan_samples
+from lightning_perl.functional.sequences import pad_left, pad_right
 from lightning_perl.models.adapters import OFF
-from lightning_perl.models.trunk import Trunk, load_trunk
+from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.trunk import Trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES
 from tests.models.rows import build
@@ -37,8 +39,22 @@ def pairs(prompts: tuple[int, ...] = (3, 2, 1), seed: int = 1) -> tuple[Tensor, 
     return *pad_right([row for group in groups for row in group], 0), plan(groups)
 
 
-def gap(trunk: Trunk, adapter: str) -> float:
-    ids, mask, packing = pairs()
+def samples() -> tuple[Tensor, Tensor, Packing]:
+    """Three responses to each of two prompts, padded on both sides; rows of at most 7 tokens."""
+    draw = random.Random(2)
+    prompts = [[draw.randrange(5, 300) for _ in range(length)] for length in (3, 1) for _ in "abc"]
+    prompts[1:3], prompts[4:6] = prompts[:1] * 2, prompts[3:4] * 2
+    responses = [[draw.randrange(5, 300) for _ in range(length)] for length in (1, 4, 2, 3, 1, 2)]
+    left, right = pad_left(prompts, 0), pad_right(responses, 0)
+    ids, mask = (torch.cat(sides, 1) for sides in zip(left, right, strict=True))
+    return ids, mask, plan_samples(6, 7, 3, 3)
+
+
+BATCHES: list[Callable[[], tuple[Tensor, Tensor, Packing]]] = [pairs, samples]
+
+
+def gap(trunk: Trunk, adapter: str, rows: tuple[Tensor, Tensor, Packing]) -> float:
+    ids, mask, packing = rows
     with torch.no_grad(), trunk.switch.use(adapter):
         ours, own = trunk._packed(ids, mask, packing), trunk(ids, mask)
     return float((ours - own)[mask].abs().max() / own[mask].abs().max())
@@ -51,7 +67,8 @@ def test_packed_states_are_those_of_separate_rows(tiny_trunk: TinyTrunk, family:
     dtype, allowed = ("float32", 1e-5) if family == "gemma2" else ("float64", EXACT)
     trunk = build(folder, dtype=dtype).trunk("policy")
     for adapter in (OFF, "actor"):
-        assert gap(trunk, adapter) <= allowed
+        for rows in BATCHES:
+            assert gap(trunk, adapter, rows()) <= allowed
     assert trunk.packs(8) == (family not in SLIDING)
 
 
@@ -97,8 +114,11 @@ def test_layers_that_run_on_across_rows_are_not_packed(tokenizer_dir: Path) -> N
     assert not trunk.packs(8)
 
 
-def test_gradients_through_a_packed_line_are_those_of_separate_rows(tiny_trunk: TinyTrunk) -> None:
-    ids, mask, packing = pairs()
+@pytest.mark.parametrize("rows", BATCHES, ids=["pairs", "samples", "limited"])
+def test_gradients_through_a_packed_line_are_those_of_separate_rows(
+    tiny_trunk: TinyTrunk, rows: Callable[[], tuple[Tensor, Tensor, Packing]]
+) -> None:
+    ids, mask, packing = rows()
     found = []
     for packed in (True, False):
         # Llama's norms sum gradients in fp32 whatever the weights.

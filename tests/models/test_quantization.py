@@ -19,9 +19,11 @@ from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models import quantization
 from lightning_perl.models.adapters import OFF, linear_layers_in_blocks
 from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.loading import TrunkDtype, load_trunk
+from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.quantization import Quantization, dense, quantization_of
 from lightning_perl.models.roles import Layout, Role, Roles
-from lightning_perl.models.trunk import Trunk, TrunkDtype, load_trunk, write_adapter_manifest
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import weightless
 from tests.conftest import TinyTrunk
 from tests.models.rows import (
@@ -227,7 +229,7 @@ def test_products_keep_no_activations_for_backward(
 
 def twin_of(roles: Roles, folder: Path, **options: Any) -> Roles:
     """The same roles on the dense values of the same trunk."""
-    roles.trunk("policy").save(folder, None, {})
+    save_trunk(roles.trunk("policy"), folder, None, {})
     save_heads(folder, {"reward": roles.reward_head()})
     return build(folder, roles.layout, **options)
 
@@ -329,7 +331,7 @@ def test_a_merged_trunk_is_a_plain_folder_that_gives_what_was_trained(
     rows, folder = padded(), tiny_trunk(family)
     roles = build(folder, quantization=kind)
     trunk = roles.trunk("policy")
-    trunk.save(tmp_path, "actor", {})
+    save_trunk(trunk, tmp_path, "actor", {})
     about = json.loads((tmp_path / "manifest.json").read_text())
     assert about["quantization"] == kind
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
@@ -355,7 +357,7 @@ def test_an_adapter_folder_is_a_plain_one(
     trunk.adapters.save("actor", tmp_path / "actor", trunk.source)
     about = json.loads((tmp_path / "actor" / "adapter_config.json").read_text())
     assert about["fan_in_fan_out"] == (family == "gpt2")
-    trunk.save(tmp_path / "dense", None, {})
+    save_trunk(trunk, tmp_path / "dense", None, {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with_adapter = PeftModel.from_pretrained(plain, tmp_path / "actor").eval()
     ids = rows.ids[1:2, -13:]
@@ -370,7 +372,7 @@ def test_the_fingerprint_is_of_the_codes(
     tiny_trunk: TinyTrunk, tmp_path: Path, kind: Quantization
 ) -> None:
     # A file in bfloat16, as hubs have them: its codes are the same in either dtype.
-    load_trunk(str(tiny_trunk()), "bfloat16").save(tmp_path, None, {})
+    save_trunk(load_trunk(str(tiny_trunk()), "bfloat16"), tmp_path, None, {})
     folder = str(tmp_path)
     plain, trunk = load_trunk(folder), load_trunk(folder, quantization=kind)
     first = trunk.fingerprint()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lightning_perl.models.trunk import load_trunk
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import HydraPPO
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.conftest import TinyTrunk

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, load_head, save_heads
+from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.manifest import write_adapter_manifest
 from lightning_perl.models.roles import REDUCTIONS, RewardEnsemble, RoleAnswers, Roles
-from lightning_perl.models.trunk import load_trunk, write_adapter_manifest
 from tests.conftest import TinyTrunk
 from tests.models.rows import ROLES, SPEC, backward, gradients, loss, padded
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from lightning_perl.models.adapters import OFF
-from lightning_perl.models.trunk import TrunkDtype, load_trunk, without_dropout
+from lightning_perl.models.loading import TrunkDtype, load_trunk, without_dropout
+from lightning_perl.models.manifest import save_trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, STOP_IDS
 from tests.models.rows import SPEC, backward, build, padded
@@ -70,7 +71,7 @@ def test_a_name_below_no_folder_is_a_hub_name(
         asked.append(where)
         raise OSError("not there")
 
-    monkeypatch.setattr("lightning_perl.models.trunk.AutoConfig.from_pretrained", absent)
+    monkeypatch.setattr("lightning_perl.models.loading.AutoConfig.from_pretrained", absent)
     with pytest.raises(FileNotFoundError, match=r"no hub name that could be read \(not there\)"):
         load_trunk("owner/name")
     assert asked == ["owner/name"]
@@ -224,8 +225,8 @@ def test_fingerprint_of_a_trunk_with_an_adapter_merged_is_another(
 ) -> None:
     roles = build(tiny_trunk())
     trunk = roles.trunk("policy")
-    trunk.save(tmp_path / "bare", None, {})
-    trunk.save(tmp_path / "merged", "actor", {})
+    save_trunk(trunk, tmp_path / "bare", None, {})
+    save_trunk(trunk, tmp_path / "merged", "actor", {})
     assert load_trunk(str(tmp_path / "bare")).fingerprint() == trunk.fingerprint()
     assert load_trunk(str(tmp_path / "merged")).fingerprint() != trunk.fingerprint()
 
@@ -233,7 +234,7 @@ def test_fingerprint_of_a_trunk_with_an_adapter_merged_is_another(
 def test_a_saved_trunk_says_where_it_comes_from(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
     folder = tiny_trunk()
     trunk = load_trunk(str(folder))
-    trunk.save(tmp_path, None, {"module": "SFT"})
+    save_trunk(trunk, tmp_path, None, {"module": "SFT"})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest == {
         "kind": "trunk",

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
 from lightning_perl.functional.sequences import pad_left, pad_right
 from lightning_perl.models.heads import HEADS_FILE
-from lightning_perl.models.trunk import TrunkDtype, load_trunk
+from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, RewardModel
 from lightning_perl.modules.base import AdapterModule, FiniteGuard
 from lightning_perl.modules.on_policy import OnPolicy

@@ -12,7 +12,7 @@ from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.losses.reward import bradley_terry, thumbs
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
-from lightning_perl.models.trunk import load_trunk
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import SFT, HydraSFT, RewardModel
 from lightning_perl.modules.supervised import sequences_of
 from tests.modules import tiny

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import load_head
-from lightning_perl.models.trunk import load_trunk
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import PPO, RewardModel
 from lightning_perl.modules.base import Stats, require_trainable
 from lightning_perl.rollouts.experience import Experience, Scored

@@ -15,8 +15,8 @@ from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import at_columns, last_true
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.roles import Layout, TrainedRole
-from lightning_perl.models.trunk import load_trunk
 from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy

@@ -18,8 +18,9 @@ from torch.testing import assert_close
 from lightning_perl.cli import main
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.quantization import NEEDS, Quantization
-from lightning_perl.models.trunk import Trunk, load_trunk
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import (
     PPO,
     SFT,

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lightning_perl.models.adapters import OFF, LoraSpec
-from lightning_perl.models.trunk import load_trunk
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import SFT
 from tests.modules import tiny
 

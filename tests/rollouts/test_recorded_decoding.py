@@ -218,9 +218,8 @@ def test_not_with_stop_strings_nor_without_early_exit(
     assert recordings.made == 0
 
 
-@pytest.mark.parametrize("off", ["recorded_decoding", "preallocated_cache"])
-def test_not_where_it_is_turned_off(folder: Path, recordings: Recordings, off: str) -> None:
-    answered(build(folder, shortcuts=replace(Shortcuts(), **{off: False})))
+def test_not_where_it_is_turned_off(folder: Path, recordings: Recordings) -> None:
+    answered(build(folder, shortcuts=Shortcuts(recorded_decoding=False)))
     assert recordings.made == 0
 
 

@@ -1,0 +1,175 @@
+"""Loading trunks: the only file that calls ``from_pretrained``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from lightning_perl.models.manifest import note_template
+from lightning_perl.models.quantization import (
+    Quantization,
+    loading_config,
+    prepare,
+    require_quantizable,
+)
+from lightning_perl.models.shortcuts import Shortcuts
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.models.weightless import architecture, stand_in_tokenizer
+
+TrunkDtype = Literal["float32", "bfloat16", "float64"]
+NO_BF16_TUNING = (
+    "A trunk that is tuned whole must be float32, got bfloat16: most steps of a usual learning rate are "
+    "smaller than a bf16 weight can move, and would be lost. Use trunk_dtype float32, or LoRA, whose weights "
+    "are fp32 over a bf16 trunk."
+)
+
+
+def load_trunk(
+    source: str,
+    dtype: TrunkDtype = "float32",
+    checkpointing: bool = False,
+    attention: str | None = None,
+    quantization: Quantization | None = None,
+    shortcuts: bool | Shortcuts = True,
+) -> Trunk:
+    """A trunk from a transformers folder or a hub name, every dropout probability set to 0.
+
+    Dropout is switched off by its probabilities, not by eval mode: transformers checkpoints activations
+    in train mode only, and train mode would turn GPT-2's and OPT's dropout back on.
+
+    Args:
+        source: Folder or hub name of a decoder with an LM head.
+        dtype: Dtype of the trunk's weights and matrix products.
+        checkpointing: Recompute activations in backward, in training passes only.
+        attention: transformers' ``attn_implementation``; None leaves it to transformers.
+        quantization: Keep the linear layers in 4 bits (nf4, double quantization) or 8 bits (int8), by
+            bitsandbytes; LM head and embeddings stay in ``dtype``. The CPU quantizes. None: all in ``dtype``.
+        shortcuts: Save work whose result is known or not needed. False: save none, for comparison.
+
+    Raises:
+        ValueError: fp16, an unknown dtype or quantization, or weights that are stored quantized.
+        ImportError: bitsandbytes is asked for and not installed.
+        FileNotFoundError: A path that is no model folder.
+    """
+    _require_known(dtype, quantization)
+    shapes = architecture()
+    if shapes is not None:
+        bare = _without_weights(shapes, getattr(torch, dtype), attention, quantization)
+        return Trunk(bare, stand_in_tokenizer(shapes), checkpointing, source, shortcuts)
+    where = model_source(source)
+    config = _load_config(source, where)
+    without_dropout(config)
+    model = _load_model(where, config, getattr(torch, dtype), attention, quantization)
+    trunk = Trunk(model, AutoTokenizer.from_pretrained(where), checkpointing, source, shortcuts)
+    note_template(Path(where), trunk)
+    return trunk
+
+
+def model_source(source: str) -> str:
+    """What transformers should be asked for: an existing folder's path, or a hub name.
+
+    Raises:
+        FileNotFoundError: A path that is no model folder.
+    """
+    if architecture() is not None:
+        # The folder may not exist yet; it is not read.
+        return source
+    path = Path(source).expanduser()
+    # A hub name is OWNER/NAME; where OWNER is a folder here, a path was meant.
+    looks_like_path = (
+        source.startswith((".", "/", "~")) or source.count("/") != 1 or path.parent.is_dir()
+    )
+    if looks_like_path and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"trunk: {source} is no model folder (no config.json there). Give the folder that an "
+            "earlier stage wrote (RUN/trunk), a transformers folder, or a hub name like Qwen/Qwen2-0.5B."
+        )
+    return str(path) if path.exists() else source
+
+
+def without_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout probability of a configuration, and of those inside it, to 0."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif isinstance(value, float) and "drop" in key:
+            setattr(config, key, 0.0)
+
+
+def _require_known(dtype: str, quantization: Quantization | None) -> None:
+    if dtype == "float16":
+        raise ValueError(
+            "trunk_dtype float16 is refused: RL ratios over- and underflow in fp16 and adapters turn "
+            "to NaN within a few updates. Use bfloat16 (same memory) or float32."
+        )
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"trunk_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
+    if quantization is not None:
+        require_quantizable(quantization, dtype)
+
+
+def _without_weights(
+    shapes: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    quantization: Quantization | None,
+) -> PreTrainedModel:
+    if quantization is not None:
+        raise ValueError(
+            f"quantization {quantization}: a trunk of shapes alone cannot be quantized. Leave it out, and "
+            "take the saved bytes of the linear layers off what is found for the trunk."
+        )
+    without_dropout(shapes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        shapes, dtype=dtype, attn_implementation=attention
+    )
+    return model
+
+
+def _load_config(source: str, where: str) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(where)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"trunk: {source} is no folder here, and no hub name that could be read "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"trunk: {source} is stored quantized (quantization_config in its config.json). Its layers have "
+            "other products than those that adapters are tested on here. Give the folder or hub name of the "
+            "full-precision weights, and set quantization: nf4 or int8."
+        )
+    return config
+
+
+def _load_model(
+    where: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    quantization: Quantization | None,
+) -> PreTrainedModel:
+    # With a quantization transformers would take the GPU where there is one; here the trainer moves modules.
+    quantized = quantization is not None and {
+        "quantization_config": loading_config(quantization, dtype),
+        "device_map": {"": "cpu"},
+    }
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        where, config=config, dtype=dtype, attn_implementation=attention, **(quantized or {})
+    )
+    if quantized and prepare(model, dtype) == 0:
+        raise ValueError(
+            f"trunk: transformers found nothing to quantize in {where} ({type(model).__name__}): its linear "
+            "layers are of a class of their own. Leave `quantization` out."
+        )
+    return model

@@ -1,0 +1,146 @@
+"""Trunk folders and the ``manifest.json`` in every folder: what its weights are and were trained on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lightning_perl.models.trunk import Trunk
+
+MANIFEST_FILE = "manifest.json"
+
+
+def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str, Any]) -> None:
+    """Write a transformers folder with tokenizer and manifest, ``adapter`` merged into the weights.
+
+    Merging happens once, here, in full precision; the model itself is not changed. A quantized trunk is
+    written dense, as a folder that loads anywhere: the adapter is merged into the values that it was
+    trained on, not into those before quantization (see `Adapters.merged`).
+
+    Args:
+        trunk: To be written.
+        folder: Made if missing.
+        adapter: Its name; None writes the trunk's own weights.
+        about: Further entries of the manifest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = trunk.adapters.merged(adapter)
+    _plain_model(trunk).save_pretrained(folder, state_dict=weights)
+    trunk.tokenizer.save_pretrained(folder)
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
+    _write(
+        folder,
+        {
+            "kind": "trunk",
+            "from": trunk.source,
+            "dtype": sorted(dtypes),
+            "pad_id": trunk.pad_id,
+            "stop_ids": list(trunk.stop_ids),
+            **_trained_on(trunk),
+            **about,
+        },
+    )
+
+
+def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
+    """Write beside an adapter which trunk it was trained on."""
+    _write(
+        folder,
+        {
+            "kind": "adapter",
+            "trunk": trunk.source,
+            "trunk_fingerprint": trunk.fingerprint(),
+            "stop_ids": list(trunk.stop_ids),
+            **_trained_on(trunk),
+        },
+    )
+
+
+def require_trunk_of(folder: Path, trunk: Trunk) -> None:
+    """Refuse an adapter that its manifest says was trained on other weights.
+
+    Raises:
+        ValueError: The fingerprints differ, or the tokens that end a response or the templates do.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file() or trunk.weightless:
+        return
+    about = json.loads(path.read_text())
+    if "trunk_fingerprint" in about and about.get("quantization") != trunk.quantization:
+        raise ValueError(
+            f"{folder} was trained on a trunk with quantization {about.get('quantization')}, {trunk.source} is "
+            f"loaded with {trunk.quantization}: other values under the adapter, other scores. Set quantization "
+            f"as it was there, or train it again. To use it all the same, take trunk_fingerprint out of {path}."
+        )
+    expected = {"trunk_fingerprint": trunk.fingerprint(), "stop_ids": list(trunk.stop_ids)}
+    for key, value in expected.items():
+        if about.get(key, value) != value:
+            raise ValueError(
+                f"{folder} was trained on another trunk ({about.get('trunk')}): its {key} is "
+                f"{about[key]}, that of {trunk.source} is {value}. Give the trunk that `RewardModel` was "
+                "trained on, or train the reward model again on this one."
+            )
+    note_template(folder, trunk)
+
+
+def note_template(folder: Path, trunk: Trunk) -> None:
+    """Note the chat template that a folder's manifest names, if there is one.
+
+    Raises:
+        ValueError: Another folder named another one.
+    """
+    path = folder / MANIFEST_FILE
+    template = json.loads(path.read_text()).get("template") if path.is_file() else None
+    if template is not None:
+        agree_on_template(trunk, template, str(folder))
+
+
+def agree_on_template(trunk: Trunk, template: str, named_by: str) -> None:
+    """Note how turns become tokens, for the manifests. All who name a template must name the same.
+
+    Args:
+        trunk: Which is trained, or loaded.
+        template: Name of the rendering, for example ``plain-1``.
+        named_by: A folder whose manifest names it, or ``data``.
+
+    Raises:
+        ValueError: Another one was named before.
+    """
+    for other, earlier in trunk.templates.items():
+        if earlier != template:
+            raise ValueError(
+                f"{named_by} has the template {template!r}, {other} has {earlier!r}: the model would "
+                "read turns written as it never saw them. Set data.chat_template as it was there "
+                "(false for plain-1, true for chat-..., with that tokenizer), or train that stage "
+                'again with this one. To change templates on purpose, take "template" out of the '
+                f"folder's {MANIFEST_FILE}."
+            )
+    trunk.templates[named_by] = template
+
+
+def _write(folder: Path, about: dict[str, Any]) -> None:
+    (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _trained_on(trunk: Trunk) -> dict[str, str]:
+    """Template and quantization, where there are any."""
+    template = next(iter(trunk.templates.values()), None)
+    about = {"template": template, "quantization": trunk.quantization}
+    return {key: value for key, value in about.items() if value is not None}
+
+
+def _plain_model(trunk: Trunk) -> PreTrainedModel:
+    """The model; where it is quantized, a dense one of the same shapes without any weights."""
+    if trunk.quantization is None:
+        return trunk.model
+    config = copy.deepcopy(trunk.model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(trunk.model)(config).to(trunk.dtype)  # type: ignore[arg-type]
+    plain.generation_config = trunk.model.generation_config
+    return plain
