@@ -1,6 +1,6 @@
-"""How good a reward model is, as a torchmetrics metric, so that it adds up over batches and ranks.
+"""Measures of a reward model, as a torchmetrics metric, so that they add up over batches and ranks.
 
-Shapes: ``B`` rows, ``K`` pairs, ``N`` judged rows, ``J`` judgements.
+Shapes: ``B`` rows, ``K`` pairs, ``N`` rows with a label, ``J`` judgements.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ BINS = 10
 
 
 class Reliability(NamedTuple):
-    """What was predicted and what came true, in `BINS` bins of the predicted probability.
+    """Predicted probabilities beside outcomes, in `BINS` bins of the predicted probability.
+
+    Ours and not torchmetrics': its calibration error takes outcomes of 0 and 1 only, no votes, and keeps the
+    bins to itself, which `RewardReport` draws. A test holds the two together where both apply.
 
     Attributes:
-        counts: Judgements in the bin; a pair counts as half a one in two bins. Shape: ``(BINS,)``.
+        counts: Judgements in the bin; a pair counts as half a judgement in two bins. Shape: ``(BINS,)``.
         predicted: Mean probability; NaN in an empty bin. Shape: ``(BINS,)``.
         observed: Mean outcome; NaN in an empty bin. Shape: ``(BINS,)``.
     """
@@ -39,16 +42,16 @@ class Reliability(NamedTuple):
 
 
 class RewardMeasures(NamedTuple):
-    """What `RewardMetrics` found.
+    """The results of `RewardMetrics`.
 
     Attributes:
         values: Every measure by its key.
-        counts: How many rows or pairs a measure stands on, by the same keys.
-        reliability: Of all judgements.
-        good_scores: Of chosen answers and thumbs up.
-        bad_scores: Of rejected answers and thumbs down.
-        pairs: How many.
-        thumbs: How many.
+        counts: How many rows or pairs a measure is taken over, by the same keys.
+        reliability: Calibration of all judgements.
+        good_scores: Scores of chosen answers and thumbs up.
+        bad_scores: Scores of rejected answers and thumbs down.
+        pairs: Number of pairs.
+        thumbs: Number of rows with a label.
     """
 
     values: dict[str, float]
@@ -61,11 +64,11 @@ class RewardMeasures(NamedTuple):
 
 
 class Judgements(NamedTuple):
-    """Logits beside what was true: a thumb once, a pair in both orders.
+    """Logits beside outcomes: a thumb once, a pair in both orders.
 
-    A pair is judged by ``r_w - r_l`` with outcome 1 and by ``r_l - r_w`` with outcome 0, each with
-    half a vote. So nothing depends on which answer is named first, and calibration is that of
-    "the better-scored answer is the preferred one".
+    A pair is judged by ``r_w - r_l`` with outcome 1 and by ``r_l - r_w`` with outcome 0, each with half a vote.
+    So it does not matter which answer is named first, and calibration is that of "the better-scored answer is
+    the preferred one".
 
     Attributes:
         logits: Shape: ``(J,)``, float64.
@@ -106,26 +109,19 @@ class RewardMetrics(Metric):
     - ``temperature``: see `fit_temperature`.
     - ``length_score_correlation``: Pearson's, over rated answers.
 
-    A rating between 0 and 1 is an outcome as it is, and a thumb up above 0.5 where a class is asked
-    for. Keys appear only for what was seen; the ``auroc``s and ``balanced_accuracy`` need both classes.
+    A rating between 0 and 1 is an outcome as it is, and a thumb up above 0.5 where a class is needed. A key is
+    there only if there were rows for it; the ``auroc``s and ``balanced_accuracy`` need both classes.
     """
 
     full_state_update = False
-
-    scores: list[Tensor]
-    labels: list[Tensor]
-    lengths: list[Tensor]
-    chosen_scores: list[Tensor]
-    rejected_scores: list[Tensor]
-    chosen_lengths: list[Tensor]
-    rejected_lengths: list[Tensor]
-    turns: list[Tensor]
+    thumbs: list[Tensor]
+    pairs: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        # Rows themselves, not sums: ranks cannot be added up, and a row is eight numbers.
-        for state in (*_THUMB_STATES, *_PAIR_STATES):
-            self.add_state(state, [], dist_reduce_fx="cat")
+        # The rows themselves, not sums: ranks cannot be added up, and a row is four numbers.
+        self.add_state("thumbs", [], dist_reduce_fx="cat")
+        self.add_state("pairs", [], dist_reduce_fx="cat")
 
     def update(
         self,
@@ -146,63 +142,53 @@ class RewardMetrics(Metric):
             lengths: Tokens of each answer. Shape: ``(B,)``.
             turns: Turns of each prompt. Shape: ``(B,)``.
         """
-        chosen, rejected = pairs[:, 0], pairs[:, 1]
-        self.scores.append(scores[labelled])
-        self.labels.append(label[labelled])
-        self.lengths.append(lengths[labelled])
-        self.chosen_scores.append(scores[chosen])
-        self.rejected_scores.append(scores[rejected])
-        self.chosen_lengths.append(lengths[chosen])
-        self.rejected_lengths.append(lengths[rejected])
-        self.turns.append(turns[chosen])
+        rows = torch.stack([part.to(scores.dtype) for part in (scores, label, lengths, turns)], -1)
+        self.thumbs.append(rows[labelled])
+        self.pairs.append(rows[pairs])
 
     def compute(self) -> RewardMeasures:
-        """Measures of what was seen since the last reset, in float64."""
-        scores, labels, lengths = (_column(getattr(self, state)) for state in _THUMB_STATES)
-        chosen, rejected, chosen_length, rejected_length, turns = (
-            _column(getattr(self, state)) for state in _PAIR_STATES
-        )
+        """Measures of all rows since the last reset, in float64."""
+        thumbs, pairs = _gathered(self.thumbs, (0, 4)), _gathered(self.pairs, (0, 2, 4))
+        scores, labels, lengths, _ = thumbs.unbind(-1)
+        chosen, _, chosen_length, turns = pairs[:, 0].unbind(-1)
+        rejected, _, rejected_length, _ = pairs[:, 1].unbind(-1)
         judgements = judgements_of(scores, labels, chosen - rejected)
-        answers = torch.cat([scores, chosen, rejected])
-        tokens = torch.cat([lengths, chosen_length, rejected_length])
-        found = {
+        measures = {
             **thumb_measures(scores, labels, lengths),
             **pair_measures(chosen - rejected, chosen_length - rejected_length, turns),
             **calibration_measures(judgements, len(scores) + len(chosen)),
-            **length_measures(answers, tokens),
+            **length_measures(
+                torch.cat([scores, chosen, rejected]),
+                torch.cat([lengths, chosen_length, rejected_length]),
+            ),
         }
-        up, down = labels > 0.5, labels < 0.5
         return RewardMeasures(
-            {key: value for key, (value, _) in found.items()},
-            {key: count for key, (_, count) in found.items()},
+            {key: value for key, (value, _) in measures.items()},
+            {key: count for key, (_, count) in measures.items()},
             reliability_of(judgements),
-            [*chosen.tolist(), *scores[up].tolist()],
-            [*rejected.tolist(), *scores[down].tolist()],
+            [*chosen.tolist(), *scores[labels > 0.5].tolist()],
+            [*rejected.tolist(), *scores[labels < 0.5].tolist()],
             len(chosen),
             len(scores),
         )
 
 
-_THUMB_STATES = ("scores", "labels", "lengths")
-_PAIR_STATES = ("chosen_scores", "rejected_scores", "chosen_lengths", "rejected_lengths", "turns")
-
-
-def _column(state: list[Tensor] | Tensor) -> Tensor:
-    """One state's rows; a list before ranks are gathered, a tensor after. On the CPU, for float64."""
+def _gathered(state: list[Tensor] | Tensor, empty: tuple[int, ...]) -> Tensor:
+    """A state's rows; a list before ranks are gathered, a tensor after. On the CPU, for float64."""
     if isinstance(state, list) and not state:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(empty, dtype=torch.float64)
     rows: Tensor = dim_zero_cat(state)
     return rows.cpu().double()
 
 
-Found = dict[str, tuple[float, int]]
-"""Measures, each with the number of rows or pairs it stands on."""
+Measures = dict[str, tuple[float, int]]
+"""Values by key, each with the number of rows or pairs it is taken over."""
 
 
-def thumb_measures(scores: Tensor, labels: Tensor, lengths: Tensor) -> Found:
-    """The thumbs' own measures; none unless both classes are there. Shapes: ``(N,)``.
+def thumb_measures(scores: Tensor, labels: Tensor, lengths: Tensor) -> Measures:
+    """Measures of thumbs; none unless both classes are there. Shapes: ``(N,)``.
 
-    A rating in the very middle is neither up nor down and does not count here.
+    A rating of 0.5 is neither up nor down and does not count here.
     """
     sided = labels != 0.5
     scores, lengths, up = scores[sided], lengths[sided], labels[sided] > 0.5
@@ -222,14 +208,14 @@ def auroc(scores: Tensor, up: Tensor) -> float:
     """AUROC of any real scores, NaN where a score is. Shapes: ``(N,)``."""
     if bool(scores.isnan().any()):
         return math.nan
-    # torchmetrics would press logits through a sigmoid, which makes ties of large ones; the order
-    # of the scores is all that counts, so their ranks do as well.
+    # torchmetrics takes a sigmoid of logits, which makes ties of large ones; only the order counts, so ranks
+    # give the same value.
     ranks = torch.unique(scores, return_inverse=True)[1].double()
     return float(binary_auroc(ranks / ranks.max().clamp(min=1), up.long()))
 
 
-def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Found:
-    """The pairs' own measures; none without pairs.
+def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Measures:
+    """Measures of pairs; none without pairs.
 
     Args:
         margins: ``r_w - r_l``. Shape: ``(K,)``.
@@ -240,7 +226,7 @@ def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Found:
         return {}
     right = _wins(margins)
     longer_wins = float(_wins(longer_by).mean())
-    found = {
+    measures = {
         "accuracy": (float(right.mean()), len(right)),
         "margin": (float(margins.mean()), len(right)),
         "longer_wins": (longer_wins, len(right)),
@@ -256,8 +242,8 @@ def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Found:
     }
     for key, rows in slices.items():
         if bool(rows.any()):
-            found[key] = (float(right[rows].mean()), int(rows.sum()))
-    return found
+            measures[key] = (float(right[rows].mean()), int(rows.sum()))
+    return measures
 
 
 def _wins(differences: Tensor) -> Tensor:
@@ -265,8 +251,8 @@ def _wins(differences: Tensor) -> Tensor:
     return (differences > 0).double() + 0.5 * (differences == 0)
 
 
-def calibration_measures(judgements: Judgements, count: int) -> Found:
-    """How far probabilities can be believed; nothing without judgements."""
+def calibration_measures(judgements: Judgements, count: int) -> Measures:
+    """Calibration of the probabilities; none without judgements."""
     if not count:
         return {}
     return {
@@ -276,8 +262,8 @@ def calibration_measures(judgements: Judgements, count: int) -> Found:
     }
 
 
-def length_measures(scores: Tensor, lengths: Tensor) -> Found:
-    """How scores go with lengths; nothing where either is constant. Shapes: ``(N,)``."""
+def length_measures(scores: Tensor, lengths: Tensor) -> Measures:
+    """Correlation of scores with lengths; none where either is constant. Shapes: ``(N,)``."""
     if not bool(scores.isfinite().all()):
         return {"length_score_correlation": (math.nan, len(scores))}
     if len(scores) < 2 or bool((scores == scores[0]).all()) or bool((lengths == lengths[0]).all()):

@@ -1,7 +1,8 @@
-"""How much memory each phase of a train batch takes, and a recording of where it went."""
+"""The peak memory of each phase of a train batch, and a recording of every allocation."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -11,18 +12,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_perl.callbacks.phase_meter import PhaseMeter, cuda_device
 from lightning_perl.callbacks.run_folder import run_folder
-from lightning_perl.phases import WHOLE_BATCH, PhaseCallback, cuda_device
+from lightning_perl.phases import WHOLE_BATCH, PhaseCallback
 
 GIB = 1024**3
 """Bytes of one GiB, the unit of every ``memory/`` key."""
 
 
 def resident_bytes() -> int | None:
-    """Returns the physical memory this process holds, in bytes, or None where that is unknown.
+    """Returns the physical memory of this process in bytes, or None where that is unknown.
 
-    On Linux it is the current value, from ``/proc/self/statm``. Elsewhere on Unix only the peak
-    since the process began is to be had (``ru_maxrss``), which never falls. Windows has neither.
+    On Linux it is the current value. Elsewhere on Unix there is only the peak since the process began
+    (``ru_maxrss``), which never falls.
     """
     statm = Path("/proc/self/statm")
     if statm.exists():
@@ -35,144 +37,105 @@ def resident_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on other Unixes
 
 
-class CudaMemoryMonitor(PhaseCallback):
+class CudaMemoryMonitor(PhaseMeter):
     """Logs the peak memory of every phase, once per train batch, and prints it when the fit ends.
 
     Keys, in GiB, lower is better:
 
     - ``memory/{phase}_peak_allocated_gib``: most that tensors held at once during the phase.
     - ``memory/{phase}_peak_reserved_gib``: most that PyTorch's allocator held of the device.
-    - ``memory/{phase}_resident_gib``: only where the run is not on CUDA, instead of the two above.
-      Physical memory of this process, the larger of its readings at the phase's start and end (see
-      `resident_bytes`). Nothing samples in between, so a buffer that lived only inside the phase
-      may be missed, and what the system has not taken back is still counted.
+    - ``memory/{phase}_resident_gib``: instead of the two above where the run is not on CUDA. Physical memory
+      of this process, the larger of its readings at the phase's start and end (see `resident_bytes`). A buffer
+      that lived only inside the phase may be missed, and memory that the system has not taken back is counted.
 
-    A phase that ran several times in the train batch has its largest value; a phase inside another
-    counts for both. A train batch whose module names no phase is one phase, ``step``. What phases
-    take outside train batches (validation) is not logged.
-
-    The peaks are this device's, of rank zero's process in the log. They are reset at each phase's
-    start, so nobody else can rely on ``torch.cuda.max_memory_allocated`` meanwhile. Values go
-    through ``pl_module.log_dict`` into the same row and on the same step axis as the module's own
-    train keys, every ``Trainer(log_every_n_steps)`` batches; the printed line covers all batches of
-    the fit.
+    A phase that ran several times in the train batch has its largest value; a phase inside another counts for
+    both. A train batch whose module names no phase is one phase, ``step``. The peaks are reset at each phase's
+    start, so nobody else can rely on ``torch.cuda.max_memory_allocated`` meanwhile. The printed line covers all
+    batches of the fit.
     """
 
     def __init__(self) -> None:
-        self._device: torch.device | None = None
-        self._open: list[str] = []
+        super().__init__()
         self._batch: dict[str, dict[str, int]] = {}
         self._fit: dict[str, dict[str, int]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier fit."""
-        self._device = cuda_device(trainer)
-        self._open = []
+        super().on_fit_start(trainer, pl_module)
         self._fit = {}
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        """Opens the train batch, as a phase of its own."""
-        self._open = []
+    def reset(self) -> None:
+        """Forgets the train batch before."""
         self._batch = {}
-        self._begin(WHOLE_BATCH)
 
-    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """Resets the peaks, after the phases around this one took their share."""
-        if self._open:
-            self._begin(phase)
-
-    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """Reads the peaks."""
-        if self._open:
-            self._read()
-            self._open.pop()
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        """Logs the train batch."""
-        self._read()
-        self._open = []
-        if len(self._batch) > 1:
-            self._batch.pop(WHOLE_BATCH)
-        metrics = {}
-        for phase, peaks in self._batch.items():
-            for name, peak in peaks.items():
-                fit = self._fit.setdefault(phase, {})
-                fit[name] = max(fit.get(name, 0), peak)
-                metrics[f"memory/{phase}_{name}_gib"] = peak / GIB
-        pl_module.log_dict(metrics, on_step=True, on_epoch=False)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints one line, on rank zero: the largest value of each phase over the fit."""
-        if trainer.is_global_zero and self._fit:
-            print(self.summary(), flush=True)
-
-    def summary(self) -> str:
-        """Returns the fit so far in a line: allocated GiB, or resident GiB without CUDA."""
-        name, title = ("resident", "resident GiB")
-        if self._device is not None:
-            name, title = ("peak_allocated", "peak GiB")
-        phases = [f"{phase} {peaks[name] / GIB:.2f}" for phase, peaks in self._fit.items()]
-        return f"memory ({title}): " + " | ".join(phases)
-
-    def _begin(self, phase: str) -> None:
-        if self._device is None:
-            self._open.append(phase)
-            self._read()
+    def begin(self, phase: str) -> None:
+        """Resets the device's peaks, or takes a first reading."""
+        if self.device is None:
+            self.read()
         else:
-            self._read()
-            self._open.append(phase)
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _read(self) -> None:
-        """Charges the peaks since the last reset to every phase that is open."""
-        if not self._open:
-            return
-        if self._device is None:
-            resident = resident_bytes()
+    def read(self) -> None:
+        """Charges the peaks since the last reset to every running phase."""
+        if self.device is None:
+            resident = resident_bytes() if self.running else None
             peaks = {} if resident is None else {"resident": resident}
         else:
             peaks = {
-                "peak_allocated": torch.cuda.max_memory_allocated(self._device),
-                "peak_reserved": torch.cuda.max_memory_reserved(self._device),
+                "peak_allocated": torch.cuda.max_memory_allocated(self.device),
+                "peak_reserved": torch.cuda.max_memory_reserved(self.device),
             }
-        for phase in self._open:
-            largest = self._batch.setdefault(phase, {})
-            for name, peak in peaks.items():
-                largest[name] = max(largest.get(name, 0), peak)
+        for phase in self.running:
+            _keep_largest(self._batch.setdefault(phase, {}), peaks)
+
+    def results(self, outputs: object) -> dict[str, float]:
+        """The peaks of the train batch's phases."""
+        if len(self._batch) > 1:
+            self._batch.pop(WHOLE_BATCH)
+        for phase, peaks in self._batch.items():
+            _keep_largest(self._fit.setdefault(phase, {}), peaks)
+        return {
+            f"memory/{phase}_{name}_gib": peak / GIB
+            for phase, peaks in self._batch.items()
+            for name, peak in peaks.items()
+        }
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints one line, on rank zero: the largest allocated GiB of each phase, or resident GiB without CUDA."""
+        name, title = "resident", "resident GiB"
+        if self.device is not None:
+            name, title = "peak_allocated", "peak GiB"
+        phases = [f"{key} {peaks[name] / GIB:.2f}" for key, peaks in self._fit.items() if peaks]
+        if trainer.is_global_zero and phases:
+            print(f"memory ({title}): {' | '.join(phases)}", flush=True)
+
+
+def _keep_largest(largest: dict[str, int], peaks: dict[str, int]) -> None:
+    for name, peak in peaks.items():
+        largest[name] = max(largest.get(name, 0), peak)
 
 
 class CudaMemorySnapshot(PhaseCallback):
     """Records every allocation of some train batches, and the moment of an out-of-memory error.
 
-    Files open in PyTorch's memory viewer, https://pytorch.org/memory_viz (drag and drop; nothing is
-    uploaded), and each one's path is printed:
+    Files open in PyTorch's memory viewer, https://pytorch.org/memory_viz (drag and drop; nothing is uploaded),
+    and each one's path is printed:
 
     - ``batches_1_to_3_rank0.pickle``: allocations and frees of the recorded train batches.
-    - ``out_of_memory_in_actor_rank0.pickle``: written when `torch.OutOfMemoryError` ends the fit,
-      with the phase it was raised in (``no_phase`` outside of any): what was allocated then, and
-      how it came to be.
+    - ``out_of_memory_in_actor_rank0.pickle``: written when `torch.OutOfMemoryError` ends the fit, with the
+      phase it was raised in (``no_phase`` outside of any): what was allocated then, and how it came to be.
 
-    Recording goes on for the whole fit, since nobody knows when memory runs out; it costs about 2
+    Recording goes on for the whole fit, since an out-of-memory error may come at any time; it costs about 2
     microseconds per allocation and ``max_entries`` events of host memory.
 
     Args:
-        folder: Where the files go; created when needed. The default is ``memory/`` in the run's
-        folder.
-        start_step: Train batches before the recorded ones; 1 leaves out the first, which also
+        folder: Folder of the files; created when needed. None: ``memory/`` in the run's folder.
+        start_step: Number of train batches before the recorded ones; 1 leaves out the first, which also
             creates the optimizer's moments. At least 0.
-        steps: Train batches to record. At least 1.
-        max_entries: Events kept, the newest; older ones are dropped. Each takes a few KB in the
-            file: raise it when the recording starts in the middle of a train batch.
-        strict: Refuse to run where there is no CUDA. The default warns once and does nothing.
+        steps: Number of train batches to record. At least 1.
+        max_entries: Number of events kept; older ones are dropped. Each takes a few KB in the file: raise it
+            if the recording starts in the middle of a train batch.
+        strict: Refuse to run without CUDA. By default the callback warns once and does nothing.
 
     Raises:
         ValueError: A number is out of its range.
@@ -203,9 +166,8 @@ class CudaMemorySnapshot(PhaseCallback):
         self.strict = strict
         self._into: Path | None = None
         self._batches = 0
-        self._open: list[str] = []
-        # By id: holding the error itself would hold its frames, and with them the memory.
-        self._failed: dict[int, str] = {}
+        # The phases that are running, or were when memory ran out; the innermost last.
+        self._running: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts recording, before the module's weights reach the device."""
@@ -225,31 +187,25 @@ class CudaMemorySnapshot(PhaseCallback):
         # Here and not when a file is due: choosing the run's folder needs all ranks.
         self._into = self.folder or run_folder(trainer) / "memory"
         self._batches = 0
-        self._open = []
-        self._failed = {}
+        self._running = []
         self._record()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Drops the events so far where the recorded train batches begin."""
-        self._open = []
-        self._failed = {}
+        self._running = []
         if self._into is not None and self._batches == self.start_step:
             self._record()
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         """Remembers the phase."""
-        self._open.append(phase)
+        self._running.append(phase)
 
     def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """Forgets the phase, unless memory ran out in it."""
-        error = sys.exc_info()[1]
-        # Phases end before the trainer hears of the error, the innermost first.
-        if isinstance(error, torch.OutOfMemoryError):
-            self._failed.setdefault(id(error), phase)
-        if self._open:
-            self._open.pop()
+        """Forgets the phase, unless memory ran out in it: phases end before the trainer hears of the error."""
+        if self._running and not isinstance(sys.exc_info()[1], torch.OutOfMemoryError):
+            self._running.pop()
 
     def on_train_batch_end(
         self,
@@ -273,10 +229,8 @@ class CudaMemorySnapshot(PhaseCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Writes a file if memory ran out, and stops recording."""
-        error = _out_of_memory(exception)
-        if error is not None and self._into is not None:
-            still_open = self._open[-1] if self._open else "no_phase"
-            phase = self._failed.get(id(error), still_open)
+        if _is_out_of_memory(exception):
+            phase = self._running[-1] if self._running else "no_phase"
             self._dump(trainer, f"out_of_memory_in_{phase}")
         self._stop()
 
@@ -311,16 +265,16 @@ class CudaMemorySnapshot(PhaseCallback):
         self._into.mkdir(parents=True, exist_ok=True)
         name = f"{what}_rank{trainer.global_rank}"
         path = self._into / f"{name}.pickle"
-        number = 1
-        while path.exists():
-            number += 1
+        for number in itertools.count(2):
+            if not path.exists():
+                break
             path = self._into / f"{name}_{number}.pickle"
         torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
         print(f"memory snapshot: {path} (open it at https://pytorch.org/memory_viz)", flush=True)
 
 
-def _out_of_memory(exception: BaseException | None) -> torch.OutOfMemoryError | None:
-    """Returns the out-of-memory error that is, or led to, an exception."""
+def _is_out_of_memory(exception: BaseException | None) -> bool:
+    """Whether an exception is, or was caused by, an out-of-memory error."""
     while exception is not None and not isinstance(exception, torch.OutOfMemoryError):
         exception = exception.__cause__ or exception.__context__
-    return exception
+    return exception is not None

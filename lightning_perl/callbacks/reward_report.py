@@ -1,9 +1,8 @@
-"""What a test found out about a reward model: a table and two pictures."""
+"""A reward model's measures at the end of a test: a table and two pictures."""
 
 from __future__ import annotations
 
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,7 +37,7 @@ _GOOD, _BAD, _GREY = "#1b6ca8", "#d1603d", "#777777"
 
 @runtime_checkable
 class Measured(Protocol):
-    """A module that keeps what its last held-out rows gave."""
+    """A module that keeps the measures of its last held-out rows."""
 
     measures: RewardMeasures | None
 
@@ -46,7 +45,7 @@ class Measured(Protocol):
 class RewardReport(Callback):
     """At the end of ``test``, prints the reward model's measures and draws them.
 
-    Length alone stands beside what the model gives: a model that is no better has learned to count.
+    The table compares the model with the length of the answers alone: a model that is no better scores length.
     Writes ``reliability.png`` and ``scores.png`` into the run's folder, and to Weights & Biases as
     ``test/reliability`` and ``test/scores``.
     """
@@ -67,17 +66,14 @@ class RewardReport(Callback):
         for name, figure in pictures.items():
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=150)
-            self._send(trainer, name, path)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(f"test/{name}", [str(path)])
         rank_zero_info(f"drew {' and '.join(pictures)} in {folder}")
-
-    def _send(self, trainer: Trainer, name: str, path: Path) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(f"test/{name}", [str(path)])
 
 
 def reward_table(measures: RewardMeasures) -> list[str]:
-    """One line per measure: what the model gives, what length alone gives, and of how many rows."""
+    """One line per measure: the model's value, that of length alone, and the number of rows."""
     lines = [
         f"reward model on test rows: {rated_rows(measures)}",
         f"  {'':26}{'model':>10}{'length':>10}{'rows':>10}",

@@ -1,4 +1,4 @@
-"""The same prompts answered before and after training, side by side."""
+"""Answers to the same held-out prompts before and after training, side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shutil
 import textwrap
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -56,27 +56,21 @@ class Sample(NamedTuple):
 class SampleWriter(Callback):
     """Answers the same held-out prompts before and after training, and writes both with scores.
 
-    The prompts are the first rows of the validation data. ``before`` is the reference's answer,
-    taken once when training starts (so a resumed run has the same one); ``after`` is the policy's,
-    taken at every validation's end, every ``every_n_batches`` train batches, and when the fit ends.
-    Each time:
-
-    - one JSON line per prompt is appended to ``samples.jsonl`` in the run's folder, with the keys
-      of `Sample`;
-    - every `WandbLogger` of the trainer gets them as a table, ``samples`` (not at
-      ``every_n_batches``).
-
-    At the fit's end a table of them is printed. Only rank zero writes.
+    The prompts are the first rows of the validation data. ``before`` is the reference's answer, taken once
+    when training starts (so a resumed run has the same one); ``after`` is the policy's, taken at every
+    validation's end, every ``every_n_batches`` train batches, and when the fit ends. Each time one JSON line
+    per prompt, with the keys of `Sample`, is appended to ``samples.jsonl`` in the run's folder, and every
+    `WandbLogger` gets them as a table, ``samples`` (not at ``every_n_batches``). At the fit's end a table of
+    them is printed. Only rank zero writes.
 
     Args:
-        prompts: How many prompts; fewer where the validation data has fewer. At least 1.
-        every_n_batches: Train batches between two looks at the policy; None looks only at
-            validations and at the end. At least 1.
+        prompts: Number of prompts; fewer where the validation data has fewer. At least 1.
+        every_n_batches: Train batches between two samplings. None: only at validations and at the end. At
+            least 1.
 
     Raises:
         ValueError: A number is out of its range.
-        MisconfigurationException: The module does not answer prompts, or the validation data holds
-            none.
+        MisconfigurationException: The module does not answer prompts, or the validation data holds none.
     """
 
     def __init__(self, prompts: int = 8, every_n_batches: int | None = None) -> None:
@@ -90,7 +84,8 @@ class SampleWriter(Callback):
         self._chunks: list[PromptBatch] = []
         self._before: Answers | None = None
         self._samples: list[Sample] = []
-        self._tabled: int | None = None
+        # The step of the last table that loggers have.
+        self._logged_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a module that cannot answer, and chooses the file."""
@@ -101,7 +96,7 @@ class SampleWriter(Callback):
         self._path = run_folder(trainer) / "samples.jsonl"
         self._batches = 0
         self._samples = []
-        self._tabled = None
+        self._logged_step = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the prompts and takes the reference's answers."""
@@ -157,32 +152,20 @@ class SampleWriter(Callback):
     @torch.no_grad()
     def _answers(self, pl_module: LightningModule, role: Literal["policy", "reference"]) -> Answers:
         module = _answering(pl_module)
-        answers = Answers([], [], [])
-        for chunk in self._chunks:
-            answered = module.answer(move_data_to_device(chunk, pl_module.device), role)
-            answers.prompts.extend(answered.prompts)
-            answers.responses.extend(answered.responses)
-            answers.scores.extend(answered.scores)
-        return answers
+        chunks = (move_data_to_device(chunk, pl_module.device) for chunk in self._chunks)
+        answers = [module.answer(chunk, role) for chunk in chunks]
+        # The chunks' lists, field by field, one behind the other.
+        return Answers(*(list(chain.from_iterable(parts)) for parts in zip(*answers, strict=True)))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Appends the policy's answers to the file, once per step."""
         step = trainer.global_step
         if self._before is None or (self._samples and self._samples[0].step == step):
             return
-        after = self._answers(pl_module, "policy")
-        before = self._before
-        self._samples = [
-            Sample(step, *row)
-            for row in zip(
-                before.prompts,
-                before.responses,
-                after.responses,
-                map(_finite, before.scores),
-                map(_finite, after.scores),
-                strict=True,
-            )
-        ]
+        before, after = self._before, self._answers(pl_module, "policy")
+        rows = zip(before.prompts, before.responses, after.responses, strict=True)
+        scores = zip(map(_finite, before.scores), map(_finite, after.scores), strict=True)
+        self._samples = [Sample(step, *row, *pair) for row, pair in zip(rows, scores, strict=True)]
         if trainer.is_global_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -190,9 +173,9 @@ class SampleWriter(Callback):
 
     def _log_table(self, trainer: Trainer) -> None:
         """Sends the last samples to Weights & Biases, once per step."""
-        if not self._samples or self._samples[0].step == self._tabled:
+        if not self._samples or self._samples[0].step == self._logged_step:
             return
-        self._tabled = self._samples[0].step
+        self._logged_step = self._samples[0].step
         rows = [list(sample) for sample in self._samples]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -206,22 +189,23 @@ def sample_table(samples: list[Sample], width: int | None = None) -> str:
     Long texts are cut to 300 characters: prompts at their start, answers at their end.
 
     Args:
-        samples: What to show, in this order.
+        samples: The samples, in this order.
         width: Columns of the terminal; by default as many as it has.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     column = max(16, (width - 6) // 3)
     rule = "-+-".join(["-" * column] * 3)
     lines = [_line(("prompt", "before", "after"), column), rule]
-    for sample in samples:
-        prompt = sample.prompt
+    for _, prompt, *answers, score_before, score_after in samples:
+        if len(prompt) > _PRINTED:
+            prompt = f"...{prompt[-_PRINTED:]}"
+        before, after = (
+            text if len(text) <= _PRINTED else f"{text[:_PRINTED]}..." for text in answers
+        )
         cells = (
-            _wrap(prompt if len(prompt) <= _PRINTED else f"...{prompt[-_PRINTED:]}", column),
-            [f"score {_score(sample.score_before)}", *_wrap(_cut(sample.before), column)],
-            [
-                f"score {_score(sample.score_before)} -> {_score(sample.score_after)}",
-                *_wrap(_cut(sample.after), column),
-            ],
+            _wrap(prompt, column),
+            [f"score {_score(score_before)}", *_wrap(before, column)],
+            [f"score {_score(score_before)} -> {_score(score_after)}", *_wrap(after, column)],
         )
         lines += [_line(row, column) for row in zip_longest(*cells, fillvalue="")]
         lines.append(rule)
@@ -236,10 +220,6 @@ def _wrap(text: str, column: int) -> list[str]:
     """Wraps each of the text's own lines; a dialog keeps a turn per line."""
     lines = [line for part in text.strip().splitlines() for line in textwrap.wrap(part, column)]
     return lines or ["(empty)"]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _PRINTED else f"{text[:_PRINTED]}..."
 
 
 def _score(score: float | None) -> str:

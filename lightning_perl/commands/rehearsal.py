@@ -168,8 +168,8 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
     """Rollout, scoring and update.
 
     One micro-batch stands for all. Where a step has several, it finds the gradients of those before it; and
-    where the critic begins a rollout's first step, the actor finds the critic's. Only the first and the last
-    token of a rollout are sampled: the prompts' forward, and the most keys and values there are.
+    where the critic's first pass comes before the update, the actor finds the critic's. Only the first and the
+    last token of a rollout are sampled: the prompts' forward, and the most keys and values there are.
     """
 
     _accumulate = False
@@ -178,12 +178,17 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         """A rollout batch."""
         module, rows = self.module, self.load.rows
         minibatch = min(module.minibatch_size or rows, rows)
-        self.rollout(rows)
+        self.rollout(self._sampled_rows)
         self.update(
             min(module.score_batch_size, rows),
             min(module.micro_batch_size, minibatch),
             accumulate=module.micro_batch_size < minibatch,
         )
+
+    @property
+    def _sampled_rows(self) -> int:
+        """Responses that are sampled at once."""
+        return min(self.load.rows, self.module.sampling.batch_size or self.load.rows)
 
     def before(self, phase: str) -> None:
         """Hold the gradients that earlier micro-batches left, and the critic's where it comes first."""
@@ -207,12 +212,17 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         def update(rows: int) -> None:
             self.update(rows if scored == micro else scored, rows, accumulate=True)
 
-        return {"micro_batch_size": (micro, update), "rollout_rows": (self.load.rows, self.rollout)}
+        return {
+            "micro_batch_size": (micro, update),
+            "rollout_rows": (self._sampled_rows, self.rollout),
+        }
 
     def rollout(self, rows: int) -> None:
-        """Sample the first token of every response, then its last."""
+        """Sample the first token of every response, then its last; every row reads its own prompt."""
         module, load, ledger = self.module, self.load, self.ledger
-        spec = replace(module.sampling, max_new_tokens=load.response_tokens, stop=())
+        spec = replace(
+            module.sampling, max_new_tokens=load.response_tokens, stop=(), batch_size=None
+        )
         body = module.policy_trunk.model.base_model
         with module.phase("rollout"), _marking_cache(body, ledger):
             with suppress(_EnoughSampled), _at_second_forward(body, _stop_sampling):
@@ -236,8 +246,10 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
             learned_rows: Rows of the micro-batch.
             accumulate: Whether there were micro-batches before this one.
         """
-        module = self.module
-        rollout = self._rollout(max(scored_rows, learned_rows))
+        module, samples = self.module, self.module.samples
+        # Whole groups of responses to one prompt.
+        rows = -(-max(scored_rows, learned_rows) // samples) * samples
+        rollout = self._rollout(rows)
         sizes = {
             "score_batch_size": scored_rows,
             "micro_batch_size": learned_rows,
@@ -249,9 +261,9 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         self._accumulate = accumulate
         try:
             with module.phase("score"):
-                scored = module.score(rollout, by_length=False)
+                scored = module.score(rollout, by_length=False, samples=samples)
             experience, _ = module.experience(rollout, scored)
-            piece = experience.rows(torch.arange(learned_rows))
+            piece = experience.rows(torch.arange(-(-learned_rows // samples) * samples))
             module.update(piece, self.optimizer, by_length=False)
         finally:
             vars(module).update(kept)

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_perl.callbacks import CudaMemoryMonitor, CudaMemorySnapshot, cuda_memory
+from lightning_perl.callbacks import CudaMemoryMonitor, CudaMemorySnapshot, cuda_memory, phase_meter
 from tests.callbacks.phased import Phased, Rows, Work, quiet_trainer
 
 GIB = 1024**3
@@ -62,7 +62,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(cuda_memory, "cuda_device", lambda trainer: DEVICE)
+    monkeypatch.setattr(phase_meter, "cuda_device", lambda trainer: DEVICE)
     return fake
 
 

@@ -37,7 +37,7 @@ from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.weightless import materialize, weightless
-from lightning_perl.modules import PPO, SFT, Reinforce, RewardModel
+from lightning_perl.modules import PPO, RLOO, SFT, Reinforce, RewardModel
 from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.conftest import TinyTrunk
@@ -45,6 +45,7 @@ from tests.conftest import TinyTrunk
 SIZES = LlamaSizes(64, 1, 4, 176, 500)
 LOAD = Load(32, 32, 4)
 MIB = 2**20
+SHARING = (Shortcuts(), Shortcuts(shared_prompts=False))
 FLOAT = 4
 
 
@@ -185,6 +186,28 @@ def test_other_modules() -> None:
     pairs = rehearsal(lambda: RewardModel(trunk="x", lora=LoraSpec(4)), LOAD._replace(pairs=True))
     ratio = pairs.peaks()["forward"].kinds["activations"]
     assert 1.2 < ratio / thumbs.peaks()["forward"].kinds["activations"] < 1.9
+
+
+def test_samples_of_a_prompt_without_a_critic() -> None:
+    def rloo(**options: Any) -> Callable[[], RLOO]:
+        settings: dict[str, Any] = {"sampling": SamplingSpec(32), "micro_batch_size": 2}
+        return lambda: RLOO(trunk="x", samples=4, lora=LoraSpec(16, 1.0), **{**settings, **options})
+
+    load = LOAD._replace(rows=8)
+    peaks = rehearsal(rloo(), load, block=1).peaks()
+    assert set(peaks) == {"rollout", "score", "actor", "optimizer"}
+    # One adapter and the frozen reward head; PPO has two, and a head of the critic's.
+    head, both = FLOAT * 65, rehearsal(ppo(), load, block=1).peaks()["critic"].kinds["adapters"]
+    assert peaks["actor"].kinds["adapters"] == (both - 2 * head) / 2 + head
+    # A micro-batch of four rows reads their prompt once, where the trunk packs rows.
+    rows = [
+        rehearsal(rloo(micro_batch_size=4, shortcuts=s), load).peaks()["actor"] for s in SHARING
+    ]
+    assert rows[0].kinds["activations"] < 0.9 * rows[1].kinds["activations"]
+    # Fewer responses at once: less cache, and nothing else moves.
+    few = rehearsal(rloo(sampling=SamplingSpec(32, batch_size=2)), load, block=1).peaks()
+    assert few["rollout"].kinds["cache"] == peaks["rollout"].kinds["cache"] / 4
+    assert few["actor"].total == peaks["actor"].total
 
 
 def test_a_module_made_without_weights_reads_nothing() -> None:
@@ -374,6 +397,15 @@ def test_the_command_prints_one_object(
     assert found["layouts"] is None
     assert found["seconds"] > 0
     assert found["parameters"] > 0
+
+
+def test_the_command_counts_samples(
+    tiny_trunk: TinyTrunk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(tiny_trunk, tmp_path, "--json", "--model=RLOO", "--model.init_args.samples=3")
+    found = json.loads(capsys.readouterr().out)
+    assert found["load"]["rows"] == 12
+    assert "critic" not in found["phases"]
 
 
 def test_the_command_prints_a_table_of_all_layouts(
