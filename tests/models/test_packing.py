@@ -114,7 +114,7 @@ def test_layers_that_run_on_across_rows_are_not_packed(tokenizer_dir: Path) -> N
     assert not trunk.packs(8)
 
 
-@pytest.mark.parametrize("rows", BATCHES, ids=["pairs", "samples", "limited"])
+@pytest.mark.parametrize("rows", BATCHES, ids=["pairs", "samples"])
 def test_gradients_through_a_packed_line_are_those_of_separate_rows(
     tiny_trunk: TinyTrunk, rows: Callable[[], tuple[Tensor, Tensor, Packing]]
 ) -> None:
