@@ -1,4 +1,4 @@
-"""The skeleton of every datamodule: leaves read a corpus, this encodes, counts and batches it."""
+"""What every datamodule does: read a corpus, encode it once, report on it, and batch it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from lightning_perl.data.loaders import (
 )
 from lightning_perl.data.report import DataReport, SplitReport
 from lightning_perl.data.rows import (
+    BadRow,
     Item,
     Pair,
     Splits,
@@ -37,16 +38,16 @@ from lightning_perl.data.rows import (
     judged,
     verdict,
 )
-from lightning_perl.data.tokenization import BadRow, TurnEncoder, template_of
+from lightning_perl.data.tokenization import TurnEncoder, template_of
 from lightning_perl.packaged import unpackaged
 
 
 class ConversationDataModule(LightningDataModule, ABC):
-    """Encodes the conversations that a leaf reads, and yields rated rows or prompts.
+    """Encodes the conversations that a subclass reads, and yields rated rows or prompts.
 
-    Leaves fill one hole, :meth:`read`. After :meth:`setup`, ``report`` says what was read, rejected
-    and cut, how long the rows are and how they are labelled; it is printed once, and its numbers go
-    to the trainer's loggers (``data/train_rows`` and so on). ``splits`` holds the rows themselves.
+    Subclasses implement :meth:`read`. After :meth:`setup`, ``splits`` holds the rows and ``report``
+    says what was read, rejected and cut, how long the rows are and how they are labelled. It is
+    printed once, and its numbers go to the trainer's loggers (``data/train_rows`` and so on).
 
     Args:
         tokenizer: The folder of a trunk or tokenizer, or a name of the Hugging Face hub. From
@@ -116,12 +117,12 @@ class ConversationDataModule(LightningDataModule, ABC):
         self.on_bad_row = on_bad_row
         self.keep_conflicts = keep_conflicts
         self.chat_template = False
-        #: Whether training rows are read while training; then the leaf announces the report.
+        #: Whether training rows are read while training; the report then comes after the first pass.
         self.streaming = False
         self.report = DataReport()
         self.announced = False
         self.splits: Splits | None = None
-        #: Of the sources of the training rows, by number; None draws every row once an epoch.
+        #: Weights of the sources of the training rows; None draws every row once an epoch.
         self.weights: list[float] | None = None
         self._examples: dict[str, list[Any]] = {}
         self._sources: dict[str, list[int]] = {}
@@ -133,8 +134,8 @@ class ConversationDataModule(LightningDataModule, ABC):
     def read(self) -> Splits:
         """Returns the rows of the corpus, divided by dialog.
 
-        Rows that cannot be used go through :meth:`bad_row`, the others through :meth:`distinct`
-        before they are divided. Good rows that are passed over before that are counted in
+        Rows that cannot be used go to :meth:`bad_row`, the others through :meth:`distinct` before
+        they are divided. Good rows that are passed over before that are counted in
         ``self.report.left_out``; what is only worth knowing in ``self.report.notes``.
         """
 
@@ -145,22 +146,21 @@ class ConversationDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: transformers cannot load it.
         """
-        if self._tokenizer is None:
-            source = self.tokenizer_source
-            if isinstance(source, PreTrainedTokenizerBase):
-                self._tokenizer = source
-            else:
-                try:
-                    name = unpackaged(str(source))
-                    if name.startswith("~"):
-                        name = str(Path(name).expanduser())
-                    self._tokenizer = AutoTokenizer.from_pretrained(name)
-                # A RuntimeError: the ~ of a user that the machine does not know.
-                except (OSError, ValueError, RuntimeError) as error:
-                    raise ValueError(
-                        f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
-                        "the trunk's folder (it holds tokenizer.json) or a hub name."
-                    ) from error
+        source = self.tokenizer_source
+        if self._tokenizer is None and isinstance(source, PreTrainedTokenizerBase):
+            self._tokenizer = source
+        elif self._tokenizer is None:
+            try:
+                name = unpackaged(str(source))
+                if name.startswith("~"):
+                    name = str(Path(name).expanduser())
+                self._tokenizer = AutoTokenizer.from_pretrained(name)
+            # A RuntimeError: the ~ of a user that the machine does not know.
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
+                    "the trunk's folder (it holds tokenizer.json) or a hub name."
+                ) from error
         return self._tokenizer
 
     def bad_row(self, reason: str, message: str) -> None:
@@ -168,52 +168,50 @@ class ConversationDataModule(LightningDataModule, ABC):
 
         Args:
             reason: A few words to count by.
-            message: What, where, got and fix.
+            message: File and line, what is wrong, and how to mend it.
 
         Raises:
-            ValueError: ``on_bad_row`` is ``raise``.
+            BadRow: ``on_bad_row`` is ``raise``.
         """
         if self.on_bad_row == "raise":
             raise BadRow(reason, message)
         self.report.rejected[reason] += 1
 
     def distinct(self, items: Iterable[Item]) -> list[Item]:
-        """Drops rows that were there already, and counts those whose labels contradict each other.
+        """Drops rows that repeat another, and counts those whose labels contradict each other.
 
-        Leaves call this once, with every row they read, before they divide them: a row and its
-        duplicate would otherwise lie on two sides of a split. A leaf whose repetitions are meant
-        (drawn rows) does not call it.
+        Subclasses call this once, with every row they read, before they divide them: otherwise a
+        row and its duplicate could lie on two sides of a split.
 
         Two rows are duplicates where context, answers and label are the same. An answer with a
         thumb up and a thumb down, or a pair that is there in both orders, is a conflict. With
         ``keep_conflicts`` it is counted and stays: people disagree, and the loss takes the mean.
-        Without, each of its rows goes through :meth:`bad_row`.
+        Without, each of its rows is a bad row.
 
         Raises:
-            ValueError: A conflict while ``on_bad_row`` is ``raise``, unless ``keep_conflicts``.
+            BadRow: A conflict while ``on_bad_row`` is ``raise``, unless ``keep_conflicts``.
         """
         verdicts: dict[tuple[object, ...], dict[object, Item]] = defaultdict(dict)
         kept: list[Item] = []
         for item in items:
-            said = verdicts[judged(item)]
-            if verdict(item) in said:
+            known = verdicts[judged(item)]
+            if verdict(item) in known:
                 self.report.duplicates += 1
                 continue
-            said[verdict(item)] = item
+            known[verdict(item)] = item
             kept.append(item)
-        # A dict, for its order: the first one in the file is named first.
-        contested = {key: said for key, said in verdicts.items() if conflicting(said)}
+        contested = {key: known for key, known in verdicts.items() if conflicting(known)}
         self.report.conflicts += len(contested)
-        if contested and not self.keep_conflicts:
-            for said in contested.values():
-                self._refuse_conflict(list(said.values()))
+        if not self.keep_conflicts:
+            for known in contested.values():
+                self._refuse_conflict(list(known.values()))
             kept = [item for item in kept if judged(item) not in contested]
         self._distinct += len(kept)
         return kept
 
     def _refuse_conflict(self, items: list[Item]) -> None:
         for item in items:
-            against = (one for one in items if conflicting((verdict(one), verdict(item))))
+            against = (other for other in items if conflicting((verdict(other), verdict(item))))
             other = first_row(next(against, items[0])).where
             self.bad_row(
                 "conflicting labels",
@@ -228,10 +226,8 @@ class ConversationDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: A bad row while ``on_bad_row`` is ``raise``, or no training row is left.
         """
-        if self.splits is None:
-            self._read_and_encode()
-
-    def _read_and_encode(self) -> None:
+        if self.splits is not None:
+            return
         # First: a tokenizer that cannot be used should not wait for the files.
         encoder = self.encoder
         splits = self.read()
@@ -252,10 +248,10 @@ class ConversationDataModule(LightningDataModule, ABC):
             self.announce()
 
     def announce(self) -> None:
-        """Prints the report, once everything that is read was read.
+        """Prints the report, once all rows were read.
 
         Raises:
-            ValueError: No training row is left; with all that was read.
+            ValueError: No training row is left.
         """
         self.announced = True
         rank_zero_info(f"{type(self).__name__}\n{self.report}")
@@ -294,9 +290,10 @@ class ConversationDataModule(LightningDataModule, ABC):
     def _encode(
         self, encoder: TurnEncoder, items: Iterable[Item], report: SplitReport
     ) -> tuple[list[Any], list[int]]:
+        """Returns the examples of a split, and the numbers of their sources."""
         examples: list[Any] = []
         sources: list[int] = []
-        seen: set[tuple[int, ...]] = set()
+        prompts: set[tuple[int, ...]] = set()
         number = 0
         for item in items:
             report.rows += 1
@@ -307,11 +304,10 @@ class ConversationDataModule(LightningDataModule, ABC):
                 report.rejected[error.reason] += 1
                 continue
             if isinstance(example, PromptExample):
-                key = tuple(example.ids)
-                if key in seen:
+                if tuple(example.ids) in prompts:
                     report.duplicates += 1
                     continue
-                seen.add(key)
+                prompts.add(tuple(example.ids))
             number += len(example.rows) if isinstance(example, RatedExample) else 1
             report.keep(example, cut_turns)
             examples.append(example)
@@ -321,10 +317,10 @@ class ConversationDataModule(LightningDataModule, ABC):
     def encode_item(
         self, encoder: TurnEncoder, item: Item, number: int
     ) -> tuple[RatedExample | PromptExample, int]:
-        """Encodes an item as ``rows`` says.
+        """Encodes a row or a pair as ``rows`` says.
 
         Args:
-            encoder: Of this datamodule's template.
+            encoder: An encoder of this datamodule's template.
             item: The row or pair.
             number: Its number, or that of its first row.
 
@@ -334,20 +330,14 @@ class ConversationDataModule(LightningDataModule, ABC):
         Raises:
             BadRow: It cannot be encoded.
         """
-        if self.rows == "rated":
-            return self._encode_rated(encoder, item, number)
-        row = first_row(item)
-        limit = self.max_tokens - self.max_response_tokens
-        prompt = encoder.encode_prompt(row.context, limit, row.where)
-        return PromptExample(prompt.ids, number), prompt.cut_turns
-
-    def _encode_rated(
-        self, encoder: TurnEncoder, item: Item, number: int
-    ) -> tuple[RatedExample, int]:
+        if self.rows == "prompts":
+            row = first_row(item)
+            limit = self.max_tokens - self.max_response_tokens
+            prompt = encoder.encode_prompt(row.context, limit, row.where)
+            return PromptExample(prompt.ids, number), prompt.cut_turns
         sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
-        encoded = [
-            encoder.encode(side, self.max_tokens, self.max_response_tokens) for side in sides
-        ]
+        limits = self.max_tokens, self.max_response_tokens
+        encoded = [encoder.encode(side, *limits) for side in sides]
         rows = tuple(
             RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
             for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
@@ -382,7 +372,7 @@ class ConversationDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the test rows in their order."""
-        return self._fixed("test")
+        return self.test_dataloader()
 
     def _fixed(self, split: str) -> FixedLoader:
         self.log_report()

@@ -1,7 +1,6 @@
 """From encoded rows to the batches of :mod:`lightning_perl.batches`.
 
-Shapes: ``B`` rows, ``P`` prompt tokens, ``T`` tokens of a whole row. A padded position is False in
-every mask, so the pad id never matters; 0 is used.
+A padded position is False in every mask, so the pad id never matters; 0 is used.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class RatedRow(NamedTuple):
         ids: Token ids.
         response_mask: True on the response tokens that count; as long as ``ids``.
         imitate: Whether the response enters the language-modelling loss.
-        label: 1.0, 0.0, or None without a thumb.
+        label: From 0.0 to 1.0, or None without a label.
         row: The row's number in its split.
         turns: Turns of the prompt.
     """
@@ -50,12 +49,7 @@ class RatedExample(NamedTuple):
 
 
 class PromptExample(NamedTuple):
-    """An encoded prompt.
-
-    Attributes:
-        ids: Token ids.
-        row: The prompt's number in its split.
-    """
+    """An encoded prompt and its number in its split."""
 
     ids: list[int]
     row: int
@@ -67,7 +61,7 @@ class PromptExample(NamedTuple):
 
 
 def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
-    """Pads rows on the right; a pair becomes two consecutive rows named in ``pairs``.
+    """Pads rows on the right; a pair becomes two consecutive rows that ``pairs`` names.
 
     Args:
         examples: At least one.

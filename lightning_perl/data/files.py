@@ -1,15 +1,19 @@
-"""Rows of files, plain or gzip-compressed: the one reader of every corpus.
+"""Readers of files, plain or gzip-compressed; every corpus is read through one of them.
 
-Each function yields ``(where, row)``; ``where`` is ``file:line`` (``file:row`` for arrays and
-Parquet). A row that is broken goes to ``bad_row(reason, message)`` and is left out; so does, as one
-row, a file that cannot be read, or the rest of one that cannot be read to its end: a gzip that
-breaks off, a table with an open quote, a web page in place of data, an empty file. JSON lines and
-tables are read line by line, so a file may be larger than memory.
+Each reader yields ``(where, row)``, where ``where`` is ``file:line`` (``file:row`` in a JSON array or
+Parquet). A broken row goes to ``bad_row(reason, message)`` and is skipped. So does, as one row, a file
+that cannot be read, or the rest of a file that cannot be read to its end: a gzip that breaks off, an
+open quote, a web page saved in place of data, an empty file.
+
+JSON lines and tables are read line by line, so a file may be larger than memory. They are not read by
+``datasets``: it gives up a whole JSONL file for one broken line, and its CSV reader turns the text
+``NA`` into null, fills short rows with nulls and renames columns that the header names twice.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import re
@@ -17,31 +21,26 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar
 
-import pyarrow
-import pyarrow.parquet
+from lightning_perl.data.rows import BadRow
 
 BadRowHook: TypeAlias = Callable[[str, str], None]
-"""Takes a few words to count by, and the whole message; may raise."""
+"""Takes a few words to count by and the whole message of a bad row. May raise."""
 
 _Row = TypeVar("_Row")
 _Reader: TypeAlias = Callable[[Path, BadRowHook], Iterator[tuple[str, _Row]]]
 _HTML = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 
 
-class UnreadableFile(ValueError):
-    """A file that cannot be read, or not to its end.
+class UnreadableFile(BadRow):
+    """A file that cannot be read, or not to its end."""
 
-    Args:
-        reason: A few words to count by.
-        message: What, where, got and fix.
-    """
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+def _unreadable(reason: str, message: str) -> None:
+    raise UnreadableFile(reason, message)
 
 
 def _counts_unreadable(reader: _Reader[_Row]) -> _Reader[_Row]:
@@ -61,33 +60,33 @@ def parse_json(text: str) -> object:
     """Returns the value of a JSON text.
 
     Raises:
-        json.JSONDecodeError: Broken JSON, and what Python alone refuses, each in other words:
-            nesting deeper than its stack, integers of more digits than it converts.
+        json.JSONDecodeError: The JSON is broken, nested more deeply than Python's stack, or holds an
+            integer of more digits than Python converts.
     """
     try:
         value: object = json.loads(text)
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
+        raise json.JSONDecodeError("nested too deeply", text, _innermost(text)) from None
     except ValueError:
         longest = max(re.finditer(r"\d+", text), key=lambda digits: len(digits[0]))
         raise json.JSONDecodeError("too long an integer", text, longest.start()) from None
     return value
 
 
-def _deepest(text: str) -> int:
+def _innermost(text: str) -> int:
     """Returns the position of the innermost bracket of a JSON text."""
-    depth = deepest = position = 0
+    depths: dict[int, int] = {}
+    depth = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        if depth > deepest:
-            deepest, position = depth, token.start()
-    return position
+        depths.setdefault(depth, token.start())
+    return depths[max(depths)]
 
 
 def is_html(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of a web page, as a server's error is."""
+    """Whether the first bytes of a file are those of a web page, such as a server's error page."""
     return bool(_HTML.match(head.removeprefix(b"\xef\xbb\xbf")))
 
 
@@ -96,30 +95,22 @@ def read_text(file: Path) -> str:
 
     Raises:
         UnreadableFile: Not UTF-8 (with the line), a broken gzip, a web page, or an empty file.
-        FileNotFoundError: No such file.
     """
-    text = []
-    for number, line in _lines(file, "\n"):
-        broken = _not_utf8(line)
-        if broken:
-            raise UnreadableFile("not UTF-8", f"{file}:{number}: {broken}")
-        text.append(line)
-    return "".join(text)
+    lines = _lines(file, "\n")
+    return "".join(
+        line for number, line in lines if _is_utf8(line, f"{file}:{number}", _unreadable)
+    )
 
 
 @_counts_unreadable
 def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
     r"""Yields the objects of a file of JSON lines.
 
-    Only ``\n`` ends a line: JSON strings may hold U+2028 and its like.
+    Only ``\n`` ends a line: JSON strings may hold U+2028 and other line separators.
     """
     for number, line in _lines(file, "\n"):
-        if not line.strip():
-            continue
         where = f"{file}:{number}"
-        broken = _not_utf8(line)
-        if broken:
-            bad_row("not UTF-8", f"{where}: {broken}")
+        if not line.strip() or not _is_utf8(line, where, bad_row):
             continue
         try:
             row = parse_json(line)
@@ -130,10 +121,8 @@ def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str,
                 "whole JSON object per line.",
             )
             continue
-        if isinstance(row, dict):
+        if _is_object(row, where, bad_row):
             yield where, row
-        else:
-            bad_row("wrong type", f"{where}: expected an object, got {type(row).__name__}.")
 
 
 @_counts_unreadable
@@ -155,26 +144,26 @@ def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, 
         )
     for number, row in enumerate(rows, start=1):
         where = f"{file}:{number}"
-        if isinstance(row, dict):
+        if _is_object(row, where, bad_row):
             yield where, row
-        else:
-            bad_row("wrong type", f"{where}: expected an object, got {type(row).__name__}.")
 
 
 @_counts_unreadable
 def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields the rows of a comma-separated file under the names of its header."""
-    header: list[str] = []
-
-    def refuse(reason: str, message: str) -> None:
-        if not header:
-            raise UnreadableFile(reason, message)
-        bad_row(reason, message)
-
-    for where, cells in _table(file, "excel", "CSV", refuse):
-        if not header:
-            header = _header(cells, where)
-        elif len(cells) == len(header):
+    table = _table(file, "excel", "CSV")
+    where, header = next(table)
+    _is_utf8("".join(header), where, _unreadable)
+    # Spreadsheets leave columns without a name, as many as they like.
+    twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
+    if twice:
+        raise UnreadableFile(
+            "header", f"{where}: the header names {twice} more than once. Rename the columns."
+        )
+    for where, cells in table:
+        if not _is_utf8("".join(cells), where, bad_row):
+            continue
+        if len(cells) == len(header):
             yield where, dict(zip(header, cells, strict=True))
         else:
             bad_row(
@@ -187,47 +176,65 @@ def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, s
 @_counts_unreadable
 def tsv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, list[str]]]:
     """Yields the cells of an Excel-style tab-separated file without a header."""
-    yield from _table(file, "excel-tab", "table", bad_row)
+    for where, cells in _table(file, "excel-tab", "table"):
+        if _is_utf8("".join(cells), where, bad_row):
+            yield where, cells
 
 
 @_counts_unreadable
 def parquet_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of a Parquet file, a part of it in memory at a time."""
-    number = 0
+    """Yields the rows of a Parquet file, one row group in memory at a time."""
+    # Imported where it is needed: it takes seconds, and most runs read JSON lines.
+    import datasets
+
+    _refuse_html(file)
+    where = f"{file}:0"
     try:
-        with pyarrow.parquet.ParquetFile(str(file)) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for place in range(batch.num_rows):
-                    number += 1
-                    where = f"{file}:{number}"
-                    try:
-                        (row,) = batch.slice(place, 1).to_pylist()
-                    except UnicodeDecodeError as error:
-                        bad_row("not UTF-8", f"{where}: not UTF-8 ({error}).")
-                        continue
-                    yield where, row
-    except FileNotFoundError:
-        raise
-    # An OSError: pages that cannot be decompressed.
-    except (pyarrow.ArrowException, OSError) as error:
-        _refuse_html(file)
+        # The library takes brackets and stars of a path for a pattern.
+        path = glob.escape(str(file))
+        table = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
+        for where, row in dataset_rows(table, str(file), bad_row):
+            yield where, row
+    # A ValueError: not Parquet. An OSError: pages that cannot be decompressed.
+    except (ValueError, OSError) as error:
+        if isinstance(error, BadRow):
+            raise
+        number = int(where.rpartition(":")[2]) + 1
         raise UnreadableFile(
             "not Parquet",
-            f"{file}:{number + 1}: not a Parquet file, or a damaged one ({error}). Download it again.",
+            f"{file}:{number}: not a Parquet file, or a damaged one ({error}). Download it again.",
         ) from error
 
 
+def dataset_rows(
+    dataset: Any,  # noqa: ANN401 (datasets has no types)
+    name: str,
+    bad_row: BadRowHook,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of a data set of the ``datasets`` library; ``where`` is ``name:row``."""
+    number = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=1024):
+        for place in range(batch.num_rows):
+            number += 1
+            try:
+                (row,) = batch.slice(place, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                bad_row("not UTF-8", f"{name}:{number}: not UTF-8 ({error}).")
+                continue
+            yield f"{name}:{number}", row
+
+
 def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
-    """Yields the lines of a file with their numbers; bytes that are no UTF-8 as surrogates."""
+    """Yields the lines of a file with their numbers, bytes that are not UTF-8 as surrogates."""
     _refuse_html(file)
     number, empty = 0, True
+    data = gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115
     try:
-        with _open(file, newline) as lines:
+        with TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline) as lines:
             for number, line in enumerate(lines, start=1):
                 if empty and line.strip():
                     empty = False
-                    if is_html(line.encode(errors="replace")):
-                        raise _html(file)
+                    _refuse_html(file, line.encode(errors="replace"))
                 yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UnreadableFile(
@@ -241,56 +248,51 @@ def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
         )
 
 
-def _open(file: Path, newline: Literal["", "\n"]) -> IO[str]:
-    if file.suffix == ".gz":
-        return gzip.open(
-            file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline
+def _refuse_html(file: Path, head: bytes | None = None) -> None:
+    """Refuses a web page: a server's error page is plain text, whatever the file's name says."""
+    if head is None:
+        with file.open("rb") as data:
+            head = data.read(512)
+    if is_html(head):
+        raise UnreadableFile(
+            "web page",
+            f"{file}:1: a web page in place of data, as a server sends when it has no such file. "
+            "Delete it and download the file itself.",
         )
-    return file.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _refuse_html(file: Path) -> None:
-    # A server's error page is plain text, whatever the name it is saved under.
-    with file.open("rb") as data:
-        if is_html(data.read(512)):
-            raise _html(file)
-
-
-def _html(file: Path) -> UnreadableFile:
-    return UnreadableFile(
-        "web page",
-        f"{file}:1: a web page in place of data, as a server sends when it has no such file. "
-        "Delete it and download the file itself.",
-    )
-
-
-def _not_utf8(line: str) -> str:
-    """Returns what is wrong with a line that was no UTF-8, else nothing."""
+def _is_utf8(text: str, where: str, bad_row: BadRowHook) -> bool:
+    """Whether a text of :func:`_lines` was UTF-8 in the file; a bad row where it was not."""
     try:
-        line.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        byte = ord(line[error.start]) - 0xDC00
-        return f"not UTF-8 (byte {byte:#04x}). Save the file as UTF-8, or download it again."
-    return ""
+        byte = ord(text[error.start]) - 0xDC00
+        bad_row(
+            "not UTF-8",
+            f"{where}: not UTF-8 (byte {byte:#04x}). Save the file as UTF-8, or download it again.",
+        )
+        return False
+    return True
 
 
-def _table(
-    file: Path, dialect: str, name: str, bad_row: BadRowHook
-) -> Iterator[tuple[str, list[str]]]:
+def _is_object(row: object, where: str, bad_row: BadRowHook) -> TypeGuard[dict[str, Any]]:
+    if isinstance(row, dict):
+        return True
+    bad_row("wrong type", f"{where}: expected an object, got {type(row).__name__}.")
+    return False
+
+
+def _table(file: Path, dialect: str, name: str) -> Iterator[tuple[str, list[str]]]:
     """Yields the rows of a table; ``where`` is the line that a row begins in."""
     # A cell may hold a whole dialog; the csv module's own limit is 131,072 characters.
     csv.field_size_limit(1 << 30)
-    # Lenient, an unclosed quote would take the rest of the file for its cell.
+    # Not strict, the reader would take the rest of the file for the cell of an open quote.
     reader = csv.reader((line for _, line in _lines(file, "")), dialect, strict=True)
     line = 1
     try:
         for cells in reader:
-            where = f"{file}:{line}"
-            line = reader.line_num + 1
-            broken = _not_utf8("".join(cells))
-            if broken:
-                bad_row("not UTF-8", f"{where}: {broken}")
-            elif cells:
+            where, line = f"{file}:{line}", reader.line_num + 1
+            if cells:
                 yield where, cells
     except csv.Error as error:
         raise UnreadableFile(
@@ -298,13 +300,3 @@ def _table(
             f"{file}:{line}: broken {name} ({error}) in the row that begins here. Close its quotes, "
             'and write a quote inside a quoted cell twice: "".',
         ) from error
-
-
-def _header(cells: list[str], where: str) -> list[str]:
-    # Spreadsheets leave columns without a name, as many as they like.
-    twice = sorted(name for name, count in Counter(cells).items() if name and count > 1)
-    if twice:
-        raise UnreadableFile(
-            "header", f"{where}: the header names {twice} more than once. Rename the columns."
-        )
-    return cells

@@ -8,45 +8,30 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 MEGA_BATCHES = 16
-
-
-class ListDataset(Dataset[object]):
-    """A list, in the form that torch's ``DataLoader`` asks for."""
-
-    def __init__(self, examples: Sequence[object]) -> None:
-        self.examples = examples
-
-    def __getitem__(self, index: int) -> object:
-        """Returns one example."""
-        return self.examples[index]
-
-    def __len__(self) -> int:
-        """Returns how many examples there are."""
-        return len(self.examples)
 
 
 def shuffled(
     rows: list[int], lengths: Sequence[int], batch_size: int, order: random.Random, bucket: bool
 ) -> list[list[int]]:
-    """Returns the rows in shuffled batches, rows of like length together.
+    """Returns the rows in shuffled batches, rows of similar length together.
 
-    The rows are shuffled, sorted by length inside mega-batches of 16 batches, cut into batches, and
-    the batches are shuffled.
+    The rows are shuffled, sorted by length inside mega-batches of 16 batches and cut into batches,
+    which are shuffled.
 
     Args:
         rows: Row numbers.
         lengths: Tokens of each row of the corpus.
         batch_size: Rows of a batch; one batch may hold fewer.
-        order: Decides.
+        order: The source of randomness.
         bucket: False sorts nothing.
     """
     order.shuffle(rows)
@@ -63,26 +48,21 @@ def shuffled(
 
 
 class Part(NamedTuple):
-    """The rows of one source, and how many of them an epoch draws.
-
-    Attributes:
-        rows: Row numbers.
-        drawn: At least as many as there are rows.
-    """
+    """The row numbers of one source, and how many rows an epoch draws of them, at least all."""
 
     rows: list[int]
     drawn: int
 
 
 def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
-    """Returns how many rows of each source an epoch draws, so that they stand as the weights do.
+    """Returns how many rows of each source an epoch draws, in proportion to the weights.
 
     An epoch ends when every row was drawn: the source that has the most rows for its weight is
     drawn once through, the others begin again.
 
     Args:
         sources: Number of the source of each row.
-        weights: Of the sources, each above 0.
+        weights: Weights of the sources, each above 0.
 
     Raises:
         ValueError: A source without a row.
@@ -104,10 +84,7 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
 
 
 class BucketBatches:
-    """Shuffled batches of rows of like length, a function of (seed, epoch) alone.
-
-    Each epoch goes through :func:`shuffled`. Holds the position, in (epoch, batch), of the next
-    batch.
+    """Shuffled batches of rows of similar length: a function of (seed, epoch), and a place in them.
 
     Args:
         lengths: Tokens of each row.
@@ -115,6 +92,10 @@ class BucketBatches:
         seed: Seed of the order.
         bucket: False shuffles the rows and sorts nothing.
         parts: What an epoch draws of which rows; None every row once. See :func:`mixture`.
+
+    Attributes:
+        epoch: The epoch of the next batch.
+        batch: Batches of this epoch before the next one.
     """
 
     def __init__(
@@ -166,21 +147,23 @@ class BucketBatches:
             "batch_size": self.batch_size,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a saved position.
 
         Raises:
             ValueError: The position belongs to other rows, another batch size or another seed.
         """
-        _compare(state, self.state_dict(), ("seed", "rows", "batch_size"))
+        _refuse_other_data(state, self.state_dict(), ("seed", "rows", "batch_size"))
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
-def _compare(state: dict[str, int], mine: dict[str, int], keys: Sequence[str]) -> None:
+def _refuse_other_data(
+    state: Mapping[str, int], own: Mapping[str, int], keys: Sequence[str]
+) -> None:
     for key in keys:
-        if state[key] != mine[key]:
+        if state.get(key) != own[key]:
             raise ValueError(
-                f"The checkpoint's data has {key} = {state[key]}, this run's has {mine[key]}, "
+                f"The checkpoint's data has {key} = {state.get(key)}, this run's has {own[key]}, "
                 "so the position in the epoch means nothing. Resume with the same data "
                 "arguments, or start a new run from the exported weights."
             )
@@ -212,14 +195,14 @@ class FixedLoader:
         collate: Callable[[list[Any]], Any],
         num_workers: int = 0,
     ) -> None:
-        self.dataset = ListDataset(examples)
+        self.examples = examples
         self.batch_size = batch_size
         self.collate = collate
         self.num_workers = num_workers
 
     def _load(self, batches: list[list[int]]) -> Iterator[Any]:
-        loader = DataLoader(
-            self.dataset,
+        loader: DataLoader[Any] = DataLoader(
+            self.examples,  # type: ignore[arg-type]  # a sequence is all that it needs
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=self.num_workers,
@@ -230,17 +213,17 @@ class FixedLoader:
         yield from loader
 
     def _batches(self) -> list[list[int]]:
-        rows = list(range(len(self.dataset)))
+        rows = list(range(len(self.examples)))
         size = self.batch_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        return shard([rows[start : start + size] for start in range(0, len(rows), size)])
 
     def __iter__(self) -> Iterator[Any]:
         """Yields this rank's batches, in order."""
-        yield from self._load(shard(self._batches()))
+        yield from self._load(self._batches())
 
     def __len__(self) -> int:
         """Returns the batches of this rank."""
-        return len(shard(self._batches()))
+        return len(self._batches())
 
 
 class ResumableLoader(FixedLoader):
@@ -267,32 +250,23 @@ class ResumableLoader(FixedLoader):
         super().__init__(examples, sampler.batch_size, collate, num_workers)
         # Lightning looks for `sampler.set_epoch` under this name.
         self.sampler = sampler
+        self.state_dict = sampler.state_dict
+        self.load_state_dict = sampler.load_state_dict
+
+    def _batches(self) -> list[list[int]]:
+        return shard(self.sampler.batches(self.sampler.epoch))
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the rest of the epoch, or the next epoch where none is left."""
         sampler = self.sampler
         if sampler.batch >= len(self):
             sampler.set_epoch(sampler.epoch + 1)
-        epoch = sampler.epoch
-        batches = shard(sampler.batches(epoch))
-        start = sampler.batch
-        for number, batch in enumerate(self._load(batches[start:]), start=start):
+        epoch, start = sampler.epoch, sampler.batch
+        for number, batch in enumerate(self._load(self._batches()[start:]), start=start):
             # Before the yield: a checkpoint taken while this batch is in use resumes after it, and
             # Lightning never asks a loader of known length for the end of its pass.
             sampler.epoch, sampler.batch = epoch, number + 1
             yield batch
-
-    def __len__(self) -> int:
-        """Returns the batches of this rank in a whole epoch."""
-        return len(shard(self.sampler.batches(0)))
-
-    def state_dict(self) -> dict[str, int]:
-        """Returns the position; Lightning stores it in the checkpoint."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a saved position."""
-        self.sampler.load_state_dict(state)
 
 
 class Place(NamedTuple):
@@ -312,9 +286,9 @@ class Place(NamedTuple):
 class StreamingLoader:
     """Batches of rows that are read as they come; no more than one block of them is in memory.
 
-    The stream is cut into blocks of about ``block`` rows. Each goes through :func:`shuffled` as a
-    whole corpus does in :class:`BucketBatches`, so the order is a function of (seed, epoch, place in
-    the stream). Its length is not known before its end, so it has none.
+    The stream is cut into blocks of about ``block`` rows, and each goes through :func:`shuffled` as
+    a whole corpus does in :class:`BucketBatches`. Its length is not known before its end, so it has
+    none.
 
     The position can be saved and loaded: the rows before the block are read past, not encoded, and
     the block is made again.
@@ -325,8 +299,8 @@ class StreamingLoader:
         batch_size: Rows of a batch.
         collate: Makes a batch of a list of examples, which have ``tokens``.
         seed: Seed of the order.
-        block: Rows that are shuffled together, rounded up to whole batches.
-        bucket: Batch rows of like length.
+        block: Rows that are batched together, rounded up to whole batches.
+        bucket: Batch rows of similar length.
         ahead: Batches that are asked for before they are used, which a saved position must not
             count: 1 where Lightning fits without ``limit_train_batches``, which is how it finds out
             that a batch is the last one.
@@ -390,22 +364,22 @@ class StreamingLoader:
             "seed": self.seed,
             "block": self.block,
             "batch_size": self.batch_size,
+            # 1 was a shuffle of our own; since 2 datasets shuffles.
+            "order": 2,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes to a saved position.
 
         Raises:
-            ValueError: The position belongs to another seed, block or batch size.
+            ValueError: The position belongs to another seed, block, batch size or kind of order.
         """
-        _compare(state, self.state_dict(), ("seed", "block", "batch_size"))
+        _refuse_other_data(state, self.state_dict(), ("seed", "block", "batch_size", "order"))
         self._go_to(Place(state["epoch"], state["rows"], state["batch"]))
 
 
 class FixedStream:
-    """Batches of rows that are read as they come, in their order, from the start at every pass.
-
-    Every rank reads all of them.
+    """Batches of rows that are read as they come, in order; every pass, and every rank, reads all.
 
     Args:
         read: Yields the examples.

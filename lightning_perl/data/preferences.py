@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -22,10 +21,9 @@ from lightning_perl.data.loaders import (
     ResumableLoader,
     StreamingLoader,
 )
-from lightning_perl.data.report import DataReport, SplitReport
-from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn, first_row
-from lightning_perl.data.sources import Source, Sources, mixed, sources_of
-from lightning_perl.data.tokenization import BadRow
+from lightning_perl.data.report import SplitReport
+from lightning_perl.data.rows import BadRow, Item, Pair, Row, Splits, Turn, first_row
+from lightning_perl.data.sources import Source, Sources, shuffled_stream, sources_of
 
 _KINDS = (
     ("prompt", "chosen", "rejected"),
@@ -62,58 +60,59 @@ class PreferenceDataModule(ConversationDataModule):
     prompt                      a prompt to answer (``rows: prompts``)
     ==========================  ==========================================================
 
-    With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at; of
+    With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at. Of
     ``messages`` it is all of them where the user has the last word, else those before the first
     answer (before the last one with ``chat_template``).
 
     A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role
     ``system``, ``user`` or ``assistant``; in CSV such a list is written as JSON. An answer is a
-    string or a list of one assistant message; before it may stand the messages of the prompt.
-    Chosen and thumbs-up answers, and those rated above the middle, also enter the
-    language-modelling loss of Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft
-    target of the cross-entropy. Other columns are ignored; a label or rating that is there but null
-    is a bad row.
+    string or a list of one assistant message, which may follow the messages of the prompt. Chosen
+    and thumbs-up answers, and those rated above the middle, also enter the language-modelling loss
+    of Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft target of the
+    cross-entropy. Other columns are ignored; a label or rating that is there but null is a bad row.
 
-    Rows of one dialog (the same words up to the first user turn) go to one split. Rows that are
-    there twice are used once. Rows that contradict each other (a thumb up and a thumb down for one
-    answer, a pair in both orders) are bad rows, all of them, unless ``keep_conflicts``.
+    Rows of one dialog (the same words up to the first user turn) go to one split. Duplicates are
+    used once. Rows that contradict each other are bad rows, all of them, unless ``keep_conflicts``.
 
-    Rows come from a file (``.jsonl``, ``.json`` with one array, ``.csv``, each also with ``.gz``, or
-    ``.parquet``; in UTF-8), from the Hugging Face hub (``owner/name``, with a configuration and a
-    split ``owner/name/config:split``, split ``train`` unless named), from a list of mappings, or
-    from several of them: a list of files and names is read as one after the other, a mapping
-    ``{file or name: weight}`` is mixed. Mixed, a batch has of each source what its weight says on
-    average, and an epoch ends when every row was drawn: the source with the most rows for its weight
-    is read once through, the others begin again.
-
-    With ``streaming`` training rows are read and encoded while training, ``shuffle_block`` of them
-    in memory; the loader has no length, so give ``trainer.max_steps``, and ``val_check_interval`` as
-    a number of batches. Duplicates and conflicts are not looked for. Without ``val``, the prompts
-    whose hash is below ``val_fraction`` are held out, and every validation reads the sources again
-    for them (``trainer.limit_val_batches`` stops it early). The report counts the first pass and
-    comes at its end. A resumed run reads past the rows before its position.
+    A corpus in another form needs a file with one of these kinds of rows, and ``columns``. BOLT
+    English SMS/Chat (LDC2018T19), for example, is conversations in XML without summaries: write each
+    as ``{"conversation": text}`` to a ``.jsonl`` file, and set ``columns: {prompt: conversation}``
+    and ``rows: prompts``.
 
     Args:
-        train: Where the training rows come from, see above.
-        val: Validation rows, as ``train`` but without weights; None takes ``val_fraction`` of the
-            training prompts, at least one of two or more.
-        test: Test rows, as ``val``; None takes the validation rows.
-        val_fraction: Share of the training prompts held out when ``val`` is None.
+        train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array,
+            ``.csv``, each also with ``.gz``, or ``.parquet``; in UTF-8), a data set of the Hugging
+            Face hub (``owner/name`` or ``owner/name/config:split``, split ``train`` unless named), a
+            list of rows, or several files and names. A list of files and names is read as one after
+            the other. A mapping ``{file or name: weight}`` is mixed: a batch has of each source what
+            its weight says on average, and an epoch ends when every row was drawn, so that sources
+            with fewer rows for their weight begin again.
+        val: Where the validation rows come from, as ``train`` but without weights. None:
+            ``val_fraction`` of the training prompts, at least one of two or more.
+        test: Where the test rows come from, as ``val``. None: the validation rows.
+        val_fraction: Share of the training prompts that is held out when ``val`` is None.
         columns: The file's names for ours, for example ``{prompt: question, chosen: better}``.
-        rating_range: The lowest and the highest rating there can be; what lies outside is a bad row.
-        streaming: Read training rows while training instead of all of them before.
-        shuffle_block: Rows of a stream that are shuffled together.
+        rating_range: The lowest and the highest rating there can be. What lies outside is a bad row.
+        streaming: Read and encode training rows while training, for files that do not fit into
+            memory. The loader then has no length: give ``trainer.max_steps``, and
+            ``val_check_interval`` as a number of batches. Duplicates and conflicts are not looked
+            for. Without ``val``, the prompts whose hash is below ``val_fraction`` are held out, and
+            every validation reads the sources again for them (``trainer.limit_val_batches`` stops it
+            early). The report counts the first pass and comes at its end. A resumed run reads past
+            the rows before its position.
+        shuffle_block: Rows of a stream that are in memory to be shuffled.
         chat_template: Render prompts with the tokenizer's own chat template, for a trunk that was
             tuned with it, instead of the plain turn template. Of ``messages`` then only the last
             answer counts.
-        keep_conflicts: Learn from rows whose labels contradict each other, and count them. False
-            takes each of them for a bad row.
+        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb
+            down for one answer, a pair in both orders), and count them. False takes each of them
+            for a bad row.
         settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad file or row.
-        FileNotFoundError: In ``setup``, a file that is not there, or a data set of the hub that
-            cannot be had.
+        FileNotFoundError: In ``setup``, a file that is not there, or a data set that the hub did not
+            give.
     """
 
     def __init__(
@@ -139,13 +138,11 @@ class PreferenceDataModule(ConversationDataModule):
             raise ValueError(
                 f"data.val_fraction must be at least 0 and below 1, got {val_fraction}."
             )
-        if (
-            rating_range is not None
-            and not -math.inf < rating_range[0] < rating_range[1] < math.inf
-        ):
+        low, high = rating_range or (0, 1)
+        if not -math.inf < low < high < math.inf:
             raise ValueError(
                 "data.rating_range must be the lowest and the highest rating there can be, got "
-                f"{list(rating_range)}."
+                f"{[low, high]}."
             )
         if shuffle_block < 1:
             raise ValueError(f"data.shuffle_block must be at least 1, got {shuffle_block}.")
@@ -165,8 +162,10 @@ class PreferenceDataModule(ConversationDataModule):
         self.rating_range = rating_range
         self.streaming = streaming
         self.shuffle_block = shuffle_block
-        self._counted = False
         self.chat_template = chat_template
+        self._holds_out = streaming and val is None and val_fraction > 0
+        self._streams: list[tuple[int, Source]] = []
+        self._begun = False
 
     def prepare_data(self) -> None:
         """Fetches data sets of the hub into its cache."""
@@ -176,14 +175,19 @@ class PreferenceDataModule(ConversationDataModule):
 
     def read(self) -> Splits:
         """Returns the rows of the sources, the training rows divided by dialog if need be."""
-        train, val = self._training(), []
+        train: list[Item] = []
+        val: list[Item] = []
+        if self.streaming:
+            self._open_streams()
+        else:
+            train = self._all(self.train_sources)
         if self.val_sources is not None:
-            val = self._items(self.val_sources)
-        elif not self.streaming:
+            val = self._all(self.val_sources)
+        else:
             held = hold_out((first_row(item).dialog for item in train), self.val_fraction)
             val = [item for item in train if first_row(item).dialog in held]
             train = [item for item in train if first_row(item).dialog not in held]
-        test = val if self.test_sources is None else self._items(self.test_sources)
+        test = val if self.test_sources is None else self._all(self.test_sources)
         trained = {first_row(item).dialog for item in train}
         for name, items in (("validation", val), ("test", test)):
             shared = sum(first_row(item).dialog in trained for item in items)
@@ -191,23 +195,42 @@ class PreferenceDataModule(ConversationDataModule):
                 self.report.notes[f"{name} rows whose prompt is a training prompt"] = shared
         return Splits(train, val, test)
 
-    def _training(self) -> list[Item]:
-        if not self.streaming:
-            return self._items(self.train_sources)
-        for source in self.train_sources:
-            # A file that is not there, or no data, should not be found out in the middle of a run.
-            next(source.rows(self._stop, streaming=True), None)
-        return []
+    def _all(self, sources: list[Source]) -> list[Item]:
+        return self.distinct(
+            item
+            for number, source in enumerate(sources)
+            for item in self._items(number, source, self.bad_row)
+        )
 
-    def _items(self, sources: list[Source]) -> list[Item]:
-        items = []
-        for number, source in enumerate(sources):
-            for where, row in source.rows(self.bad_row):
-                try:
-                    items.append(self._item(row, where, number))
-                except BadRow as error:
-                    self.bad_row(error.reason, str(error))
-        return self.distinct(items)
+    def _items(
+        self, number: int, source: Source, bad_row: BadRowHook, streaming: bool = False
+    ) -> Iterator[Item]:
+        for where, row in source.rows(bad_row, streaming):
+            try:
+                yield self._item(row, where, number)
+            except BadRow as error:
+                bad_row(error.reason, str(error))
+
+    # ---- streams ---------------------------------------------------------------------------------
+
+    def _open_streams(self) -> None:
+        """Finds out before the run which files are not there, and which have no row at all."""
+        for number, source in enumerate(self.train_sources):
+            rejected: list[str] = []
+
+            def note(reason: str, message: str, rejected: list[str] = rejected) -> None:
+                self._stop(reason, message)
+                rejected.append(reason)
+
+            if next(source.rows(note, streaming=True), None) is None:
+                self.report.rejected.update(rejected)
+            else:
+                self._streams.append((number, source))
+
+    def _stop(self, reason: str, message: str) -> None:
+        """Takes a bad row that is counted at another reading."""
+        if self.on_bad_row == "raise":
+            raise BadRow(reason, message)
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
@@ -227,107 +250,89 @@ class PreferenceDataModule(ConversationDataModule):
 
     def val_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the validation rows in their order."""
-        return self._held_out_loader() if self._streams_val else super().val_dataloader()
+        return self._held_out_loader() if self._holds_out else super().val_dataloader()
 
     def test_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the test rows in their order."""
-        if self._streams_val and self.test_sources is None:
-            return self._held_out_loader()
-        return super().test_dataloader()
-
-    predict_dataloader = test_dataloader
-
-    @property
-    def _streams_val(self) -> bool:
-        return self.streaming and self.val_sources is None and self.val_fraction > 0
+        held_out = self._holds_out and self.test_sources is None
+        return self._held_out_loader() if held_out else super().test_dataloader()
 
     def _held_out_loader(self) -> FixedStream:
         return FixedStream(self._held_out_stream, self.val_batch_size, self.collate)
 
-    def _raw_stream(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, str, Any]]:
-        """Yields number of the source, place and raw row of a whole epoch."""
-        opened: set[int] = set()
-
-        def read(number: int, source: Source) -> Iterator[tuple[int, str, Any]]:
-            # A mixture reads a short source again; what is no row in it was counted.
-            refuse = self._stop if number in opened else bad_row
-            opened.add(number)
-            for where, row in source.rows(refuse, streaming=True):
-                yield number, where, row
-
-        parts = [partial(read, *numbered) for numbered in enumerate(self.train_sources)]
-        if self.weights is not None:
-            yield from mixed(parts, self.weights, Random(f"{self.seed}/{epoch}"))
-            return
-        for part in parts:
-            yield from part()
-
     def _held(self, item: Item) -> bool:
         """Whether a row of a stream is held out for validation."""
-        if not self._streams_val:
-            return False
-        return int(stable_hash(first_row(item).dialog)[:12], 16) < self.val_fraction * 16**12
+        share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
+        return self._holds_out and share < self.val_fraction
 
     def _train_stream(
         self, epoch: int, start: int
     ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
         """Yields an epoch's training rows from row ``start`` on; the first pass is counted."""
-        first, self._counted = not self._counted, True
-        report = self.report if first else DataReport({"train": SplitReport()})
-        split = report.splits["train"]
+        first, self._begun = not self._begun, True
+        split = self.report.splits["train"] if first else SplitReport()
+        bad_row = self.bad_row if first else self._stop
         encoder = self.encoder
-        counting = start == 0
-
-        def refuse(reason: str, message: str) -> None:
-            self._stop(reason, message)
-            report.rejected[reason] += counting
-
-        for position, (source, where, row) in enumerate(self._raw_stream(epoch, refuse)):
+        for position, (number, item) in enumerate(self._mixed(epoch, bad_row)):
             if position < start:
                 continue
-            counting = True
-            known = split.rows
+            if self._held(item):
+                self.report.left_out["held out for validation"] += first
+                continue
+            split.rows += 1
             try:
-                item = self._item(row, where, source)
-                if self._held(item):
-                    report.left_out["held out for validation"] += 1
-                    continue
-                split.rows += 1
-                example, cut_turns = self.encode_item(encoder, item, 2 * position)
+                example, cut_turns = self.encode_item(encoder, item, number)
             except BadRow as error:
-                refuse(error.reason, str(error))
-                split.rejected[error.reason] += split.rows - known
+                bad_row(error.reason, str(error))
+                split.rejected[error.reason] += 1
                 continue
             split.keep(example, cut_turns)
             yield position, example
         if first:
             self._end_first_pass()
 
-    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
-        """Yields the rows that are held out, of all sources."""
-        encoder = self.encoder
-        for number, source in enumerate(self.train_sources):
-            for position, (where, row) in enumerate(source.rows(self._stop, streaming=True)):
-                try:
-                    item = self._item(row, where, number)
-                    if self._held(item):
-                        yield self.encode_item(encoder, item, 2 * position)[0]
-                except BadRow as error:
-                    self._stop(error.reason, str(error))
+    def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
+        """Yields an epoch's rows of all streams, shuffled."""
+        opened: set[int] = set()
 
-    def _stop(self, reason: str, message: str) -> None:
-        """Takes a bad row that is counted at another reading."""
-        if self.on_bad_row == "raise":
-            raise BadRow(reason, message)
+        def rows(number: int, source: Source) -> Iterator[tuple[int, Item]]:
+            # A mixture reads a short source again; its bad rows are counted once.
+            hook = self._stop if number in opened else bad_row
+            opened.add(number)
+            return self._numbered(number, source, hook)
+
+        streams = [partial(rows, *stream) for stream in self._streams]
+        weights = [source.weight for _, source in self._streams if source.weight is not None]
+        return shuffled_stream(streams, weights or None, self.shuffle_block, self.seed, epoch)
+
+    def _numbered(
+        self, number: int, source: Source, bad_row: BadRowHook
+    ) -> Iterator[tuple[int, Item]]:
+        """Yields a stream's rows with numbers that no row of another stream has."""
+        for place, item in enumerate(self._items(number, source, bad_row, streaming=True)):
+            # A pair takes two numbers.
+            yield 2 * (len(self.train_sources) * place + number), item
+
+    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
+        encoder = self.encoder
+        for stream in self._streams:
+            for number, item in self._numbered(*stream, self._stop):
+                if self._held(item):
+                    try:
+                        yield self.encode_item(encoder, item, number)[0]
+                    except BadRow as error:
+                        self._stop(error.reason, str(error))
 
     def teardown(self, stage: str) -> None:
         """Reports on a stream that was not read to its end."""
-        if self._counted and not self.announced:
+        if self._begun and not self.announced:
             self._end_first_pass()
 
     def _end_first_pass(self) -> None:
         self.announce()
         self.log_report()
+
+    # ---- rows ------------------------------------------------------------------------------------
 
     def _item(self, row: Mapping[str, Any], where: str, source: int) -> Item:
         named = {
@@ -336,15 +341,18 @@ class PreferenceDataModule(ConversationDataModule):
             if row.get(column) is not None
         }
         if self.rows == "prompts":
-            return self._prompt_row(row, named, where, source)
+            context = self._context(row, named, where)
+            return Row(context, (), None, False, _opening(context), where, source)
         self._refuse_null(row, named, where)
-        kind = next((kind for kind in _KINDS if all(name in named for name in kind)), ())
-        # Half of a kind is a slip of the pen, not a row of a smaller kind.
+        kind = next((kind for kind in _KINDS if named.keys() >= set(kind)), ())
+        # Half of a kind, or a mapped column that is not there, is a slip, not a row of another kind.
         half = ("chosen" in named) != ("rejected" in named)
-        if half or not kind or self._mapped_in_vain(named):
+        mapped = {name for name, column in self.columns.items() if column != name}
+        if half or not kind or mapped - named.keys():
             raise self._missing(row, _KINDS, where)
         if "messages" in kind:
-            return self._dialog_row(named["messages"], where, source)
+            turns, response = self._dialog(named["messages"], where)
+            return Row(turns, response, None, True, _opening(turns), where, source)
         if kind == ("chosen", "rejected"):
             prompt, better, worse = _common_prompt(named["chosen"], named["rejected"], where)
             return _pair(prompt, better, worse, where, source)
@@ -353,50 +361,46 @@ class PreferenceDataModule(ConversationDataModule):
             better = _answer(named["chosen"], "chosen", where, prompt)
             worse = _answer(named["rejected"], "rejected", where, prompt)
             return _pair(prompt, better, worse, where, source)
-        response = (_answer(named["response"], "response", where, prompt),)
+        answer = _answer(named["response"], "response", where, prompt)
         label = self._label(named, where)
         imitate = label is None or label > 0.5
-        return Row(prompt, response, label, imitate, _opening(prompt), where, source)
+        return Row(prompt, (answer,), label, imitate, _opening(prompt), where, source)
 
-    def _prompt_row(
-        self, row: Mapping[str, Any], named: dict[str, Any], where: str, source: int
-    ) -> Row:
+    def _context(
+        self, row: Mapping[str, Any], named: dict[str, Any], where: str
+    ) -> tuple[Turn, ...]:
+        """Returns the prompt of a row of any kind."""
         if "prompt" in named:
-            context = _prompt(named["prompt"], where)
-        elif "messages" in named:
+            return _prompt(named["prompt"], where)
+        if "messages" in named:
             turns = _messages(named["messages"], "messages", where)
             asked = turns[-1].role != "agent"
-            context = turns if asked else self._dialog_row(named["messages"], where, source).context
-        elif "chosen" in named and "rejected" in named:
-            context, _, _ = _common_prompt(named["chosen"], named["rejected"], where)
-        else:
-            raise self._missing(row, _PROMPT_KINDS, where)
-        return Row(context, (), None, False, _opening(context), where, source)
+            return turns if asked else self._dialog(named["messages"], where)[0]
+        if "chosen" in named and "rejected" in named:
+            return _common_prompt(named["chosen"], named["rejected"], where)[0]
+        raise self._missing(row, _PROMPT_KINDS, where)
 
-    def _dialog_row(self, messages: object, where: str, source: int) -> Row:
+    def _dialog(self, messages: object, where: str) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+        """Returns the prompt of a demonstrated dialog, and the turns from its first answer on."""
         turns = _messages(messages, "messages", where)
         agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
         if not agent:
             raise BadRow("no answer", f"{where}: messages hold no assistant message to imitate.")
         first = agent[-1] if self.chat_template else agent[0]
-        response = turns[first : agent[-1] + 1]
-        return Row(turns[:first], response, None, True, _opening(turns), where, source)
+        return turns[:first], turns[first : agent[-1] + 1]
 
     def _refuse_null(self, row: Mapping[str, Any], named: dict[str, Any], where: str) -> None:
-        # An answer whose thumb got lost may be a bad one: nothing to imitate.
-        if named.keys() & {"prompt", "response", "chosen", "rejected"} != {"prompt", "response"}:
+        # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.
+        if named.keys() & set(_NAMES) - {"messages"} != {"prompt", "response"}:
             return
         for name in ("label", "rating"):
             column = self.columns[name]
-            if column in row and row[column] is None and not named.keys() & {"label", "rating"}:
+            if column in row:
                 raise BadRow(
                     f"{name} is null",
                     f"{where}: {column} is null, so whether the answer is good is not known. "
                     "Leave the column out of demonstrations, or set on_bad_row: reject.",
                 )
-
-    def _mapped_in_vain(self, named: dict[str, Any]) -> bool:
-        return any(column != name and name not in named for name, column in self.columns.items())
 
     def _missing(
         self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...], where: str
@@ -412,7 +416,10 @@ class PreferenceDataModule(ConversationDataModule):
 
     def _label(self, named: dict[str, Any], where: str) -> float | None:
         if "label" in named:
-            return _thumb(named["label"], where)
+            label = _LABELS.get(str(named["label"]).strip().lower())
+            if label is None:
+                raise _wrong_type(where, "label", "1, 0, true or false", named["label"])
+            return label
         if "rating" not in named:
             return None
         if self.rating_range is None:
@@ -457,14 +464,9 @@ def _common_prompt(
             f"{where}: there is no prompt column, and chosen and rejected differ before their last "
             "messages. Cut them where they part, or set on_bad_row: reject.",
         )
-    answers = [
-        _answer([{"role": "assistant", "content": turn.text}], column, where, ())
-        for column, turn in (("chosen", better[-1]), ("rejected", worse[-1]))
-        if turn.role == "agent"
-    ]
-    if len(answers) < 2:
+    if (better[-1].role, worse[-1].role) != ("agent", "agent"):
         raise BadRow("no answer", f"{where}: chosen or rejected does not end with the assistant.")
-    return prompt, answers[0], answers[1]
+    return prompt, _written(better[-1], "chosen", where), _written(worse[-1], "rejected", where)
 
 
 def _wrong_type(where: str, column: str, expected: str, got: object) -> BadRow:
@@ -477,10 +479,7 @@ def _wrong_type(where: str, column: str, expected: str, got: object) -> BadRow:
 def _messages(value: object, column: str, where: str) -> tuple[Turn, ...]:
     expected = 'a list of {"role": "system" | "user" | "assistant", "content": text} messages'
     if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except json.JSONDecodeError:
-            raise _wrong_type(where, column, expected, value) from None
+        value = _parsed(value) or value
     if not isinstance(value, list) or not value:
         raise _wrong_type(where, column, expected, value)
     turns = []
@@ -493,50 +492,53 @@ def _messages(value: object, column: str, where: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _is_message_list(value: str) -> bool:
-    """Whether the text of a CSV cell is a list of messages rather than words in brackets."""
-    if not value.lstrip().startswith("[{"):
-        return False
+def _parsed(text: str) -> object:
+    """Returns the JSON value of a CSV cell; None where it holds no JSON."""
     try:
-        messages = parse_json(value)
+        return parse_json(text)
     except json.JSONDecodeError:
-        return False
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and "role" in message for message in messages
-    )
+        return None
+
+
+def _is_message_list(value: object) -> bool:
+    """Whether a value is a list, or the text of a CSV cell a list of messages."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        messages = _parsed(value)
+        # Words in brackets are a text.
+        return isinstance(messages, list) and all(
+            isinstance(message, dict) and "role" in message for message in messages
+        )
+    return isinstance(value, list)
 
 
 def _prompt(value: object, where: str) -> tuple[Turn, ...]:
-    if isinstance(value, str) and not _is_message_list(value):
-        if not value.strip():
-            raise BadRow("empty prompt", f"{where}: empty prompt. Remove the row.")
-        return (Turn("user", value),)
-    if isinstance(value, str | list):
+    if _is_message_list(value):
         return _messages(value, "prompt", where)
-    raise _wrong_type(where, "prompt", "a string or a list of messages", value)
+    if not isinstance(value, str):
+        raise _wrong_type(where, "prompt", "a string or a list of messages", value)
+    if not value.strip():
+        raise BadRow("empty prompt", f"{where}: empty prompt. Remove the row.")
+    return (Turn("user", value),)
 
 
 def _answer(value: object, column: str, where: str, prompt: tuple[Turn, ...]) -> Turn:
-    if isinstance(value, list) or (isinstance(value, str) and _is_message_list(value)):
+    if _is_message_list(value):
         turns = _messages(value, column, where)
         if turns[:-1] not in ((), prompt) or turns[-1].role != "agent":
             raise _wrong_type(where, column, "one assistant message, or it after the prompt", value)
         value = turns[-1].text
     if not isinstance(value, str):
         raise _wrong_type(where, column, "a string or one assistant message", value)
-    if not value.strip():
-        raise BadRow(
-            "empty answer",
-            f"{where}: empty answer in {column}. Remove the row, or set on_bad_row: reject.",
-        )
-    return Turn("agent", value)
+    return _written(Turn("agent", value), column, where)
 
 
-def _thumb(value: object, where: str) -> float:
-    label = _LABELS.get(str(value).strip().lower())
-    if label is None:
-        raise _wrong_type(where, "label", "1, 0, true or false", value)
-    return label
+def _written(answer: Turn, column: str, where: str) -> Turn:
+    if answer.text.strip():
+        return answer
+    raise BadRow(
+        "empty answer",
+        f"{where}: empty answer in {column}. Remove the row, or set on_bad_row: reject.",
+    )
 
 
 def _rating(value: object, limits: tuple[float, float], where: str) -> float:

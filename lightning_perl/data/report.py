@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_perl.data.collate import PromptExample, RatedExample, RatedRow
+from lightning_perl.data.collate import PromptExample, RatedExample
 
 
 @dataclass
 class SplitReport:
     """What became of one split; ``rows = kept + rejected + duplicates``.
 
-    Lengths are kept as histograms, so that a stream of any length takes no memory.
+    Lengths are kept as histograms (tokens to count), so a stream of any length takes no memory.
 
     Attributes:
         rows: Rows that came into the split; a pair is one.
@@ -26,12 +25,12 @@ class SplitReport:
         pairs: Kept pairs.
         unlabelled: Kept rows without a label: demonstrations and prompts.
         cut_turns: Turns that did not fit the window.
-        tokens: How many kept rows have how many tokens; of a pair the prompt once and both answers.
-        prompt_tokens: How many kept rows have a prompt of how many tokens.
-        response_tokens: How many answers have how many tokens.
-        up_tokens: The same of answers with a thumb up.
-        down_tokens: The same of answers with a thumb down.
-        longer_chosen: Pairs whose chosen answer has more tokens, a tie counts half.
+        tokens: Lengths of the kept rows; of a pair the prompt once and both answers.
+        prompt_tokens: Lengths of their prompts.
+        response_tokens: Lengths of all answers.
+        up_tokens: Lengths of the answers with a thumb up.
+        down_tokens: Lengths of the answers with a thumb down.
+        longer_chosen: Pairs whose chosen answer has more tokens; a tie counts half.
     """
 
     rows: int = 0
@@ -59,26 +58,26 @@ class SplitReport:
         if isinstance(example, PromptExample):
             self.unlabelled += 1
             self.prompt_tokens[example.tokens] += 1
-        else:
-            self._keep_rated(example.rows)
-
-    def _keep_rated(self, rows: Sequence[RatedRow]) -> None:
+            return
+        rows = example.rows
         self.prompt_tokens[rows[0].response_mask.index(True)] += 1
         lengths = [sum(row.response_mask) for row in rows]
         self.response_tokens.update(lengths)
         if len(rows) == 2:
             self.pairs += 1
             self.longer_chosen += (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
-            return
-        label = rows[0].label
+        else:
+            self._keep_label(rows[0].label, lengths[0])
+
+    def _keep_label(self, label: float | None, length: int) -> None:
         if label is None:
             self.unlabelled += 1
         elif label > 0.5:
             self.up += 1
-            self.up_tokens[lengths[0]] += 1
+            self.up_tokens[length] += 1
         elif label < 0.5:
             self.down += 1
-            self.down_tokens[lengths[0]] += 1
+            self.down_tokens[length] += 1
         else:
             self.even += 1
 
@@ -89,33 +88,29 @@ class SplitReport:
 
     @property
     def length_auroc(self) -> float | None:
-        """AUROC of the answer's tokens as a predictor of the thumb; None without both thumbs.
+        """AUROC of an answer's length as a predictor of its thumb; None without both thumbs.
 
         Above 0.5, longer answers are liked more.
         """
         return auroc(self.up_tokens, self.down_tokens)
 
+    def _lengths(self) -> list[tuple[str, Counter[int]]]:
+        lengths = (("prompt", self.prompt_tokens), ("response", self.response_tokens))
+        return [(name, counts) for name, counts in lengths if counts]
+
     def numbers(self) -> dict[str, float]:
-        """What a logger can draw, by name; nothing that is not there."""
-        found: dict[str, float | None] = {
-            "rows": self.rows,
-            "kept": self.kept,
-            "rejected": self.rejected.total(),
-            "duplicates": self.duplicates,
-            "up": self.up,
-            "down": self.down,
-            "pairs": self.pairs,
-            "unlabelled": self.unlabelled,
-            "cut_turns": self.cut_turns,
-            "chosen_longer": self.chosen_longer,
-            "length_auroc": self.length_auroc,
-        }
-        for name, lengths in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
-            if lengths:
-                found[f"{name}_tokens_median"] = quantile(lengths, 0.5)
-                found[f"{name}_tokens_95"] = quantile(lengths, 0.95)
-                found[f"{name}_tokens_max"] = max(lengths)
-        return {key: float(value) for key, value in found.items() if value is not None}
+        """Returns what a logger can draw, by name."""
+        names = ("rows", "kept", "duplicates", "up", "down", "pairs", "unlabelled", "cut_turns")
+        numbers = {name: float(getattr(self, name)) for name in names}
+        numbers["rejected"] = float(self.rejected.total())
+        for name in ("chosen_longer", "length_auroc"):
+            if getattr(self, name) is not None:
+                numbers[name] = getattr(self, name)
+        for name, counts in self._lengths():
+            numbers[f"{name}_tokens_median"] = float(quantile(counts, 0.5))
+            numbers[f"{name}_tokens_95"] = float(quantile(counts, 0.95))
+            numbers[f"{name}_tokens_max"] = float(max(counts))
+        return numbers
 
     def __str__(self) -> str:
         """Returns one line."""
@@ -126,30 +121,24 @@ class SplitReport:
             parts[0] += f", {self.duplicates} repeated"
         if not self.kept:
             return parts[0]
-        parts.append(self._labels())
-        for name, lengths in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
-            if lengths:
-                parts.append(
-                    f"{name} tokens median {quantile(lengths, 0.5)}, 95% "
-                    f"{quantile(lengths, 0.95)}, max {max(lengths)}"
-                )
-        parts.append(f"{self.cut_turns} turns cut")
-        return "; ".join(parts)
-
-    def _labels(self) -> str:
-        counts = (
-            ("thumbs up", self.up),
-            ("down", self.down),
-            ("in the middle", self.even),
-            ("pairs", self.pairs),
-            ("without a label", self.unlabelled),
-        )
-        text = ", ".join(f"{name} {count}" for name, count in counts if count)
+        labels = {
+            "thumbs up": self.up,
+            "down": self.down,
+            "in the middle": self.even,
+            "pairs": self.pairs,
+            "without a label": self.unlabelled,
+        }
+        parts.append(", ".join(f"{name} {count}" for name, count in labels.items() if count))
         if self.chosen_longer is not None:
-            text += f"; chosen is the longer in {self.chosen_longer:.1%}"
+            parts.append(f"chosen is the longer in {self.chosen_longer:.1%}")
         if self.length_auroc is not None:
-            text += f"; AUROC of the length alone {self.length_auroc:.3f}"
-        return text
+            parts.append(f"AUROC of the length alone {self.length_auroc:.3f}")
+        parts += [
+            f"{name} tokens median {quantile(counts, 0.5)}, 95% {quantile(counts, 0.95)}, max "
+            f"{max(counts)}"
+            for name, counts in self._lengths()
+        ]
+        return "; ".join([*parts, f"{self.cut_turns} turns cut"])
 
 
 @dataclass
@@ -160,16 +149,16 @@ class DataReport:
 
         rows = sum of kept + sum of rejected + duplicates + sum of left_out
 
-    where ``duplicates`` are those of the whole corpus and of each split. A split that is another
-    one (a test split that is the validation split) counts once.
+    where ``duplicates`` are those of the whole corpus and of each split. A test split that is the
+    validation split counts once.
 
     Attributes:
         splits: One report per split: train, val, test.
         rejected: Rejected rows by reason, of all splits and before there were any.
-        duplicates: Rows that were there already, whole (same context, answers and label), dropped
-            before the splits were made.
+        duplicates: Rows that repeat another one (same context, answers and label), dropped before
+            the splits were made.
         conflicts: Answers that somebody liked and somebody else did not, and pairs that are there
-            in both orders. None of them is dropped here.
+            in both orders. Counted only, not dropped.
         left_out: Good rows that belong to no split, by reason.
         notes: What else is worth knowing.
     """
@@ -185,13 +174,12 @@ class DataReport:
     def rows(self) -> int:
         """Rows read; a pair is one."""
         splits = {id(split): split for split in self.splits.values()}.values()
-        undivided = self.rejected.total() - sum(split.rejected.total() for split in splits)
-        divided = sum(split.rows for split in splits)
-        return divided + undivided + self.duplicates + self.left_out.total()
+        divided = sum(split.rows - split.rejected.total() for split in splits)
+        return divided + self.rejected.total() + self.duplicates + self.left_out.total()
 
     def numbers(self) -> dict[str, float]:
-        """What a logger can draw: ``data/rows``, ``data/train_kept`` and so on."""
-        found = {
+        """Returns what a logger can draw: ``data/rows``, ``data/train_kept`` and so on."""
+        numbers = {
             "data/rows": float(self.rows),
             "data/rejected": float(self.rejected.total()),
             "data/duplicates": float(self.duplicates),
@@ -199,8 +187,8 @@ class DataReport:
             "data/left_out": float(self.left_out.total()),
         }
         for name, split in self.splits.items():
-            found |= {f"data/{name}_{key}": value for key, value in split.numbers().items()}
-        return found
+            numbers |= {f"data/{name}_{key}": value for key, value in split.numbers().items()}
+        return numbers
 
     def __str__(self) -> str:
         """Returns a line of totals, one per split, and one for each kind of loss."""
@@ -220,10 +208,10 @@ class DataReport:
 
 def quantile(counts: Counter[int], share: float) -> int:
     """Returns the smallest value that at least ``share`` of the counted values do not exceed."""
-    wanted, seen = share * counts.total(), 0
+    below = 0
     for value in sorted(counts):
-        seen += counts[value]
-        if seen >= wanted:
+        below += counts[value]
+        if below >= share * counts.total():
             return value
     raise ValueError("quantile of nothing.")
 

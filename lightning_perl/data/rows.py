@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Args:
+        reason: A few words to count rejections by.
+        message: File and line, what is wrong, and how to mend it.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Turn(NamedTuple):
     """One turn of a conversation, as plain text.
 
     Attributes:
-        role: Who speaks. A call of an API is an ``agent`` turn (see :func:`render_call`), the
-            answer of the API is an ``api`` turn.
+        role: Who speaks. A call of an API is an ``agent`` turn, the API's answer an ``api`` turn.
         text: What is said, without any speaker tag.
     """
 
@@ -26,13 +38,13 @@ class Row:
 
     Attributes:
         context: The turns before the response; may be empty.
-        response: One agent turn; or, for a demonstrated dialog, everything from its first agent
-            turn on, of which only the agent turns count. Empty for a row that is only a prompt.
+        response: One agent turn; or, of a demonstrated dialog, all turns from its first agent turn
+            on, of which only the agent turns count. Empty for a row that is only a prompt.
         label: 1.0 thumbs up, 0.0 thumbs down, between them for a rating, None without a label.
         imitate: Whether the response enters the language-modelling loss.
-        dialog: The group that is never divided between splits.
+        dialog: The group of rows that is never divided between splits.
         where: ``file:row``, for error messages.
-        source: Number of the source that it comes from, where sources are weighted.
+        source: Number of the source that the row comes from, where sources are weighted.
     """
 
     context: tuple[Turn, ...]
@@ -46,12 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one context, of which a judge preferred the first.
-
-    Attributes:
-        chosen: The preferred answer.
-        rejected: The other answer, with the same context.
-    """
+    """Two answers to one context, of which a judge preferred ``chosen``."""
 
     chosen: Row
     rejected: Row
@@ -60,13 +67,21 @@ class Pair:
 Item: TypeAlias = Row | Pair
 
 
+class Splits(NamedTuple):
+    """The rows of a corpus, divided by dialog: to learn from, to choose by, to report on."""
+
+    train: list[Item]
+    val: list[Item]
+    test: list[Item]
+
+
 def first_row(item: Item) -> Row:
-    """Returns a row, or the chosen row of a pair: both have the context, the group and the place."""
+    """Returns a row, or the chosen row of a pair: both have one context, dialog and place."""
     return item.chosen if isinstance(item, Pair) else item
 
 
 def judged(item: Item) -> tuple[object, ...]:
-    """Returns what a judge was shown: the context and the answer, or both answers in any order."""
+    """Returns what a judge was shown: context and answer, or both answers in either order."""
     if isinstance(item, Pair):
         answers = frozenset((item.chosen.response, item.rejected.response))
         return item.chosen.context, answers
@@ -74,14 +89,14 @@ def judged(item: Item) -> tuple[object, ...]:
 
 
 def verdict(item: Item) -> object:
-    """Returns what the judge said: the label, or of a pair which answer was chosen."""
+    """Returns a judge's verdict: the label, or of a pair the chosen answer."""
     return item.chosen.response if isinstance(item, Pair) else item.label
 
 
 def conflicting(verdicts: Iterable[object]) -> bool:
-    """Whether judges of one thing disagree: thumbs up and down, or a pair in both orders.
+    """Whether verdicts on one thing contradict each other: both thumbs, or a pair in both orders.
 
-    Ratings disagree where one is above the middle and one below.
+    Ratings contradict each other where one is above the middle and one below.
     """
     sides = {
         verdict > 0.5 if isinstance(verdict, float) else verdict
@@ -89,17 +104,3 @@ def conflicting(verdicts: Iterable[object]) -> bool:
         if verdict is not None and verdict != 0.5
     }
     return len(sides) > 1
-
-
-class Splits(NamedTuple):
-    """The rows of a corpus, divided by dialog.
-
-    Attributes:
-        train: Rows to learn from.
-        val: Rows to choose by, for example the epoch.
-        test: Rows to report on.
-    """
-
-    train: list[Item]
-    val: list[Item]
-    test: list[Item]

@@ -1,18 +1,19 @@
-"""Where rows of one's own come from: files, data sets of the hub, Python lists, several of them."""
+"""Where a user's own rows come from: files, data sets of the hub, Python lists, several of them."""
 
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from lightning_perl.data.files import (
     BadRowHook,
     csv_rows,
+    dataset_rows,
     json_rows,
     jsonl_rows,
     parquet_rows,
@@ -34,13 +35,7 @@ _HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?::([^/]+))?")
 
 
 class HubName(NamedTuple):
-    """A data set of the Hugging Face hub, written ``owner/name``, ``owner/name/config:split``.
-
-    Attributes:
-        name: ``owner/name``.
-        config: One of its configurations, or None.
-        split: As ``datasets`` writes it, also ``train[:1000]``.
-    """
+    """A data set of the Hugging Face hub, written ``owner/name`` or ``owner/name/config:split``."""
 
     name: str
     config: str | None
@@ -54,7 +49,7 @@ class Source:
     Attributes:
         argument: The argument that named it, for error messages.
         place: A path or a name of the hub; or the rows themselves.
-        weight: Its share among the others; None where rows are not weighted.
+        weight: Its share among the other sources; None where rows are not weighted.
     """
 
     argument: str
@@ -65,19 +60,31 @@ class Source:
         """Yields ``(where, row)``.
 
         Args:
-            bad_row: Gets what is not a row at all, and a file that cannot be read to its end.
-            streaming: Read a data set of the hub while it is fetched, not as a whole first.
+            bad_row: Takes what is not a row at all, and a file that cannot be read to its end.
+            streaming: Read a data set of the hub while it is fetched, instead of fetching it first.
 
         Raises:
-            FileNotFoundError: Neither a file nor a data set of the hub that can be had.
+            FileNotFoundError: Neither a file nor a data set that the hub gave.
             ValueError: A file of a format that is not read.
         """
         if not isinstance(self.place, str):
             return _listed(self.argument, self.place, bad_row)
-        hub = self.hub
-        if hub is not None:
-            return self._hub_rows(hub, streaming)
-        return self._file_rows(Path(self.place).expanduser(), bad_row)
+        if self.hub is not None:
+            name = f"{self.hub.name}:{self.hub.split}"
+            return dataset_rows(self._load(self.hub, streaming), name, bad_row)
+        file = Path(self.place).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"No file {str(file)!r} ({self.argument}; looked from {Path.cwd()}). Give the path "
+                "of a .jsonl, .json, .csv or .parquet file, or owner/name of a data set of the hub."
+            )
+        suffix = _suffix(file)
+        if suffix not in _READERS or file.name.endswith(".parquet.gz"):
+            raise ValueError(
+                f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .json, .csv "
+                "(also with .gz) or .parquet."
+            )
+        return _READERS[suffix](file, bad_row)
 
     @property
     def hub(self) -> HubName | None:
@@ -85,23 +92,23 @@ class Source:
         if not isinstance(self.place, str):
             return None
         path = Path(self.place).expanduser()
-        found = _HUB.fullmatch(self.place)
+        name = _HUB.fullmatch(self.place)
         # As with models: where OWNER is a folder here, or the end says so, a path was meant.
-        if found is None or path.exists() or path.parent.is_dir() or _suffix(path) in _READERS:
+        if name is None or path.exists() or path.parent.is_dir() or _suffix(path) in _READERS:
             return None
-        return HubName(found[1], found[2], found[3] or "train")
+        return HubName(name[1], name[2], name[3] or "train")
 
     def fetch(self) -> None:
         """Fetches a data set of the hub into its cache; does nothing for files and lists.
 
         Raises:
-            FileNotFoundError: It cannot be had.
+            FileNotFoundError: The hub did not give it.
         """
         if self.hub is not None:
             self._load(self.hub, streaming=False)
 
     def _load(self, hub: HubName, streaming: bool) -> Any:  # noqa: ANN401 (datasets has no types)
-        # Here, because it takes a second and most runs read files.
+        # Imported where it is needed: it takes seconds, and most runs read files.
         import datasets
 
         try:
@@ -116,25 +123,6 @@ class Source:
                 "one, download its .parquet, .jsonl or .csv files from there elsewhere, copy them "
                 f"here, and set {self.argument} to their path."
             ) from error
-
-    def _hub_rows(self, hub: HubName, streaming: bool) -> Rows:
-        name = ":".join((hub.name, hub.split))
-        for number, row in enumerate(self._load(hub, streaming), start=1):
-            yield f"{name}:{number}", row
-
-    def _file_rows(self, file: Path, bad_row: BadRowHook) -> Rows:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"No file {str(file)!r} ({self.argument}; looked from {Path.cwd()}). Give the path "
-                "of a .jsonl, .json, .csv or .parquet file, or owner/name of a data set of the hub."
-            )
-        suffix = _suffix(file)
-        if suffix not in _READERS or file.name.endswith(".parquet.gz"):
-            raise ValueError(
-                f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .json, .csv "
-                "(also with .gz) or .parquet."
-            )
-        return _READERS[suffix](file, bad_row)
 
 
 def sources_of(value: Sources, argument: str) -> list[Source]:
@@ -165,7 +153,7 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
     if isinstance(value, list) and value:
         if all(isinstance(place, str | Path) for place in value):
             return [Source(argument, unpackaged(str(place))) for place in value]
-        # What is not a row is a bad row, with its number.
+        # An element that is no row is a bad row, with its number.
         if not any(isinstance(place, str | Path) for place in value):
             return [Source(argument, value)]
     raise ValueError(
@@ -174,35 +162,49 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
     )
 
 
-def mixed(
-    read: Sequence[Callable[[], Iterator[T]]], weights: Sequence[float], order: Random
+def shuffled_stream(
+    read: Sequence[Callable[[], Iterator[T]]],
+    weights: Sequence[float] | None,
+    buffer: int,
+    seed: int,
+    epoch: int,
 ) -> Iterator[T]:
-    """Yields from several streams in proportion to their weights, until each was read through.
-
-    The one that is through first begins again, so nothing of a longer one is ever skipped. One that
-    has nothing is not opened again.
+    """Yields from several streams, shuffled by ``datasets``: a function of (seed, epoch).
 
     Args:
-        read: Opens a stream at its start.
-        weights: Chances of the streams; their sum does not matter.
-        order: Decides which is next.
+        read: Opens a stream at its start. None of the streams is empty.
+        weights: Draw from the streams in these proportions until each was read through; one that is
+            through before begins again. None: each stream once.
+        buffer: Elements that are in memory and shuffled.
+        seed: Seed of the order.
+        epoch: Another epoch has another order.
     """
-    streams = [start() for start in read]
-    chances = list(weights)
-    unread = set(range(len(streams)))
-    begun: set[int] = set()
-    while unread:
-        (number,) = order.choices(range(len(streams)), chances)
-        try:
-            found = next(streams[number])
-        except StopIteration:
-            unread.discard(number)
-            if number not in begun:
-                chances[number] = 0.0
-            streams[number] = read[number]()
-            continue
-        begun.add(number)
-        yield found
+    if not read:
+        return
+    import datasets
+    from datasets.iterable_dataset import ExamplesIterable
+
+    def examples(number: int) -> Iterator[tuple[object, dict[str, bytes]]]:
+        # Pickled: datasets would cast all rows to the columns and types of the first one.
+        for place, element in enumerate(read[number]()):
+            yield (0, place), {"element": pickle.dumps(element)}
+
+    info = datasets.DatasetInfo(features=datasets.Features({"element": datasets.Value("binary")}))
+    streams = [
+        datasets.IterableDataset(ExamplesIterable(examples, {"number": number}), info=info)
+        for number in range(len(read))
+    ]
+    if weights is None:
+        mixture = datasets.concatenate_datasets(streams)
+    else:
+        shares = [weight / sum(weights) for weight in weights]
+        mixture = datasets.interleave_datasets(
+            streams, shares, seed=seed, stopping_strategy="all_exhausted"
+        )
+    mixture = mixture.shuffle(seed=seed, buffer_size=buffer)
+    mixture.set_epoch(epoch)
+    for example in mixture:
+        yield pickle.loads(example["element"])
 
 
 def _suffix(file: Path) -> str:

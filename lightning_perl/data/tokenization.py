@@ -1,4 +1,4 @@
-r"""The one tokenisation: the same ids in training, scoring and sampling.
+r"""The one tokenization: the same ids in training, scoring and sampling.
 
 The plain turn template, the same for every corpus (``<bos>`` only where the tokenizer has one)::
 
@@ -29,9 +29,10 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lightning_perl.data.rows import BadRow as BadRow
 from lightning_perl.data.rows import Row, Turn
 
-#: The name of the plain turn template; a change of a single id of it is a new number.
+#: The name of the plain turn template. A change of a single id of it needs a new number.
 PLAIN = "plain-1"
 #: Characters of text whose ids an encoder remembers.
 MOST_CACHED = 1 << 24
@@ -41,43 +42,18 @@ _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 _CHAT_ROLES = {"system": "system", "user": "user", "agent": "assistant"}
 
 
-class BadRow(ValueError):
-    """A row that cannot be encoded.
-
-    Args:
-        reason: A few words to count rejections by.
-        message: What, where, got and fix.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 class Encoded(NamedTuple):
-    """A row as tokens.
+    """A row, or a prompt alone, as tokens.
 
     Attributes:
-        ids: Token ids of prompt and response, ``T`` of them.
-        response_mask: True on the tokens that the assistant wrote and that count, EOS included;
-            ``T`` of them.
+        ids: Token ids.
+        response_mask: True on the tokens that the assistant wrote and that count, EOS included; as
+            long as ``ids``.
         cut_turns: Turns that did not fit and were left out.
     """
 
     ids: list[int]
     response_mask: list[bool]
-    cut_turns: int
-
-
-class EncodedPrompt(NamedTuple):
-    """A prompt as tokens.
-
-    Attributes:
-        ids: Token ids, ``P`` of them.
-        cut_turns: Turns that did not fit and were cut from the left.
-    """
-
-    ids: list[int]
     cut_turns: int
 
 
@@ -89,26 +65,21 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
     Returns:
         ``plain-1``, or ``chat-`` and eight hex digits of the SHA-256 of the chat template's text.
-        Another rendering, or another rule for EOS, is another name.
+        Another rendering, or another rule for EOS, needs another name.
 
     Raises:
         ValueError: The tokenizer has no chat template.
     """
-    return PLAIN if tokenizer is None else f"chat-{_hash(_chat_template(tokenizer))}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    # Some tokenizers have several by name; this is the one that apply_chat_template takes.
+    if tokenizer is None:
+        return PLAIN
     if not tokenizer.chat_template:
         raise ValueError(
             f"chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
             "template. Use chat_template=False (the plain turn template) or another tokenizer."
         )
-    return tokenizer.get_chat_template()
+    # Some tokenizers have several templates by name; this is the one that is rendered.
+    text = tokenizer.get_chat_template()
+    return f"chat-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 class TurnEncoder:
@@ -136,8 +107,7 @@ class TurnEncoder:
         self._eos = int(tokenizer.eos_token_id)
         bos = tokenizer.bos_token_id
         self._start: list[int] = [] if bos is None else [int(bos)]
-        # Dialogs share most of their turns (each rated row repeats its predecessors). A stream
-        # may be longer than memory.
+        # Dialogs share most of their turns: each rated row repeats the rows before it.
         self._cache: dict[str, list[int]] = {}
         self._cached = 0
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -170,7 +140,7 @@ class TurnEncoder:
 
     def encode_prompt(
         self, context: Sequence[Turn], max_prompt_tokens: int, where: str = "prompt"
-    ) -> EncodedPrompt:
+    ) -> Encoded:
         """Encodes a context and the header of the agent's next turn.
 
         Too long a context loses whole turns on the left; a system turn at its start stays. Where a
@@ -204,7 +174,7 @@ class TurnEncoder:
                     "on_bad_row: reject.",
                 ) from error
             if len(ids) <= max_prompt_tokens:
-                return EncodedPrompt(ids, cut)
+                return Encoded(ids, [False] * len(ids), cut)
         raise BadRow(
             "prompt longer than the window",
             f"{where}: prompt longer than the window: its last turn takes {len(ids)} tokens, the "
@@ -264,41 +234,38 @@ class TurnEncoder:
             BadRow: An empty answer, too long an answer, a prompt longer than the window, or a turn
                 that is no valid Unicode.
         """
-        self._check_answers(row)
+        _check_answers(row)
         _check_unicode(row.response, row.where)
         prompt = self.encode_prompt(row.context, max_tokens - max_response_tokens, row.where)
-        if len(row.response) == 1:
-            content = self._content(row.response[0])
-            if len(content) > max_response_tokens:
-                raise BadRow(
-                    "answer longer than the window",
-                    f"{row.where}: the answer takes {len(content)} tokens with its EOS, the limit "
-                    f"is {max_response_tokens} (max_response_tokens). Cut, it would lose its EOS: "
-                    "raise max_response_tokens, or set on_bad_row: reject.",
-                )
-            mask = [False] * len(prompt.ids) + [True] * len(content)
-            return Encoded([*prompt.ids, *content], mask, prompt.cut_turns)
-        return self._encode_dialog(row, prompt, max_tokens)
+        if len(row.response) > 1:
+            return self._encode_dialog(row, prompt, max_tokens)
+        content = self._content(row.response[0])
+        if len(content) > max_response_tokens:
+            raise BadRow(
+                "answer longer than the window",
+                f"{row.where}: the answer takes {len(content)} tokens with its EOS, the limit "
+                f"is {max_response_tokens} (max_response_tokens). Cut, it would lose its EOS: "
+                "raise max_response_tokens, or set on_bad_row: reject.",
+            )
+        mask = prompt.response_mask + [True] * len(content)
+        return Encoded([*prompt.ids, *content], mask, prompt.cut_turns)
 
-    def _encode_dialog(self, row: Row, prompt: EncodedPrompt, max_tokens: int) -> Encoded:
+    def _encode_dialog(self, row: Row, prompt: Encoded, max_tokens: int) -> Encoded:
         if self.chat_template:
             raise BadRow(
                 "dialog in a chat template",
                 f"{row.where}: a response of {len(row.response)} turns under a chat template. Use "
                 "chat_template=False, or give the last answer only.",
             )
-        ids = list(prompt.ids)
-        mask = [False] * len(ids)
+        ids, mask = list(prompt.ids), list(prompt.response_mask)
         kept_tokens = kept_turns = 0
         for number, turn in enumerate(row.response):
             counts = turn.role == "agent"
-            if counts and number:
-                header = self._text("Agent:")
-                ids += header
-                mask += [False] * len(header)
+            # The prompt ends with the header of the first answer.
+            header = self._text("Agent:") if counts and number else []
             tokens = self._content(turn) if counts else self._turn(turn)
-            ids += tokens
-            mask += [counts] * len(tokens)
+            ids += header + tokens
+            mask += [False] * len(header) + [counts] * len(tokens)
             if len(ids) > max_tokens:
                 break
             if counts:
@@ -312,18 +279,18 @@ class TurnEncoder:
         cut = prompt.cut_turns + len(row.response) - kept_turns
         return Encoded(ids[:kept_tokens], mask[:kept_tokens], cut)
 
-    def _check_answers(self, row: Row) -> None:
-        if not row.response or row.response[0].role != "agent":
-            raise BadRow(
-                "no answer",
-                f"{row.where}: no answer of the assistant. Set rows: prompts for prompts alone.",
-            )
-        for turn in row.response:
-            if turn.role == "agent" and not turn.text.strip():
-                raise BadRow(
-                    "empty answer",
-                    f"{row.where}: empty answer. Remove the row, or set on_bad_row: reject.",
-                )
+
+def _check_answers(row: Row) -> None:
+    if not row.response or row.response[0].role != "agent":
+        raise BadRow(
+            "no answer",
+            f"{row.where}: no answer of the assistant. Set rows: prompts for prompts alone.",
+        )
+    if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
+        raise BadRow(
+            "empty answer",
+            f"{row.where}: empty answer. Remove the row, or set on_bad_row: reject.",
+        )
 
 
 def _check_unicode(turns: Sequence[Turn], where: str) -> None:
@@ -337,13 +304,6 @@ def _check_unicode(turns: Sequence[Turn], where: str) -> None:
                 f"{error.start} of the {turn.role} turn: no valid Unicode. Write the character "
                 "whole, or set on_bad_row: reject.",
             ) from error
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, row: Row, max_tokens: int, max_response_tokens: int
-) -> Encoded:
-    """Encodes one row by the plain turn template; see :meth:`TurnEncoder.encode`."""
-    return TurnEncoder(tokenizer).encode(row, max_tokens, max_response_tokens)
 
 
 def encode_prompt(

@@ -205,6 +205,10 @@ def test_what_was_asked_for_ahead_and_never_used_comes_again() -> None:
 def test_a_position_of_another_stream_is_refused() -> None:
     with pytest.raises(ValueError, match=r"block = 32, this run's has 100"):
         streamed(block=100).load_state_dict(streamed().state_dict())
+    # A position of 0.1, whose order was another one.
+    old = {key: value for key, value in streamed().state_dict().items() if key != "order"}
+    with pytest.raises(ValueError, match=r"order = None, this run's has 2"):
+        streamed().load_state_dict(old)
 
 
 def test_a_stream_reads_past_what_it_has_seen() -> None:

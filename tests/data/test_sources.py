@@ -4,14 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.data import PreferenceDataModule
-from lightning_perl.data.sources import HubName, Source, mixed, sources_of
+from lightning_perl.data.sources import HubName, Source, shuffled_stream, sources_of
 
 Build = Callable[..., PreferenceDataModule]
 
@@ -145,15 +145,28 @@ def test_the_shorter_stream_begins_again_until_the_longer_is_through() -> None:
 
         return read
 
-    seen = list(mixed([count("a", 5), count("b", 50), count("c", 0)], [1, 1, 1], Random(0)))
-    longer = [number for name, number in seen if name == "b"]
-    assert longer[:50] == list(range(50))
-    shorter = [number for name, number in seen if name == "a"]
-    assert shorter == [number % 5 for number in range(len(shorter))]
+    streams = [count("a", 5), count("b", 50)]
+    drawn = list(shuffled_stream(streams, [1, 1], buffer=8, seed=0, epoch=0))
+    longer = [number for name, number in drawn if name == "b"]
+    assert set(longer) == set(range(50))
+    shorter = [number for name, number in drawn if name == "a"]
+    assert set(shorter) == set(range(5))
     assert len(shorter) > 20
     assert opened["a"] > 4
-    # What has nothing is not read again and again.
-    assert opened["c"] == 1
+
+
+def test_a_stream_is_shuffled_by_seed_and_epoch() -> None:
+    # Elements of unlike types, which a table could not hold.
+    elements: list[object] = [*range(40), "a", None, {"b": 1}, {"c": ["d"]}, ("e", 2.5)]
+
+    def drawn(seed: int, epoch: int, buffer: int = 16) -> list[object]:
+        return list(shuffled_stream([lambda: iter(elements)], None, buffer, seed, epoch))
+
+    assert drawn(0, 0) == drawn(0, 0)
+    for other in (drawn(0, 1), drawn(1, 0), drawn(0, 0, buffer=4)):
+        assert other != drawn(0, 0)
+        assert sorted(other, key=repr) == sorted(elements, key=repr)
+    assert not list(shuffled_stream([], None, 16, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +196,8 @@ def test_a_data_set_of_the_hub(build: Build, monkeypatch: pytest.MonkeyPatch) ->
 
     def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> object:
         asked.append((name, config, split, streaming))
-        return [*rows(split, 3), {"prompt": "q"}]
+        found = Dataset.from_list([*rows(split, 3), {"prompt": "q"}])
+        return found.to_iterable_dataset() if streaming else found
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     arguments: dict[str, Any] = {"train": "owner/name", "val": "owner/name/main:test"}

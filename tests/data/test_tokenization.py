@@ -10,8 +10,8 @@ from lightning_perl.data.rows import Row, Turn
 from lightning_perl.data.tokenization import (
     PLAIN,
     BadRow,
+    Encoded,
     TurnEncoder,
-    encode,
     encode_prompt,
     template_of,
 )
@@ -30,6 +30,10 @@ def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
 
 def row(context: tuple[Turn, ...], *response: Turn) -> Row:
     return Row(context, response, None, True, "dialog", "rows.jsonl:7")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: Row, *limits: int) -> Encoded:
+    return TurnEncoder(tokenizer).encode(row, *limits)
 
 
 def text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
