@@ -141,11 +141,7 @@ class ConversationDataModule(LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use.
-
-        Raises:
-            ValueError: transformers cannot load it.
-        """
+        """The tokenizer, loaded on first use."""
         source = self.tokenizer_source
         if self._tokenizer is None and isinstance(source, PreTrainedTokenizerBase):
             self._tokenizer = source
@@ -164,15 +160,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         return self._tokenizer
 
     def bad_row(self, reason: str, message: str) -> None:
-        """Counts a rejected row, or stops, as ``on_bad_row`` says.
-
-        Args:
-            reason: A few words to count by.
-            message: File and line, what is wrong, and how to mend it.
-
-        Raises:
-            BadRow: ``on_bad_row`` is ``raise``.
-        """
+        """Counts a bad row by its reason, or raises :class:`BadRow`, as ``on_bad_row`` says."""
         if self.on_bad_row == "raise":
             raise BadRow(reason, message)
         self.report.rejected[reason] += 1
@@ -183,13 +171,9 @@ class ConversationDataModule(LightningDataModule, ABC):
         Subclasses call this once, with every row they read, before they divide them: otherwise a
         row and its duplicate could lie on two sides of a split.
 
-        Two rows are duplicates where context, answers and label are the same. An answer with a
-        thumb up and a thumb down, or a pair that is there in both orders, is a conflict. With
-        ``keep_conflicts`` it is counted and stays: people disagree, and the loss takes the mean.
-        Without, each of its rows is a bad row.
-
-        Raises:
-            BadRow: A conflict while ``on_bad_row`` is ``raise``, unless ``keep_conflicts``.
+        Two rows are duplicates where context, answers and label are the same. An answer with both
+        thumbs, or a pair that is there in both orders, is a conflict: with ``keep_conflicts`` it
+        stays (people disagree, and the loss takes the mean), without, each of its rows is a bad row.
         """
         verdicts: dict[tuple[object, ...], dict[object, Item]] = defaultdict(dict)
         kept: list[Item] = []
@@ -248,11 +232,7 @@ class ConversationDataModule(LightningDataModule, ABC):
             self.announce()
 
     def announce(self) -> None:
-        """Prints the report, once all rows were read.
-
-        Raises:
-            ValueError: No training row is left.
-        """
+        """Prints the report, once all rows were read; refuses one without a training row."""
         self.announced = True
         rank_zero_info(f"{type(self).__name__}\n{self.report}")
         if not self.report.splits["train"].kept:
@@ -280,11 +260,7 @@ class ConversationDataModule(LightningDataModule, ABC):
 
     @property
     def encoder(self) -> TurnEncoder:
-        """A fresh encoder of turns.
-
-        Raises:
-            ValueError: The tokenizer cannot be loaded, or cannot be used.
-        """
+        """A fresh encoder of turns."""
         return TurnEncoder(self.tokenizer, self.chat_template)
 
     def _encode(
@@ -317,12 +293,7 @@ class ConversationDataModule(LightningDataModule, ABC):
     def encode_item(
         self, encoder: TurnEncoder, item: Item, number: int
     ) -> tuple[RatedExample | PromptExample, int]:
-        """Encodes a row or a pair as ``rows`` says.
-
-        Args:
-            encoder: An encoder of this datamodule's template.
-            item: The row or pair.
-            number: Its number, or that of its first row.
+        """Encodes a row or a pair; its first row gets the number.
 
         Returns:
             What a loader yields of it, and how many turns were cut.
@@ -350,11 +321,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         return collate_prompts if self.rows == "prompts" else collate_rated
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
-        """Returns shuffled batches; the loader's position goes into checkpoints.
-
-        Raises:
-            ValueError: A weighted source has no training row left.
-        """
+        """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
         examples = self._examples["train"]
         lengths = [example.tokens for example in examples]
@@ -372,9 +339,9 @@ class ConversationDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the test rows in their order."""
-        return self.test_dataloader()
+        return self._fixed("test")
 
-    def _fixed(self, split: str) -> FixedLoader:
+    def _fixed(self, split: str) -> FixedLoader | FixedStream:
         self.log_report()
         return FixedLoader(
             self._examples[split], self.val_batch_size, self.collate, self.num_workers

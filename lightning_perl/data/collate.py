@@ -18,15 +18,10 @@ _PAD = 0
 
 
 class RatedRow(NamedTuple):
-    """An encoded row with what is known about its answer.
+    """An encoded row; see :class:`~lightning_perl.data.rows.Row` for its label.
 
-    Attributes:
-        ids: Token ids.
-        response_mask: True on the response tokens that count; as long as ``ids``.
-        imitate: Whether the response enters the language-modelling loss.
-        label: From 0.0 to 1.0, or None without a label.
-        row: The row's number in its split.
-        turns: Turns of the prompt.
+    ``response_mask`` is True on the response tokens that count, ``row`` the row's number in its
+    split, and ``turns`` are the turns of the prompt.
     """
 
     ids: list[int]
@@ -61,11 +56,7 @@ class PromptExample(NamedTuple):
 
 
 def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
-    """Pads rows on the right; a pair becomes two consecutive rows that ``pairs`` names.
-
-    Args:
-        examples: At least one.
-    """
+    """Pads rows on the right; a pair becomes two consecutive rows that ``pairs`` names."""
     rows: list[RatedRow] = []
     pairs: list[tuple[int, int]] = []
     for example in examples:
@@ -92,10 +83,6 @@ def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
 
 
 def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
-    """Pads prompts on the left, so that every row ends at the last column.
-
-    Args:
-        examples: At least one.
-    """
+    """Pads prompts on the left, so that every row ends at the last column."""
     ids, mask = pad_left([example.ids for example in examples], _PAD)
     return PromptBatch(ids, mask, torch.tensor([example.row for example in examples]))

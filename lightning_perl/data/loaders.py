@@ -24,15 +24,8 @@ def shuffled(
 ) -> list[list[int]]:
     """Returns the rows in shuffled batches, rows of similar length together.
 
-    The rows are shuffled, sorted by length inside mega-batches of 16 batches and cut into batches,
-    which are shuffled.
-
-    Args:
-        rows: Row numbers.
-        lengths: Tokens of each row of the corpus.
-        batch_size: Rows of a batch; one batch may hold fewer.
-        order: The source of randomness.
-        bucket: False sorts nothing.
+    The rows are shuffled, sorted by length inside mega-batches of 16 batches (unless ``bucket`` is
+    false) and cut into batches, which are shuffled. ``lengths`` are those of the whole corpus.
     """
     order.shuffle(rows)
     if bucket:
@@ -58,11 +51,7 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
     """Returns how many rows of each source an epoch draws, in proportion to the weights.
 
     An epoch ends when every row was drawn: the source that has the most rows for its weight is
-    drawn once through, the others begin again.
-
-    Args:
-        sources: Number of the source of each row.
-        weights: Weights of the sources, each above 0.
+    drawn once through, the others begin again. ``sources`` has the number of each row's source.
 
     Raises:
         ValueError: A source without a row.
@@ -86,16 +75,7 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
 class BucketBatches:
     """Shuffled batches of rows of similar length: a function of (seed, epoch), and a place in them.
 
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows of a batch; the last batch may hold fewer.
-        seed: Seed of the order.
-        bucket: False shuffles the rows and sorts nothing.
-        parts: What an epoch draws of which rows; None every row once. See :func:`mixture`.
-
-    Attributes:
-        epoch: The epoch of the next batch.
-        batch: Batches of this epoch before the next one.
+    ``parts`` says what an epoch draws of which rows (see :func:`mixture`); None draws every row once.
     """
 
     def __init__(
@@ -148,11 +128,7 @@ class BucketBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position.
-
-        Raises:
-            ValueError: The position belongs to other rows, another batch size or another seed.
-        """
+        """Goes to a saved position; refuses one of other rows, batch size or seed."""
         _refuse_other_data(state, self.state_dict(), ("seed", "rows", "batch_size"))
         self.epoch, self.batch = state["epoch"], state["batch"]
 
@@ -179,14 +155,7 @@ def shard(batches: list[list[int]]) -> list[list[int]]:
 
 
 class FixedLoader:
-    """Yields the rows in their order.
-
-    Args:
-        examples: Encoded rows.
-        batch_size: Rows of a batch.
-        collate: Makes a batch of a list of examples.
-        num_workers: Processes that collate; 0 collates in this one.
-    """
+    """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
     def __init__(
         self,
@@ -230,14 +199,8 @@ class ResumableLoader(FixedLoader):
     """Yields shuffled batches from where it stands; its position can be saved and loaded.
 
     An iteration continues where the last one stopped and ends with the epoch; the one after it
-    begins the next epoch. Nothing else decides the order, so a resumed run and an uninterrupted one
-    see the same batches.
-
-    Args:
-        examples: Encoded rows.
-        sampler: Their order and the position in it.
-        collate: Makes a batch of a list of examples.
-        num_workers: Processes that collate; 0 collates in this one.
+    begins the next epoch. The sampler alone decides the order, so a resumed run and an uninterrupted
+    one see the same batches.
     """
 
     def __init__(
@@ -270,13 +233,7 @@ class ResumableLoader(FixedLoader):
 
 
 class Place(NamedTuple):
-    """A place in an endless stream of epochs.
-
-    Attributes:
-        epoch: Epochs before it.
-        rows: Rows of the stream before the block that is being read.
-        batch: Batches of that block before it.
-    """
+    """A place in a stream: epoch, rows before the block that is read, batches of it before it."""
 
     epoch: int
     rows: int
@@ -287,15 +244,12 @@ class StreamingLoader:
     """Batches of rows that are read as they come; no more than one block of them is in memory.
 
     The stream is cut into blocks of about ``block`` rows, and each goes through :func:`shuffled` as
-    a whole corpus does in :class:`BucketBatches`. Its length is not known before its end, so it has
-    none.
-
-    The position can be saved and loaded: the rows before the block are read past, not encoded, and
-    the block is made again.
+    a whole corpus does in :class:`BucketBatches`. A stream has no length. To go to a saved position,
+    the rows before its block are read past, not encoded, and the block is made again.
 
     Args:
         read: Called with an epoch and a row number, yields from this row on the epoch's rows that
-            can be used, each with its number. Rows may be missing.
+            can be used, each with its number.
         batch_size: Rows of a batch.
         collate: Makes a batch of a list of examples, which have ``tokens``.
         seed: Seed of the order.
@@ -369,23 +323,13 @@ class StreamingLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position.
-
-        Raises:
-            ValueError: The position belongs to another seed, block, batch size or kind of order.
-        """
+        """Goes to a saved position; refuses one of another seed, block, batch size or order."""
         _refuse_other_data(state, self.state_dict(), ("seed", "block", "batch_size", "order"))
         self._go_to(Place(state["epoch"], state["rows"], state["batch"]))
 
 
 class FixedStream:
-    """Batches of rows that are read as they come, in order; every pass, and every rank, reads all.
-
-    Args:
-        read: Yields the examples.
-        batch_size: Rows of a batch.
-        collate: Makes a batch of a list of examples.
-    """
+    """Batches of rows that are read as they come, in order; every pass, and every rank, reads all."""
 
     def __init__(
         self,

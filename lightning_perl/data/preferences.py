@@ -216,16 +216,10 @@ class PreferenceDataModule(ConversationDataModule):
     def _open_streams(self) -> None:
         """Finds out before the run which files are not there, and which have no row at all."""
         for number, source in enumerate(self.train_sources):
-            rejected: list[str] = []
-
-            def note(reason: str, message: str, rejected: list[str] = rejected) -> None:
-                self._stop(reason, message)
-                rejected.append(reason)
-
-            if next(source.rows(note, streaming=True), None) is None:
-                self.report.rejected.update(rejected)
-            else:
+            if next(source.rows(self._stop, streaming=True), None):
                 self._streams.append((number, source))
+            else:
+                list(source.rows(self.bad_row, streaming=True))
 
     def _stop(self, reason: str, message: str) -> None:
         """Takes a bad row that is counted at another reading."""
@@ -248,17 +242,10 @@ class PreferenceDataModule(ConversationDataModule):
             ahead=0 if limited else 1,
         )
 
-    def val_dataloader(self) -> FixedLoader | FixedStream:
-        """Returns the validation rows in their order."""
-        return self._held_out_loader() if self._holds_out else super().val_dataloader()
-
-    def test_dataloader(self) -> FixedLoader | FixedStream:
-        """Returns the test rows in their order."""
-        held_out = self._holds_out and self.test_sources is None
-        return self._held_out_loader() if held_out else super().test_dataloader()
-
-    def _held_out_loader(self) -> FixedStream:
-        return FixedStream(self._held_out_stream, self.val_batch_size, self.collate)
+    def _fixed(self, split: str) -> FixedLoader | FixedStream:
+        if self._holds_out and (split == "val" or self.test_sources is None):
+            return FixedStream(self._held_out_stream, self.val_batch_size, self.collate)
+        return super()._fixed(split)
 
     def _held(self, item: Item) -> bool:
         """Whether a row of a stream is held out for validation."""
@@ -289,7 +276,8 @@ class PreferenceDataModule(ConversationDataModule):
             split.keep(example, cut_turns)
             yield position, example
         if first:
-            self._end_first_pass()
+            self.announce()
+            self.log_report()
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
         """Yields an epoch's rows of all streams, shuffled."""
@@ -326,11 +314,8 @@ class PreferenceDataModule(ConversationDataModule):
     def teardown(self, stage: str) -> None:
         """Reports on a stream that was not read to its end."""
         if self._begun and not self.announced:
-            self._end_first_pass()
-
-    def _end_first_pass(self) -> None:
-        self.announce()
-        self.log_report()
+            self.announce()
+            self.log_report()
 
     # ---- rows ------------------------------------------------------------------------------------
 
@@ -350,21 +335,17 @@ class PreferenceDataModule(ConversationDataModule):
         mapped = {name for name, column in self.columns.items() if column != name}
         if half or not kind or mapped - named.keys():
             raise self._missing(row, _KINDS, where)
-        if "messages" in kind:
-            turns, response = self._dialog(named["messages"], where)
-            return Row(turns, response, None, True, _opening(turns), where, source)
-        if kind == ("chosen", "rejected"):
-            prompt, better, worse = _common_prompt(named["chosen"], named["rejected"], where)
-            return _pair(prompt, better, worse, where, source)
-        prompt = _prompt(named["prompt"], where)
         if "chosen" in kind:
-            better = _answer(named["chosen"], "chosen", where, prompt)
-            worse = _answer(named["rejected"], "rejected", where, prompt)
-            return _pair(prompt, better, worse, where, source)
-        answer = _answer(named["response"], "response", where, prompt)
-        label = self._label(named, where)
+            return _pair(named, where, source)
+        label = None
+        if "messages" in kind:
+            prompt, response = self._dialog(named["messages"], where)
+        else:
+            prompt = _prompt(named["prompt"], where)
+            response = (_answer(named["response"], "response", where, prompt),)
+            label = self._label(named, where)
         imitate = label is None or label > 0.5
-        return Row(prompt, (answer,), label, imitate, _opening(prompt), where, source)
+        return Row(prompt, response, label, imitate, _opening(prompt), where, source)
 
     def _context(
         self, row: Mapping[str, Any], named: dict[str, Any], where: str
@@ -377,7 +358,7 @@ class PreferenceDataModule(ConversationDataModule):
             asked = turns[-1].role != "agent"
             return turns if asked else self._dialog(named["messages"], where)[0]
         if "chosen" in named and "rejected" in named:
-            return _common_prompt(named["chosen"], named["rejected"], where)[0]
+            return _common_prompt(named, where)
         raise self._missing(row, _PROMPT_KINDS, where)
 
     def _dialog(self, messages: object, where: str) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
@@ -437,7 +418,11 @@ def _opening(turns: tuple[Turn, ...]) -> str:
     return json.dumps(turns[: users[0] if users else None], ensure_ascii=False)
 
 
-def _pair(prompt: tuple[Turn, ...], better: Turn, worse: Turn, where: str, source: int) -> Pair:
+def _pair(named: dict[str, Any], where: str, source: int) -> Pair:
+    asked = named.get("prompt")
+    prompt = _common_prompt(named, where) if asked is None else _prompt(asked, where)
+    better = _answer(named["chosen"], "chosen", where, prompt)
+    worse = _answer(named["rejected"], "rejected", where, prompt)
     if better.text.strip() == worse.text.strip():
         raise BadRow(
             "identical pair",
@@ -451,12 +436,9 @@ def _pair(prompt: tuple[Turn, ...], better: Turn, worse: Turn, where: str, sourc
     )
 
 
-def _common_prompt(
-    chosen: object, rejected: object, where: str
-) -> tuple[tuple[Turn, ...], Turn, Turn]:
-    """Returns what two dialogs share, and the last answer of each."""
-    better = _messages(chosen, "chosen", where)
-    worse = _messages(rejected, "rejected", where)
+def _common_prompt(named: dict[str, Any], where: str) -> tuple[Turn, ...]:
+    """Returns the prompt that two dialogs share."""
+    better, worse = (_messages(named[name], name, where) for name in ("chosen", "rejected"))
     prompt = better[:-1]
     if not prompt or worse[:-1] != prompt:
         raise BadRow(
@@ -466,7 +448,7 @@ def _common_prompt(
         )
     if (better[-1].role, worse[-1].role) != ("agent", "agent"):
         raise BadRow("no answer", f"{where}: chosen or rejected does not end with the assistant.")
-    return prompt, _written(better[-1], "chosen", where), _written(worse[-1], "rejected", where)
+    return prompt
 
 
 def _wrong_type(where: str, column: str, expected: str, got: object) -> BadRow:
@@ -529,16 +511,12 @@ def _answer(value: object, column: str, where: str, prompt: tuple[Turn, ...]) ->
         value = turns[-1].text
     if not isinstance(value, str):
         raise _wrong_type(where, column, "a string or one assistant message", value)
-    return _written(Turn("agent", value), column, where)
-
-
-def _written(answer: Turn, column: str, where: str) -> Turn:
-    if answer.text.strip():
-        return answer
-    raise BadRow(
-        "empty answer",
-        f"{where}: empty answer in {column}. Remove the row, or set on_bad_row: reject.",
-    )
+    if not value.strip():
+        raise BadRow(
+            "empty answer",
+            f"{where}: empty answer in {column}. Remove the row, or set on_bad_row: reject.",
+        )
+    return Turn("agent", value)
 
 
 def _rating(value: object, limits: tuple[float, float], where: str) -> float:

@@ -12,25 +12,13 @@ from lightning_perl.data.collate import PromptExample, RatedExample
 class SplitReport:
     """What became of one split; ``rows = kept + rejected + duplicates``.
 
-    Lengths are kept as histograms (tokens to count), so a stream of any length takes no memory.
+    A pair is one row. ``up``, ``down`` and ``even`` count the kept rows with a label above, below and
+    in the middle (0.5), ``unlabelled`` demonstrations and prompts; ``duplicates`` are repeated
+    prompts (``rows: prompts``), ``cut_turns`` turns that did not fit the window.
 
-    Attributes:
-        rows: Rows that came into the split; a pair is one.
-        kept: Rows the loader yields; for prompts the distinct ones.
-        rejected: Rejected rows by reason.
-        duplicates: Prompts that were there already (``rows: prompts``).
-        up: Kept rows with a thumb up, or a rating above the middle.
-        down: Kept rows with a thumb down, or a rating below the middle.
-        even: Kept rows with a rating in the middle.
-        pairs: Kept pairs.
-        unlabelled: Kept rows without a label: demonstrations and prompts.
-        cut_turns: Turns that did not fit the window.
-        tokens: Lengths of the kept rows; of a pair the prompt once and both answers.
-        prompt_tokens: Lengths of their prompts.
-        response_tokens: Lengths of all answers.
-        up_tokens: Lengths of the answers with a thumb up.
-        down_tokens: Lengths of the answers with a thumb down.
-        longer_chosen: Pairs whose chosen answer has more tokens; a tie counts half.
+    Lengths are histograms, from tokens to how many rows (``tokens``; of a pair the prompt once and
+    both answers), prompts or answers have them, so a stream of any length takes no memory. Of
+    ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts half.
     """
 
     rows: int = 0
@@ -149,18 +137,10 @@ class DataReport:
 
         rows = sum of kept + sum of rejected + duplicates + sum of left_out
 
-    where ``duplicates`` are those of the whole corpus and of each split. A test split that is the
-    validation split counts once.
-
-    Attributes:
-        splits: One report per split: train, val, test.
-        rejected: Rejected rows by reason, of all splits and before there were any.
-        duplicates: Rows that repeat another one (same context, answers and label), dropped before
-            the splits were made.
-        conflicts: Answers that somebody liked and somebody else did not, and pairs that are there
-            in both orders. Counted only, not dropped.
-        left_out: Good rows that belong to no split, by reason.
-        notes: What else is worth knowing.
+    where ``duplicates`` are those of the whole corpus, dropped before the splits were made, and of
+    each split. A test split that is the validation split counts once. ``conflicts`` are answers with
+    both thumbs, and pairs in both orders; they are counted, not dropped. ``left_out`` are good rows
+    that belong to no split.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)

@@ -8,12 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 
 class BadRow(ValueError):
-    """A row that cannot be used.
-
-    Args:
-        reason: A few words to count rejections by.
-        message: File and line, what is wrong, and how to mend it.
-    """
+    """A row that cannot be used: a few words to count by, and where, what is wrong and how to mend it."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -21,11 +16,9 @@ class BadRow(ValueError):
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation, as plain text.
+    """One turn of a conversation, as plain text without any speaker tag.
 
-    Attributes:
-        role: Who speaks. A call of an API is an ``agent`` turn, the API's answer an ``api`` turn.
-        text: What is said, without any speaker tag.
+    A call of an API is an ``agent`` turn, the API's answer an ``api`` turn.
     """
 
     role: Literal["system", "user", "agent", "api"]

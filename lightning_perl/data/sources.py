@@ -23,7 +23,8 @@ from lightning_perl.packaged import unpackaged
 T = TypeVar("T")
 Rows: TypeAlias = Iterator[tuple[str, Mapping[str, Any]]]
 Sources: TypeAlias = list[Any] | dict[str, float] | str | Path
-"""A file, a name of the hub, a list of rows, a list of files and names, or their weights."""
+"""A file (``packaged:NAME`` for one of this package), a name of the hub, a list of rows, a list of files
+and names, or a mapping from files and names to weights."""
 
 _READERS: dict[str, Callable[[Path, BadRowHook], Rows]] = {
     ".jsonl": jsonl_rows,
@@ -44,12 +45,9 @@ class HubName(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """One place that rows come from.
+    """One place that rows come from: a path, a name of the hub, or the rows themselves.
 
-    Attributes:
-        argument: The argument that named it, for error messages.
-        place: A path or a name of the hub; or the rows themselves.
-        weight: Its share among the other sources; None where rows are not weighted.
+    ``argument`` is the one that named it, for error messages; ``weight`` its share in a mixture.
     """
 
     argument: str
@@ -57,11 +55,7 @@ class Source:
     weight: float | None = None
 
     def rows(self, bad_row: BadRowHook, streaming: bool = False) -> Rows:
-        """Yields ``(where, row)``.
-
-        Args:
-            bad_row: Takes what is not a row at all, and a file that cannot be read to its end.
-            streaming: Read a data set of the hub while it is fetched, instead of fetching it first.
+        """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched.
 
         Raises:
             FileNotFoundError: Neither a file nor a data set that the hub gave.
@@ -99,11 +93,7 @@ class Source:
         return HubName(name[1], name[2], name[3] or "train")
 
     def fetch(self) -> None:
-        """Fetches a data set of the hub into its cache; does nothing for files and lists.
-
-        Raises:
-            FileNotFoundError: The hub did not give it.
-        """
+        """Fetches a data set of the hub into its cache; does nothing for files and lists."""
         if self.hub is not None:
             self._load(self.hub, streaming=False)
 
@@ -126,12 +116,7 @@ class Source:
 
 
 def sources_of(value: Sources, argument: str) -> list[Source]:
-    """Returns the sources that an argument names.
-
-    Args:
-        value: A file (``packaged:NAME`` for one of this package), a name of the hub, a list of rows,
-            a list of files and names, or a mapping from files and names to weights.
-        argument: Its name, for error messages.
+    """Returns the sources that an argument names; see :data:`Sources`.
 
     Raises:
         ValueError: None of these, or a weight that is not above 0.
@@ -175,9 +160,9 @@ def shuffled_stream(
         read: Opens a stream at its start. None of the streams is empty.
         weights: Draw from the streams in these proportions until each was read through; one that is
             through before begins again. None: each stream once.
-        buffer: Elements that are in memory and shuffled.
+        buffer: Elements that are in memory to be shuffled.
         seed: Seed of the order.
-        epoch: Another epoch has another order.
+        epoch: Every epoch has its own order.
     """
     if not read:
         return

@@ -45,11 +45,8 @@ _CHAT_ROLES = {"system": "system", "user": "user", "agent": "assistant"}
 class Encoded(NamedTuple):
     """A row, or a prompt alone, as tokens.
 
-    Attributes:
-        ids: Token ids.
-        response_mask: True on the tokens that the assistant wrote and that count, EOS included; as
-            long as ``ids``.
-        cut_turns: Turns that did not fit and were left out.
+    ``response_mask`` is True on the tokens that the assistant wrote and that count, EOS included;
+    ``cut_turns`` did not fit and were left out.
     """
 
     ids: list[int]
@@ -60,12 +57,8 @@ class Encoded(NamedTuple):
 def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Names how turns become text and answers end: stored in manifests, compared when loaded.
 
-    Args:
-        tokenizer: Whose chat template is used; None for the plain turn template.
-
-    Returns:
-        ``plain-1``, or ``chat-`` and eight hex digits of the SHA-256 of the chat template's text.
-        Another rendering, or another rule for EOS, needs another name.
+    The name is ``plain-1`` for the plain turn template (None), else ``chat-`` and eight hex digits of
+    the SHA-256 of the tokenizer's chat template. Another rule for EOS would need another name.
 
     Raises:
         ValueError: The tokenizer has no chat template.
@@ -146,11 +139,6 @@ class TurnEncoder:
         Too long a context loses whole turns on the left; a system turn at its start stays. Where a
         chat template wants the user to begin, an answer whose question was cut goes with it.
 
-        Args:
-            context: Turns so far; may be empty.
-            max_prompt_tokens: Tokens the prompt may take, header included.
-            where: ``file:row``, for the error message.
-
         Raises:
             BadRow: The last turn and the header do not fit, a turn is no valid Unicode, or the chat
                 template refuses the turns.
@@ -224,11 +212,6 @@ class TurnEncoder:
 
         A single answer must fit ``max_response_tokens`` whole: cut, it would lose its EOS. A
         demonstrated dialog (more than one response turn) is cut at a turn border at its end.
-
-        Args:
-            row: The row.
-            max_tokens: Tokens of the whole row.
-            max_response_tokens: Tokens of a single answer, EOS included.
 
         Raises:
             BadRow: An empty answer, too long an answer, a prompt longer than the window, or a turn
