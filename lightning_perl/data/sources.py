@@ -23,7 +23,8 @@ from lightning_perl.packaged import unpackaged
 T = TypeVar("T")
 Rows: TypeAlias = Iterator[tuple[str, Mapping[str, Any]]]
 Sources: TypeAlias = list[Any] | dict[str, float] | str | Path
-"""A file, a name of the hub, a list of rows, a list of files and names, or their weights."""
+"""A file (``packaged:NAME`` for one of this package), a name of the hub, a list of rows, a list of files
+and names, or a mapping from files and names to weights."""
 
 _READERS: dict[str, Callable[[Path, BadRowHook], Rows]] = {
     ".jsonl": jsonl_rows,

@@ -54,11 +54,9 @@ def test_no_column_before_prompt_tokens_holds_a_response_token() -> None:
     batch = collate_rated([RatedExample((row,)) for row in (UP, DOWN, DEMONSTRATION)])
     assert not batch.response_mask[:, : batch.prompt_tokens].any()
     assert batch.response_mask[:, batch.prompt_tokens].any()
-
-
-def test_prompt_tokens_is_at_least_one() -> None:
-    batch = collate_rated([RatedExample((RatedRow([5, 2], [True, True], True, None, 0),))])
-    assert batch.prompt_tokens == 1
+    # One column is always a prompt's.
+    bare = collate_rated([RatedExample((RatedRow([5, 2], [True, True], True, None, 0),))])
+    assert bare.prompt_tokens == 1
 
 
 def test_prompts_are_padded_on_the_left_and_end_together() -> None:

@@ -37,7 +37,7 @@ class Bad(list[tuple[str, str]]):
 
 
 def only(reader: Reader, file: Path, reason: str, words: str, rows: int = 0) -> None:
-    """The file is one bad row after ``rows`` good ones, and stops where the hook does."""
+    """The file is one bad row after ``rows`` good ones, and reading stops where the hook raises."""
     bad = Bad()
     assert len(list(reader(file, bad))) == rows
     ((counted, message),) = bad
@@ -104,7 +104,8 @@ def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
         ("not UTF-8", f"{file}:6"),
     ]
     for data, reason, words, rows in (
-        (b'a,b\n1,2\n"3,4\n5,6\n', "broken table", r"3: broken CSV \(unexpected end of data\)", 1),
+        (b'a,b\n1,2\n"3,4\n5,6\n', "broken table", r"3: broken CSV \(unexpected end .* Close", 1),
+        (b'a,b\n"say "b"\n1,2\n', "broken table", r"2: broken CSV \(.*expected after", 0),
         (b"a,b,a\n1,2,3\n", "header", r"1: the header names \['a'\] more than once. Rename", 0),
         # Not the next row in its place.
         (b"a,\xe9\n1,2\n3,4\n", "not UTF-8", r"1: not UTF-8 \(byte 0xe9\). Save", 0),
@@ -112,12 +113,19 @@ def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
         only(csv_rows, save(file, data), reason, words, rows)
 
 
+def test_a_header_may_leave_columns_without_a_name(tmp_path: Path) -> None:
+    file = save(tmp_path / "rows.csv", b"a,,\nNA,,\n")
+    assert list(csv_rows(file, Bad())) == [(f"{file}:2", {"a": "NA", "": ""})]
+
+
 def test_tab_separated_rows(tmp_path: Path, ending: str) -> None:
-    file = save(tmp_path / f"rows.tsv{ending}", b'a "b"\tc\r\n"d ""e"""\tf\r\n')
-    assert list(tsv_rows(file, Bad())) == [
+    file = save(tmp_path / f"rows.tsv{ending}", b'a "b"\tc\r\n\xe9\tx\r\n"d ""e"""\tf\r\n')
+    bad = Bad()
+    assert list(tsv_rows(file, bad)) == [
         (f"{file}:1", ['a "b"', "c"]),
-        (f"{file}:2", ['d "e"', "f"]),
+        (f"{file}:3", ['d "e"', "f"]),
     ]
+    assert bad[0][1].startswith(f"{file}:2: not UTF-8 (byte 0xe9). Save")
 
 
 def test_parquet_rows_beyond_one_batch(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.data import PreferenceDataModule
-from lightning_perl.data.sources import HubName, Source, shuffled_stream, sources_of
+from lightning_perl.data.sources import HubName, shuffled_stream, sources_of
 
 Build = Callable[..., PreferenceDataModule]
 
@@ -42,22 +42,17 @@ def answers(module: PreferenceDataModule, batches: list[RatedBatch]) -> list[str
     ]
 
 
-def test_rows_may_be_a_list(build: Build) -> None:
+def test_rows_may_be_a_list_or_in_several_files(build: Build, tmp_path: Path) -> None:
     given = rows("a", 5)
-    module = build(train=given, val=rows("b", 2))
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(rows("b", 2)))
+    module = build(train=given, val=[str(array), write(tmp_path / "c.jsonl", "c", 3)])
     module.setup()
     assert module.splits is not None
-    assert [len(split) for split in module.splits] == [5, 2, 2]
+    assert [len(split) for split in module.splits] == [5, 5, 5]
+    assert answers(module, list(module.val_dataloader())) == ["b", "b", "c", "c", "c"]
     with pytest.raises(ValueError, match=r"data.train:6: expected a mapping, got int"):
         build(train=[*given, 3]).setup()
-
-
-def test_several_files_are_read_one_after_the_other(build: Build, tmp_path: Path) -> None:
-    files = [write(tmp_path / f"{name}.jsonl", name, 3) for name in "ab"]
-    module = build(train=files)
-    module.setup()
-    (first, second) = module.train_dataloader()
-    assert Counter(answers(module, [first, second])) == {"a": 3, "b": 3}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +70,7 @@ def test_what_is_no_source_is_refused(build: Build, train: Any, words: str) -> N
         build(train=train)
 
 
-def test_weights_are_for_training_only(build: Build, tmp_path: Path) -> None:
+def test_weights_are_for_training_only(build: Build) -> None:
     with pytest.raises(ValueError, match=r"data.val: rows to measure on .* Give a list."):
         build(train=rows("a", 2), val={"b.jsonl": 1.0})
 
@@ -243,10 +238,3 @@ def test_without_network_the_error_says_what_to_fetch_and_where(
         module.prepare_data()
     with pytest.raises(FileNotFoundError, match=words):
         module.setup()
-
-
-def test_a_json_array(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps(rows("a", 2)))
-    found = list(Source("data.train", str(file)).rows(lambda *_: None))
-    assert found == [(f"{file}:{number}", row) for number, row in enumerate(rows("a", 2), start=1)]

@@ -74,28 +74,24 @@ def test_a_context_is_what_a_demonstration_trained_on(tokenizer: PreTrainedToken
     rated = encode(tokenizer, row((USER, CALL, API), SORRY), 256, 128)
     prompt = encode_prompt(tokenizer, (USER, CALL, API), 128)
     assert rated.ids == dialog.ids
-    assert rated.ids[: len(prompt)] == prompt
-    assert rated.response_mask.index(True) == len(prompt)
+    assert rated.ids[: rated.response_mask.index(True)] == prompt
+    # Cut alike, too.
+    context = (USER, CALL, API, SORRY, USER)
+    rated = encode(tokenizer, row(context, Turn("agent", "no")), 96, 40)
+    assert rated.cut_turns > 0
+    assert rated.ids[: rated.response_mask.index(True)] == encode_prompt(tokenizer, context, 56)
 
 
-def test_bos_only_where_the_tokenizer_has_one_and_empty_contexts_are_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_bos_special_tokens_and_white_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    # Text that spells a special token stays text.
+    prompt = encode_prompt(tokenizer, (Turn("user", " say <eos> now\n"),), 64)
+    assert tokenizer.eos_token_id not in prompt
+    assert text(tokenizer, prompt) == "<bos>User: say <eos> now\nAgent:"
+    padded = row((USER,), Turn("agent", f"  {SORRY.text}\n"))
+    assert encode(tokenizer, padded, 64, 32) == encode(tokenizer, row((USER,), SORRY), 64, 32)
     assert text(tokenizer, encode_prompt(tokenizer, (), 8)) == "<bos>Agent:"
     tokenizer.bos_token = None
     assert text(tokenizer, encode_prompt(tokenizer, (), 8)) == "Agent:"
-
-
-def test_text_that_spells_a_special_token_stays_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    prompt = encode_prompt(tokenizer, (Turn("user", "say <eos> now"),), 64)
-    assert tokenizer.eos_token_id not in prompt
-    assert text(tokenizer, prompt) == "<bos>User: say <eos> now\nAgent:"
-
-
-def test_outer_white_space_is_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
-    plain = encode(tokenizer, row((USER,), SORRY), 64, 32)
-    padded = encode(tokenizer, row((USER,), Turn("agent", f"  {SORRY.text}\n")), 64, 32)
-    assert plain == padded
 
 
 def test_long_prompts_lose_whole_turns_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,14 +115,6 @@ def test_a_system_turn_survives_the_cut(tokenizer: PreTrainedTokenizerBase) -> N
     full = len(encode_prompt(tokenizer, turns, 1000))
     cut = encode_prompt(tokenizer, turns, full - 1)
     assert text(tokenizer, cut).startswith("<bos>System: Be kind.\nAgent: Sorry")
-
-
-def test_rated_rows_and_prompts_are_cut_alike(tokenizer: PreTrainedTokenizerBase) -> None:
-    context = (USER, CALL, API, SORRY, USER)
-    rated = encode(tokenizer, row(context, Turn("agent", "no")), 96, 40)
-    prompt = encode_prompt(tokenizer, context, 96 - 40)
-    assert rated.cut_turns > 0
-    assert rated.ids[: rated.response_mask.index(True)] == prompt
 
 
 def test_long_demonstrations_are_cut_at_a_turn_border_at_the_end(
@@ -170,12 +158,6 @@ def test_bad_rows_say_where_what_and_how_to_go_on(
 ) -> None:
     with pytest.raises(BadRow, match=words):
         encode(tokenizer, bad, *limits)
-
-
-def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no EOS token"):
-        TurnEncoder(tokenizer)
 
 
 def test_the_chat_template_renders_prompts_and_the_answer_stays_bare(
@@ -302,9 +284,9 @@ def test_the_template_has_a_name(tokenizer: PreTrainedTokenizerBase) -> None:
     assert name == "chat-f24189f0"
     tokenizer.chat_template = "{{ messages }} "
     assert template_of(tokenizer) != name
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="has no chat template"):
-        template_of(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"has no EOS token, so no answer could end. Set one"):
+        TurnEncoder(tokenizer)
 
 
 def test_an_encoder_remembers_so_many_characters(
