@@ -261,7 +261,9 @@ class OnPolicy(Evaluation):
             check = first_read if "policy" in group else None
             with self.phase("actor" if "policy" in group else "critic"):
                 for cut in micro:
-                    add(sums, self._micro_batch(group, minibatch.cut(cut), size, backward, check))
+                    piece = minibatch.cut(cut)
+                    for stats in self._micro_batch(group, piece, size, backward, check):
+                        add(sums, stats)
                     check = None
         return sums
 
@@ -272,9 +274,8 @@ class OnPolicy(Evaluation):
         size: MinibatchSize,
         backward: Backward,
         check: FirstRead | None,
-    ) -> Stats:
-        """One forward and backward pass."""
-        sums: Stats = {}
+    ) -> list[Stats]:
+        """One forward and backward pass; the statistics of each role of the group."""
         with self.roles.training_pass(group):
             answers = self.roles.answer(
                 piece.sequences, group, self.sampling.temperature, self.samples
@@ -283,9 +284,7 @@ class OnPolicy(Evaluation):
                 check(answers, piece)
             parts = [self.role_loss(role, answers, piece, size) for role in group]
             backward(torch.stack([loss for loss, _ in parts]).sum())
-        for _, stats in parts:
-            add(sums, stats)
-        return sums
+        return [stats for _, stats in parts]
 
     def _step(self, optimizer: Optimizer, accept: Accept) -> Stats:
         """Clip and step; the gradient norms before clipping."""
