@@ -34,8 +34,7 @@ from lightning_perl.batches import PromptBatch
 from lightning_perl.commands.ledger import Ledger
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import PPO
-from lightning_perl.rollouts.experience import Scored
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.rollout import Rollout, Scored
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 PHASES = ("rollout", "score", "update")

@@ -172,7 +172,7 @@ def test_the_checker_goes_red(tmp_path: Path, file: str, source: str, message: s
     ("file", "source"),
     [
         ("functional/kl.py", "import math\nimport torch.nn.functional as F\nfrom . import masked"),
-        ("losses/ppo.py", "from lightning_perl.functional import kl"),
+        ("losses/ppo.py", "from lightning_perl.functional import logprobs"),
         ("models/adapters.py", "import peft\npeft.PeftModel.from_pretrained('x')"),
         (
             "models/loading.py",

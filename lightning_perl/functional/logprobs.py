@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens without ever holding batch x length x vocabulary.
+"""Log-probabilities of chosen tokens without ever holding batch x length x vocabulary; estimators of KL.
 
 Shapes: ``B`` rows, ``R`` scored positions, ``H`` hidden size, ``V`` vocabulary, ``C`` positions of a chunk.
 """
@@ -195,3 +195,24 @@ def frozen_head_logprobs(
         hidden.flatten(0, 1), targets.flatten(), project, temperature, chunk_tokens, entropy
     )
     return logprobs.view_as(targets), entropies.view_as(targets) if entropy else None
+
+
+def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """``d = log pi(y) - log ref(y)``, in nats: an estimate of KL(pi || ref) where ``y`` is sampled from ``pi``.
+
+    Of the three estimators (Schulman, "Approximating KL divergence") k1 and k3 are unbiased, k2 and k3 never
+    negative. As a reward, without a gradient, k1 is right. As a loss on the policy's own samples the gradient of
+    k1 averages to zero, that of k2 is the gradient of KL(pi || ref) and that of k3 of KL(ref || pi).
+    """
+    return logprobs - reference_logprobs
+
+
+def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """``d^2 / 2``."""
+    return (logprobs - reference_logprobs) ** 2 / 2
+
+
+def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """``exp(-d) - 1 + d``, computed with ``expm1`` so that small differences keep their digits."""
+    difference = logprobs - reference_logprobs
+    return torch.expm1(-difference) + difference

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_perl.functional.kl import k3
+from lightning_perl.functional.logprobs import k3
 from lightning_perl.functional.masked import masked_mean
 
 

@@ -97,14 +97,14 @@ Name = TypeVar("Name", bound=str)
 
 
 class RoleAnswers(NamedTuple):
-    """What roles said about some rows; None where a role was not asked.
+    """The roles' answers about some rows; None where a role was not asked.
 
     Attributes:
-        policy: Log-probabilities of the response tokens. Shape: ``(B, R)``.
-        entropy: Of the policy's distributions, nats; under a frozen LM head without a gradient.
-            Shape: ``(B, R)``.
-        value: Shape: ``(B, R)``.
-        reference: Log-probabilities. Shape: ``(B, R)``.
+        policy: The policy's log-probabilities of the response tokens. Shape: ``(B, R)``.
+        entropy: Entropies of the policy's distributions, in nats; under a frozen LM head they have no
+            gradient. Shape: ``(B, R)``.
+        value: The critic's values. Shape: ``(B, R)``.
+        reference: The reference's log-probabilities. Shape: ``(B, R)``.
         reward: Score of each row, read at its last response token. Shape: ``(B,)``.
     """
 
@@ -119,32 +119,26 @@ class Roles(nn.Module):
     """Policy, value, reference and reward on as few trunks as the layout needs.
 
     Args:
-        layout: Row of `LAYOUTS`.
+        layout: Key of `LAYOUTS`.
         trunk: Folder or hub name of the SFT or Hydra-SFT trunk.
-        lora: The adapters' shape.
-        reward: Where the reward model is. None: the trunk's own reward head. For ``perl`` an
-            adapter folder of `RewardModel`, or several; for ``full``, ``lora`` and ``dynamic_lora``
-            a trunk folder.
-        dtype: Of the trunks.
-        checkpointing: Recompute activations in training passes, of all roles or of those named.
-        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers.
-        quantization: Keep the frozen trunks' linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
-            (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
-            ``dtype``. Needs another layout than full. None: everything in ``dtype``.
+        lora: Shape of the actor and critic adapters.
+        reward: Where the reward model is, see `Evaluation`.
+        dtype: Dtype of the trunks.
+        checkpointing: Recompute activations in training passes: of all roles, or of those named.
+        attention: See `AdapterModule`.
+        quantization: See `AdapterModule`.
         shortcuts: Which work is saved where the result is the same.
-        seed: Of the fresh adapters.
-        ensemble: What several reward adapters say together, each with the head it was trained with:
-            the mean or the minimum of their scores, one forward each; or the score of the average
-            of their weights, one forward. The critic starts as a copy of the first one, or of that
-            average; so values are scores at step 0 for one adapter and for ``weight_average`` only.
-        learned_reward: False: nobody answers the role reward, and the trunk needs no reward head.
-            The value head is then a copy of the trunk's reward head where there is one, else 0.
-        critic: False: nobody answers the role value, and nothing is kept for it.
+        seed: Seed of the fresh adapters.
+        ensemble: How several reward adapters, each with the head it was trained with, make one score. The
+            critic starts as a copy of the first of them, or of their average; so values are scores at
+            step 0 for one adapter and for ``weight_average`` only.
+        learned_reward: False: there is no reward role, and the trunk needs no reward head. The value head
+            then starts as a copy of the trunk's reward head where there is one, else at 0.
+        critic: False: there is no value role, and nothing is kept for it.
 
     Attributes:
         value_head: The critic's head; absent without a critic.
-        judges: Who answers the role reward: names of reward adapters, or ``reward`` alone.
+        judges: Names of what answers the reward role: of reward adapters, or ``reward`` alone.
 
     Raises:
         ValueError: The layout is unknown, there is no reward head where it needs one, or the rewards
@@ -171,15 +165,7 @@ class Roles(nn.Module):
         rewards = [reward] if isinstance(reward, str) else list(reward or [])
         _require_known(layout, ensemble)
         _require_fitting_rewards(layout, rewards, learned_reward)
-        if lora.dropout > 0:
-            raise ValueError(
-                f"lora.dropout must be 0 in RL, got {lora.dropout}: dropout makes the first ratio "
-                "differ from 1 although nothing has been learned."
-            )
-        if layout == "full" and dtype == "bfloat16":
-            raise ValueError(NO_BF16_TUNING)
-        if layout == "full" and quantization is not None:
-            raise ValueError(NO_QUANTIZED_TUNING)
+        _require_trainable(layout, lora, dtype, quantization)
         self.checkpointed = _checkpointed(checkpointing)
         self.layout: Layout = layout
         self.ensemble: RewardEnsemble = ensemble
@@ -196,15 +182,9 @@ class Roles(nn.Module):
         self.seats = _seats(layout, self.judges, critic)
         reward_trunk = rewards[0] if layout in REWARD_TRUNK_LAYOUTS and rewards else trunk
         judged = {self.seats[name].trunk for name in (*self.judges, "value") if name in self.seats}
+        options = (dtype, bool(self.checkpointed), attention, quantization, shortcuts)
         trunks = [
-            load_trunk(
-                reward_trunk if number in judged else trunk,
-                dtype,
-                bool(self.checkpointed),
-                attention,
-                quantization,
-                shortcuts,
-            )
+            load_trunk(reward_trunk if number in judged else trunk, *options)
             for number in range(1 + max(seat.trunk for seat in self.seats.values()))
         ]
         judging = trunks[max(judged, default=0)]
@@ -429,6 +409,20 @@ def _require_known(layout: Layout, ensemble: RewardEnsemble) -> None:
         raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
     if ensemble not in REDUCTIONS:
         raise ValueError(f"reward_ensemble must be one of {list(REDUCTIONS)}, got {ensemble!r}.")
+
+
+def _require_trainable(
+    layout: Layout, lora: LoraSpec, dtype: TrunkDtype, quantization: Quantization | None
+) -> None:
+    if lora.dropout > 0:
+        raise ValueError(
+            f"lora.dropout must be 0 in RL, got {lora.dropout}: dropout makes the first ratio "
+            "differ from 1 although nothing has been learned."
+        )
+    if layout == "full" and dtype == "bfloat16":
+        raise ValueError(NO_BF16_TUNING)
+    if layout == "full" and quantization is not None:
+        raise ValueError(NO_QUANTIZED_TUNING)
 
 
 def _require_fitting_rewards(layout: Layout, rewards: list[str], learned: bool) -> None:

@@ -20,8 +20,7 @@ from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, add, size_of
 from lightning_perl.modules.safety import POSITIVE, require_in_range
-from lightning_perl.rollouts.experience import Experience, Scored
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
 class ActorCritic(OnPolicy):

@@ -29,10 +29,8 @@ from lightning_perl.modules.safety import require_in_range
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction, checked_scores
 from lightning_perl.rollouts.decoding import sample
-from lightning_perl.rollouts.experience import Scored
-from lightning_perl.rollouts.rollout import Rollout, joined, split_at
+from lightning_perl.rollouts.rollout import Rollout, Scored, describe, joined, split_at
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
-from lightning_perl.rollouts.statistics import describe
 
 VALIDATION_ROLLOUT = -1
 """Rollout index of validation's noise: the same at every validation, never a training rollout's."""

@@ -40,10 +40,8 @@ from lightning_perl.modules.safety import (
     require_in_range,
     require_unmoved,
 )
-from lightning_perl.rollouts.experience import Experience, Scored
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe
 from lightning_perl.rollouts.sampling import SamplingSpec
-from lightning_perl.rollouts.statistics import describe
 
 Accept = Callable[[Mapping[str, Tensor]], bool]
 """Called with the gradient norms before a step; False leaves the step out."""

@@ -14,9 +14,7 @@ from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize
 from lightning_perl.modules.safety import require_in_range
-from lightning_perl.rollouts.experience import Experience, Scored
-from lightning_perl.rollouts.rollout import Rollout
-from lightning_perl.rollouts.statistics import explained_variance
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 
 
 class Reinforce(ActorCritic):

@@ -7,15 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_perl.functional.kl import k1
+from lightning_perl.functional.logprobs import k1
 from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.rloo import leave_one_out
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy
 from lightning_perl.modules.safety import require_in_range
-from lightning_perl.rollouts.experience import Experience, Scored
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
 class RLOO(OnPolicy):

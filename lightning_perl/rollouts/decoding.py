@@ -22,17 +22,17 @@ from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec, draw
 
 Ended = Callable[[Tensor, int, Tensor], Tensor]
-"""``(numbers of rows (b,), tokens so far, the last of them (b,)) -> whether that ends the row (b,)``."""
+"""``(numbers of rows (b,), tokens so far, last tokens (b,)) -> whether the last token ends the row (b,)``."""
 POLL = 8
-"""Recorded steps after which it is asked who has ended; asking waits for the GPU."""
+"""Replayed steps between two looks at which rows have ended; a look waits for the GPU."""
 LEAST_SHOWN = 256
-"""Columns of keys and values that a recorded step looks at, at least."""
+"""Smallest number of key and value columns that a recorded step attends to."""
 WORTH = 4
-"""Steps that must be left for a recording to be made: Python goes through it once, as through a step."""
+"""Smallest number of steps left for which a step is recorded: recording costs as much as a step in Python."""
 
 
 def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> Ended:
-    """A row ends with a stop token, or with the one that completes one of ``strings`` in its text."""
+    """Returns what tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
 
     def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
         by_token = until_stop(tokens.unsqueeze(-1), trunk.stop_ids)[1]
@@ -47,18 +47,18 @@ def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> End
 
 
 class Responses:
-    """What was drawn so far.
+    """The responses of a batch while they are drawn.
 
     Args:
-        trunk: Who answers.
-        uniforms: One number for each token. Shape: ``(B, R)``.
+        trunk: The trunk that answers.
+        uniforms: A uniform number for each token. Shape: ``(B, R)``.
         spec: How tokens are drawn.
 
     Attributes:
-        ids: Shape: ``(B, R)``, int64.
-        logprobs: Of the tokens, at least fp32. Shape: ``(B, R)``.
-        mask: Tokens that count. Shape: ``(B, R)``, bool.
-        stopped: Rows that have ended by themselves. Shape: ``(B,)``, bool.
+        ids: Tokens drawn so far. Shape: ``(B, R)``, int64.
+        logprobs: Log-probabilities of the tokens, at least fp32. Shape: ``(B, R)``.
+        mask: True on tokens that count. Shape: ``(B, R)``, bool.
+        stopped: True where a response has ended by a stop token or string. Shape: ``(B,)``, bool.
     """
 
     def __init__(self, trunk: Trunk, uniforms: Tensor, spec: SamplingSpec) -> None:
@@ -75,8 +75,8 @@ class Responses:
 
         Args:
             logits: Shape: ``(b, V)``.
-            rows: Their numbers. Shape: ``(b,)``.
-            column: Of the token; as a tensor of shape ``(1,)`` its value is not read.
+            rows: Numbers of these rows. Shape: ``(b,)``.
+            column: Column of the token. As a tensor of shape ``(1,)`` its value is not read.
 
         Returns:
             Shape: ``(b,)``.
@@ -87,16 +87,16 @@ class Responses:
         return tokens
 
     def end(self, rows: Tensor, length: int) -> None:
-        """These have ended with that many tokens."""
+        """Marks rows as ended, with ``length`` tokens each."""
         self.mask[rows, length:] = False
         self.stopped[rows] = True
 
     def end_by(self, stop_ids: tuple[int, ...]) -> None:
-        """Every row ends with its first stop token; what was drawn after it is forgotten."""
+        """Ends every row at its first stop token and masks what was drawn after it."""
         self.mask, self.stopped = until_stop(self.ids, stop_ids)
 
     def rollout(self, prompts: PromptBatch, pad_id: int, longest: int) -> Rollout:
-        """With the first ``longest`` columns."""
+        """The rollout, with the first ``longest`` response columns."""
         mask = self.mask[:, :longest]
         return Rollout(
             prompts.ids,
@@ -117,16 +117,16 @@ def sample(
     uniforms: Tensor,
     early_exit: bool = True,
 ) -> Rollout:
-    """Answer every prompt, with the adapter that is switched on now.
+    """Samples a response to every prompt, with the adapter that is switched on.
 
     Args:
-        trunk: Inside a role.
-        prompts: ``B`` of them.
+        trunk: The trunk, inside a role.
+        prompts: ``B`` prompts.
         spec: How tokens are drawn.
         uniforms: Shape: ``(B, spec.max_new_tokens)``.
-        early_exit: Finished rows leave the batch, and the loop ends with the last of them. Off, the
-            loop reads no tensor's value (fake tensors); the responses are the same. Stop strings
-            need it.
+        early_exit: Finished rows leave the batch, and the loop ends with the last of them. False: the loop
+            reads no tensor's value, as fake tensors need it; the responses are the same. Stop strings need
+            early exit.
 
     Returns:
         The rollout with its log-probabilities; ``R`` is the longest response, or ``max_new_tokens``
@@ -166,13 +166,14 @@ def _read_prompts(trunk: Trunk, cache: Cache, prompts: PromptBatch, share: bool)
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each different row stands first, and for every row which of those it is.
+    """Finds equal rows.
 
     Args:
         rows: Shape: ``(B, N)``.
 
     Returns:
-        Numbers of rows. Shape: ``(b,)``; and places in that. Shape: ``(B,)``.
+        Numbers of the rows that stand first among their equals, shape ``(b,)``; and for every row the place
+        of its equal among those, shape ``(B,)``.
     """
     distinct, which = torch.unique(rows, dim=0, return_inverse=True)
     numbers = torch.arange(len(rows), device=rows.device)
@@ -188,20 +189,19 @@ def _step(
     responses: Responses,
     ends: Ended | None,
 ) -> None:
-    """Read and draw, token by token, behind the first ``tokens``; rows leave as they end, if asked."""
+    """Decodes token by token behind the first ``tokens``. With ``ends``, rows leave the batch as they end."""
     running = torch.arange(len(tokens), device=tokens.device)
     longest = responses.ids.shape[1]
     prompt_tokens = mask.shape[1] - longest
     for column in range(1, longest + 1):
-        if ends is not None:
-            ended = ends(running, column, tokens)
-            if bool(ended.any()):
-                responses.end(running[ended], column)
-                stay = (~ended).nonzero().squeeze(-1)
-                if stay.numel() == 0:
-                    return
-                running, tokens, mask = running[stay], tokens[stay], mask[stay]
-                keep_rows(cache, stay)
+        ended = None if ends is None else ends(running, column, tokens)
+        if ended is not None and bool(ended.any()):
+            responses.end(running[ended], column)
+            stay = (~ended).nonzero().squeeze(-1)
+            if stay.numel() == 0:
+                return
+            running, tokens, mask = running[stay], tokens[stay], mask[stay]
+            keep_rows(cache, stay)
         if column == longest:
             return
         hidden = trunk(tokens.unsqueeze(-1), mask[:, : prompt_tokens + column], cache)
@@ -216,9 +216,10 @@ def _play(
     responses: Responses,
     record: Recorder,
 ) -> None:
-    """The same by recorded steps: a recording holds until half of its rows have ended, or its columns.
+    """Decodes like `_step`, by replaying recorded steps.
 
-    Rows that have ended go on until then, and draw what `Responses.end_by` forgets.
+    A recording is used until half of its rows have ended or its key and value columns are full. Rows that have
+    ended go on until then; `Responses.end_by` masks what they draw.
     """
     stops = torch.tensor(trunk.stop_ids, device=tokens.device, dtype=tokens.dtype)
     running = torch.arange(len(tokens), device=tokens.device)
@@ -257,7 +258,7 @@ def _grow(
     stops: Tensor,
     ended: Tensor,
 ) -> None:
-    """What is recorded: one token more for every row, and a note of those that end with it."""
+    """The step that is recorded: draws one token for every row and marks the rows that end with it."""
     tokens = responses.draw(rows.logits(), running, rows.place - before)
     ended.logical_or_((tokens.unsqueeze(-1) == stops).any(-1))
     rows.grow(tokens)

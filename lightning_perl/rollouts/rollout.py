@@ -1,4 +1,4 @@
-"""What came out of one collection. Immutable: nothing written later can change what was sampled.
+"""A rollout, its scores, and the experience that an update learns from: all immutable; and measures of them.
 
 Shapes: ``B`` rollouts, ``P`` prompt tokens, ``R`` response tokens.
 """
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_perl.functional.sequences import Sequences
+from lightning_perl.functional.logprobs import k1
+from lightning_perl.functional.masked import masked_mean, masked_row_sums
+from lightning_perl.functional.sequences import Cut, Sequences
 
 
 class Rollout(NamedTuple):
@@ -83,3 +85,109 @@ def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:
         else:
             runs[-1].append(token)
     return [run for run in runs if run] or [[]]
+
+
+class Scored(NamedTuple):
+    """What the roles say of a rollout before any update.
+
+    Attributes:
+        logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
+        reference: Log-probabilities of the reference. Shape: ``(B, R)``.
+        values: Of the critic; 0 where there is none, or where `ActorCritic.first_value_pass` gives them
+            later. Shape: ``(B, R)``.
+        scores: What each response earns, before clipping and missing-EOS rules. Shape: ``(B,)``.
+        baseline: Shaped scores of a second rollout of the same prompts, where a method wants one; one per
+            prompt. Shape: ``(B / samples,)``.
+    """
+
+    logprobs: Tensor
+    reference: Tensor
+    values: Tensor
+    scores: Tensor
+    baseline: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> Scored:
+        """The named rows only, without a baseline."""
+        return Scored(*(part[rows] for part in self[:4]))
+
+
+class Experience(NamedTuple):
+    """What an update learns from; every field has a row per rollout.
+
+    Attributes:
+        sequences: Prompts and responses.
+        old_logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
+        advantages: Shape: ``(B, R)``.
+        old_values: Values before the update; None without a critic. Shape: ``(B, R)``.
+        returns: What values are fitted to; None without a critic. Shape: ``(B, R)``.
+        reference: Log-probabilities of the reference, where a loss reads them. Shape: ``(B, R)``.
+    """
+
+    sequences: Sequences
+    old_logprobs: Tensor
+    advantages: Tensor
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    reference: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> Experience:
+        """The named rows only."""
+        return Experience(self.sequences.rows(rows), *self._parts(rows))  # type: ignore[arg-type]
+
+    def cut(self, cut: Cut) -> Experience:
+        """Some rows without the columns that none of them uses."""
+        parts = self._parts((cut.rows, slice(cut.responses)))
+        return Experience(self.sequences.cut(cut), *parts)  # type: ignore[arg-type]
+
+    def _parts(self, index: Tensor | tuple[Tensor, slice]) -> list[Tensor | None]:
+        return [None if part is None else part[index] for part in self[1:]]
+
+
+def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
+    """What a rollout looked like, each a mean over its responses.
+
+    ``score``, ``kl`` (k1 summed over the response, nats), ``response_tokens``, ``truncated_fraction``,
+    ``distinct_2`` (different pairs of neighbouring tokens over all pairs, in the whole batch) and
+    ``length_score_correlation`` (Pearson; 0 where either does not vary).
+    """
+    mask = rollout.response_mask
+    lengths = rollout.response_tokens().float()
+    return {
+        "score": scored.scores.mean(),
+        "kl": masked_row_sums(k1(scored.logprobs, scored.reference), mask).mean(),
+        "response_tokens": lengths.mean(),
+        "truncated_fraction": (~rollout.stopped).float().mean(),
+        "distinct_2": distinct_pairs(rollout.response_ids, mask),
+        "length_score_correlation": correlation(lengths, scored.scores.float()),
+    }
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values explain; 1 is all. Shape: ``()``.
+
+    Args:
+        values: Shape: ``(B, R)``.
+        returns: Shape: ``(B, R)``.
+        mask: Shape: ``(B, R)``, bool.
+    """
+    unexplained = masked_mean((returns - values) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - unexplained / spread.clamp(min=1e-8)
+
+
+def distinct_pairs(ids: Tensor, mask: Tensor) -> Tensor:
+    """Distinct neighbouring token pairs over all of them; 1 where there is no pair."""
+    both = mask[:, :-1] & mask[:, 1:]
+    pairs = torch.stack([ids[:, :-1][both], ids[:, 1:][both]], dim=1)
+    if len(pairs) == 0:
+        return torch.ones(())
+    return torch.tensor(len(torch.unique(pairs, dim=0)) / len(pairs))
+
+
+def correlation(left: Tensor, right: Tensor) -> Tensor:
+    """Pearson correlation over rows; 0 where either side does not vary. Shape: ``()``."""
+    left, right = left - left.mean(), right - right.mean()
+    scale = left.norm() * right.norm()
+    return torch.where(
+        scale > 0, (left * right).sum() / scale.clamp(min=1e-12), torch.zeros(()).to(scale)
+    )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 
-from lightning_perl.functional.kl import k1, k2, k3
+from lightning_perl.functional.logprobs import k1, k2, k3
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
 

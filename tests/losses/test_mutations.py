@@ -21,12 +21,14 @@ import pytest
 import lightning_perl.functional
 import lightning_perl.losses
 from lightning_perl.functional.advantages import generalized_advantages, token_rewards
-from lightning_perl.functional.kl import k1, k2, k3
 from lightning_perl.functional.logprobs import (
     at_least_fp32,
     chosen_logprobs,
     chunked_logprobs,
     frozen_head_logprobs,
+    k1,
+    k2,
+    k3,
     logprobs_and_directions,
 )
 from lightning_perl.functional.masked import masked_mean, masked_row_sums, masked_sum, whiten

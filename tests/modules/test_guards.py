@@ -29,8 +29,7 @@ from lightning_perl.modules.base import AdapterModule, FiniteGuard
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.safety import ratio_tolerance
 from lightning_perl.modules.supervised import Supervised
-from lightning_perl.rollouts.experience import Scored
-from lightning_perl.rollouts.rollout import Rollout, split_at
+from lightning_perl.rollouts.rollout import Rollout, Scored, split_at
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
 

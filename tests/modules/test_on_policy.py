@@ -20,10 +20,15 @@ from lightning_perl.models.heads import load_head
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import PPO, RewardModel
 from lightning_perl.modules.base import Stats, require_trainable
-from lightning_perl.rollouts.experience import Experience, Scored
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.rollout import (
+    Experience,
+    Rollout,
+    Scored,
+    correlation,
+    describe,
+    distinct_pairs,
+)
 from lightning_perl.rollouts.sampling import SamplingSpec
-from lightning_perl.rollouts.statistics import correlation, describe, distinct_pairs
 from tests.modules import tiny
 
 

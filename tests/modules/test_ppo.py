@@ -20,8 +20,7 @@ from lightning_perl.models.roles import Layout, TrainedRole
 from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.rollouts.experience import Scored
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.rollout import Rollout, Scored
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
 

@@ -19,8 +19,7 @@ from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.rollouts.experience import Experience, Scored
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
 from tests.modules.test_ppo import Endings, judging_head, two_rows

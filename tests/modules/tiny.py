@@ -32,7 +32,7 @@ from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
-from lightning_perl.rollouts.experience import Experience
+from lightning_perl.rollouts.rollout import Experience
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 WORDS = 24
