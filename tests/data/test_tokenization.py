@@ -263,18 +263,6 @@ def test_the_prompts_ids_do_not_depend_on_the_answer(
         assert whole != encoded.ids
 
 
-def test_every_finished_answer_ends_in_one_eos_that_counts(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    for response in ((SORRY,), (CALL, API, SORRY), (SORRY, USER, SORRY)):
-        encoded = encode(tokenizer, row((USER,), *response), 256, 64)
-        answers = sum(turn.role == "agent" for turn in response)
-        ends = [place for place, token in enumerate(encoded.ids) if token == tokenizer.eos_token_id]
-        assert len(ends) == answers
-        assert all(encoded.response_mask[place] for place in ends)
-        assert ends[-1] == len(encoded.ids) - 1
-
-
 def test_the_template_has_a_name(tokenizer: PreTrainedTokenizerBase) -> None:
     assert TurnEncoder(tokenizer).template == template_of(None) == PLAIN == "plain-1"
     tokenizer.chat_template = "{{ messages }}"
