@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -127,7 +128,6 @@ class ConversationDataModule(LightningDataModule, ABC):
         self._sources: dict[str, list[int]] = {}
         self._distinct = 0
         self._reported_to: Trainer | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
     def read(self) -> Splits:
@@ -138,25 +138,24 @@ class ConversationDataModule(LightningDataModule, ABC):
         ``self.report.left_out``; what is only worth knowing in ``self.report.notes``.
         """
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use."""
         source = self.tokenizer_source
-        if self._tokenizer is None and isinstance(source, PreTrainedTokenizerBase):
-            self._tokenizer = source
-        elif self._tokenizer is None:
-            try:
-                name = unpackaged(str(source))
-                if name.startswith("~"):
-                    name = str(Path(name).expanduser())
-                self._tokenizer = AutoTokenizer.from_pretrained(name)
-            # A RuntimeError: the ~ of a user that the machine does not know.
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
-                    "the trunk's folder (it holds tokenizer.json) or a hub name."
-                ) from error
-        return self._tokenizer
+        if isinstance(source, PreTrainedTokenizerBase):
+            return source
+        try:
+            name = unpackaged(str(source))
+            if name.startswith("~"):
+                name = str(Path(name).expanduser())
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        # A RuntimeError: the ~ of a user that the machine does not know.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
+                "the trunk's folder (it holds tokenizer.json) or a hub name."
+            ) from error
+        return tokenizer
 
     def bad_row(self, reason: str, message: str) -> None:
         """Counts a bad row by its reason, or raises :class:`BadRow`, as ``on_bad_row`` says."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from lightning_perl.data.tokenization import (
     BadRow,
     Encoded,
     TurnEncoder,
-    encode_prompt,
     template_of,
 )
 
@@ -34,6 +34,12 @@ def row(context: tuple[Turn, ...], *response: Turn) -> Row:
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row, *limits: int) -> Encoded:
     return TurnEncoder(tokenizer).encode(row, *limits)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, context: Sequence[Turn], limit: int
+) -> list[int]:
+    return TurnEncoder(tokenizer).encode_prompt(context, limit).ids
 
 
 def text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
