@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,8 +36,7 @@ from lightning_perl.data.rows import (
     Splits,
     conflicting,
     first_row,
-    judged,
-    verdict,
+    judgement,
 )
 from lightning_perl.data.tokenization import TurnEncoder, template_of
 from lightning_perl.packaged import unpackaged
@@ -128,7 +128,6 @@ class ConversationDataModule(LightningDataModule, ABC):
         self._sources: dict[str, list[int]] = {}
         self._distinct = 0
         self._reported_to: Trainer | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @abstractmethod
     def read(self) -> Splits:
@@ -139,25 +138,24 @@ class ConversationDataModule(LightningDataModule, ABC):
         ``self.report.left_out``; what is only worth knowing in ``self.report.notes``.
         """
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use."""
         source = self.tokenizer_source
-        if self._tokenizer is None and isinstance(source, PreTrainedTokenizerBase):
-            self._tokenizer = source
-        elif self._tokenizer is None:
-            try:
-                name = unpackaged(str(source))
-                if name.startswith("~"):
-                    name = str(Path(name).expanduser())
-                self._tokenizer = AutoTokenizer.from_pretrained(name)
-            # A RuntimeError: the ~ of a user that the machine does not know.
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
-                    "the trunk's folder (it holds tokenizer.json) or a hub name."
-                ) from error
-        return self._tokenizer
+        if isinstance(source, PreTrainedTokenizerBase):
+            return source
+        try:
+            name = unpackaged(str(source))
+            if name.startswith("~"):
+                name = str(Path(name).expanduser())
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        # A RuntimeError: the ~ of a user that the machine does not know.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
+                "the trunk's folder (it holds tokenizer.json) or a hub name."
+            ) from error
+        return tokenizer
 
     def bad_row(self, reason: str, message: str) -> None:
         """Counts a bad row by its reason, or raises :class:`BadRow`, as ``on_bad_row`` says."""
@@ -175,28 +173,29 @@ class ConversationDataModule(LightningDataModule, ABC):
         thumbs, or a pair that is there in both orders, is a conflict: with ``keep_conflicts`` it
         stays (people disagree, and the loss takes the mean), without, each of its rows is a bad row.
         """
-        verdicts: dict[tuple[object, ...], dict[object, Item]] = defaultdict(dict)
-        kept: list[Item] = []
+        known: dict[object, dict[object, Item]] = defaultdict(dict)
+        kept: list[tuple[object, Item]] = []
         for item in items:
-            known = verdicts[judged(item)]
-            if verdict(item) in known:
+            question, verdict = judgement(item)
+            if verdict in known[question]:
                 self.report.duplicates += 1
                 continue
-            known[verdict(item)] = item
-            kept.append(item)
-        contested = {key: known for key, known in verdicts.items() if conflicting(known)}
+            known[question][verdict] = item
+            kept.append((question, item))
+        contested = [question for question, verdicts in known.items() if conflicting(verdicts)]
         self.report.conflicts += len(contested)
         if not self.keep_conflicts:
-            for known in contested.values():
-                self._refuse_conflict(list(known.values()))
-            kept = [item for item in kept if judged(item) not in contested]
-        self._distinct += len(kept)
-        return kept
+            for question in contested:
+                self._refuse_conflict(known.pop(question))
+        distinct = [item for question, item in kept if question in known]
+        self._distinct += len(distinct)
+        return distinct
 
-    def _refuse_conflict(self, items: list[Item]) -> None:
-        for item in items:
-            against = (other for other in items if conflicting((verdict(other), verdict(item))))
-            other = first_row(next(against, items[0])).where
+    def _refuse_conflict(self, verdicts: dict[object, Item]) -> None:
+        for verdict, item in verdicts.items():
+            against = [first_row(verdicts[v]).where for v in verdicts if conflicting((v, verdict))]
+            # A rating in the middle contradicts none, but what it judges is contested.
+            other = against[0] if against else first_row(next(iter(verdicts.values()))).where
             self.bad_row(
                 "conflicting labels",
                 f"{first_row(item).where}: conflicting labels: {other} says the opposite of the same "

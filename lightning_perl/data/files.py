@@ -68,21 +68,16 @@ def parse_json(text: str) -> object:
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, _innermost(text)) from None
+        innermost = _longest(r"[\[{]+", text).end() - 1
+        raise json.JSONDecodeError("nested too deeply", text, innermost) from None
     except ValueError:
-        longest = max(re.finditer(r"\d+", text), key=lambda digits: len(digits[0]))
-        raise json.JSONDecodeError("too long an integer", text, longest.start()) from None
+        integer = _longest(r"\d+", text).start()
+        raise json.JSONDecodeError("too long an integer", text, integer) from None
     return value
 
 
-def _innermost(text: str) -> int:
-    """Returns the position of the innermost bracket of a JSON text."""
-    depths: dict[int, int] = {}
-    depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        depths.setdefault(depth, token.start())
-    return depths[max(depths)]
+def _longest(pattern: str, text: str) -> re.Match[str]:
+    return max(re.finditer(pattern, text), key=lambda match: len(match[0]))
 
 
 def is_html(head: bytes) -> bool:

@@ -247,17 +247,10 @@ class StreamingLoader:
     a whole corpus does in :class:`BucketBatches`. A stream has no length. To go to a saved position,
     the rows before its block are read past, not encoded, and the block is made again.
 
-    Args:
-        read: Called with an epoch and a row number, yields from this row on the epoch's rows that
-            can be used, each with its number.
-        batch_size: Rows of a batch.
-        collate: Makes a batch of a list of examples, which have ``tokens``.
-        seed: Seed of the order.
-        block: Rows that are batched together, rounded up to whole batches.
-        bucket: Batch rows of similar length.
-        ahead: Batches that are asked for before they are used, which a saved position must not
-            count: 1 where Lightning fits without ``limit_train_batches``, which is how it finds out
-            that a batch is the last one.
+    ``read(epoch, row)`` yields from this row on the epoch's rows that can be used, each with its
+    number. ``ahead`` batches are asked for before they are used, which a saved position must not
+    count: 1 where Lightning fits without ``limit_train_batches``, as it then looks whether a batch is
+    the last one.
     """
 
     def __init__(

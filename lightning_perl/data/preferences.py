@@ -65,19 +65,19 @@ class PreferenceDataModule(ConversationDataModule):
     answer (before the last one with ``chat_template``).
 
     A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role
-    ``system``, ``user`` or ``assistant``; in CSV such a list is written as JSON. An answer is a
-    string or a list of one assistant message, which may follow the messages of the prompt. Chosen
-    and thumbs-up answers, and those rated above the middle, also enter the language-modelling loss
-    of Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft target of the
-    cross-entropy. Other columns are ignored; a label or rating that is there but null is a bad row.
+    ``system``, ``user`` or ``assistant``; an answer is a string or a list of one assistant message,
+    which may follow the messages of the prompt. In CSV a list is written as JSON. Chosen and
+    thumbs-up answers, and those rated above the middle, also enter the language-modelling loss of
+    Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft target of the cross-entropy.
+    A label or rating that is there but null is a bad row. Other columns are ignored.
 
     Rows of one dialog (the same words up to the first user turn) go to one split. Duplicates are
-    used once. Rows that contradict each other are bad rows, all of them, unless ``keep_conflicts``.
+    used once.
 
     A corpus in another form needs a file with one of these kinds of rows, and ``columns``. BOLT
-    English SMS/Chat (LDC2018T19), for example, is conversations in XML without summaries: write each
-    as ``{"conversation": text}`` to a ``.jsonl`` file, and set ``columns: {prompt: conversation}``
-    and ``rows: prompts``.
+    English SMS/Chat (LDC2018T19), for example, holds conversations in XML without summaries: write
+    each as ``{"conversation": text}`` to a ``.jsonl`` file, and set ``columns: {prompt:
+    conversation}`` and ``rows: prompts``.
 
     Args:
         train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array,
@@ -458,10 +458,24 @@ def _wrong_type(where: str, column: str, expected: str, got: object) -> BadRow:
     )
 
 
+def _unpacked(value: object) -> object:
+    """Returns the messages that the text of a CSV cell holds, and any other value as it is."""
+    # Words in brackets are a text.
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            messages = parse_json(value)
+        except json.JSONDecodeError:
+            return value
+        if isinstance(messages, list) and all(
+            isinstance(message, dict) and "role" in message for message in messages
+        ):
+            return messages
+    return value
+
+
 def _messages(value: object, column: str, where: str) -> tuple[Turn, ...]:
     expected = 'a list of {"role": "system" | "user" | "assistant", "content": text} messages'
-    if isinstance(value, str):
-        value = _parsed(value) or value
+    value = _unpacked(value)
     if not isinstance(value, list) or not value:
         raise _wrong_type(where, column, expected, value)
     turns = []
@@ -474,27 +488,9 @@ def _messages(value: object, column: str, where: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _parsed(text: str) -> object:
-    """Returns the JSON value of a CSV cell; None where it holds no JSON."""
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError:
-        return None
-
-
-def _is_message_list(value: object) -> bool:
-    """Whether a value is a list, or the text of a CSV cell a list of messages."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        messages = _parsed(value)
-        # Words in brackets are a text.
-        return isinstance(messages, list) and all(
-            isinstance(message, dict) and "role" in message for message in messages
-        )
-    return isinstance(value, list)
-
-
 def _prompt(value: object, where: str) -> tuple[Turn, ...]:
-    if _is_message_list(value):
+    value = _unpacked(value)
+    if isinstance(value, list):
         return _messages(value, "prompt", where)
     if not isinstance(value, str):
         raise _wrong_type(where, "prompt", "a string or a list of messages", value)
@@ -504,7 +500,8 @@ def _prompt(value: object, where: str) -> tuple[Turn, ...]:
 
 
 def _answer(value: object, column: str, where: str, prompt: tuple[Turn, ...]) -> Turn:
-    if _is_message_list(value):
+    value = _unpacked(value)
+    if isinstance(value, list):
         turns = _messages(value, column, where)
         if turns[:-1] not in ((), prompt) or turns[-1].role != "agent":
             raise _wrong_type(where, column, "one assistant message, or it after the prompt", value)

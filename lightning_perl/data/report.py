@@ -16,9 +16,9 @@ class SplitReport:
     in the middle (0.5), ``unlabelled`` demonstrations and prompts; ``duplicates`` are repeated
     prompts (``rows: prompts``), ``cut_turns`` turns that did not fit the window.
 
-    Lengths are histograms, from tokens to how many rows (``tokens``; of a pair the prompt once and
-    both answers), prompts or answers have them, so a stream of any length takes no memory. Of
-    ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts half.
+    Lengths are histograms, from tokens to how many prompts or answers have them, so a stream of any
+    length takes no memory. Of ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts
+    half.
     """
 
     rows: int = 0
@@ -31,7 +31,6 @@ class SplitReport:
     pairs: int = 0
     unlabelled: int = 0
     cut_turns: int = 0
-    tokens: Counter[int] = field(default_factory=Counter)
     prompt_tokens: Counter[int] = field(default_factory=Counter)
     response_tokens: Counter[int] = field(default_factory=Counter)
     up_tokens: Counter[int] = field(default_factory=Counter)
@@ -42,7 +41,6 @@ class SplitReport:
         """Counts a row, a pair or a prompt that is kept."""
         self.kept += 1
         self.cut_turns += cut_turns
-        self.tokens[example.tokens] += 1
         if isinstance(example, PromptExample):
             self.unlabelled += 1
             self.prompt_tokens[example.tokens] += 1

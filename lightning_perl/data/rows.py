@@ -73,17 +73,12 @@ def first_row(item: Item) -> Row:
     return item.chosen if isinstance(item, Pair) else item
 
 
-def judged(item: Item) -> tuple[object, ...]:
-    """Returns what a judge was shown: context and answer, or both answers in either order."""
+def judgement(item: Item) -> tuple[object, object]:
+    """Returns what a judge was shown, an answer or two in either order, and the verdict on it."""
     if isinstance(item, Pair):
         answers = frozenset((item.chosen.response, item.rejected.response))
-        return item.chosen.context, answers
-    return item.context, item.response
-
-
-def verdict(item: Item) -> object:
-    """Returns a judge's verdict: the label, or of a pair the chosen answer."""
-    return item.chosen.response if isinstance(item, Pair) else item.label
+        return (item.chosen.context, answers), item.chosen.response
+    return (item.context, item.response), item.label
 
 
 def conflicting(verdicts: Iterable[object]) -> bool:

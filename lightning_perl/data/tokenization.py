@@ -287,13 +287,3 @@ def _check_unicode(turns: Sequence[Turn], where: str) -> None:
                 f"{error.start} of the {turn.role} turn: no valid Unicode. Write the character "
                 "whole, or set on_bad_row: reject.",
             ) from error
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    context: Sequence[Turn],
-    max_prompt_tokens: int,
-    where: str = "prompt",
-) -> list[int]:
-    """Encodes one prompt by the plain turn template; see :meth:`TurnEncoder.encode_prompt`."""
-    return TurnEncoder(tokenizer).encode_prompt(context, max_prompt_tokens, where).ids

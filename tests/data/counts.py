@@ -12,7 +12,7 @@ def check_counts(report: DataReport, rows: int) -> None:
         assert split.rows == split.kept + split.rejected.total() + split.duplicates
         labels = split.up + split.down + split.even + split.pairs + split.unlabelled
         assert split.kept == labels
-        assert split.kept == split.tokens.total() == split.prompt_tokens.total()
+        assert split.kept == split.prompt_tokens.total()
         answered = split.up + split.down + split.even + 2 * split.pairs
         assert answered <= split.response_tokens.total() <= answered + split.unlabelled
         assert 0 <= split.longer_chosen <= split.pairs

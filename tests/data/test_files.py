@@ -141,6 +141,8 @@ def test_parquet_rows_beyond_one_batch(tmp_path: Path) -> None:
     assert [(reason, message.split(": ")[0]) for reason, message in bad] == [
         ("not UTF-8", f"{file}:2001")
     ]
+    with pytest.raises(BadRow, match=rf"^{re.escape(str(file))}:2001: not UTF-8"):
+        list(parquet_rows(file, stop))
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)

@@ -150,6 +150,7 @@ def test_pairs_become_two_rows_of_a_batch(ready: Build) -> None:
             starts.append(batch.ids[row][: int(batch.response_mask[row].int().argmax())].tolist())
         assert texts[0].replace("good", "bad") == texts[1]
         assert starts[0] == starts[1]
+    assert module.report.splits["test"] is module.report.splits["val"]
     assert "train: 36 rows, 36 kept; pairs 36; chosen is the longer in 100.0%" in str(module.report)
 
 

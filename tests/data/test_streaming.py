@@ -116,8 +116,11 @@ def test_a_resumed_stream_goes_on_where_it_stopped(
         assert second.report.rows == 70 - (stop // 8 and loader.state_dict()["rows"])
 
 
-def test_rows_keep_their_number_in_the_stream(build: Build) -> None:
-    module = build(rows(50), rows="prompts", val_fraction=0.0)
+@pytest.mark.parametrize("kind", ["rated", "prompts"])
+def test_rows_keep_their_number_in_the_stream(build: Build, tmp_path: Path, kind: str) -> None:
+    parts = (rows(25), [{**row, "prompt": "other"} for row in rows(25)])
+    files = [str(write(tmp_path / f"{n}.jsonl", part)) for n, part in enumerate(parts)]
+    module = build(files, rows=kind, val_fraction=0.0)
     loader = module.train_dataloader()
     numbered = [
         {
@@ -127,7 +130,8 @@ def test_rows_keep_their_number_in_the_stream(build: Build) -> None:
         }
         for _ in range(2)
     ]
-    assert len(numbered[0]) == 50
+    # A pair is two rows.
+    assert len(numbered[0]) == (100 if kind == "rated" else 50)
     assert numbered[0] == numbered[1]
 
 

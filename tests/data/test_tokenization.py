@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from lightning_perl.data.tokenization import (
     BadRow,
     Encoded,
     TurnEncoder,
-    encode_prompt,
     template_of,
 )
 
@@ -34,6 +34,12 @@ def row(context: tuple[Turn, ...], *response: Turn) -> Row:
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row, *limits: int) -> Encoded:
     return TurnEncoder(tokenizer).encode(row, *limits)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, context: Sequence[Turn], limit: int
+) -> list[int]:
+    return TurnEncoder(tokenizer).encode_prompt(context, limit).ids
 
 
 def text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -261,18 +267,6 @@ def test_the_prompts_ids_do_not_depend_on_the_answer(
     # The test bites: encoded at once, some of these would be joined with what stands before.
     if chat and answer == "gent":
         assert whole != encoded.ids
-
-
-def test_every_finished_answer_ends_in_one_eos_that_counts(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    for response in ((SORRY,), (CALL, API, SORRY), (SORRY, USER, SORRY)):
-        encoded = encode(tokenizer, row((USER,), *response), 256, 64)
-        answers = sum(turn.role == "agent" for turn in response)
-        ends = [place for place, token in enumerate(encoded.ids) if token == tokenizer.eos_token_id]
-        assert len(ends) == answers
-        assert all(encoded.response_mask[place] for place in ends)
-        assert ends[-1] == len(encoded.ids) - 1
 
 
 def test_the_template_has_a_name(tokenizer: PreTrainedTokenizerBase) -> None:

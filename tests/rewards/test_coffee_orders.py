@@ -5,7 +5,7 @@ from jsonargparse import ArgumentParser
 from transformers import AutoTokenizer
 
 from lightning_perl.data.rows import Turn
-from lightning_perl.data.tokenization import encode_prompt
+from lightning_perl.data.tokenization import TurnEncoder
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
 from lightning_perl.rewards.coffee_orders import (
@@ -106,7 +106,7 @@ def test_gold_from_decoded_prompts_equals_the_true_quality() -> None:
     for row in rows:
         greeting, request = (message["content"] for message in row["prompt"])
         turns = (Turn("agent", greeting), Turn("user", request))
-        ids = encode_prompt(tokenizer, turns, 200)
+        ids = TurnEncoder(tokenizer).encode_prompt(turns, 200).ids
         prompts.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
     scores = CoffeeOrderQuality()(prompts, [f" {row['response']}" for row in rows], range(200))
     requests = [row["prompt"][-1]["content"] for row in rows]
