@@ -12,7 +12,6 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_perl.models.lean_linear import Factors, fusible, lean_linear
+from lightning_perl.models.lean_layers import OFF as OFF
+from lightning_perl.models.lean_layers import AdapterSwitch, adapted_linear
 from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
 from lightning_perl.models.weightless import architecture
 
-OFF = "off"
-"""Name of no adapter: the trunk alone."""
 ATTENTION = "attention"
 """Target that stands for every linear layer of the blocks' attention, whatever the family calls it."""
 PEFT_PREFIX = "base_model.model."
@@ -73,92 +71,8 @@ class LoraSpec:
         object.__setattr__(self, "targets", tuple(self.targets))
 
 
-class NoRoleError(RuntimeError):
-    """A trunk was run outside ``with roles(...)`` (or ``with trunk.switch.use(...)``)."""
-
-
-class AdapterSwitch:
-    """Which adapter the trunk's LoRA layers apply now. Re-entrant and exception-safe.
-
-    Attributes:
-        rested: Inside `at_rest`, adapters that were cast to the trunk's dtype, by layer and name.
-    """
-
-    def __init__(self) -> None:
-        self._current: str | None = None
-        self.rested: dict[tuple[int, str], Factors] | None = None
-
-    @property
-    def current(self) -> str:
-        """Name of the adapter in use, or `OFF`.
-
-        Raises:
-            NoRoleError: None was chosen.
-        """
-        if self._current is None:
-            raise NoRoleError(
-                "The trunk was run outside any role, so it is undefined which adapter should "
-                "answer. Run it inside `with roles('policy'):` (or 'value', 'reference', 'reward')."
-            )
-        return self._current
-
-    @contextmanager
-    def use(self, adapter: str) -> Iterator[None]:
-        """Apply ``adapter`` (or none: `OFF`) inside the block."""
-        before = self._current
-        self._current = adapter
-        try:
-            yield
-        finally:
-            self._current = before
-
-    @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Inside the block no weight changes, so each adapter is cast to the trunk's dtype only once.
-
-        It speeds up passes without a gradient, above all decoding steps.
-        """
-        before = self.rested
-        self.rested = {} if before is None else before
-        try:
-            yield
-        finally:
-            self.rested = before
-
-    def pinned(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts of a checkpointed block's forward and recomputation: both run with the present adapter.
-
-        Backward runs after the role's ``with`` block was left, perhaps inside another role's.
-        """
-        return nullcontext(), self.use(self.current)
-
-
 def _weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
-
-
-def _factors(layer: LoraLayer, switch: AdapterSwitch, adapter: str, x: Tensor) -> Factors:
-    key = (id(layer), adapter)
-    cache = None if torch.is_grad_enabled() else switch.rested
-    if cache is not None and key in cache:
-        return cache[key]
-    down, up = _weights(layer, adapter)
-    up = up * layer.scaling[adapter]
-    may_fuse = fusible(layer.base_layer, layer.lora_dropout[adapter], x)
-    factors = Factors(down.to(x.dtype), up.to(x.dtype), may_fuse)
-    if cache is not None:
-        cache[key] = factors
-    return factors
-
-
-def _forward(layer: LoraLayer, switch: AdapterSwitch, fused: bool, x: Tensor) -> Tensor:
-    """The forward of a linear layer that carries adapters, instead of PEFT's."""
-    adapter = switch.current
-    if adapter == OFF or adapter not in layer.lora_A:
-        bare: Tensor = layer.base_layer(x)
-        return bare
-    factors = _factors(layer, switch, adapter, x)
-    return lean_linear(layer.base_layer, layer.lora_dropout[adapter], factors, fused, x)
 
 
 class Adapters:
@@ -221,7 +135,7 @@ class Adapters:
     def _initialise(self, name: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _, layer in self.layers():
-            cast(Any, layer).forward = partial(_forward, layer, self.switch, self.fused)
+            cast(Any, layer).forward = partial(adapted_linear, layer, self.switch, self.fused)
             if name not in layer.lora_A:
                 # A layer of an earlier adapter, which this one's targets leave out.
                 continue

@@ -1,7 +1,7 @@
-"""Keys and values in one place from the start.
+"""Key-value caches that allocate their memory once.
 
-transformers' dynamic cache makes every layer anew, one token longer, for each token that is sampled: a
-copy of the whole cache per token, and twice a layer's memory while it is made.
+transformers' dynamic cache concatenates every layer anew for each sampled token: a copy of the whole cache per
+token, and twice a layer's memory meanwhile.
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ CACHE_ARGUMENTS = ("cache", "cache_params")
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer's keys and values in two buffers as long as they will ever be.
+    """A layer's keys and values in two buffers of their final length.
 
     Args:
-        tokens: How long that is.
-
-    Raises:
-        ValueError: More tokens come.
+        tokens: The final length. More tokens are refused.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -38,25 +35,21 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._place: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room, once the shapes are known."""
+        """Allocate the buffers, once the shapes are known."""
         super().lazy_initialization(key_states, value_states)
-        self._buffers = [self._room(key_states), self._room(value_states)]
-
-    def _room(self, states: Tensor) -> Tensor:
-        return states.new_empty(*states.shape[:-2], self.tokens, states.shape[-1])
+        self._buffers = [
+            states.new_empty(*states.shape[:-2], self.tokens, states.shape[-1])
+            for states in (key_states, value_states)
+        ]
 
     def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens behind the others, or where `hold` said; views of all of them."""
+        """Write new tokens behind the others (or where `hold` said). Returns views of all tokens."""
         if self._place is not None:
             for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
                 buffer.index_copy_(-2, self._place, states)
-            return self._look()
+            return self._views()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
@@ -64,56 +57,31 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             raise ValueError(f"The cache has room for {self.tokens} tokens, got {self.length}.")
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start : self.length, :] = states
-        return self._look()
+        return self._views()
 
     def hold(self, place: Tensor, shown: int, filler: float = 0.0) -> None:
-        """From now on a token is written at ``place``, and the same views are given back every time.
+        """From now on write each token at ``place`` and return the same views every time.
 
-        So a step is the same work on the same memory, wherever ``place`` has come to: it can be recorded.
+        Every step then does the same work on the same memory, whatever ``place`` is: it can be recorded.
 
         Args:
-            place: Column of the next token, moved on by whoever steps. Shape: ``(1,)``, int64.
-            shown: Columns of the views; those that nothing was written to must be masked.
-            filler: What stands in them: a finite number, since weight 0 times NaN is NaN.
+            place: Column of the next token, advanced by the caller. Shape: ``(1,)``, int64.
+            shown: Columns of the views. Those not written yet must be masked.
+            filler: Their content: a finite number, since weight 0 times NaN is NaN.
         """
         for buffer in self._buffers:
             buffer[..., self.length : shown, :] = filler
         self._place, self.length = place, shown
 
     def let_go(self, length: int) -> None:
-        """Grow again, as `update` does.
-
-        Args:
-            length: Tokens that were written.
-        """
+        """Grow again behind the first ``length`` tokens, which were written."""
         self._place, self.length = None, length
-        self._look()
+        self._views()
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, moved together in the same buffers; only where they become more, in larger ones."""
-        if not self.is_initialized:
-            return
-        self._buffers = [self._moved(buffer, indices) for buffer in self._buffers]
-        self._look()
-
-    def reset(self) -> None:
-        """Nothing held any more; room is made anew."""
-        super().reset()
-        self._place, self.length = None, 0
-
-    def crop(self, *_: object) -> None:
-        """Not offered: sampling never takes a token back."""
-        raise NotImplementedError(
-            "A preallocated cache only grows. Use transformers' DynamicCache."
-        )
-
-    def reorder_cache(self, *_: object) -> None:
-        """Not offered."""
-        self.crop()
-
-    def batch_repeat_interleave(self, *_: object) -> None:
-        """Not offered."""
-        self.crop()
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Keep these rows in the same buffers; in larger ones only where there are more of them."""
+        self._buffers = [self._moved(buffer, beam_idx) for buffer in self._buffers]
+        self._views()
 
     def _moved(self, buffer: Tensor, indices: Tensor) -> Tensor:
         kept = buffer[: len(indices)]
@@ -122,49 +90,36 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         kept[..., : self.length, :] = buffer[indices, ..., : self.length, :]
         return kept
 
-    def _look(self) -> tuple[Tensor, Tensor]:
-        keys, values = (buffer[..., : self.length, :] for buffer in self._buffers)
-        self.keys, self.values = keys, values
-        return keys, values
+    def _views(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (buffer[..., : self.length, :] for buffer in self._buffers)
+        return self.keys, self.values
 
 
 def preallocate(cache: Cache, tokens: int) -> None:
-    """Give every layer that only grows its room at once; other kinds of layers stay as they are.
-
-    Args:
-        cache: With nothing in it yet.
-        tokens: Of the longest row there will be.
-    """
+    """Let every layer of an empty cache that only grows allocate room for ``tokens`` tokens at once."""
     cache.layers = [
         PreallocatedLayer(tokens) if _only_grows(layer, tokens) else layer for layer in cache.layers
     ]
 
 
 def keep_rows(cache: Cache, rows: Tensor) -> None:
-    """Keep these rows, in this order; one that is named twice is there twice.
+    """Keep the rows with these numbers, in this order; a row may be named twice. Shape: ``(b,)``, int64.
 
-    transformers' own ``batch_select_indices`` knows no recurrent or convolutional states.
-
-    Args:
-        cache: Of any layers, with something in it.
-        rows: Their numbers. Shape: ``(b,)``, int64.
+    transformers' own ``batch_select_indices`` ignores recurrent and convolutional states.
     """
     for layer in cache.layers:
-        if isinstance(layer, PreallocatedLayer):
-            layer.batch_select_indices(rows)
-        else:
-            layer.reorder_cache(cast(LongTensor, rows))
+        layer.reorder_cache(cast(LongTensor, rows))
 
 
 def _only_grows(layer: object, tokens: int) -> bool:
-    """A window that no row is longer than never slides."""
     if type(layer) is DynamicSlidingWindowLayer:
+        # A window that no row is longer than never slides.
         return bool(layer.sliding_window >= tokens)
     return type(layer) is DynamicLayer
 
 
 def all_preallocated(layers: list[Any]) -> TypeGuard[list[PreallocatedLayer]]:
-    """Whether there is nothing but keys and values with their room."""
+    """Whether a cache has preallocated keys and values only."""
     return all(isinstance(layer, PreallocatedLayer) for layer in layers)
 
 
@@ -175,5 +130,5 @@ def cache_argument(body: nn.Module) -> str:
 
 
 def only_states(cache: Cache) -> bool:
-    """Whether a family keeps recurrent and convolutional states and no keys and values (Mamba)."""
+    """Whether a cache has recurrent and convolutional states and no keys and values (Mamba)."""
     return not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)

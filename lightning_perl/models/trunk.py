@@ -19,10 +19,10 @@ from transformers.cache_utils import Cache
 from lightning_perl.functional.logprobs import chunked_logprobs, frozen_head_logprobs
 from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
-from lightning_perl.models.adapters import OFF, Adapters, AdapterSwitch
+from lightning_perl.models.adapters import OFF, Adapters
 from lightning_perl.models.cache import cache_argument, only_states, preallocate
 from lightning_perl.models.flops import FlopCount
-from lightning_perl.models.lean_blocks import make_lean
+from lightning_perl.models.lean_layers import AdapterSwitch, make_lean
 from lightning_perl.models.quantization import Quantization, quantization_of
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_perl.models.adapters import (
-    OFF,
+from lightning_perl.models.adapters import OFF, LoraSpec
+from lightning_perl.models.lean_layers import (
     AdapterSwitch,
-    LoraSpec,
+    FrozenLinearWithAdapter,
     NoRoleError,
+    fusible,
 )
-from lightning_perl.models.lean_linear import FrozenLinearWithAdapter, fusible
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.shortcuts import Shortcuts

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.lean_blocks import make_lean, recomputed
+from lightning_perl.models.lean_layers import make_lean, recomputed
 from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk

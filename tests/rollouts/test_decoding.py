@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import pad_left
-from lightning_perl.models.adapters import NoRoleError
+from lightning_perl.models.lean_layers import NoRoleError
 from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
