@@ -104,12 +104,8 @@ class Adapters:
         targets = self._resolve(spec.targets)
         if not spec.targets and not self.specs:
             self._name_what_is_left_out()
-        trained = {
-            id(weight)
-            for other in self.specs
-            for weight in self.parameters(other)
-            if weight.requires_grad
-        }
+        weights = [weight for other in self.specs for weight in self.parameters(other)]
+        trained = {id(weight) for weight in weights if weight.requires_grad}
         with warnings.catch_warnings():
             # Several adapters on one trunk is what this class is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -148,17 +144,15 @@ class Adapters:
             up.data = torch.zeros_like(up, dtype=dtype)
 
     def _name_what_is_left_out(self) -> None:
-        left = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name in self._linear_names
-                if not any(_ends_so(name, end) for end in self._every)
-            }
-        )
+        left = {
+            name.rsplit(".", 1)[-1]
+            for name in self._linear_names
+            if not any(_ends_so(name, end) for end in self._every)
+        }
         if left:
             rank_zero_info(
-                f"LoRA on all linear layers leaves out {', '.join(left)} of some blocks: PEFT has no plain LoRA "
-                "for them in this family, or kernels read their weights past it."
+                f"LoRA on all linear layers leaves out {', '.join(sorted(left))} of some blocks: PEFT has no "
+                "plain LoRA for them in this family, or kernels read their weights directly."
             )
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
@@ -242,13 +236,7 @@ class Adapters:
             ValueError: Its tensors are not those this trunk would have.
         """
         self.add(name, self._spec_of(folder), seed, trainable)
-        if architecture() is not None:
-            return
-        wanted = self.tensors(name)
-        stored = _stored(folder, {key: parameter.shape for key, parameter in wanted.items()})
-        with torch.no_grad():
-            for key, parameter in wanted.items():
-                parameter.copy_(stored[key])
+        _read(folder, self.tensors(name))
 
     def load_average(
         self, name: str, folders: Sequence[Path], seed: int = 0, trainable: bool = True
@@ -268,17 +256,10 @@ class Adapters:
         rank = sum(spec.rank for spec in specs)
         targets = tuple(sorted({target for spec in specs for target in spec.targets}))
         self.add(name, LoraSpec(rank, float(rank), targets), seed, trainable)
-        if architecture() is not None:
-            return
         start = 0
         for folder, spec in zip(folders, specs, strict=True):
-            scale = spec.alpha / spec.rank / len(folders)
             blocks = self._blocks(name, spec.targets, slice(start, start + spec.rank))
-            stored = _stored(folder, {key: block.shape for key, block in blocks.items()})
-            with torch.no_grad():
-                for key, block in blocks.items():
-                    block.copy_(stored[key])
-                    block.mul_(scale if key.endswith("lora_B.weight") else 1.0)
+            _read(folder, blocks, spec.alpha / spec.rank / len(folders))
             start += spec.rank
 
     def _blocks(self, name: str, targets: tuple[str, ...], ranks: slice) -> dict[str, Tensor]:
@@ -310,12 +291,9 @@ class Adapters:
                 f"{config_path}: target_modules is the pattern {config['target_modules']!r}; write it "
                 "as a list of layer names, as this library's own adapters have it."
             )
-        spec = LoraSpec(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            # PEFT keeps a set and writes it in any order.
-            targets=tuple(sorted(config["target_modules"])),
-        )
+        # PEFT keeps the targets as a set and writes it in any order.
+        targets = tuple(sorted(config["target_modules"]))
+        spec = LoraSpec(rank=config["r"], alpha=config["lora_alpha"], targets=targets)
         try:
             self._resolve(spec.targets)
         except ValueError as error:
@@ -365,32 +343,36 @@ class Adapters:
         return weights
 
 
-def _stored(folder: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of an adapter folder under the keys of ``wanted``.
+def _read(folder: Path, tensors: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Copy an adapter folder's weights into tensors with the same keys, every ``B`` times ``scale``.
 
     Raises:
-        ValueError: They are not exactly those, or have other shapes.
+        ValueError: The folder has other tensors or shapes.
     """
+    if architecture() is not None:
+        return
     stored = load_file(folder / WEIGHTS_FILE)
-    shapes = {PEFT_PREFIX + key: shape for key, shape in wanted.items()}
+    wanted = {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
     wrong = [
-        f"{key} {tuple(stored[key].shape)} instead of {tuple(shape)}"
-        for key, shape in shapes.items()
-        if key in stored and stored[key].shape != shape
+        f"{key} {tuple(stored[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in wanted.items()
+        if key in stored and stored[key].shape != tensor.shape
     ]
     if wrong:
         raise ValueError(
             f"{folder} does not fit this trunk: {len(wrong)} tensors have another shape "
             f"({wrong[0]}). Was it trained on another model?"
         )
-    if stored.keys() != shapes.keys():
-        missing, extra = shapes.keys() - stored.keys(), stored.keys() - shapes.keys()
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    if missing or extra:
         raise ValueError(
-            f"{folder} does not fit this trunk: {len(missing)} tensors missing "
-            f"({sorted(missing)[:3]}), {len(extra)} unknown ({sorted(extra)[:3]}). Was it trained "
-            "on another model?"
+            f"{folder} does not fit this trunk: {len(missing)} tensors missing ({missing[:3]}), {len(extra)} "
+            f"unknown ({extra[:3]}). Was it trained on another model?"
         )
-    return {key: stored[PEFT_PREFIX + key] for key in wanted}
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(stored[key])
+            tensor.mul_(scale if key.endswith("lora_B.weight") else 1.0)
 
 
 def shortest_ends(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -415,10 +397,8 @@ def _ends(name: str) -> list[str]:
 def _weight_read_directly(model: nn.Module, name: str) -> bool:
     """Whether Mamba's fused kernels read a layer's weight without calling the layer or its adapter."""
     parent, _, last = name.rpartition(".")
-    mixer = model.get_submodule(parent)
-    return last == "out_proj" and all(
-        hasattr(mixer, part) for part in ("A_log", "conv1d", "in_proj")
-    )
+    mixer, parts = model.get_submodule(parent), ("A_log", "conv1d", "in_proj")
+    return last == "out_proj" and all(hasattr(mixer, part) for part in parts)
 
 
 def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:

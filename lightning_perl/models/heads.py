@@ -1,6 +1,6 @@
-"""Scalar heads: the reward head and the value head. They live outside PEFT and are two tensors.
+"""Scalar heads: the reward head and the value head. They live outside PEFT and share no weights.
 
-Shapes: ``B`` rows, ``N`` positions, ``H`` hidden size.
+Shapes: ``H`` hidden size.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ HEADS_FILE = "heads.safetensors"
 class ScalarHead(nn.Module):
     """One number per hidden state, computed and kept in at least fp32.
 
-    Weights start from N(0, 1 / (H + 1)), the bias from 0 (2403.17031, detail 11).
+    Weights are drawn from N(0, 1 / (H + 1)), the bias starts at 0 (2403.17031, detail 11).
 
     Args:
         hidden_size: ``H``.
-        seed: Of the initial weights.
+        seed: Seed of the initial weights.
     """
 
     def __init__(self, hidden_size: int, seed: int = 0) -> None:
@@ -49,10 +49,19 @@ class ScalarHead(nn.Module):
         return hashlib.sha256(values.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
     def clone_from(self, other: ScalarHead) -> None:
-        """Take another head's values; the two stay two tensors."""
+        """Copy the values of another head."""
         with torch.no_grad():
             self.weight.copy_(other.weight)
             self.bias.copy_(other.bias)
+
+
+def average(heads: Sequence[ScalarHead]) -> ScalarHead:
+    """A head whose values are the mean of those of the heads."""
+    mean = ScalarHead(len(heads[0].weight))
+    with torch.no_grad():
+        mean.weight.copy_(torch.stack([head.weight for head in heads]).mean(0))
+        mean.bias.copy_(torch.stack([head.bias for head in heads]).mean(0))
+    return mean
 
 
 def save_heads(folder: Path, heads: dict[str, ScalarHead]) -> None:
@@ -66,21 +75,14 @@ def save_heads(folder: Path, heads: dict[str, ScalarHead]) -> None:
     save_file(tensors, folder / HEADS_FILE, metadata={"format": "pt"})
 
 
-def has_head(folder: Path, name: str) -> bool:
-    """Whether `load_head` finds the head ``name`` there."""
-    if architecture() is not None:
-        return True
+def _stored(folder: Path) -> dict[str, Tensor]:
     path = folder / HEADS_FILE
-    return path.is_file() and f"{name}.weight" in load_file(path)
+    return load_file(path) if path.is_file() else {}
 
 
-def average(heads: Sequence[ScalarHead]) -> ScalarHead:
-    """The head whose values are the mean of theirs."""
-    head = ScalarHead(len(heads[0].weight))
-    with torch.no_grad():
-        head.weight.copy_(torch.stack([one.weight for one in heads]).mean(0))
-        head.bias.copy_(torch.stack([one.bias for one in heads]).mean(0))
-    return head
+def has_head(folder: Path, name: str) -> bool:
+    """Whether `load_head` finds the head ``name`` in a folder."""
+    return architecture() is not None or f"{name}.weight" in _stored(folder)
 
 
 def load_head(folder: Path, name: str) -> ScalarHead:
@@ -92,8 +94,7 @@ def load_head(folder: Path, name: str) -> ScalarHead:
     shapes = architecture()
     if shapes is not None:
         return ScalarHead(shapes.get_text_config(decoder=True).hidden_size)
-    path = folder / HEADS_FILE
-    tensors = load_file(path) if path.is_file() else {}
+    tensors = _stored(folder)
     if f"{name}.weight" not in tensors:
         found = sorted({key.rsplit(".", 1)[0] for key in tensors}) if tensors else "no heads file"
         raise ValueError(
@@ -102,5 +103,5 @@ def load_head(folder: Path, name: str) -> ScalarHead:
             "the weights."
         )
     head = ScalarHead(tensors[f"{name}.weight"].shape[0])
-    head.load_state_dict({"weight": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]})
+    head.load_state_dict({key: tensors[f"{name}.{key}"] for key in ("weight", "bias")})
     return head

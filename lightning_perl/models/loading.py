@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import (
@@ -61,14 +61,13 @@ def load_trunk(
         FileNotFoundError: A path that is no model folder.
     """
     _require_known(dtype, quantization)
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     shapes = architecture()
     if shapes is not None:
-        bare = _without_weights(shapes, getattr(torch, dtype), attention, quantization)
+        bare = _without_weights(shapes, quantization, options)
         return Trunk(bare, stand_in_tokenizer(shapes), checkpointing, source, shortcuts)
     where = model_source(source)
-    config = _load_config(source, where)
-    without_dropout(config)
-    model = _load_model(where, config, getattr(torch, dtype), attention, quantization)
+    model = _load_model(where, _load_config(source, where), quantization, options)
     trunk = Trunk(model, AutoTokenizer.from_pretrained(where), checkpointing, source, shortcuts)
     note_template(Path(where), trunk)
     return trunk
@@ -118,10 +117,7 @@ def _require_known(dtype: str, quantization: Quantization | None) -> None:
 
 
 def _without_weights(
-    shapes: PreTrainedConfig,
-    dtype: torch.dtype,
-    attention: str | None,
-    quantization: Quantization | None,
+    shapes: PreTrainedConfig, quantization: Quantization | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     if quantization is not None:
         raise ValueError(
@@ -129,10 +125,8 @@ def _without_weights(
             "take the saved bytes of the linear layers off what is found for the trunk."
         )
     without_dropout(shapes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        shapes, dtype=dtype, attn_implementation=attention
-    )
-    return model
+    model = AutoModelForCausalLM.from_config(shapes, **options)  # type: ignore[no-untyped-call]
+    return cast(PreTrainedModel, model)
 
 
 def _load_config(source: str, where: str) -> PreTrainedConfig:
@@ -149,25 +143,22 @@ def _load_config(source: str, where: str) -> PreTrainedConfig:
             "other products than those that adapters are tested on here. Give the folder or hub name of the "
             "full-precision weights, and set quantization: nf4 or int8."
         )
+    without_dropout(config)
     return config
 
 
 def _load_model(
     where: str,
     config: PreTrainedConfig,
-    dtype: torch.dtype,
-    attention: str | None,
     quantization: Quantization | None,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
-    # With a quantization transformers would take the GPU where there is one; here the trainer moves modules.
-    quantized = quantization is not None and {
-        "quantization_config": loading_config(quantization, dtype),
-        "device_map": {"": "cpu"},
-    }
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        where, config=config, dtype=dtype, attn_implementation=attention, **(quantized or {})
-    )
-    if quantized and prepare(model, dtype) == 0:
+    if quantization is not None:
+        # Without a map transformers would take the GPU where there is one; here the trainer moves modules.
+        how = loading_config(quantization, options["dtype"])
+        options = {**options, "quantization_config": how, "device_map": {"": "cpu"}}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, config=config, **options)
+    if quantization is not None and prepare(model, options["dtype"]) == 0:
         raise ValueError(
             f"trunk: transformers found nothing to quantize in {where} ({type(model).__name__}): its linear "
             "layers are of a class of their own. Leave `quantization` out."

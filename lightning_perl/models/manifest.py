@@ -16,16 +16,15 @@ MANIFEST_FILE = "manifest.json"
 
 
 def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str, Any]) -> None:
-    """Write a transformers folder with tokenizer and manifest, ``adapter`` merged into the weights.
+    """Write a transformers folder with tokenizer and manifest, an adapter merged into the weights.
 
-    Merging happens once, here, in full precision; the model itself is not changed. A quantized trunk is
-    written dense, as a folder that loads anywhere: the adapter is merged into the values that it was
-    trained on, not into those before quantization (see `Adapters.merged`).
+    Merging happens here only, in full precision; the model itself is not changed. A quantized trunk is
+    written dense, as a folder that loads anywhere (see `Adapters.merged`).
 
     Args:
-        trunk: To be written.
+        trunk: The trunk.
         folder: Made if missing.
-        adapter: Its name; None writes the trunk's own weights.
+        adapter: Name of the adapter; None writes the trunk's own weights.
         about: Further entries of the manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,32 +32,25 @@ def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str,
     _plain_model(trunk).save_pretrained(folder, state_dict=weights)
     trunk.tokenizer.save_pretrained(folder)
     dtypes = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
-    _write(
-        folder,
-        {
-            "kind": "trunk",
-            "from": trunk.source,
-            "dtype": sorted(dtypes),
-            "pad_id": trunk.pad_id,
-            "stop_ids": list(trunk.stop_ids),
-            **_trained_on(trunk),
-            **about,
-        },
-    )
+    own = {
+        "kind": "trunk",
+        "from": trunk.source,
+        "dtype": sorted(dtypes),
+        "pad_id": trunk.pad_id,
+        "stop_ids": list(trunk.stop_ids),
+    }
+    _write(folder, own | _trained_on(trunk) | about)
 
 
 def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
     """Write beside an adapter which trunk it was trained on."""
-    _write(
-        folder,
-        {
-            "kind": "adapter",
-            "trunk": trunk.source,
-            "trunk_fingerprint": trunk.fingerprint(),
-            "stop_ids": list(trunk.stop_ids),
-            **_trained_on(trunk),
-        },
-    )
+    own = {
+        "kind": "adapter",
+        "trunk": trunk.source,
+        "trunk_fingerprint": trunk.fingerprint(),
+        "stop_ids": list(trunk.stop_ids),
+    }
+    _write(folder, own | _trained_on(trunk))
 
 
 def require_trunk_of(folder: Path, trunk: Trunk) -> None:
@@ -89,11 +81,7 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
 
 
 def note_template(folder: Path, trunk: Trunk) -> None:
-    """Note the chat template that a folder's manifest names, if there is one.
-
-    Raises:
-        ValueError: Another folder named another one.
-    """
+    """Note the chat template that a folder's manifest names, if there is one (see `agree_on_template`)."""
     path = folder / MANIFEST_FILE
     template = json.loads(path.read_text()).get("template") if path.is_file() else None
     if template is not None:
@@ -101,15 +89,15 @@ def note_template(folder: Path, trunk: Trunk) -> None:
 
 
 def agree_on_template(trunk: Trunk, template: str, named_by: str) -> None:
-    """Note how turns become tokens, for the manifests. All who name a template must name the same.
+    """Note the chat template of a trunk's rows. All who name one must name the same.
 
     Args:
-        trunk: Which is trained, or loaded.
-        template: Name of the rendering, for example ``plain-1``.
-        named_by: A folder whose manifest names it, or ``data``.
+        trunk: The trunk.
+        template: Name of the template, for example ``plain-1``.
+        named_by: The folder whose manifest names it, or ``data``.
 
     Raises:
-        ValueError: Another one was named before.
+        ValueError: Another template was named before.
     """
     for other, earlier in trunk.templates.items():
         if earlier != template:
@@ -129,8 +117,10 @@ def _write(folder: Path, about: dict[str, Any]) -> None:
 
 def _trained_on(trunk: Trunk) -> dict[str, str]:
     """Template and quantization, where there are any."""
-    template = next(iter(trunk.templates.values()), None)
-    about = {"template": template, "quantization": trunk.quantization}
+    about = {
+        "template": next(iter(trunk.templates.values()), None),
+        "quantization": trunk.quantization,
+    }
     return {key: value for key, value in about.items() if value is not None}
 
 

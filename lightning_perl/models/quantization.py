@@ -1,14 +1,14 @@
 """Linear layers kept in 4 or 8 bits by bitsandbytes, for trunks that stay frozen (QLoRA, 2305.14314).
 
-transformers quantizes while it loads. The products are made here, from the dense values, in forward and
-again in backward. For RL a row's result must not depend on its batch mates, nor on train or eval mode, or
-the first ratio is not 1; the layers' own products do:
+transformers quantizes while it loads. The products are computed here, from the dense values, in forward and again
+in backward. In RL a row's result must not depend on the other rows of its batch, nor on train or eval mode, or the
+first ratio is not 1. The products of bitsandbytes depend on them:
 
-- ``int8``: LLM.int8() (2208.07339) rounds activations to 8 bits too, but for columns in which *any* row of
-  the batch has an outlier, and on a CPU in eval mode only. Here its weights alone are used.
-- ``nf4`` on a CPU with AVX512-BF16 rounds scales and activations to bfloat16, in eval mode only; with AVX512
-  it takes other blocks' scales where the inputs are a multiple of 16 but not of 64 (0.50). On a GPU the
-  layers' own products are used: fused where that is faster, and plain.
+- ``int8``: LLM.int8() (2208.07339) rounds activations to 8 bits too, except in columns where *any* row of the
+  batch has an outlier, and on a CPU in eval mode only. Here only its weights are used.
+- ``nf4`` on a CPU with AVX512-BF16 rounds scales and activations to bfloat16, in eval mode only; with AVX512 it
+  uses other blocks' scales where the inputs are a multiple of 16 but not of 64 (0.50). On a GPU the products of
+  bitsandbytes are used.
 
 Shapes: ``I`` inputs, ``O`` outputs.
 """
@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 Quantization = Literal["nf4", "int8"]
 KINDS: dict[str, Quantization] = {"Params4bit": "nf4", "Int8Params": "int8"}
-"""By the class of the weight; bitsandbytes itself need not be there to ask."""
+"""Quantization by the class of the weight; needs no bitsandbytes."""
 NEEDS = ("bitsandbytes", "accelerate")
 NO_QUANTIZED_TUNING = (
     "A trunk that is tuned whole cannot be quantized: weights of 4 or 8 bits have no gradient. Give `lora` (in "
@@ -37,7 +37,7 @@ NO_QUANTIZED_TUNING = (
 
 
 def require_quantizable(quantization: Quantization, dtype: str) -> None:
-    """Refuse what bitsandbytes cannot do, before anything is read.
+    """Refuse what bitsandbytes cannot do, before weights are read.
 
     Raises:
         ValueError: An unknown kind, or float64.
@@ -61,7 +61,7 @@ def require_quantizable(quantization: Quantization, dtype: str) -> None:
 
 
 def loading_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What transformers is asked for: LM head and embeddings stay as they are, tied or not."""
+    """The options for transformers. LM head and embeddings are not quantized, tied or not."""
     if quantization == "nf4":
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
@@ -73,7 +73,7 @@ def loading_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndByt
 
 
 def quantization_of(layer: nn.Module) -> Quantization | None:
-    """How a layer keeps its weights; None where they are as they are."""
+    """How a layer is quantized; None where it is not."""
     weight = layer._parameters.get("weight")
     return KINDS.get(type(weight).__name__)
 
@@ -84,27 +84,23 @@ def stored_transposed(layer: nn.Module) -> bool:
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> int:
-    """Give the quantized layers of a freshly loaded model the products of this file.
-
-    Returns:
-        How many there are.
-    """
+    """Give the quantized layers of a loaded model the products of this file. Returns their number."""
     quantized = [module for module in model.modules() if quantization_of(module)]
     for module in quantized:
         layer = cast(Any, module)
         layer.compute_dtype = dtype
         layer.forward = partial(_product, layer)
         if quantization_of(module) == "int8":
-            # The same weights once more, for the products that are not used; it would not move along.
+            # A copy of the weights for the unused products, which would not move with the module.
             layer.weight.CB = None
     return len(quantized)
 
 
 def dense(layer: nn.Module) -> Tensor:
-    """The weights that a quantized layer multiplies with. Shape: ``(O, I)``, in the trunk's dtype."""
+    """The dense values of a quantized layer's weight. Shape: ``(O, I)``, in the trunk's dtype."""
     weight, dtype = cast(Any, layer).weight, cast(Any, layer).compute_dtype
     if quantization_of(layer) == "int8":
-        # Moving a module moves its parameters, not what hangs on them.
+        # Moving a module moves its parameters, not their attributes.
         weight.SCB = weight.SCB.to(weight.device)
         scaled: Tensor = weight.data.to(dtype).mul_(weight.SCB.unsqueeze(1) / 127)
         return scaled
@@ -113,7 +109,7 @@ def dense(layer: nn.Module) -> Tensor:
     scales = state.offset + ops.dequantize_blockwise(
         state.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32
     )
-    # As one long row: blocks run on from row to row, and the kernel for CPUs forgets it.
+    # As one long row: blocks continue across rows, which the kernel for CPUs ignores.
     size = [state.shape.numel()]
     values: Tensor = ops.dequantize_4bit(
         weight.data, scales, state.blocksize, state.quant_type, size, dtype
@@ -130,7 +126,7 @@ def _product(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class FrozenQuantizedProduct(torch.autograd.Function):
-    """``x W^T + bias`` with W made dense in forward and again in backward: nothing is kept."""
+    """``x W^T + bias`` with W made dense in forward and again in backward; nothing is kept."""
 
     @staticmethod
     def forward(ctx: Any, layer: nn.Linear, x: Tensor) -> Tensor:  # noqa: ANN401 (autograd's context)

@@ -1,9 +1,9 @@
-"""A decoding step that is recorded once, and played again for every token.
+"""A decoding step that is recorded as a CUDA graph and replayed for every token.
 
-A step of a large model is some thousand small kernels, and Python takes longer to ask for them than a GPU to run
-them. A CUDA graph asks for all of them at once. It plays the same kernels on the same memory with the same
-numbers, so a step may depend on nothing but tensors that stay where they are; `GrowingRows` is written so.
-Whether a family's own code depends on more is tried out before the first rollout.
+A step of a large model is some thousand small kernels, and Python takes longer to launch them than a GPU to
+run them. A CUDA graph launches all of them at once. It replays the same kernels on the same memory, so a step may
+depend only on tensors that stay in place; `GrowingRows` is written so. Whether a family's own code depends on more
+is tried before the first rollout.
 
 Shapes: ``B`` rows, ``T`` tokens of the longest row there will be, ``V`` vocabulary.
 """
@@ -26,42 +26,42 @@ from lightning_perl.models.trunk import REFUSALS, Trunk, same_logits
 
 Step = Callable[[], None]
 Recorder = Callable[[Step], Step]
-"""Notes what a step does, without doing it; the result does it."""
+"""Records a decoding step; call the result to replay it."""
 PROMPT, STEPS = 6, 6
-"""Tokens of the trial's prompts, and how many are read after them."""
+"""Tokens of the trial's prompts, and of what is read after them."""
 POISON = 100.0
-"""What the trial leaves where nothing was written: whoever looks there finds other logits."""
+"""What the trial writes into unused cache columns: a step that reads them gives other logits."""
 
 
 class CudaGraphs:
-    """Records steps on a GPU, one after the other, in one pool of memory. A step must have been run once.
+    """Records steps on a GPU in one pool of memory. A step must have run once before.
 
-    Unlike ``torch.cuda.graph`` it does not give the allocator's free memory back to the driver: what comes
-    after the rollout would have to ask for it again.
+    Unlike ``torch.cuda.graph`` it does not return the allocator's free memory to the driver, from which the
+    work after the rollout would have to allocate it again.
 
     Args:
-        device: Where.
+        device: The GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _side_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        # A pool is given up with the last graph that knows it.
+        # A pool is freed with the last graph that uses it.
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, step: Step) -> Step:
         """Record a step.
 
         Raises:
-            RuntimeError: It does what a graph cannot hold.
+            RuntimeError: The step does something that a graph cannot record.
         """
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
             with torch.cuda.stream(self._stream):
-                # Its workspace is not the graph's.
+                # cuBLAS allocates its workspace outside the graph.
                 torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
-                # Other threads may ask for memory meanwhile (a loader that pins batches).
+                # Other threads may allocate memory meanwhile (a loader that pins batches).
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 try:
                     step()
@@ -79,31 +79,31 @@ class CudaGraphs:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all: libraries keep a workspace for every stream they have seen.
+    # One stream for all recorders: libraries keep a workspace per stream.
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def recorder_on(device: torch.device) -> Recorder | None:
-    """A fresh recorder for a rollout there; None where Python is not what one waits for."""
+    """A new recorder for a rollout; None on devices without CUDA graphs."""
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
 def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
-    """How a rollout's decoding steps are recorded; None where they are not, which is said.
+    """A recorder for a rollout's decoding steps; None, with a warning, where they cannot be recorded.
 
-    The trunk must take a mask of ours (no ALiBi, no window that is shorter than the rows) and keep
-    nothing but keys and values, and a recorded step must give what the step gives, which is tried out
-    once. A step that waits for the GPU (routing to experts in a loop, say) fails there.
+    The trunk must take a 4-D mask (no ALiBi, no window that is shorter than the rows) and keep keys and
+    values only, and a recorded step must give what the step itself gives, which is tried once. A step that
+    waits for the GPU (say, routing to experts in a loop) fails there.
 
     Args:
         trunk: Inside a role.
-        tokens: Of the longest row there will be.
+        tokens: Tokens of the longest row there will be.
 
     Raises:
         RuntimeError: See `CudaGraphs`.
     """
-    wanted = trunk.shortcuts.recorded_decoding
-    record = recorder_on(trunk.model.device) if wanted else None
+    device = trunk.model.device
+    record = recorder_on(device) if trunk.shortcuts.recorded_decoding else None
     if record is None:
         return None
     fault = None
@@ -121,19 +121,16 @@ def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
 
 
 class GrowingRows:
-    """Rows that grow by a token a step. All that changes between steps is in tensors that stay in place.
+    """Rows that grow by one token per step. All that changes between steps is in tensors that stay in place.
 
     Args:
         trunk: Inside a role.
         cache: Preallocated, holds the tokens before ``place``.
         mask: True on real tokens, those to come included. Shape: ``(B, T)``, bool.
-        tokens: Read next. Shape: ``(B,)``, int64.
-        place: Their column.
-        shown: Columns that a step looks at; ``place`` must stay below.
+        tokens: The tokens that are read next. Shape: ``(B,)``, int64.
+        place: Their column. As an attribute a tensor, shape ``(1,)``, which `grow` advances.
+        shown: Columns that a step attends to; ``place`` must stay below.
         filler: See `PreallocatedLayer.hold`.
-
-    Attributes:
-        place: Column of the token that is read next. Shape: ``(1,)``, int64.
     """
 
     def __init__(
@@ -152,8 +149,8 @@ class GrowingRows:
         self._ids = tokens.unsqueeze(-1).clone()
         self._real = mask[:, :shown]
         self._columns = torch.arange(shown, device=mask.device)
-        # From a row's column to its position.
-        self._moved = position_ids(mask[:, : place + 1])[:, -1:] - place
+        # Added to a column it gives the row's position.
+        self._offset = position_ids(mask[:, : place + 1])[:, -1:] - place
         if not all_preallocated(cache.layers):
             raise TypeError("Only preallocated keys and values can be held.")
         self._layers = cache.layers
@@ -162,30 +159,30 @@ class GrowingRows:
 
     @property
     def tokens(self) -> Tensor:
-        """Read next. Shape: ``(B,)``."""
+        """The tokens that are read next. Shape: ``(B,)``."""
         return self._ids.squeeze(-1)
 
     def logits(self) -> Tensor:
-        """Of each row's next token. Shape: ``(B, V)``."""
+        """Logits of each row's next token. Shape: ``(B, V)``."""
         unseen = ~(self._real & (self._columns <= self.place))
         bias = torch.zeros_like(unseen, dtype=self.trunk.dtype)
         bias.masked_fill_(unseen, torch.finfo(self.trunk.dtype).min)
-        positions = self._moved + self.place
+        positions = self._offset + self.place
         return self.trunk.step(self._ids, bias[:, None, None], positions, self.cache)
 
     def grow(self, tokens: Tensor) -> None:
-        """Read these next. Shape: ``(B,)``."""
+        """Read these tokens next. Shape: ``(B,)``."""
         self._ids.copy_(tokens.unsqueeze(-1))
         self.place.add_(1)
 
     def end(self, length: int) -> None:
-        """Give the cache back, with so many tokens in it."""
+        """Let the cache grow again, with ``length`` tokens in it."""
         for layer in self._layers:
             layer.let_go(length)
 
 
 def _fault(trunk: Trunk, record: Recorder) -> str | None:
-    """Why steps cannot be recorded: two rows, one of them padded, read in three ways."""
+    """Why steps cannot be recorded, if so. Reads two rows, one of them padded, in three ways."""
     tokens = PROMPT + STEPS
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(trunk.vocabulary_size, (2, tokens), generator=drawn).to(trunk.model.device)
@@ -199,7 +196,7 @@ def _fault(trunk: Trunk, record: Recorder) -> str | None:
             stepped = _read(trunk, ids, mask, partial(_not_waiting, ids.device))
         except REFUSALS as error:
             return str(error).splitlines()[0]
-        # Other kernels here, the same ones there: rounding, and less of it.
+        # Here other kernels are compared, below the same ones: rounding, and less of it.
         if not same_logits(stepped, whole, trunk.rounding, 0.5):
             return "steps over a held cache have other logits"
         played = _read(trunk, ids, mask, record)
@@ -211,7 +208,7 @@ def _fault(trunk: Trunk, record: Recorder) -> str | None:
 
 
 def _not_waiting(device: torch.device, step: Step) -> Step:
-    """The step as it is, but what waits for the GPU raises: it would break a recording."""
+    """The step itself, but waiting for the GPU raises: it would break a recording."""
 
     def checked() -> None:
         with refusing_to_wait(device):
@@ -239,17 +236,17 @@ def _read(trunk: Trunk, ids: Tensor, mask: Tensor, record: Recorder) -> Tensor:
     cache = trunk.empty_cache(ids.shape[1])
     trunk(ids[:, :PROMPT], mask[:, :PROMPT], cache)
     rows = GrowingRows(trunk, cache, mask, ids[:, PROMPT], PROMPT, ids.shape[1], POISON)
-    found = ids.new_zeros(len(ids), trunk.vocabulary_size, dtype=trunk.dtype)
+    logits = ids.new_zeros(len(ids), trunk.vocabulary_size, dtype=trunk.dtype)
     # One column more, which is never read.
-    given = torch.nn.functional.pad(ids, (0, 1))
+    following = torch.nn.functional.pad(ids, (0, 1))
 
     def step() -> None:
-        found.copy_(rows.logits())
-        rows.grow(given.index_select(1, rows.place + 1).squeeze(1))
+        logits.copy_(rows.logits())
+        rows.grow(following.index_select(1, rows.place + 1).squeeze(1))
 
     step()
-    seen, play = [found.clone()], record(step)
+    steps, replay = [logits.clone()], record(step)
     for _ in range(STEPS - 1):
-        play()
-        seen.append(found.clone())
-    return torch.stack(seen, 1)
+        replay()
+        steps.append(logits.clone())
+    return torch.stack(steps, 1)

@@ -1,4 +1,4 @@
-"""A decoder that all roles share: hidden states, logits and log-probabilities, for whole rows and step by step.
+"""A decoder that all roles share: hidden states, logits and log-probabilities.
 
 Shapes: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary.
 """
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,7 @@ FULL_LAYERS = {"full_attention", "attention"}
 LOCAL_LAYERS = {"sliding_attention", "chunked_attention"}
 """Layers that attend to the last few tokens only. A 4-D mask replaces that limit."""
 DENSE_ATTENTION = {"eager", "sdpa"}
-"""Attention kernels that take a 4-D mask. Given one, flash attention indexes past its rows (an error on the
-GPU that no `except` catches) and flex attention crashes."""
+"""Attention kernels that take a 4-D mask. Flash attention would end the process on a GPU, flex attention crash."""
 REFUSALS = (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError)
 """What families raise for a mask that they cannot use."""
 
@@ -98,8 +98,7 @@ class Trunk(nn.Module):
     @property
     def lm_head(self) -> nn.Linear:
         """Hidden states to raw logits. Its weight has the shape ``(V, H)``."""
-        head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return head
+        return cast(nn.Linear, self.model.get_output_embeddings())  # type: ignore[no-untyped-call]
 
     @property
     def hidden_size(self) -> int:
@@ -117,8 +116,7 @@ class Trunk(nn.Module):
         config = self._text_config()
         # GPT-2 calls it n_positions.
         key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        positions: int | None = config.to_dict().get(key)
-        return positions
+        return cast(int | None, config.to_dict().get(key))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -155,6 +153,10 @@ class Trunk(nn.Module):
         kinds = (quantization_of(module) for module in self.model.modules())
         return next((kind for kind in kinds if kind is not None), None)
 
+    @property
+    def _named(self) -> str:
+        return f"{self.source or 'The model'} ({type(self.model).__name__})"
+
     def _text_config(self) -> PreTrainedConfig:
         return self.model.config.get_text_config(decoder=True)
 
@@ -175,12 +177,11 @@ class Trunk(nn.Module):
         if cache is not None and ids.shape[1] == 1 and only_states(cache):
             # Mamba would lay the whole mask over the one token. Padding has entered no state.
             mask = None
-        # Always passed: GPT-2 with left padding is off by several nats without.
-        positions = position_ids(attention_mask)[:, -ids.shape[1] :]
+        # Positions are always passed: without them GPT-2 with left padding is off by several nats.
         output = self.model.base_model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=position_ids(attention_mask)[:, -ids.shape[1] :],
             use_cache=cache is not None,
             **{self._cache_argument: cache},
         )
@@ -237,28 +238,22 @@ class Trunk(nn.Module):
         """Whether rows of up to ``tokens`` tokens may be packed. Tried once per power of two.
 
         Some families refuse a 4-D mask (ALiBi), read it differently, or have a sliding window, which the
-        mask replaces; some are no transformers. A window in the configuration is taken from there: in
-        bfloat16, missing it by a few tokens is hidden by rounding. Otherwise two rows that share half
-        their tokens are computed packed and separately, at least as long as the rows in question.
+        mask replaces; some are no transformers. A window is read from the configuration, since bfloat16
+        hides it when a window is missed by a few tokens; everything else is tried.
         """
-        if self.model.config._attn_implementation not in DENSE_ATTENTION:
+        dense = self.model.config._attn_implementation in DENSE_ATTENTION
+        if not dense or tokens > self._longest_packed:
             return False
-        if tokens > self._longest_packed:
-            return False
-        length = 32
-        while length < tokens:
-            length *= 2
+        length = max(32, 2 ** math.ceil(math.log2(tokens)))
         if length not in self._packs:
-            longest = length if self.window is None else min(length, self.window)
             shorter = length == 32 or self.packs(length // 2)
-            self._packs[length] = shorter and self._packs_exactly(longest)
+            self._packs[length] = shorter and self._packs_exactly(
+                min(length, self.window or length)
+            )
         return self._packs[length]
 
     def takes_masks(self, tokens: int) -> bool:
-        """Whether a 4-D mask works for rows of up to ``tokens`` tokens.
-
-        `packs` tries long rows; where nothing is packed, the configuration and a short trial will do.
-        """
+        """Whether a 4-D mask works for rows of up to ``tokens`` tokens, by a short trial."""
         return tokens <= self._longest_packed and self.packs(min(tokens, 32))
 
     @cached_property
@@ -276,6 +271,7 @@ class Trunk(nn.Module):
         return min((span for span in spans if span), default=math.inf)
 
     def _packs_exactly(self, tokens: int) -> bool:
+        """Compute two rows that share half their tokens packed and separately."""
         if self.weightless:
             # Nothing can be tried; the configuration allows it.
             return True
@@ -297,10 +293,7 @@ class Trunk(nn.Module):
         return bool((packed - separate).norm() <= allowed * separate.norm())
 
     def fingerprint(self) -> str:
-        """A hash of some of the trunk's own weights, the same in every dtype it is loaded in.
-
-        Quantized weights have other values, and so another hash.
-        """
+        """A hash of some of the trunk's own weights: the same in every dtype, another one if quantized."""
         digest = hashlib.sha256()
         for key, value in sorted(self.adapters.own_weights().items()):
             digest.update(key.encode())
@@ -320,7 +313,7 @@ class Trunk(nn.Module):
     def step(self, ids: Tensor, bias: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of each row's next token, from tensors alone, so that the step can be recorded.
 
-        It does not count itself, since it may be recorded; whoever runs it calls `count_step`.
+        Whoever runs or replays it calls `count_step`.
 
         Args:
             ids: Each row's newest token. Shape: ``(B, 1)``.
@@ -369,10 +362,7 @@ class Trunk(nn.Module):
         return of_chunks(states, targets, self._logits, temperature, chunk_tokens, entropy)
 
     def empty_cache(self, tokens: int) -> Cache:
-        """An empty cache of keys and values for rows of up to ``tokens`` tokens.
-
-        Sliding-window layers keep their window only, and grow as transformers implements them.
-        """
+        """An empty cache for rows of up to ``tokens`` tokens; sliding-window layers keep their window only."""
         cache = DynamicCache(config=self.model.config)
         preallocate(cache, tokens)
         return cache
@@ -400,18 +390,16 @@ class Trunk(nn.Module):
         # One token uses other kernels than many do, and recurrences round a lot.
         if not same_logits(cached, whole, self.rounding, 0.4):
             raise ValueError(
-                f"{self.source or 'The model'} ({type(self.model).__name__}): its logits are others when "
-                "a row is read token by token behind a cache, so it cannot be sampled from here. It can be "
-                "tuned by SFT, HydraSFT and RewardModel."
+                f"{self._named}: its logits are others when a row is read token by token behind a cache, so it "
+                "cannot be sampled from here. It can be tuned by SFT, HydraSFT and RewardModel."
             )
 
     @contextmanager
     def training_pass(self, checkpointed: bool = True) -> Iterator[None]:
-        """Train mode inside the block, which is where transformers checkpoints activations.
+        """Train mode inside the block: transformers checkpoints activations in train mode only.
 
         Args:
-            checkpointed: False: keep all activations in this pass, even if the trunk was loaded with
-                checkpointing.
+            checkpointed: False: stay in eval mode, which keeps all activations.
         """
         was_training = self.model.training
         self.model.train(checkpointed)
@@ -431,24 +419,24 @@ class Trunk(nn.Module):
         ids, mask = self._two_rows()
         with torch.no_grad(), self.switch.use(OFF), self.uncounted():
             ours = self.project(self(ids, mask))[mask].double()
-            own = self.model(
+            output = self.model(
                 input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)
-            ).logits[mask]
-        own = own.double()
+            )
+        own = output.logits[mask].double()
         if not bool(own.isfinite().all()):
             raise ValueError(
-                f"{self.source or 'The model'} ({type(self.model).__name__}): its own logits in "
-                f"{self.dtype} are not finite on a row with padding on the left. Are its weights "
-                "finite? Gemma 2 can do float32 and bfloat16 only: transformers masks it in fp32."
+                f"{self._named}: its own logits in {self.dtype} are not finite on a row with padding on the "
+                "left. Are its weights finite? Gemma 2 can do float32 and bfloat16 only: transformers masks it "
+                "in fp32."
             )
         difference = float((ours - own).abs().max())
         # The same kernels compute both; only the last operation may round differently.
         allowed = 8 * torch.finfo(self.dtype).eps * max(1.0, float(own.abs().max()))
         if not difference <= allowed:
             raise ValueError(
-                f"{self.source or 'The model'} ({type(self.model).__name__}): trunk + LM head differ "
-                f"from the model's own logits by {difference:.3g} (allowed {allowed:.3g}). This family "
-                "changes its logits in a way that LogitTransform does not know; add it there."
+                f"{self._named}: trunk + LM head differ from the model's own logits by {difference:.3g} (allowed "
+                f"{allowed:.3g}). This family changes its logits in a way that LogitTransform does not know; "
+                "add it there."
             )
 
 
@@ -490,10 +478,8 @@ class LogitTransform:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The transformed logits, same shape."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.divisor != 1.0:
-            logits = logits / self.divisor
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        logits = logits if self.divisor == 1.0 else logits / self.divisor
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits

@@ -1,4 +1,4 @@
-"""Building trunks and heads of which only the shapes are wanted: nothing is read, nothing takes memory."""
+"""Trunks and heads of shapes alone: nothing is read, and nothing takes memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ _architecture: ContextVar[PreTrainedConfig | None] = ContextVar("architecture", 
 def weightless(config: PreTrainedConfig) -> Iterator[None]:
     """Build every trunk inside the block from ``config``, on the meta device.
 
-    No weights, tokenizers and head files are read, and their folders need not exist. What compares
-    values (a trunk with its own forward, an adapter with its trunk) is left out. After the block
-    `materialize` gives the module memory, or fake memory.
+    No weights, tokenizers and head files are read; their folders need not exist. Nothing is compared (a
+    trunk with its own forward, an adapter with its trunk). `materialize` gives the module memory later.
     """
     token = _architecture.set(config)
     try:
@@ -39,7 +38,7 @@ def architecture() -> PreTrainedConfig | None:
 
 
 def stand_in_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """One that knows its end of text and nothing else."""
+    """A tokenizer that knows only the end of text."""
     eos = config.get_text_config(decoder=True).eos_token_id
     number = eos[0] if isinstance(eos, list) else eos or 0
     words = Tokenizer(models.WordLevel({"<eos>": number}, unk_token="<eos>"))
@@ -51,23 +50,20 @@ def stand_in_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerBase:
 def materialize(module: nn.Module) -> None:
     """Give every meta tensor of a module memory on the CPU; fake memory inside a ``FakeTensorMode``.
 
-    Tensors that are one stay one: ``Module.to_empty`` would part tied weights.
+    Tied weights stay tied, which ``Module.to_empty`` would part.
     """
     made: dict[int, torch.Tensor] = {}
 
-    def of(tensor: torch.Tensor) -> torch.Tensor:
+    def allocated(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-            made[id(tensor)] = (
-                nn.Parameter(empty, tensor.requires_grad)
-                if isinstance(tensor, nn.Parameter)
-                else empty
-            )
+            trained = tensor.requires_grad
+            parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, trained) if parameter else empty
         return made[id(tensor)]
 
     for part in module.modules():
         # Some families also keep a tensor as a plain attribute.
         for held in cast(list[dict[str, Any]], [part._parameters, part._buffers, vars(part)]):
-            for name, tensor in list(held.items()):
-                if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                    held[name] = of(tensor)
+            meta = [name for name, value in held.items() if getattr(value, "is_meta", False)]
+            held.update({name: allocated(held[name]) for name in meta})
