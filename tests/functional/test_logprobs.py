@@ -1,4 +1,7 @@
-"""Chunked log-probabilities, against a whole log-softmax in float64; how much they hold at once."""
+"""Chunked log-probabilities, against a whole log-softmax in float64; how much they hold at once.
+
+The checks of single functions run in `tests/losses/test_mutations.py`, on the functions and on their mutants.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_perl.functional import logprobs as room
 from lightning_perl.functional.logprobs import (
-    at_least_fp32,
-    chosen_logprobs,
     chunked_logprobs,
     frozen_head_logprobs,
-    logprobs_and_directions,
 )
 
 ROWS, COLUMNS, HIDDEN, VOCABULARY = 3, 5, 4, 11
@@ -264,34 +264,6 @@ def check_frozen_memory(fn: Callable[..., Pair]) -> None:
     assert backward.numel <= hidden.numel()
 
 
-def test_logprobs_and_directions() -> None:
-    check_logprobs_and_directions(logprobs_and_directions)
-
-
-def test_frozen_head_logprobs() -> None:
-    check_frozen_head_logprobs(frozen_head_logprobs)
-
-
-def test_at_least_fp32() -> None:
-    check_at_least_fp32(at_least_fp32)
-
-
-def test_chosen_logprobs() -> None:
-    check_chosen_logprobs(chosen_logprobs)
-
-
-def test_chunked_logprobs() -> None:
-    check_chunked_logprobs(chunked_logprobs)
-
-
-def test_the_memory_check_sees_a_whole_projection() -> None:
-    # 40 positions at once hold 40 x 50 logits: without this the check above could be blind
-    hidden, targets, weight = hidden_targets_weight(rows=8, vocabulary=50)
-    with LargestTensor() as largest:
-        whole_logprobs(hidden, targets, weight, 1.0)
-    assert largest.numel == 8 * COLUMNS * 50
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", [chunked_logprobs, frozen_head_logprobs])
 def test_without_entropies_the_rest_is_equal_bit_for_bit(
@@ -318,48 +290,12 @@ def test_without_gradients_nothing_is_projected_twice(chunk_tokens: int) -> None
     assert_close(results, whole_logprobs(hidden, targets, weight, 0.7), rtol=1e-12, atol=1e-12)
 
 
-def test_defaults_are_temperature_one_and_one_chunk() -> None:
-    hidden, targets, weight = hidden_targets_weight()
-    head = Head(weight)
-    assert_close(
-        chunked_logprobs(hidden, targets, head), whole_logprobs(hidden, targets, weight, 1.0)
-    )
-    assert head.rows == [ROWS * COLUMNS]
-
-
-def test_a_frozen_head_still_passes_the_gradient_to_the_hidden_states() -> None:
-    hidden, targets, weight = hidden_targets_weight()
-    frozen = weight.detach()
-    found = torch.autograd.grad(
-        chunked_logprobs(hidden, targets, Head(frozen), 1.0, 4)[0].sum(), hidden
-    )
-    expected = torch.autograd.grad(whole_logprobs(hidden, targets, frozen, 1.0)[0].sum(), hidden)
-    assert_close(found, expected)
-
-
 def test_views_of_a_wider_sequence_are_welcome() -> None:
     # a caller slices the positions that predict the response: neither tensor is contiguous then
     hidden, targets, weight = hidden_targets_weight()
     expected = whole_logprobs(hidden[:, 1:4], targets[:, 2:], weight, 1.0)
     results = chunked_logprobs(hidden[:, 1:4], targets[:, 2:], Head(weight), 1.0, 4)
     assert_close(results, expected)
-
-
-def test_equal_logits_have_the_entropy_of_the_vocabulary() -> None:
-    hidden, targets = torch.zeros(2, 3, HIDDEN), torch.zeros(2, 3, dtype=torch.int64)
-    logprobs, entropies = chunked_logprobs(hidden, targets, Head(torch.ones(VOCABULARY, HIDDEN)))
-    assert_close(entropies, torch.full((2, 3), VOCABULARY).log())
-    assert_close(logprobs, -torch.full((2, 3), VOCABULARY).log())
-
-
-def test_two_outcomes_by_hand() -> None:
-    # logits (0, log 3): probabilities 1/4 and 3/4, entropy log 4 - 3/4 log 3
-    hidden, targets = torch.ones(1, 2, 1, dtype=torch.float64), torch.tensor([[0, 1]])
-    table = torch.tensor([[0.0, 3.0]], dtype=torch.float64).log1p()  # (0, log 4)
-    table[0, 1] = torch.tensor(3.0, dtype=torch.float64).log()
-    logprobs, entropies = chunked_logprobs(hidden, targets, lambda rows: rows @ table)
-    assert_close(logprobs.exp(), torch.tensor([[0.25, 0.75]], dtype=torch.float64))
-    assert_close(entropies, torch.full((1, 2), 0.5623351446188083, dtype=torch.float64))
 
 
 def test_large_logits_stay_finite() -> None:

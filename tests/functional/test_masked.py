@@ -1,4 +1,7 @@
-"""Masked reductions, against numpy in float64 on the values that count and nothing else."""
+"""Masked reductions, against numpy in float64 on the values that count and nothing else.
+
+The checks of single functions run in `tests/losses/test_mutations.py`, on the functions and on their mutants.
+"""
 
 from __future__ import annotations
 
@@ -88,18 +91,6 @@ def check_whiten(fn: Callable[..., Tensor]) -> None:
         check_hidden(lambda x, mask=mask, w=weights: (fn(x, mask) * w,), [values], mask)
 
 
-def test_masked_sum() -> None:
-    check_masked_sum(masked_sum)
-
-
-def test_masked_mean() -> None:
-    check_masked_mean(masked_mean)
-
-
-def test_whiten() -> None:
-    check_whiten(whiten)
-
-
 @pytest.mark.parametrize("rows_at_once", [1, 2, 3, 7])
 def test_micro_batches_add_up_to_the_minibatch(rows_at_once: int) -> None:
     values, mask = random_values(0, 7, 5), random_mask(0, 7, 5)
@@ -112,29 +103,6 @@ def test_micro_batches_add_up_to_the_minibatch(rows_at_once: int) -> None:
         )
     ]
     assert_close(torch.stack(parts).sum(), masked_mean(values, mask))
-
-
-def test_mean_of_micro_batch_means_is_another_number() -> None:
-    # rows of 1 and 3 tokens: 4/4 tokens = 1.0 in one piece, (4 + 0)/2 as a mean of means
-    values = torch.tensor([[4.0, 9.0, 9.0], [0.0, 0.0, 0.0]])
-    mask = torch.tensor([[True, False, False], [True, True, True]])
-    assert masked_mean(values, mask).item() == 1.0
-    assert (
-        torch.stack([masked_mean(values[:1], mask[:1]), masked_mean(values[1:], mask[1:])]).mean()
-        == 2.0
-    )
-
-
-def test_whitened_moments() -> None:
-    values, mask = 40 + 7 * random_values(3, 6, 9), random_mask(3, 6, 9)
-    counted = whiten(values, mask)[mask]
-    assert_close(counted.mean(), torch.tensor(0.0, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert_close(counted.var(correction=0), torch.tensor(1.0, dtype=torch.float64))
-
-
-def test_whiten_forgets_shift_and_scale() -> None:
-    values, mask = random_values(4, 3, 5), random_mask(4, 3, 5)
-    assert_close(whiten(9 + 100 * values, mask, 0.0), whiten(values, mask, 0.0))
 
 
 @pytest.mark.parametrize("counted", [0, 1])

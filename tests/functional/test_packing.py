@@ -1,3 +1,8 @@
+"""Packed rows, against the rows themselves.
+
+The checks of single functions run in `tests/losses/test_mutations.py`, on the functions and on their mutants.
+"""
+
 from __future__ import annotations
 
 import random
@@ -128,11 +133,6 @@ CHECKS: dict[Callable[..., Any], Callable[[Callable[..., Any]], None]] = {
     attention_bias: check_attention_bias,
     unpack: check_unpack,
 }
-
-
-@pytest.mark.parametrize("function", CHECKS, ids=lambda function: function.__name__)
-def test_by_hand(function: Callable[..., object]) -> None:
-    CHECKS[function](function)
 
 
 def random_groups(seed: int) -> list[list[list[int]]]:

@@ -1,4 +1,7 @@
-"""Padding, stops and columns, against loops over every small case there is."""
+"""Padding, stops and columns, against loops over every small case there is.
+
+The checks of single functions run in `tests/losses/test_mutations.py`, on the functions and on their mutants.
+"""
 
 from __future__ import annotations
 
@@ -151,26 +154,6 @@ def check_pad_right(fn: Callable[[Rows, int], tuple[Tensor, Tensor]]) -> None:
     check_padding(fn, ids, [[1, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 0]])
 
 
-def test_position_ids_of_every_mask() -> None:
-    check_position_ids(position_ids)
-
-
-def test_last_true_of_every_mask() -> None:
-    check_last_true(last_true)
-
-
-def test_at_columns() -> None:
-    check_at_columns(at_columns)
-
-
-def test_predicting() -> None:
-    check_predicting(predicting)
-
-
-def test_at_last_response_of_every_mask() -> None:
-    check_at_last_response(at_last_response)
-
-
 def test_sequences_know_where_their_responses_are() -> None:
     ids = torch.arange(15).view(3, 5)
     mask = torch.tensor([[True, True], [True, False], [True, True]])
@@ -183,81 +166,12 @@ def test_sequences_know_where_their_responses_are() -> None:
             assert_close(one, whole[rows])
 
 
-def test_until_stop_of_every_response() -> None:
-    check_until_stop(until_stop)
-
-
-def test_pad_left() -> None:
-    check_pad_left(pad_left)
-
-
-def test_pad_right() -> None:
-    check_pad_right(pad_right)
-
-
 @pytest.mark.parametrize("pad", [pad_left, pad_right])
 def test_padding_of_empty_rows_alone(pad: Callable[[Rows, int], tuple[Tensor, Tensor]]) -> None:
     ids, mask = pad([[], []], 0)
     assert ids.shape == mask.shape == (2, 0)
     assert ids.dtype == torch.int64
     assert mask.dtype == torch.bool
-
-
-@pytest.mark.parametrize(
-    ("response", "counted", "stopped"),
-    [
-        ([5, 6, 7, 8], [1, 1, 1, 1], False),  # no stop: cut by the length limit
-        ([2, 6, 7, 8], [1, 0, 0, 0], True),  # the first token already ends it
-        ([5, 2, 2, 8], [1, 1, 0, 0], True),  # the second stop is padding, not a response of its own
-        ([5, 6, 3, 2], [1, 1, 1, 0], True),  # another stop id comes first
-        ([5, 6, 7, 2], [1, 1, 1, 1], True),  # full length, and stopped all the same
-    ],
-)
-def test_until_stop_by_hand(response: list[int], counted: list[int], stopped: bool) -> None:
-    mask, ended = until_stop(torch.tensor([response]), [2, 3])
-    assert mask.long().tolist() == [counted]
-    assert ended.tolist() == [stopped]
-
-
-def test_until_stop_needs_no_stop_ids() -> None:
-    mask, stopped = until_stop(torch.tensor([[1, 2], [0, 0]]), [])
-    assert mask.all()
-    assert not stopped.any()
-
-
-def test_padding_on_either_side_keeps_positions_and_tokens() -> None:
-    rows = [[4, 5, 6], [7], [8, 9]]
-    for pad in (pad_left, pad_right):
-        ids, mask = pad(rows, 0)
-        positions = position_ids(mask)
-        for row, tokens in enumerate(rows):
-            assert ids[row, mask[row]].tolist() == tokens
-            assert positions[row, mask[row]].tolist() == list(range(len(tokens)))
-
-
-def test_extra_padding_moves_no_position() -> None:
-    mask = torch.tensor([[True, True, True], [False, True, True]])
-    wider = torch.cat([torch.zeros(2, 4, dtype=torch.bool), mask], dim=1)
-    assert_close(position_ids(wider)[:, 4:], position_ids(mask))
-
-
-def test_last_response_token_is_the_stop() -> None:
-    ids = torch.tensor([[5, 2, 9, 9], [5, 6, 7, 8], [2, 9, 9, 9]])
-    mask, stopped = until_stop(ids, [2])
-    last = at_columns(ids, last_true(mask))
-    assert last.tolist() == [2, 8, 2]
-    assert stopped.tolist() == [True, False, True]
-
-
-def test_at_columns_sends_the_gradient_to_the_read_column_only() -> None:
-    values = torch.zeros(2, 3, requires_grad=True)
-    read = at_columns(values, torch.tensor([2, 0])) * torch.tensor([3.0, 5.0])
-    (gradient,) = torch.autograd.grad(read.sum(), values)
-    assert gradient.tolist() == [[0, 0, 3], [5, 0, 0]]
-
-
-def test_cuts() -> None:
-    check_cuts(cuts)
 
 
 @pytest.mark.parametrize("by_length", [True, False])
