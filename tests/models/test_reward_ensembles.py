@@ -154,15 +154,6 @@ def test_critic_starts_from_the_first_or_from_the_average(
     assert torch.equal(reward_of(roles), before)
 
 
-def test_only_what_is_trained_is_trainable(tiny_trunk: TinyTrunk, adapters: list[str]) -> None:
-    for ensemble in REDUCTIONS:
-        roles = perl(tiny_trunk(), adapters, ensemble)
-        trainable = {name for name, one in roles.named_parameters() if one.requires_grad}
-        assert all(
-            ".actor." in name or ".critic." in name or "value_" in name for name in trainable
-        )
-
-
 # ---- refusals ------------------------------------------------------------------------------------
 
 

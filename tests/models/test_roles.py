@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, load_head, save_heads
-from lightning_perl.models.lean_layers import NoRoleError
 from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.models.manifest import write_adapter_manifest
 from lightning_perl.models.roles import LAYOUTS, Layout, Role, RoleAnswers, Roles
@@ -78,15 +77,6 @@ def test_roles_that_share_trunk_and_adapter_share_a_forward(
         assert others == [None] * 3
         assert (alone.entropy is None) == (role != "policy")
     assert passes(roles) == count + 4
-
-
-@pytest.mark.parametrize("layout", ["hydra", "joint_hydra"])
-def test_hydra_reads_reference_and_reward_in_one_pass(
-    tiny_trunk: TinyTrunk, layout: Layout
-) -> None:
-    roles = build(tiny_trunk(), layout)
-    answers(roles, ("reference", "reward"))
-    assert passes(roles) == 1
 
 
 def test_groups_keep_the_order_asked() -> None:
@@ -259,31 +249,6 @@ def test_full_trains_two_whole_models_and_leaves_two(tiny_trunk: TinyTrunk) -> N
     # The critic's LM head says nothing, so nobody trains it.
     expected = {name for name in before if name[0] in "01" and name != "1.model.lm_head.weight"}
     assert moved == expected
-
-
-def test_heads_get_their_own_gradients(tiny_trunk: TinyTrunk) -> None:
-    roles, rows = build(tiny_trunk()), padded()
-    backward(loss(roles, rows, "policy"))
-    assert roles.value_head.weight.grad is None
-    backward(loss(roles, rows, "value"))
-    assert roles.value_head.weight.grad is not None
-    assert roles.value_head.bias.grad is not None
-    assert roles.reward_head().weight.grad is None
-    reward = roles.answer(rows, ("reward", "reference"))
-    assert reward.reward is not None
-    assert reward.reference is not None
-    assert not reward.reward.requires_grad
-    assert not reward.reference.requires_grad
-
-
-@every_layout
-def test_outside_any_role_no_trunk_answers(tiny_trunk: TinyTrunk, layout: Layout) -> None:
-    roles, rows = build(tiny_trunk(), layout), padded()
-    for role in ROLES:
-        with pytest.raises(KeyError), roles(role):
-            raise KeyError
-        with pytest.raises(NoRoleError):
-            roles.trunk(role)(rows.ids, rows.attention_mask)
 
 
 # ---- a reward model of its own -------------------------------------------------------------------
