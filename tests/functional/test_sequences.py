@@ -16,15 +16,9 @@ from torch.testing import assert_close
 from lightning_perl.functional.sequences import (
     Cut,
     Sequences,
-    at_columns,
-    at_last_response,
     cuts,
-    last_true,
     pad_left,
     pad_right,
-    position_ids,
-    predicting,
-    until_stop,
 )
 
 Rows = Sequence[Sequence[int]]
