@@ -40,7 +40,6 @@ if any(find_spec(name) is None for name in quantization.NEEDS):
 
 
 KINDS: tuple[Quantization, ...] = ("nf4", "int8")
-FALCONS = ("falcon", "falcon_new")
 both = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -99,7 +98,12 @@ def test_the_blocks_linear_layers_are_quantized_and_no_embedding_or_lm_head(
     assert torch.equal(embeddings[0], embeddings[1])
     tied = plain.lm_head.weight is embeddings[0]
     assert (trunk.lm_head.weight is embeddings[1]) == tied
-    assert not any(layer.weight.requires_grad for _, layer in quantized_layers(trunk))
+    for _, layer in quantized_layers(trunk):
+        assert not layer.weight.requires_grad
+        size = layer.weight.numel() * layer.weight.element_size()
+        assert size == layer.in_features * layer.out_features * {"nf4": 0.5, "int8": 1.0}[kind]
+        # LLM.int8() keeps a second name for its codes, which would stay where it was on a move.
+        assert getattr(layer.weight, "CB", None) is None
 
 
 @both
@@ -123,16 +127,6 @@ def test_values_are_near_those_of_the_folder_by_the_kinds_own_bound(
             largest = stored.reshape(-1, 64).abs().amax(1, keepdim=True)
             bound = (0.17 * largest).expand(-1, 64).reshape(stored.shape)
         assert bool(((found - stored).abs() <= bound).all())
-
-
-def test_the_codes_take_half_a_byte_or_one(tiny_trunk: TinyTrunk) -> None:
-    bytes_per_weight = {"nf4": 0.5, "int8": 1.0}
-    for kind in KINDS:
-        for _, layer in quantized_layers(load_trunk(str(tiny_trunk()), quantization=kind)):
-            size = layer.weight.numel() * layer.weight.element_size()
-            assert size == layer.in_features * layer.out_features * bytes_per_weight[kind]
-            # LLM.int8() keeps a second name for its codes, which would stay where it was on a move.
-            assert getattr(layer.weight, "CB", None) is None
 
 
 # ---- a row's result is its own -----------------------------------------------------------------
@@ -380,30 +374,21 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_read(
     )
     with pytest.raises(ImportError, match=r"needs bitsandbytes: pip .*lightning-perl\[quantiz"):
         load_trunk(nowhere, quantization="nf4")
+    monkeypatch.undo()
+    shapes = weightless(LlamaConfig(num_hidden_layers=1))
+    with shapes, pytest.raises(ValueError, match="shapes alone cannot be quantized"):
+        load_trunk("anything", quantization="nf4")
 
 
-@pytest.mark.parametrize("family", FALCONS)
-def test_a_family_that_transformers_cannot_quantize_is_refused(
-    tiny_trunk: TinyTrunk, family: str
-) -> None:
-    with pytest.raises(ValueError, match=r"nothing to quantize .*FalconForCausalLM"):
-        load_trunk(str(tiny_trunk(family)), quantization="nf4")
-
-
-def test_a_folder_that_is_stored_quantized_is_refused(
+def test_families_that_cannot_be_and_folders_that_are_quantized_are_refused(
     tiny_trunk: TinyTrunk, tmp_path: Path
 ) -> None:
+    for family in ("falcon", "falcon_new"):
+        with pytest.raises(ValueError, match=r"nothing to quantize .*FalconForCausalLM"):
+            load_trunk(str(tiny_trunk(family)), quantization="nf4")
     load_trunk(str(tiny_trunk()), quantization="nf4").model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"stored quantized .*full-precision weights"):
         load_trunk(str(tmp_path))
-
-
-def test_shapes_alone_are_not_quantized() -> None:
-    with (
-        weightless(LlamaConfig(num_hidden_layers=1)),
-        pytest.raises(ValueError, match="shapes alone cannot be quantized"),
-    ):
-        load_trunk("anything", quantization="nf4")
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------
