@@ -72,7 +72,7 @@ def test_a_family_that_loses_its_state_is_not_sampled_from(
     trunk = load_trunk(str(folder))
     # A name that the family does not know is swallowed.
     monkeypatch.setattr(trunk, "_cache_argument", "memory", raising=False)
-    with pytest.raises(ValueError, match=r"read token by token behind a cache.*SFT, HydraSFT"):
+    with pytest.raises(ValueError, match=r"read token by token with a cache.*SFT, HydraSFT"):
         trunk.require_cache()
 
     def forgetful(self: Any) -> None:  # noqa: ANN401
