@@ -25,8 +25,8 @@ def token_rewards(
 
     Args:
         scores: One per response. Shape: ``(B,)``.
-        logprobs: Of the policy that sampled. Shape: ``(B, R)``.
-        reference_logprobs: Shape: ``(B, R)``.
+        logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
+        reference_logprobs: Log-probabilities of the reference. Shape: ``(B, R)``.
         response_mask: Shape: ``(B, R)``, bool.
         kl_coef: The papers' beta.
 

@@ -54,21 +54,18 @@ def chunked_logprobs(
     chunk_tokens: int = 1024,
     entropy: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chosen_logprobs` for a batch, in chunks whose logits are recomputed in backward.
+    """`chosen_logprobs` for a batch, in chunks of ``chunk_tokens`` whose logits are recomputed in backward.
 
-    For a head that is trained; under a frozen one `frozen_head_logprobs` does less work. At most
-    ``chunk_tokens x V`` logits exist at a time, in forward and in backward.
+    At most ``chunk_tokens x V`` logits exist at a time, in forward and in backward. For a head that is
+    trained; under a frozen one `frozen_head_logprobs` does less work.
 
     Args:
         hidden: Hidden states that *predict* the targets. Shape: ``(B, R, H)``.
         targets: Shape: ``(B, R)``, int64.
-        project: The LM head with its family's logit transform, ``(C, H) -> (C, V)``.
-        temperature: Divides the logits.
+        project: See `chosen_logprobs`.
+        temperature: See `chosen_logprobs`.
         chunk_tokens: Positions projected at once.
-        entropy: False: entropies are not computed.
-
-    Returns:
-        Log-probabilities and entropies (or None) in nats, at least fp32. Shape: ``(B, R)`` each.
+        entropy: See `chosen_logprobs`.
     """
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     logprobs, entropies = [], []
@@ -96,19 +93,9 @@ def logprobs_and_directions(
     directions: bool,
     entropy: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What `chosen_logprobs` gives, and the gradient of each log-probability in its hidden state.
+    """What `chosen_logprobs` gives under a frozen LM head, and if ``directions``, ``d logprob / d hidden``.
 
-    Args:
-        hidden: Shape: ``(C, H)``.
-        targets: Shape: ``(C,)``, int64.
-        project: A frozen LM head with its family's logit transform.
-        temperature: Divides the logits.
-        directions: Whether the gradients are needed.
-        entropy: False: entropies are not computed.
-
-    Returns:
-        Log-probabilities and entropies (or None) in nats, at least fp32, shape ``(C,)`` each; and
-        ``d logprob / d hidden`` (or None), shape ``(C, H)``, in the dtype of ``hidden``.
+    The latter has the shape ``(C, H)`` and the dtype of ``hidden``.
     """
     hidden = hidden.detach().requires_grad_(directions)
     with torch.set_grad_enabled(directions):

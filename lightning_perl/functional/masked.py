@@ -25,9 +25,8 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None
     Args:
         values: Any shape.
         mask: Same shape, bool.
-        denominator: Divides the sum instead of the number of values that count. A micro-batch
-            passes the count of its whole minibatch, so that the micro-batches' losses add up to the
-            minibatch's token mean however it is cut.
+        denominator: Divides the sum instead of the number of values that count. A micro-batch passes the
+            count of its whole minibatch, so that its micro-batches' losses add up to the token mean.
 
     Returns:
         Shape: ``()``; 0 where nothing counts.

@@ -134,17 +134,7 @@ def saves_work(packing: Packing, rows: int, tokens: int, hidden_size: int) -> bo
 
 
 def places(packing: Packing, tokens: int) -> Tensor:
-    """Where token ``t`` of each row goes, lines laid end to end: ``line * C + column``.
-
-    Padding may point anywhere in the batch.
-
-    Args:
-        packing: The plan.
-        tokens: ``T``.
-
-    Returns:
-        Shape: ``(B, T)``, int64.
-    """
+    """Where each token of ``T`` goes, ``line * C + column``; padding anywhere. Shape: ``(B, T)``, int64."""
     column = torch.arange(tokens, device=packing.line.device).expand(len(packing.line), tokens)
     own = column - packing.shared[:, None] + packing.start[:, None]
     inside = torch.where(column < packing.shared[:, None], column, own).clamp(
@@ -154,13 +144,7 @@ def places(packing: Packing, tokens: int) -> Tensor:
 
 
 def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
-    """Copy rows to their lines.
-
-    Args:
-        ids: Shape: ``(B, T)``, int64.
-        attention_mask: True on real tokens. Shape: ``(B, T)``, bool.
-        packing: The plan of these rows.
-    """
+    """Copy rows to their lines. Shape of ids and mask: ``(B, T)``."""
     tokens = ids.shape[1]
     size = packing.lines * packing.columns
     # Padding goes to one place behind the last line, which is cut off again.
@@ -185,7 +169,7 @@ def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         owner: `Lines.owner`.
-        dtype: The model's.
+        dtype: The model's dtype.
 
     Returns:
         Shape: ``(L, 1, C, C)``: line, head, query, key.
@@ -200,15 +184,6 @@ def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unpack(values: Tensor, packing: Packing, tokens: int) -> Tensor:
-    """From lines back to rows. Values at a row's padding mean nothing.
-
-    Args:
-        values: Shape: ``(L, C, H)``.
-        packing: The plan.
-        tokens: ``T``.
-
-    Returns:
-        Shape: ``(B, T, H)``.
-    """
+    """From lines back to rows; their padding means nothing. Shape: ``(L, C, H)`` to ``(B, T, H)``."""
     where = places(packing, tokens)
     return values.flatten(0, 1).index_select(0, where.flatten()).view(*where.shape, -1)

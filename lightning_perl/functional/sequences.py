@@ -16,8 +16,7 @@ from torch import Tensor
 class Sequences(NamedTuple):
     """Whole rows, and which of their tokens are responses.
 
-    The first ``P`` columns hold no response token in any row; the ``R`` columns after them hold
-    every response token, and whatever else stands there is masked out.
+    All response tokens are in the last ``R`` columns; whatever else stands there is masked out.
 
     Attributes:
         ids: Shape: ``(B, T)``, int64.
@@ -106,85 +105,48 @@ def cuts(
 
 
 def predicting(hidden: Tensor, response_tokens: int) -> Tensor:
-    """Hidden states that predict the last ``R`` columns: the one place that shifts by one.
+    """Hidden states that predict the last ``R`` columns, and give their values: the one place that shifts by one.
 
-    They are also the states in which those tokens were chosen, where the critic's values are read.
-
-    Args:
-        hidden: Shape: ``(B, T, H)``.
-        response_tokens: ``R``, less than ``T``.
-
-    Returns:
-        Shape: ``(B, R, H)``.
+    Shape: ``(B, T, H)`` to ``(B, R, H)``, where ``R < T``.
     """
     return hidden[:, -response_tokens - 1 : -1]
 
 
 def at_last_response(hidden: Tensor, response_mask: Tensor) -> Tensor:
-    """Hidden state at each row's last response token (EOS where there is one): the score's place.
+    """Hidden state at each row's last response token (EOS where there is one), where the score is read.
 
-    Args:
-        hidden: Shape: ``(B, T, H)``.
-        response_mask: Shape: ``(B, R)``, bool.
-
-    Returns:
-        Shape: ``(B, H)``.
+    Shape: ``(B, T, H)`` and ``(B, R)`` to ``(B, H)``.
     """
     prompt_tokens = hidden.shape[1] - response_mask.shape[1]
     return at_columns(hidden, last_true(response_mask) + prompt_tokens)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions counted from each row's first real token, whichever side the padding is on.
+    """Positions counted from each row's first real token, whichever side the padding is on. Shape kept, int64.
 
-    Padding gets the position of the last real token before it, or 0; nobody attends to it.
-
-    Args:
-        attention_mask: True on real tokens. Shape: ``(B, T)``, bool.
-
-    Returns:
-        Shape: ``(B, T)``, int64.
+    Padding gets the position of the last real token before it, or 0; no token attends to it.
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def last_true(mask: Tensor) -> Tensor:
-    """Column of the last True of every row; 0 in a row without any.
-
-    Args:
-        mask: Shape: ``(B, N)``, bool.
-
-    Returns:
-        Shape: ``(B,)``, int64.
-    """
+    """Column of the last True of every row; 0 in a row without any. Shape: ``(B, N)`` to ``(B,)``, int64."""
     columns = torch.arange(mask.shape[-1], device=mask.device)
     return (mask * columns).amax(-1)
 
 
 def at_columns(values: Tensor, columns: Tensor) -> Tensor:
-    """One value per row: ``values[b, columns[b]]``.
-
-    Args:
-        values: Shape: ``(B, N)`` or ``(B, N, H)``.
-        columns: Shape: ``(B,)``, int64.
-
-    Returns:
-        Shape: ``(B,)`` or ``(B, H)``.
-    """
+    """One value per row, ``values[b, columns[b]]``. Shape: ``(B, N, ...)`` and ``(B,)`` to ``(B, ...)``."""
     rows = torch.arange(values.shape[0], device=values.device)
     return values[rows, columns]
 
 
 def until_stop(response_ids: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The tokens up to and including the first stop token, and whether there was one.
-
-    Args:
-        response_ids: Shape: ``(B, R)``, int64.
-        stop_ids: Token ids that end a response.
+    """The tokens up to and including the first of ``stop_ids``, and whether there was one.
 
     Returns:
-        ``response_mask``, True on the tokens that count. Shape: ``(B, R)``, bool. And ``stopped``,
-        False where the response was cut by the length limit. Shape: ``(B,)``, bool.
+        ``response_mask``, True on the tokens that count, shape ``(B, R)``; and ``stopped``, False where the
+        response was cut by the length limit, shape ``(B,)``.
     """
     stops = torch.tensor(list(stop_ids), device=response_ids.device, dtype=response_ids.dtype)
     is_stop = (response_ids.unsqueeze(-1) == stops).any(-1)
@@ -193,11 +155,7 @@ def until_stop(response_ids: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, T
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor that ends at the same column everywhere.
-
-    Returns:
-        ``ids`` (int64) and ``mask`` (True on real tokens). Shape: ``(B, N)`` each.
-    """
+    """Ids and mask of rows padded on the left, int64 and True on real tokens. Shape: ``(B, N)`` each."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     counted = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
@@ -205,11 +163,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor that starts at the same column everywhere.
-
-    Returns:
-        ``ids`` (int64) and ``mask`` (True on real tokens). Shape: ``(B, N)`` each.
-    """
+    """Ids and mask of rows padded on the right, int64 and True on real tokens. Shape: ``(B, N)`` each."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows])
     counted = [[True] * len(row) + [False] * (width - len(row)) for row in rows]

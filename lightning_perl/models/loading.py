@@ -122,7 +122,7 @@ def _without_weights(
     if quantization is not None:
         raise ValueError(
             f"quantization {quantization}: a trunk of shapes alone cannot be quantized. Leave it out, and "
-            "take the saved bytes of the linear layers off what is found for the trunk."
+            "subtract the bytes that the linear layers save from the trunk's."
         )
     without_dropout(shapes)
     model = AutoModelForCausalLM.from_config(shapes, **options)  # type: ignore[no-untyped-call]
@@ -139,9 +139,9 @@ def _load_config(source: str, where: str) -> PreTrainedConfig:
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"trunk: {source} is stored quantized (quantization_config in its config.json). Its layers have "
-            "other products than those that adapters are tested on here. Give the folder or hub name of the "
-            "full-precision weights, and set quantization: nf4 or int8."
+            f"trunk: {source} is stored quantized (quantization_config in its config.json), which adapters here "
+            "are not tested on. Give the folder or hub name of the full-precision weights, and set quantization: "
+            "nf4 or int8."
         )
     without_dropout(config)
     return config
@@ -160,7 +160,7 @@ def _load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, config=config, **options)
     if quantization is not None and prepare(model, options["dtype"]) == 0:
         raise ValueError(
-            f"trunk: transformers found nothing to quantize in {where} ({type(model).__name__}): its linear "
+            f"trunk: transformers found nothing to quantize in {where} ({type(model).__name__}), whose linear "
             "layers are of a class of their own. Leave `quantization` out."
         )
     return model

@@ -108,7 +108,7 @@ def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
         return None
     fault = None
     if not trunk.takes_masks(tokens):
-        fault = "it reads no mask of ours, or has a window that is shorter than the rows"
+        fault = "it takes no 4-D attention mask, or has a window that is shorter than the rows"
     elif trunk.recordable is None:
         fault = _fault(trunk, record)
         trunk.recordable = fault is None
@@ -198,7 +198,7 @@ def _fault(trunk: Trunk, record: Recorder) -> str | None:
             return str(error).splitlines()[0]
         # Here other kernels are compared, below the same ones: rounding, and less of it.
         if not same_logits(stepped, whole, trunk.rounding, 0.5):
-            return "steps over a held cache have other logits"
+            return "steps over a preallocated cache have other logits"
         played = _read(trunk, ids, mask, record)
     return (
         None

@@ -375,8 +375,8 @@ class Trunk(nn.Module):
         """Compare the logits of two rows with and without a cache.
 
         Raises:
-            ValueError: They differ: the family's cache does not work as transformers' usually do, and
-                sampled tokens would come from another distribution than the one that is scored.
+            ValueError: They differ, so that tokens would be sampled from another distribution than the
+                one that is scored.
         """
         if self.weightless:
             return
@@ -390,8 +390,13 @@ class Trunk(nn.Module):
         # One token uses other kernels than many do, and recurrences round a lot.
         if not same_logits(cached, whole, self.rounding, 0.4):
             raise ValueError(
+<<<<<<< HEAD
                 f"{self._named}: its logits are others when a row is read token by token behind a cache, so it "
                 "cannot be sampled from here. It can be tuned by SFT, HydraSFT and RewardModel."
+=======
+                f"{self._named}: its logits differ when a row is read token by token with a cache, so it cannot "
+                "be sampled from. It can be tuned by SFT, HydraSFT and RewardModel."
+>>>>>>> h/models
             )
 
     @contextmanager

@@ -168,6 +168,7 @@ def test_padding_of_empty_rows_alone(pad: Callable[[Rows, int], tuple[Tensor, Te
     assert mask.dtype == torch.bool
 
 
+<<<<<<< HEAD
 def test_a_row_without_padding_or_answer_keeps_a_column_of_each() -> None:
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     rows = Sequences(
@@ -181,6 +182,8 @@ def test_a_row_without_padding_or_answer_keeps_a_column_of_each() -> None:
     assert hidden_prompt.cut(cut).prompt_tokens == 1
 
 
+=======
+>>>>>>> h/models
 @pytest.mark.parametrize("by_length", [True, False])
 def test_cuts_keep_the_responses_to_a_prompt_together(by_length: bool) -> None:
     lengths = torch.tensor([1, 4, 2, 6, 5, 3, 2, 2, 2, 6, 6, 6])

@@ -19,186 +19,93 @@ from lightning_perl.models.heads import ScalarHead, save_heads
 WINDOW = 8
 """Sliding window of the families that have one; tests use longer rows."""
 
-_HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
-_GROUPED = {
-    **_HIDDEN,
-    **_ROTARY,
-    "num_key_value_heads": 2,
-    "intermediate_size": 40,
-    "max_position_embeddings": 96,
-    "attention_dropout": 0.1,
-}
-_LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"]
+Settings = dict[str, Any]
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", **_GROUPED, "tie_word_embeddings": True},
-    "qwen2": {"model_type": "qwen2", **_GROUPED},
-    "qwen3": {"model_type": "qwen3", **_GROUPED, "head_dim": 12},
-    "mistral": {"model_type": "mistral", **_GROUPED, "sliding_window": WINDOW, "head_dim": 10},
-    "gemma2": {
-        "model_type": "gemma2",
-        **_GROUPED,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 5,
-        "sliding_window": WINDOW,
-        "layer_types": _LOCAL_AND_GLOBAL,
-        "attn_logit_softcapping": 1.5,
-        "final_logit_softcapping": 2.0,
-        # Tied, its big embeddings make a random model repeat its last token for ever.
-        "tie_word_embeddings": False,
-    },
-    "gemma3": {
-        "model_type": "gemma3_text",
-        **_GROUPED,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 5,
-        "sliding_window": WINDOW,
-        "layer_types": _LOCAL_AND_GLOBAL,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 900.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 60.0},
-        },
-    },
-    "phi3": {
-        "model_type": "phi3",
-        **_GROUPED,
-        "sliding_window": WINDOW,
-        "resid_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "original_max_position_embeddings": 96,
-    },
-    "gpt2": {
-        "model_type": "gpt2",
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 96,
-        "resid_pdrop": 0.2,
-        "embd_pdrop": 0.2,
-        "attn_pdrop": 0.2,
-    },
-    "opt": {
-        "model_type": "opt",
-        **_HIDDEN,
-        "ffn_dim": 40,
-        "word_embed_proj_dim": 24,
-        "max_position_embeddings": 96,
-        "dropout": 0.2,
-        "attention_dropout": 0.2,
-        "layerdrop": 0.3,
-    },
-    "gpt_neox": {
-        "model_type": "gpt_neox",
-        **_HIDDEN,
-        "intermediate_size": 40,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 300.0,
-            "partial_rotary_factor": 0.5,
-        },
-        "max_position_embeddings": 96,
-        "hidden_dropout": 0.2,
-        "attention_dropout": 0.2,
-    },
-    "falcon": {
-        "model_type": "falcon",
-        **_HIDDEN,
-        **_ROTARY,
-        "multi_query": True,
-        "bias": True,
-        "max_position_embeddings": 96,
-        "hidden_dropout": 0.2,
-        "attention_dropout": 0.2,
-    },
-    "falcon_new": {
-        "model_type": "falcon",
-        **_HIDDEN,
-        **_ROTARY,
-        "new_decoder_architecture": True,
-        "num_kv_heads": 2,
-        "max_position_embeddings": 96,
-        "hidden_dropout": 0.2,
-    },
-    "olmo2": {"model_type": "olmo2", **_GROUPED},
-    "granite": {
-        "model_type": "granite",
-        **_GROUPED,
-        "logits_scaling": 3.0,
-        "embedding_multiplier": 2.5,
-        "attention_multiplier": 0.7,
-        "residual_multiplier": 0.4,
-    },
-    "cohere": {"model_type": "cohere", **_GROUPED, "logit_scale": 0.2, "use_qk_norm": True},
+
+def _family(model_type: str, *shared: Settings, **settings: object) -> Settings:
+    return {
+        "model_type": model_type,
+        **{k: v for one in shared for k, v in one.items()},
+        **settings,
+    }
+
+
+def _rope(theta: float, **more: object) -> Settings:
+    return {"rope_type": "default", "rope_theta": theta, **more}
+
+
+_BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_HIDDEN = {**_BLOCKS, "max_position_embeddings": 96}
+_ROTARY = {**_HIDDEN, "rope_parameters": _rope(300.0)}
+_GROUPED = {**_ROTARY, "num_key_value_heads": 2, "intermediate_size": 40, "attention_dropout": 0.1}
+_DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+_SLIDING = {**_GROUPED, "sliding_window": WINDOW}
+_GEMMA = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
 }
+_NO_TIE = {"tie_word_embeddings": False}
+_GEMMA_ROPES = {"full_attention": _rope(900.0), "sliding_attention": _rope(60.0)}
+_GPT2_DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
+
+FAMILIES: dict[str, Settings] = {
+    "llama": _family("llama", _GROUPED, tie_word_embeddings=True),
+    "qwen2": _family("qwen2", _GROUPED),
+    "qwen3": _family("qwen3", _GROUPED, head_dim=12),
+    "mistral": _family("mistral", _SLIDING, head_dim=10),
+    # Tied, its big embeddings make a random model repeat its last token for ever.
+    "gemma2": _family(
+        "gemma2", _SLIDING, _GEMMA, _NO_TIE, attn_logit_softcapping=1.5, final_logit_softcapping=2.0
+    ),
+    "gemma3": _family("gemma3_text", _SLIDING, _GEMMA, rope_parameters=_GEMMA_ROPES),
+    "phi3": _family(
+        "phi3", _SLIDING, resid_pdrop=0.1, embd_pdrop=0.1, original_max_position_embeddings=96
+    ),
+    "gpt2": _family("gpt2", _GPT2_DROPOUT, n_embd=32, n_layer=2, n_head=4, n_positions=96),
+    "opt": _family(
+        "opt", _HIDDEN, {"dropout": 0.2, "attention_dropout": 0.2, "layerdrop": 0.3}, ffn_dim=40,
+        word_embed_proj_dim=24,
+    ),
+    "gpt_neox": _family(
+        "gpt_neox", _HIDDEN, _DROPOUT, intermediate_size=40,
+        rope_parameters=_rope(300.0, partial_rotary_factor=0.5),
+    ),
+    "falcon": _family("falcon", _ROTARY, _DROPOUT, multi_query=True, bias=True),
+    "falcon_new": _family(
+        "falcon", _ROTARY, new_decoder_architecture=True, num_kv_heads=2, hidden_dropout=0.2
+    ),
+    "olmo2": _family("olmo2", _GROUPED),
+    "granite": _family(
+        "granite", _GROUPED, {"logits_scaling": 3.0, "embedding_multiplier": 2.5},
+        attention_multiplier=0.7, residual_multiplier=0.4,
+    ),
+    "cohere": _family("cohere", _GROUPED, logit_scale=0.2, use_qk_norm=True),
+}  # fmt: skip
 
 _STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
-_CHUNKED = {"chunk_size": 8, "num_hidden_layers": 2}
-RECURRENT: dict[str, dict[str, Any]] = {
-    "falcon_h1": {
-        "model_type": "falcon_h1",
-        **_GROUPED,
-        **_STATE,
-        "mamba_d_ssm": 64,
-        "mamba_chunk_size": 8,
-    },
-    "lfm2": {
-        "model_type": "lfm2",
-        **_GROUPED,
-        "layer_types": ["conv", "full_attention"],
-        "block_ff_dim": 64,
-        "block_multiple_of": 8,
-    },
-    "qwen3_next": {
-        "model_type": "qwen3_next",
-        **_GROUPED,
-        "head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    },
-    "mamba2": {
-        "model_type": "mamba2",
-        **_CHUNKED,
-        "hidden_size": 32,
-        "num_heads": 8,
-        "head_dim": 8,
-        "state_size": 8,
-        "n_groups": 1,
-    },
-    "mamba": {
-        "model_type": "mamba",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "state_size": 8,
-    },
-    "bamba": {
-        "model_type": "bamba",
-        **_GROUPED,
-        **_STATE,
-        "attn_layer_indices": [1],
-        "mamba_chunk_size": 8,
-    },
-    "zamba2": {
-        "model_type": "zamba2",
-        **_GROUPED,
-        **_CHUNKED,
-        "num_key_value_heads": 4,
-        "num_mem_blocks": 1,
-        "mamba_d_state": 8,
-        "mamba_headdim": 8,
-        "n_mamba_heads": 8,
-        "mamba_ngroups": 1,
-        "layers_block_type": ["mamba", "hybrid"],
-        "adapter_rank": 4,
-    },
-}
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+_ZAMBA = {"num_key_value_heads": 4, "num_mem_blocks": 1, "adapter_rank": 4, "chunk_size": 8}
+_ZAMBA_STATE = {"mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1}
+RECURRENT: dict[str, Settings] = {
+    "falcon_h1": _family("falcon_h1", _GROUPED, _STATE, mamba_d_ssm=64, mamba_chunk_size=8),
+    "lfm2": _family(
+        "lfm2", _GROUPED, {"layer_types": ["conv", "full_attention"]}, block_ff_dim=64,
+        block_multiple_of=8,
+    ),
+    "qwen3_next": _family(
+        "qwen3_next", _GROUPED, _EXPERTS, _LINEAR, head_dim=8, linear_num_value_heads=4,
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"],
+    ),
+    "mamba2": _family("mamba2", _SMALL, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    "mamba": _family("mamba", _SMALL),
+    "bamba": _family("bamba", _GROUPED, _STATE, attn_layer_indices=[1], mamba_chunk_size=8),
+    "zamba2": _family(
+        "zamba2", _GROUPED, _ZAMBA, _ZAMBA_STATE, layers_block_type=["mamba", "hybrid"]
+    ),
+}  # fmt: skip
 """Families with states that are neither keys nor values, experts, or layers that PEFT cannot adapt."""
 
 TARGETS: dict[str, tuple[str, ...]] = {

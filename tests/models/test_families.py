@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,11 +26,13 @@ from tests.models.families import (
     FLOAT64_THROUGHOUT,
     LAYERS_PER_BLOCK,
     LLAMA_TARGETS,
+    RECURRENT,
     TARGETS,
 )
 from tests.models.rows import ROLES, SPEC, backward, build, gradients, loss, own_weights, padded
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+also_recurrent = pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
 
 
 def bare(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -136,7 +137,7 @@ def test_off_is_the_bare_model_bit_for_bit_before_and_after_training(
 
 # LayerNorm, tanh and sdpa run in float64 if the weights are; RMSNorm, rotary angles and the eager
 # softmax pass through fp32 in transformers whatever the weights, so there fp32 rounding stays.
-# Gemma 2 is refused in float64, see below.
+# Gemma 2 cannot do float64 in every release of transformers.
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [(family, "float32") for family in FAMILIES]
@@ -159,19 +160,6 @@ def test_padding_on_either_side_changes_nothing(
                 many = getattr(together, name)[row]
                 many = many if name == "reward" else many[:count]
                 assert_close(many, one[0], atol=tolerance, rtol=tolerance)
-
-
-def test_a_model_whose_own_logits_are_not_finite_is_refused(
-    tiny_trunk: TinyTrunk, tmp_path: Path
-) -> None:
-    # As Gemma 2 in float64 under some releases of transformers.
-    model = bare(tiny_trunk())
-    next(model.parameters()).data.fill_(float("inf"))
-    model.save_pretrained(tmp_path)
-    shutil.copy(tiny_trunk() / "tokenizer.json", tmp_path)
-    shutil.copy(tiny_trunk() / "tokenizer_config.json", tmp_path)
-    with pytest.raises(ValueError, match=r"in torch.float32 are not finite .* padding on the left"):
-        load_trunk(str(tmp_path))
 
 
 _ROLES: dict[tuple[Path, str], Roles] = {}
@@ -234,8 +222,8 @@ def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]
         assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-@every_family
-def test_plain_peft_loads_a_saved_adapter_with_equal_logits(
+@also_recurrent
+def test_plain_peft_and_a_fresh_trunk_load_a_saved_adapter(
     tiny_trunk: TinyTrunk, family: str, tmp_path: Path
 ) -> None:
     folder, sequences = tiny_trunk(family), padded()
@@ -245,8 +233,13 @@ def test_plain_peft_loads_a_saved_adapter_with_equal_logits(
         trunk.adapters.save(adapter, tmp_path / adapter, str(folder))
         with roles(role):
             ours = our_logits(trunk, sequences)
-        peft = PeftModel.from_pretrained(bare(folder), tmp_path / adapter)
-        assert_close(own_logits(peft, sequences), ours, atol=1e-5, rtol=1e-5)
+        peft = PeftModel.from_pretrained(bare(folder), tmp_path / adapter).eval()
+        rounding = 1e-4 if family in RECURRENT else 1e-5
+        assert_close(own_logits(peft, sequences), ours, atol=rounding, rtol=rounding)
+        again = load_trunk(str(folder))
+        again.adapters.load("again", tmp_path / adapter)
+        with again.switch.use("again"):
+            assert torch.equal(our_logits(again, sequences), ours)
         with roles("reference"):
             assert (ours - our_logits(trunk, sequences)).abs().max() > 0.01
 
@@ -270,7 +263,7 @@ def test_a_merged_trunk_is_the_trunk_with_its_adapter(
     assert merged.stop_ids == trunk.stop_ids
 
 
-@every_family
+@also_recurrent
 def test_one_hydra_ppo_update(tiny_trunk: TinyTrunk, family: str) -> None:
     module = HydraPPO(
         str(tiny_trunk(family)),
@@ -288,7 +281,8 @@ def test_one_hydra_ppo_update(tiny_trunk: TinyTrunk, family: str) -> None:
     scored = module.score(rollout)
     mask = rollout.response_mask
     # One token at a time when it was sampled, all at once when it is scored.
-    assert_close(scored.logprobs[mask], scored.reference[mask], rtol=0, atol=1e-5)
+    rounding = 2e-3 if family in RECURRENT else 1e-5
+    assert_close(scored.logprobs[mask], scored.reference[mask], rtol=0, atol=rounding)
     experience, _ = module.experience(rollout, scored)
     ratios: list[Tensor] = []
     trained = module.update(
@@ -299,7 +293,7 @@ def test_one_hydra_ppo_update(tiny_trunk: TinyTrunk, family: str) -> None:
         ),
     )
     # The first minibatch is other rows, padded as before: a ratio of 1 to rounding.
-    assert float(ratios[0].detach()[0].abs().max()) < 1e-4
+    assert float(ratios[0].detach()[0].abs().max()) < 10 * rounding
     assert all(bool(value.isfinite().all()) for value in trained.values())
     moved = {n for n, value in module.named_parameters() if not torch.equal(value, before[n])}
     assert moved == module.trainable_names()

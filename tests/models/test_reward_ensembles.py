@@ -126,11 +126,6 @@ def test_weight_average_is_the_mean_of_the_deltas(
     assert trunk.passes - before == 4
 
 
-def test_average_of_one_thing_is_that_thing(tiny_trunk: TinyTrunk, adapters: list[str]) -> None:
-    twice = perl(tiny_trunk(), [adapters[1]] * 2, "weight_average")
-    assert_close(reward_of(twice), reward_of(perl(tiny_trunk(), adapters[1])))
-
-
 @pytest.mark.parametrize("ensemble", list(REDUCTIONS))
 def test_critic_starts_from_the_first_or_from_the_average(
     tiny_trunk: TinyTrunk, adapters: list[str], ensemble: RewardEnsemble
@@ -154,27 +149,7 @@ def test_critic_starts_from_the_first_or_from_the_average(
     assert torch.equal(reward_of(roles), before)
 
 
-def test_only_what_is_trained_is_trainable(tiny_trunk: TinyTrunk, adapters: list[str]) -> None:
-    for ensemble in REDUCTIONS:
-        roles = perl(tiny_trunk(), adapters, ensemble)
-        trainable = {name for name, one in roles.named_parameters() if one.requires_grad}
-        assert all(
-            ".actor." in name or ".critic." in name or "value_" in name for name in trainable
-        )
-
-
 # ---- refusals ------------------------------------------------------------------------------------
-
-
-def test_ensembles_belong_on_one_trunk(tiny_trunk: TinyTrunk, adapters: list[str]) -> None:
-    with pytest.raises(
-        ValueError, match=r"layout full holds one reward model, got 3: .* layout perl"
-    ):
-        Roles("full", str(tiny_trunk()), SPEC, adapters)
-    with pytest.raises(
-        ValueError, match=r"reward_ensemble must be one of \['mean', .* got 'median'"
-    ):
-        Roles("perl", str(tiny_trunk()), SPEC, adapters, ensemble="median")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ensemble", list(REDUCTIONS))
@@ -194,15 +169,3 @@ def test_every_member_must_fit_the_trunk(
     save_heads(tmp_path, {"reward": ScalarHead(48)})
     with pytest.raises(ValueError, match=rf"{tmp_path}: its reward head reads 48 numbers"):
         perl(tiny_trunk(), [adapters[0], str(tmp_path)], ensemble)
-
-
-def test_average_refuses_tensors_of_another_model(
-    tiny_trunk: TinyTrunk, adapters: list[str], tmp_path: Path
-) -> None:
-    other = load_trunk(str(tiny_trunk(hidden_size=16)))
-    other.adapters.add("reward", SHAPES[0], 0)
-    other.adapters.save("reward", tmp_path, other.source)
-    trunk = load_trunk(str(tiny_trunk()))
-    words = r"4 tensors have another shape|does not fit this trunk: \d+ tensors have another shape"
-    with pytest.raises(ValueError, match=words):
-        trunk.adapters.load_average("reward", [Path(adapters[0]), tmp_path])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -78,15 +78,6 @@ def test_roles_that_share_trunk_and_adapter_share_a_forward(
         assert others == [None] * 3
         assert (alone.entropy is None) == (role != "policy")
     assert passes(roles) == count + 4
-
-
-@pytest.mark.parametrize("layout", ["hydra", "joint_hydra"])
-def test_hydra_reads_reference_and_reward_in_one_pass(
-    tiny_trunk: TinyTrunk, layout: Layout
-) -> None:
-    roles = build(tiny_trunk(), layout)
-    answers(roles, ("reference", "reward"))
-    assert passes(roles) == 1
 
 
 def test_groups_keep_the_order_asked() -> None:
@@ -261,31 +252,6 @@ def test_full_trains_two_whole_models_and_leaves_two(tiny_trunk: TinyTrunk) -> N
     assert moved == expected
 
 
-def test_heads_get_their_own_gradients(tiny_trunk: TinyTrunk) -> None:
-    roles, rows = build(tiny_trunk()), padded()
-    backward(loss(roles, rows, "policy"))
-    assert roles.value_head.weight.grad is None
-    backward(loss(roles, rows, "value"))
-    assert roles.value_head.weight.grad is not None
-    assert roles.value_head.bias.grad is not None
-    assert roles.reward_head().weight.grad is None
-    reward = roles.answer(rows, ("reward", "reference"))
-    assert reward.reward is not None
-    assert reward.reference is not None
-    assert not reward.reward.requires_grad
-    assert not reward.reference.requires_grad
-
-
-@every_layout
-def test_outside_any_role_no_trunk_answers(tiny_trunk: TinyTrunk, layout: Layout) -> None:
-    roles, rows = build(tiny_trunk(), layout), padded()
-    for role in ROLES:
-        with pytest.raises(KeyError), roles(role):
-            raise KeyError
-        with pytest.raises(NoRoleError):
-            roles.trunk(role)(rows.ids, rows.attention_mask)
-
-
 # ---- a reward model of its own -------------------------------------------------------------------
 
 
@@ -364,15 +330,35 @@ def test_a_reward_trunk_answers_value_and_reward(tiny_trunk: TinyTrunk, layout: 
 # ---- refusals ----------------------------------------------------------------------------------
 
 
-def test_an_unknown_layout_is_refused(tiny_trunk: TinyTrunk) -> None:
-    with pytest.raises(ValueError, match=r"layout must be one of \['full'.*got 'hydra2'"):
-        Roles("hydra2", str(tiny_trunk()), SPEC)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("layout", ["hydra", "joint_hydra"])
-def test_a_reward_beside_hydra_s_own_is_refused(tiny_trunk: TinyTrunk, layout: Layout) -> None:
-    with pytest.raises(ValueError, match=rf"layout {layout} takes its reward from the trunk's own"):
-        Roles(layout, str(tiny_trunk()), SPEC, "runs/reward")
+@pytest.mark.parametrize(
+    ("layout", "settings", "message"),
+    [
+        ("hydra2", {}, r"layout must be one of \['full'.*got 'hydra2'"),
+        ("hydra", {"reward": "runs/reward"}, "layout hydra takes its reward from the trunk's own"),
+        ("joint_hydra", {"reward": "there"}, "layout joint_hydra takes its reward from the"),
+        ("hydra", {"lora": LoraSpec(dropout=0.1)}, r"lora.dropout must be 0 in RL, got 0.1"),
+        (
+            "perl",
+            {"ensemble": "median"},
+            r"reward_ensemble must be one of \['mean', .* got 'median'",
+        ),
+        (
+            "full",
+            {"reward": ["a", "b"]},
+            r"layout full holds one reward model, got 2: .*layout perl",
+        ),
+        ("hydra", {"head": 48}, r"head reads 48 numbers .* gives 32.*another model"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tiny_trunk: TinyTrunk, layout: Layout, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    settings = {"lora": SPEC, **settings}
+    if width := settings.pop("head", None):
+        save_heads(tmp_path, {"reward": ScalarHead(width)})
+    with pytest.raises(ValueError, match=message):
+        Roles(layout, str(tmp_path), **settings)
 
 
 @every_layout
@@ -384,18 +370,6 @@ def test_a_missing_reward_head_is_found_before_any_weight_is_read(
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no reward head \(found: no heads file\)"):
         Roles(layout, str(tmp_path), SPEC)
-
-
-def test_adapter_dropout_is_refused_in_rl(tiny_trunk: TinyTrunk) -> None:
-    with pytest.raises(ValueError, match=r"lora.dropout must be 0 in RL, got 0.1"):
-        Roles("hydra", str(tiny_trunk()), LoraSpec(dropout=0.1))
-
-
-def test_a_head_of_another_width_is_refused(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
-    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
-    save_heads(tmp_path, {"reward": ScalarHead(48)})
-    with pytest.raises(ValueError, match=r"head reads 48 numbers .* gives 32.*another model"):
-        Roles("hydra", str(tmp_path), SPEC)
 
 
 def test_trunks_with_different_tokenizers_are_refused(

@@ -229,7 +229,9 @@ def test_not_past_a_window_nor_with_other_states(
 ) -> None:
     assert prompts().ids.shape[1] > WINDOW
     roles = build(tiny_trunk(family))
-    with pytest.warns(UserWarning, match="not recorded as a CUDA graph.* it reads no mask of ours"):
+    with pytest.warns(
+        UserWarning, match="not recorded as a CUDA graph.* it takes no 4-D attention mask"
+    ):
         answered(roles)
     assert recordings.made == 0
     assert roles.trunk("policy").recordable is None
@@ -278,7 +280,7 @@ def waiting(forward: Forward, dtype: torch.dtype) -> Forward:
 
 
 def careless(forward: Forward, dtype: torch.dtype) -> Forward:
-    """Looks at keys that a mask of ours hides from a single token."""
+    """Looks at keys that a 4-D mask hides from a single token."""
 
     def unmasked(**kwargs: Any) -> Any:  # noqa: ANN401
         mask = kwargs["attention_mask"]
@@ -324,7 +326,7 @@ def leaning(forward: Forward, dtype: torch.dtype) -> Forward:
     return turned
 
 
-OTHER = "steps over a held cache have other logits"
+OTHER = "steps over a preallocated cache have other logits"
 
 
 @pytest.mark.parametrize(
