@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_perl.phases import PhaseCallback
+from lightning_perl.modules.base import AdapterModule
 
 Work = Callable[["Phased"], Mapping[str, Any] | None]
 
@@ -19,22 +18,13 @@ Work = Callable[["Phased"], Mapping[str, Any] | None]
 class Phased(LightningModule):
     """Runs `work`, one optimizer step per train batch, by hand; `work` names the phases."""
 
+    phase: Any = AdapterModule.phase
+
     def __init__(self, work: Work) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.work = work
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        listeners = [c for c in callbacks_of(self.trainer) if isinstance(c, PhaseCallback)]
-        for listener in listeners:
-            listener.on_phase_start(self.trainer, self, name)
-        try:
-            yield
-        finally:
-            for listener in listeners:
-                listener.on_phase_end(self.trainer, self, name)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Mapping[str, Any] | None:
         outputs = self.work(self)
@@ -46,11 +36,6 @@ class Phased(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
 
 
 class Rows:

@@ -36,7 +36,9 @@ class FakeCuda:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
-    def free(self, gib: float) -> None:
+    def touch(self, gib: float) -> None:
+        """Allocates and frees."""
+        self.allocate(gib)
         self.allocated -= round(gib * GIB)
 
     def empty_cache(self) -> None:
@@ -72,21 +74,18 @@ class Seen(Callback):
     def __init__(self) -> None:
         self.batches: list[dict[str, float]] = []
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         self.batches.append({key: value.item() for key, value in trainer.logged_metrics.items()})
 
 
-def fit(folder: Path, work: Work, callback: Callback, batches: int = 1) -> list[dict[str, float]]:
+def fit(folder: Path, work: Work, *callbacks: Callback, batches: int = 1) -> list[dict[str, float]]:
     seen = Seen()
-    quiet_trainer(folder, [callback, seen]).fit(Phased(work), Rows(batches))
+    quiet_trainer(folder, [*callbacks, seen]).fit(Phased(work), Rows(batches))
     return seen.batches
+
+
+def nothing(module: Phased) -> None:
+    """A train batch without phases."""
 
 
 def test_peaks_per_phase_in_exact_gib(
@@ -96,11 +95,9 @@ def test_peaks_per_phase_in_exact_gib(
 
     def work(module: Phased) -> None:
         with module.phase("rollout"):
-            cuda.allocate(2.5)  # peak 3.5
-            cuda.free(2.5)
+            cuda.touch(2.5)  # peak 3.5
         with module.phase("score"):
-            cuda.allocate(0.25)  # peak 1.25: the rollout's is forgotten, its 3.5 stay reserved
-            cuda.free(0.25)
+            cuda.touch(0.25)  # peak 1.25: the rollout's is forgotten, its 3.5 stay reserved
         cuda.empty_cache()
 
     (logged,) = fit(tmp_path, work, CudaMemoryMonitor())
@@ -121,11 +118,9 @@ def test_a_repeated_phase_keeps_its_largest_peak_of_the_batch(
     def work(module: Phased) -> None:
         for gib in next(peaks):
             with module.phase("actor"):
-                cuda.allocate(gib)
-                cuda.free(gib)
+                cuda.touch(gib)
             with module.phase("critic"):
-                cuda.allocate(gib / 2)
-                cuda.free(gib / 2)
+                cuda.touch(gib / 2)
             cuda.empty_cache()
 
     first, second = fit(tmp_path, work, CudaMemoryMonitor(), batches=2)
@@ -143,15 +138,12 @@ def test_a_repeated_phase_keeps_its_largest_peak_of_the_batch(
 def test_a_nested_phase_counts_for_both_and_hides_nothing(tmp_path: Path, cuda: FakeCuda) -> None:
     def work(module: Phased) -> None:
         with module.phase("rollout"):
-            cuda.allocate(4.0)  # before the inner phase resets the peaks
-            cuda.free(4.0)
+            cuda.touch(4.0)  # before the inner phase resets the peaks
             cuda.empty_cache()
             with module.phase("score"):
-                cuda.allocate(1.0)
-                cuda.free(1.0)
+                cuda.touch(1.0)
         with module.phase("actor"), module.phase("optimizer"):
-            cuda.allocate(2.0)
-            cuda.free(2.0)
+            cuda.touch(2.0)
 
     (logged,) = fit(tmp_path, work, CudaMemoryMonitor())
     allocated = {key: value for key, value in logged.items() if key.endswith("_peak_allocated_gib")}
@@ -163,36 +155,17 @@ def test_a_nested_phase_counts_for_both_and_hides_nothing(tmp_path: Path, cuda: 
     }
 
 
-def test_a_module_without_phases_is_one_phase(tmp_path: Path, cuda: FakeCuda) -> None:
-    cuda.allocate(8.0)
-    cuda.free(8.0)  # before the train batch: not its peak
-
-    def work(module: Phased) -> None:
-        cuda.allocate(0.75)
-        cuda.free(0.75)
-
-    (logged,) = fit(tmp_path, work, CudaMemoryMonitor())
-    assert logged == {
-        "memory/step_peak_allocated_gib": 0.75,
-        "memory/step_peak_reserved_gib": 8.0,
-    }
-
-
-def test_phases_outside_train_batches_are_not_logged(tmp_path: Path, cuda: FakeCuda) -> None:
+def test_a_module_without_phases_is_one_phase_and_others_are_not_logged(
+    tmp_path: Path, cuda: FakeCuda
+) -> None:
     class Before(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             assert isinstance(pl_module, Phased)
             with pl_module.phase("rollout"):
-                cuda.allocate(1.0)
+                cuda.touch(8.0)  # not the train batch's peak
 
-    monitor = CudaMemoryMonitor()
-    seen = Seen()
-    trainer = quiet_trainer(tmp_path, [monitor, Before(), seen])
-    trainer.fit(Phased(lambda module: None), Rows(1))
-    assert set(seen.batches[0]) == {
-        "memory/step_peak_allocated_gib",
-        "memory/step_peak_reserved_gib",
-    }
+    (logged,) = fit(tmp_path, lambda module: cuda.touch(0.75), CudaMemoryMonitor(), Before())
+    assert logged == {"memory/step_peak_allocated_gib": 0.75, "memory/step_peak_reserved_gib": 8.0}
 
 
 def test_resident_memory_without_cuda(
@@ -229,7 +202,7 @@ def test_unknown_resident_memory_logs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cuda_memory, "resident_bytes", lambda: None)
-    (logged,) = fit(tmp_path, lambda module: None, CudaMemoryMonitor())
+    (logged,) = fit(tmp_path, nothing, CudaMemoryMonitor())
     assert logged == {}
     assert "memory (" not in capsys.readouterr().out
 
@@ -307,25 +280,22 @@ def test_snapshot_of_some_train_batches(
 def test_snapshot_goes_into_the_run_folder_and_overwrites_nothing(
     tmp_path: Path, history: FakeHistory
 ) -> None:
-    fit(tmp_path, lambda module: None, CudaMemorySnapshot(start_step=0, steps=1))
+    fit(tmp_path, nothing, CudaMemorySnapshot(start_step=0, steps=1))
     assert (tmp_path / "version_0" / "memory" / "batches_0_to_0_rank0.pickle").exists()
     for _ in range(2):
-        fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 0, 1))
-    assert sorted(path.name for path in tmp_path.glob("*.pickle")) == [
-        "batches_0_to_0_rank0.pickle",
-        "batches_0_to_0_rank0_2.pickle",
-    ]
+        fit(tmp_path, nothing, CudaMemorySnapshot(tmp_path, 0, 1))
+    names = sorted(path.name for path in tmp_path.glob("*.pickle"))
+    assert names == ["batches_0_to_0_rank0.pickle", "batches_0_to_0_rank0_2.pickle"]
 
 
-def test_a_fit_that_ends_early_leaves_what_there_is(tmp_path: Path, history: FakeHistory) -> None:
-    fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 1, 5), batches=3)
+def test_a_fit_that_ends_early_leaves_what_there_is_or_says_so(
+    tmp_path: Path, history: FakeHistory
+) -> None:
+    fit(tmp_path, nothing, CudaMemorySnapshot(tmp_path, 1, 5), batches=3)
     assert [path.name for path in tmp_path.glob("*.pickle")] == ["batches_1_to_2_rank0.pickle"]
-
-
-def test_a_fit_that_never_gets_there_says_so(tmp_path: Path, history: FakeHistory) -> None:
     with pytest.warns(UserWarning, match=r"start_step=9\) recorded nothing.*after 2 train batches"):
-        fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 9), batches=2)
-    assert not list(tmp_path.glob("*.pickle"))
+        fit(tmp_path, nothing, CudaMemorySnapshot(tmp_path, 9), batches=2)
+    assert len(list(tmp_path.glob("*.pickle"))) == 1
 
 
 def explode(module: Phased) -> None:
@@ -348,60 +318,45 @@ def explode_outside(module: Phased) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+def explode_otherwise(module: Phased) -> None:
+    raise RuntimeError("out of memory, says another library")
+
+
 @pytest.mark.parametrize(
-    ("work", "phase"),
-    [(explode, "optimizer"), (explode_wrapped, "optimizer"), (explode_outside, "no_phase")],
+    ("work", "names"),
+    [
+        (explode, ["out_of_memory_in_optimizer_rank0.pickle"]),
+        (explode_wrapped, ["out_of_memory_in_optimizer_rank0.pickle"]),
+        (explode_outside, ["out_of_memory_in_no_phase_rank0.pickle"]),
+        (explode_otherwise, []),
+    ],
 )
 def test_out_of_memory_leaves_a_file_named_for_its_phase(
     tmp_path: Path,
     history: FakeHistory,
     capsys: pytest.CaptureFixture[str],
     work: Callable[[Phased], None],
-    phase: str,
+    names: list[str],
 ) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(tmp_path, work, CudaMemorySnapshot(tmp_path))
-    name = f"out_of_memory_in_{phase}_rank0.pickle"
-    assert history.calls == [recording(), name, None]
-    assert f"memory snapshot: {tmp_path / name}" in capsys.readouterr().out
+    assert history.calls == [recording(), *names, None]
+    printed = capsys.readouterr().out
+    assert all(f"memory snapshot: {tmp_path / name}" in printed for name in names)
 
 
-def test_out_of_memory_where_phases_do_not_end(tmp_path: Path, history: FakeHistory) -> None:
-    def work(module: Phased) -> None:
-        snapshot.on_phase_start(module.trainer, module, "critic")
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    snapshot = CudaMemorySnapshot(tmp_path)
-    with pytest.raises(torch.OutOfMemoryError):
-        fit(tmp_path, work, snapshot)
-    assert "out_of_memory_in_critic_rank0.pickle" in history.calls
-
-
-def test_other_errors_leave_no_file(tmp_path: Path, history: FakeHistory) -> None:
-    def work(module: Phased) -> None:
-        raise RuntimeError("something else")
-
-    with pytest.raises(RuntimeError, match="something else"):
-        fit(tmp_path, work, CudaMemorySnapshot(tmp_path))
-    assert history.calls == [recording(), None]
-
-
-def test_snapshot_without_cuda_warns_and_does_nothing(
+def test_snapshot_without_cuda_warns_and_does_nothing_or_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeHistory()
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", fake.record)
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", fake.dump)
     with pytest.warns(UserWarning, match=r"this run is on cpu.*Nothing is recorded"):
-        fit(tmp_path, lambda module: None, CudaMemorySnapshot(tmp_path, 0, 1), batches=2)
-    assert fake.calls == []
-
-
-def test_strict_snapshot_without_cuda_refuses(tmp_path: Path) -> None:
+        fit(tmp_path, nothing, CudaMemorySnapshot(tmp_path, 0, 1), batches=2)
     with pytest.raises(
         MisconfigurationException, match=r"this run is on cpu: use Trainer\(accelerator='cuda'\)"
     ):
-        fit(tmp_path, lambda module: None, CudaMemorySnapshot(strict=True))
+        fit(tmp_path, nothing, CudaMemorySnapshot(strict=True))
+    assert fake.calls == []
 
 
 @pytest.mark.parametrize(

@@ -113,17 +113,12 @@ class Data(LightningDataModule):
         return [Rows(2), Prompts()]
 
 
-def test_prompts_of_a_datamodule_with_other_loaders(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, [SampleWriter()], limit_val_batches=0)
+@pytest.mark.parametrize("asked", [8, 50])
+def test_prompts_of_a_datamodule_with_other_loaders(tmp_path: Path, asked: int) -> None:
+    trainer = quiet_trainer(tmp_path, [SampleWriter(asked)], limit_val_batches=0)
     trainer.fit(Answerer(), datamodule=Data())
     lines = lines_of(tmp_path / "version_0" / "samples.jsonl")
     assert [line["prompt"] for line in lines] == [f"prompt {row}" for row in range(8)]
-
-
-def test_fewer_prompts_than_asked_for(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, [SampleWriter(prompts=50)])
-    trainer.fit(Answerer(), Rows(1), Prompts())
-    assert len(lines_of(tmp_path / "version_0" / "samples.jsonl")) == 8
 
 
 def test_validation_outside_a_fit_writes_nothing(tmp_path: Path) -> None:
@@ -137,20 +132,16 @@ def test_validation_outside_a_fit_writes_nothing(tmp_path: Path) -> None:
     assert asked[0] == "reference"
 
 
-def test_scores_that_json_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = quiet_trainer(tmp_path, [SampleWriter(prompts=2)])
-    trainer.fit(Answerer(score=float("nan")), Rows(1), Prompts())
-    lines = lines_of(tmp_path / "version_0" / "samples.jsonl")
-    assert [line["score_after"] for line in lines] == [None, None]
-    assert "NaN" not in (tmp_path / "version_0" / "samples.jsonl").read_text(encoding="utf-8")
-    assert "score not finite -> not finite" in capsys.readouterr().out
-
-
-def test_the_file_lies_beside_the_metrics(tmp_path: Path) -> None:
+def test_scores_that_json_cannot_hold_beside_the_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logger = CSVLogger(tmp_path, name="quickstart")
-    trainer = quiet_trainer(tmp_path, [SampleWriter(prompts=1)], logger=logger)
-    trainer.fit(Answerer(), Rows(1), Prompts())
-    assert (tmp_path / "quickstart" / "version_0" / "samples.jsonl").exists()
+    trainer = quiet_trainer(tmp_path, [SampleWriter(prompts=2)], logger=logger)
+    trainer.fit(Answerer(score=float("nan")), Rows(1), Prompts())
+    path = tmp_path / "quickstart" / "version_0" / "samples.jsonl"
+    assert [line["score_after"] for line in lines_of(path)] == [None, None]
+    assert "NaN" not in path.read_text(encoding="utf-8")
+    assert "score not finite -> not finite" in capsys.readouterr().out
 
 
 def test_wandb_table_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,20 +160,24 @@ def test_wandb_table_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert contents[-1]["data"] == [list(line.values()) for line in lines[-2:]]
 
 
-def test_a_module_that_cannot_answer_is_refused(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, [SampleWriter()])
-    with pytest.raises(
-        MisconfigurationException,
-        match=r"`answer\(prompts, role\)`.*Phased has none: add the method, or remove the callback",
-    ):
-        trainer.fit(Phased(lambda module: None), Rows(1))
-
-
-@pytest.mark.parametrize("loader", [Rows(2), None])
-def test_validation_data_without_prompts_is_refused(tmp_path: Path, loader: Rows | None) -> None:
+@pytest.mark.parametrize(
+    ("module", "loader", "words"),
+    [
+        (
+            Phased(lambda module: None),
+            Rows(2),
+            r"`answer\(prompts, role\)`.*Phased has none: add the method, or remove the callback",
+        ),
+        (Answerer(), Rows(2), "validation data yields no PromptBatch"),
+        (Answerer(), None, "validation data yields no PromptBatch"),
+    ],
+)
+def test_a_module_that_cannot_answer_and_data_without_prompts_are_refused(
+    tmp_path: Path, module: Phased, loader: Rows | None, words: str
+) -> None:
     trainer = quiet_trainer(tmp_path, [SampleWriter()], num_sanity_val_steps=0)
-    with pytest.raises(MisconfigurationException, match="validation data yields no PromptBatch"):
-        trainer.fit(Answerer(), Rows(1), loader)
+    with pytest.raises(MisconfigurationException, match=words):
+        trainer.fit(module, Rows(1), loader)
 
 
 @pytest.mark.parametrize("name", ["prompts", "every_n_batches"])

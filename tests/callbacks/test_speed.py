@@ -93,24 +93,23 @@ def test_a_nested_phase_takes_its_time_from_the_outer(tmp_path: Path, clock: Clo
     }
 
 
-@pytest.mark.parametrize("outputs", [None, {}, {"episodes": 0, "tokens": {"rollout": 5}}])
-def test_a_module_without_phases_or_counts(
-    tmp_path: Path, clock: Clock, outputs: dict[str, Any] | None
+@pytest.mark.parametrize(
+    ("outputs", "rates"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"episodes": 0, "tokens": {"rollout": 5}}, {}),
+        ({"tokens": {"step": 32}}, {"speed/step_tokens_per_second": 64.0}),
+    ],
+)
+def test_a_module_without_phases(
+    tmp_path: Path, clock: Clock, outputs: dict[str, Any] | None, rates: dict[str, float]
 ) -> None:
     def work(module: Phased) -> dict[str, Any] | None:
         clock.now += 0.5
         return outputs
 
-    assert fit(tmp_path, work) == {"speed/step_seconds": 0.5}
-
-
-def test_tokens_of_a_module_without_phases(tmp_path: Path, clock: Clock) -> None:
-    def work(module: Phased) -> dict[str, Any]:
-        clock.now += 0.5
-        return {"tokens": {"step": 32}}
-
-    expected = {"speed/step_seconds": 0.5, "speed/step_tokens_per_second": 64.0}
-    assert fit(tmp_path, work) == expected
+    assert fit(tmp_path, work) == {"speed/step_seconds": 0.5, **rates}
 
 
 def test_flops_of_phases_and_of_the_train_batch(tmp_path: Path, clock: Clock) -> None:
