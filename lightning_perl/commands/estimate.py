@@ -51,15 +51,14 @@ NOT_COUNTED = (
     "Not counted: CUDA's context, libraries' buffers and fragmentation, about 1 GiB. A card of 24 GB holds "
     "what fits --budget 23GB."
 )
-SHAPE = (
+SHAPE = {
     "model_type",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
+}
+SHAPE |= {"num_key_value_heads", "vocab_size"}
 """Two trunks take the same memory if these are equal."""
 
 
@@ -97,9 +96,6 @@ class LlamaSizes:
         )
 
 
-# ---- the command line ----------------------------------------------------------------------------
-
-
 def add_arguments(parser: LightningArgumentParser) -> None:
     """What ``estimate`` takes beside the arguments of ``fit``."""
     parser.add_argument(
@@ -134,16 +130,9 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 
 def run(config: Namespace, parser: LightningArgumentParser) -> None:
     """Print the estimate of a parsed command line."""
-    print(
-        report(
-            partial(_make_module, config, parser),
-            _architecture(config),
-            load_of(config),
-            config.budget,
-            config.layouts,
-            config.json,
-        )
-    )
+    make, architecture = partial(_make_module, config, parser), _architecture(config)
+    options = (config.budget, config.layouts, config.json)
+    print(report(make, architecture, load_of(config), *options))
 
 
 def load_of(config: Namespace) -> Load:
@@ -187,7 +176,6 @@ def _make_module(config: Namespace, parser: LightningArgumentParser) -> AdapterM
             "not known. Give folders that exist, or one that does not: it is taken to have the actor's shape."
         )
     if missing:
-        # Not trained yet: taken to have the actor's shape, or the policy trunk's.
         chosen.init_args["reward"] = None
     for folder in set(folders) - set(missing):
         _require_same_shape(folder, _architecture(config))
@@ -269,9 +257,6 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** "_KMGT".index(match[2].upper()))
 
 
-# ---- peaks, and the largest sizes that fit -------------------------------------------------------
-
-
 class Estimate(NamedTuple):
     """The estimate of one run.
 
@@ -338,18 +323,15 @@ def highest(peaks: Peaks) -> int:
 
 
 def largest(bytes_of: Callable[[int], int], budget: int, known: Mapping[int, int]) -> int:
-    """The most rows whose peak is within the budget; it and one row more have been run.
+    """The most rows whose peak is within the budget: 0 where not even one fits, `MOST_ROWS` at most.
 
-    Peaks grow nearly as ``held + rows * slope``, so secants find the place in three or four runs; a bracket
-    keeps them honest where peaks do not.
+    Peaks grow nearly as ``held + rows * slope``, so secants arrive in three or four runs; the bracket around
+    them keeps the result exact where peaks do not.
 
     Args:
         bytes_of: Peak with that many rows; does not fall as rows grow.
         budget: Bytes.
         known: Peaks that are known, at least of 0 rows (what is always held) and of one other number.
-
-    Returns:
-        0 where not even one row fits; `MOST_ROWS` where that many do.
     """
     peaks = dict(known)
     if peaks[0] > budget:
@@ -368,8 +350,6 @@ def largest(bytes_of: Callable[[int], int], budget: int, known: Mapping[int, int
         rows = min(max(rows, good + 1), bad - 1)
         peaks[rows] = bytes_of(rows)
 
-
-# ---- layouts side by side ------------------------------------------------------------------------
 
 Comparison = tuple[Callable[[], AdapterModule], Load]
 """What makes a module, and how much its train batch holds."""
@@ -424,9 +404,6 @@ def compare(
     return estimates
 
 
-# ---- what is printed -----------------------------------------------------------------------------
-
-
 def report(
     make: Callable[[], AdapterModule],
     config: PreTrainedConfig,
@@ -456,40 +433,50 @@ def report(
     rehearsal = rehearsal_of(module, load)
     own = estimate(rehearsal, limit)
     others = compare(config, comparisons(module, load), limit) if layouts else {}
-    micro = module.micro_batch_size if isinstance(module, OnPolicy) else load.rows
-    facts = {
+    on_policy = module if isinstance(module, OnPolicy) else None
+    facts: dict[str, Any] = {
         "module": type(module).__name__,
-        "layout": module.roles.layout if isinstance(module, OnPolicy) else None,
+        "layout": on_policy and on_policy.roles.layout,
         "model_type": config.model_type,
         "parameters": sum(weight.numel() for weight in own_weights(rehearsal.trunks[0])),
-        "load": load._asdict() | {"micro_batch_size": micro},
+        "load": {
+            **load._asdict(),
+            "micro_batch_size": on_policy.micro_batch_size if on_policy else load.rows,
+        },
         **numbers(own),
         "budget_gib": None if limit is None else limit / GIB,
         "layouts": {name: other and numbers(other) for name, other in others.items()} or None,
         "seconds": time.perf_counter() - start,
     }
-    if as_json:
-        return json.dumps(facts)
+    return json.dumps(facts) if as_json else _as_text(facts, own, others, budget)
+
+
+def _as_text(
+    facts: dict[str, Any],
+    own: Estimate,
+    others: Mapping[str, Estimate | None],
+    budget: str | None,
+) -> str:
+    load = facts["load"]
     lines = [
-        f"{facts['module']} on {config.model_type} of {facts['parameters'] / 1e9:.2f}B parameters, "
-        f"{load.prompt_tokens} + {load.response_tokens} tokens, {load.rows} "
-        f"{'pairs' if load.pairs else 'rows'} a batch, {micro} at once; GiB at each phase's peak:",
+        f"{facts['module']} on {facts['model_type']} of {facts['parameters'] / 1e9:.2f}B parameters, "
+        f"{load['prompt_tokens']} + {load['response_tokens']} tokens, {load['rows']} "
+        f"{'pairs' if load['pairs'] else 'rows'} a batch, {load['micro_batch_size']} at once; GiB at each "
+        "phase's peak:",
         phase_table(own),
         NOT_COUNTED,
     ]
-    if limit is not None:
+    if budget is not None:
         rollout = own.rollout_rows
+        fits = own.peak.total <= parse_bytes(budget)
         lines.append(
             f"Largest in {budget}: {own.micro_batch_size} rows at once in training"
             + ("" if rollout is None else f", {rollout} responses at once in a rollout")
-            + ("." if own.peak.total <= limit else "; the run as configured does not fit.")
+            + ("." if fits else "; the run as configured does not fit.")
         )
     if others:
-        lines += [
-            "",
-            "With the same settings and lengths; what is tuned whole is in float32:",
-            comparison_table(others, limit is not None),
-        ]
+        title = "With the same settings and lengths; what is tuned whole is in float32:"
+        lines += ["", title, comparison_table(others, budget is not None)]
     return "\n".join([*lines, f"{facts['seconds']:.0f} s"])
 
 

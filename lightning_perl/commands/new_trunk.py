@@ -51,14 +51,14 @@ def new_trunk(
     """Write an untrained Llama and a tokenizer trained on the data's training texts.
 
     Args:
-        folder: A transformers folder; must not exist yet.
-        data: Whose training rows the tokenizer is trained on; its own ``tokenizer`` is not read.
-        vocabulary_size: Entries of the tokenizer.
-        hidden_size: Width.
-        layers: Decoder blocks.
-        heads: Attention heads.
+        folder: Where the transformers folder is written; it must not exist yet.
+        data: The data whose training rows the tokenizer is trained on; its own ``tokenizer`` is not read.
+        vocabulary_size: Number of the tokenizer's entries.
+        hidden_size: Width of the hidden states.
+        layers: Number of decoder blocks.
+        heads: Number of attention heads.
         window: Longest row in tokens.
-        seed: Of the weights.
+        seed: Seed of the weights.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; name another folder or remove it.")
