@@ -43,7 +43,7 @@ CONFIG_HELP = (
     "over each other, the last one on top."
 )
 ALSO = (
-    f"There are two more commands: {PROGRAM} estimate says how much memory a fit will take, and "
+    f"There are two more commands: {PROGRAM} estimate prints how much memory a fit will take, and "
     f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data (see "
     "their --help)."
 )
@@ -65,7 +65,7 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def config_source(given: str) -> str:
-    """What a ``--config`` value stands for: a file, a packaged file, a URL, or YAML text itself.
+    """The source that a ``--config`` value names: a file, a packaged file, a URL, or YAML text itself.
 
     A file of that name wins over a packaged one; ``.yaml`` may be left out of a packaged name.
 
@@ -123,7 +123,7 @@ class SaveRunConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder, which needs every rank, and save."""
+        """Choose the folder, for which every rank is needed, and save."""
         run_folder(trainer)
         super().setup(trainer, pl_module, stage)
 
@@ -133,7 +133,7 @@ class SaveRunConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         for key, value in list(config.items()):
-            # A module's own default, which YAML cannot say; left out, the module takes it again.
+            # A module's own default function has no YAML form; left out, the module takes it again.
             if isinstance(value, FunctionType) and "<lambda>" in value.__qualname__:
                 del config[key]
         path = folder / self.config_filename
@@ -141,7 +141,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class PerlCLI(LightningCLI):
-    """LightningCLI in subclass mode: any module on any data, the trunk's tokenizer stated once."""
+    """LightningCLI in subclass mode: any module on any data, with the trunk's tokenizer."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """LightningCLI's parser with our ``--config``."""
@@ -150,7 +150,7 @@ class PerlCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data is tokenized as the trunk was trained."""
+        """The data's tokenizer is the trunk's."""
         parser.link_arguments("model.init_args.trunk", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -158,16 +158,16 @@ class PerlCLI(LightningCLI):
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list, always
 
     def before_instantiate_classes(self) -> None:
-        """No bars for a trunk that is read from disk in a moment; downloads keep theirs."""
+        """Show no progress bar for a trunk on this disk; downloads keep theirs."""
         trunk = str(self.config.get(f"{self.subcommand}.model.init_args.trunk", ""))
         if trunk.startswith(PREFIX) or Path(trunk).exists():
             disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
-        """Make the objects; what a constructor refuses reaches the user in its own words.
+        """Make the objects, and raise a constructor's own error where one refuses its arguments.
 
-        jsonargparse takes a constructor's `ValueError` for a failed match of a Union's first type and
-        buries it in a dump of the whole configuration.
+        jsonargparse takes a constructor's `ValueError` for a failed match of a Union's first type and hides it
+        in a dump of the whole configuration.
         """
         try:
             super().instantiate_classes()
@@ -195,7 +195,7 @@ class EstimateCLI(PerlCLI):
 
 
 def run_estimate(args: Sequence[str]) -> None:
-    """``estimate``: the arguments of ``fit`` and a few more."""
+    """``estimate`` takes the arguments of ``fit`` and a few more."""
     cli = EstimateCLI(
         run=False,
         save_config_callback=None,
@@ -207,8 +207,8 @@ def run_estimate(args: Sequence[str]) -> None:
 
 
 def silence_known() -> None:
-    """Drop messages that every run would show and that ask nothing of anybody."""
-    # Lightning makes torch's LeafSpec in a way that torch has deprecated; only Lightning can change it.
+    """Hide messages that every run would show and that call for no action."""
+    # Lightning checks torch's LeafSpec in a way that torch has deprecated; only Lightning can change it.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # Trunks stay in eval mode between training passes by design (see `Trunk.training_pass`).
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start")
@@ -221,7 +221,7 @@ def _no_tip(record: logging.LogRecord) -> bool:
 
 
 def run_new_trunk(args: Sequence[str]) -> None:
-    """``new-trunk``: its arguments are those of the function."""
+    """``new-trunk`` takes the arguments of the function."""
     parser = ArgumentParser(prog=f"{PROGRAM} new-trunk", allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
     parser.add_function_arguments(new_trunk)
@@ -235,7 +235,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        args: Instead of the process's own, for tests and notebooks.
+        args: The command line. None: the process's own.
     """
     given = list(sys.argv[1:] if args is None else args)
     silence_known()

@@ -255,9 +255,10 @@ def calibration_measures(judgements: Judgements, count: int) -> Measures:
     """Calibration of the probabilities; none without judgements."""
     if not count:
         return {}
+    errors = judgements.votes * (judgements.logits.sigmoid() - judgements.outcomes) ** 2
     return {
         "ece": (reliability_of(judgements).error, count),
-        "brier": (brier_score(judgements), count),
+        "brier": (float(errors.sum() / judgements.votes.sum()), count),
         "temperature": (fit_temperature(judgements), count),
     }
 
@@ -296,12 +297,6 @@ def reliability_of(judgements: Judgements) -> Reliability:
         total(judgements.votes * probabilities) / counts,
         total(judgements.votes * judgements.outcomes) / counts,
     )
-
-
-def brier_score(judgements: Judgements) -> float:
-    """Mean of ``(probability - outcome)^2``."""
-    errors = (judgements.logits.sigmoid() - judgements.outcomes) ** 2
-    return float((judgements.votes * errors).sum() / judgements.votes.sum())
 
 
 def fit_temperature(judgements: Judgements) -> float:

@@ -1,4 +1,4 @@
-"""AdamW whose moments rest in the host's memory."""
+"""AdamW whose moments are kept in the host's memory."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 AT_ONCE = 2**25
-"""Weights whose moments are on the device together (256 MiB of moments in fp32), or one tensor that is larger."""
+"""Most weights whose moments are on the device together (256 MiB of moments in fp32); one tensor may be larger."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class HostAdamW(Optimizer):
-    """AdamW whose moments rest in the host's memory and visit the device a few at a time, in the step.
+    """AdamW that keeps its moments in the host's memory and copies a few at a time to the device in the step.
 
-    They are needed in the step only, when activations and the rollout's cache are gone, but stand
-    beside these in every phase: 8 bytes for each trained weight, of all roles. Here they cross the bus
-    twice a step instead (``16 bytes x weights / bandwidth``), from and to pinned memory, of which the host
-    must have 8 bytes a weight, or more: it is given in powers of two. Steps are those of
-    `torch.optim.AdamW`, fused, bit for bit. bitsandbytes' paged optimizers leave weights of less than 100,000
-    numbers on the device, which most of a LoRA adapter's are.
+    Moments take 8 bytes for each trained weight in every phase, but are needed in the step only, when
+    activations and the rollout's cache are gone. Here they are copied to the device and back in each step
+    (``16 bytes x weights / bandwidth``), from and to pinned memory, of which the host needs 8 bytes a weight or
+    more: it is allocated in powers of two. Steps equal those of `torch.optim.AdamW`, fused, bit for bit.
+    bitsandbytes' paged optimizers leave weights of less than 100,000 numbers on the device, which most of a LoRA
+    adapter's are.
 
     Args:
         params: Parameters, or groups of them.
         lr: Learning rate.
         betas: Decay of the two moments.
-        eps: Added to the root of the second.
-        weight_decay: Decoupled.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
     """
 
     host = torch.device("cpu")
@@ -49,7 +49,7 @@ class HostAdamW(Optimizer):
 
     @cached_property
     def _adamw(self) -> AdamW:
-        # Takes the steps, of some parameters at a time. Not pickled: made again where it is needed.
+        # Steps a few parameters at a time. It is not pickled, but made again when it is needed.
         return AdamW(self.param_groups, fused=True)
 
     @torch.no_grad()
@@ -61,65 +61,69 @@ class HostAdamW(Optimizer):
                 loss = closure()
         self._adamw.state = self.state
         for group in self.param_groups:
-            for some in _pieces(group["params"]):
-                homes = [self._visit(parameter) for parameter in some]
-                self._adamw.param_groups = [{**group, "params": some}]
+            for piece in _pieces(group["params"]):
+                host_moments = [self._to_device(parameter) for parameter in piece]
+                self._adamw.param_groups = [{**group, "params": piece}]
                 self._adamw.step()
-                for parameter, home in zip(some, homes, strict=True):
-                    self._return(parameter, home)
-        self._arrive()
+                for parameter, moments in zip(piece, host_moments, strict=True):
+                    self._to_host(parameter, moments)
+        self._synchronize()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer does, which takes moments to the device; then back to the host."""
+        """As every optimizer does, which copies moments to the device; then back to the host."""
         super().load_state_dict(state_dict)
         self.rest()
 
     def rest(self) -> None:
-        """Take to the host what is not there; whoever restores a checkpoint may have moved it."""
+        """Move moments to the host that are not there, as after restoring a checkpoint."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 moments = self._moments(parameter)
                 if any(moment.device != self.host for moment in moments.values()):
-                    self._return(parameter, {})
-        self._arrive()
+                    self._to_host(parameter, {})
+        self._synchronize()
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state.get(parameter, {})
         return {name: state[name] for name in MOMENTS if name in state}
 
-    def _visit(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Copy moments to the device; where they rest."""
-        homes = self._moments(parameter)
-        for name, home in homes.items():
-            visitor = torch.empty_like(home, device=parameter.device)
-            self.state[parameter][name] = visitor.copy_(home, non_blocking=True)
-        return homes
+    def _to_device(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Copy moments to the device.
 
-    def _return(self, parameter: Tensor, homes: dict[str, Tensor]) -> None:
-        """Copy moments back to where they rest; those that have no place yet get one."""
-        for name, visitor in self._moments(parameter).items():
-            home = homes.get(name)
-            if home is None:
+        Returns:
+            The moments on the host, where they are copied back to.
+        """
+        host_moments = self._moments(parameter)
+        for name, moment in host_moments.items():
+            on_device = torch.empty_like(moment, device=parameter.device)
+            self.state[parameter][name] = on_device.copy_(moment, non_blocking=True)
+        return host_moments
+
+    def _to_host(self, parameter: Tensor, host_moments: dict[str, Tensor]) -> None:
+        """Copy moments back to the host; those that have no memory there get it."""
+        for name, moment in self._moments(parameter).items():
+            on_host = host_moments.get(name)
+            if on_host is None:
                 pinned = parameter.is_cuda
-                home = torch.empty_like(visitor, device=self.host, pin_memory=pinned)
-            self.state[parameter][name] = home.copy_(visitor, non_blocking=True)
+                on_host = torch.empty_like(moment, device=self.host, pin_memory=pinned)
+            self.state[parameter][name] = on_host.copy_(moment, non_blocking=True)
 
-    def _arrive(self) -> None:
+    def _synchronize(self) -> None:
         """Wait for copies: a checkpoint may read them next."""
         if any(parameter.is_cuda for group in self.param_groups for parameter in group["params"]):
             torch.cuda.synchronize()
 
 
 def _pieces(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Those that have a gradient, so many at once as their moments may be."""
-    some: list[Tensor] = []
+    """Parameters with a gradient, in lists of at most `AT_ONCE` weights."""
+    piece: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        if some and sum(one.numel() for one in some) + parameter.numel() > AT_ONCE:
-            yield some
-            some = []
-        some.append(parameter)
-    if some:
-        yield some
+        if piece and sum(weight.numel() for weight in piece) + parameter.numel() > AT_ONCE:
+            yield piece
+            piece = []
+        piece.append(parameter)
+    if piece:
+        yield piece

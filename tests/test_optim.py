@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_perl import optim
-from lightning_perl.cli import main
 from lightning_perl.commands.ledger import HOST, Ledger
 from lightning_perl.optim import HostAdamW
-from tests.conftest import TinyTrunk
-from tests.data.orders import prompt_data
 
 SIZES = ((7, 5), (40,), (3,), (9, 2))
 SETTINGS: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.1}
@@ -147,39 +142,6 @@ def test_a_closure_is_called_with_gradients() -> None:
 
     assert optimizer.step(closure).item() == 3.0
     assert float(weight.detach().max()) < 1
-
-
-def test_it_is_chosen_in_yaml(
-    tiny_trunk: TinyTrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    optimizer = {
-        "class_path": "lightning_perl.optim.HostAdamW",
-        "init_args": {"lr": 1e-3, "weight_decay": 0.0},
-    }
-    model = {
-        "class_path": "HydraPPO",
-        "init_args": {
-            "trunk": str(tiny_trunk("llama", max_position_embeddings=512)),
-            "lora": {"rank": 2},
-            "sampling": {"max_new_tokens": 3},
-            "optimizer": optimizer,
-        },
-    }
-    data = prompt_data(train=4)
-    trainer = {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False}
-    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
-    config = {"model": model, "data": data, "trainer": {**trainer, "logger": logger}}
-    Path("run.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "--config", "run.yaml"])
-    run = Path("runs/tiny/version_0")
-    saved = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["optimizer"]
-    assert saved["class_path"] == optimizer["class_path"]
-    (path,) = run.glob("checkpoints/*.ckpt")
-    (state,) = torch.load(path, weights_only=True)["optimizer_states"]
-    assert {"exp_avg", "exp_avg_sq", "step"} == {
-        name for one in state["state"].values() for name in one
-    }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

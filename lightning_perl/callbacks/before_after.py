@@ -1,4 +1,4 @@
-"""What a run changed, in a few lines at its end."""
+"""Held-out measures of the reference and of the policy, printed when a run ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BeforeAfter(Callback):
 
 
 def before_after(measures: dict[str, Tensor]) -> list[str]:
-    """One line per measure that was logged."""
+    """One line per logged measure."""
     value = {key: float(number) for key, number in measures.items()}
     lines = []
     if "val/score" in value:

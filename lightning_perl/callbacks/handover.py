@@ -1,4 +1,4 @@
-"""Stages hand over by folder."""
+"""Writes a run's result into its folder, for the next stage to load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def best_checkpoint(trainer: Trainer) -> str | None:
 
 
 class Handover(Callback):
-    """At the end of ``fit``, writes the module's result into the run's folder and says where.
+    """At the end of ``fit``, writes the module's result into the run's folder and logs the path.
 
     Where a `ModelCheckpoint` watches a measure (``monitor``), the best checkpoint is handed over, else
     the last weights.
@@ -43,7 +43,7 @@ class Handover(Callback):
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write on the first process; a dry run (``fast_dev_run``) leaves nothing behind."""
+        """Write on the first process; a dry run (``fast_dev_run``) writes nothing."""
         if not isinstance(pl_module, HandsOver) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = run_folder(trainer)

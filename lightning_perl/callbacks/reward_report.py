@@ -129,9 +129,13 @@ def reliability_figure(measures: RewardMeasures) -> Figure:
         "\n".join(part for part in (rated_rows(measures), headline(measures)) if part), fontsize=9
     )
     upper.plot([start, 1], [start, 1], "--", color=_GREY, linewidth=1, label="calibrated")
-    seen = counts > 0
+    filled = counts > 0
     upper.plot(
-        predicted[seen].tolist(), observed[seen].tolist(), "o-", color=_GOOD, label="reward model"
+        predicted[filled].tolist(),
+        observed[filled].tolist(),
+        "o-",
+        color=_GOOD,
+        label="reward model",
     )
     upper.set_ylabel("share that came true" if measures.thumbs else "share of pairs ranked right")
     upper.set_ylim(-0.03, 1.03)

@@ -1,4 +1,4 @@
-"""Where a run leaves its files."""
+"""The folder of a run's files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def run_folder(trainer: Trainer) -> Path:
     or `TensorBoardLogger`; ``save_dir/name/version`` of any other, which for a `WandbLogger` is its
     project and run id (Lightning's own ``trainer.log_dir`` is the shared ``save_dir`` there).
     Without a logger that saves, the next free ``default_root_dir/version_N``, which is created
-    here. Every other folder is left to who writes first.
+    here. Every other folder is created by whoever writes into it first.
 
-    The choice is made once per trainer. The first call has to be made on every rank (from
-    ``setup``, say): rank zero chooses and tells the others.
+    The choice is made once per trainer. The first call has to be made on every rank (in ``setup``,
+    say): rank zero chooses and broadcasts.
     """
     if trainer not in _FOLDERS:
         folder = _choose(trainer) if trainer.is_global_zero else None
@@ -51,7 +51,7 @@ def _choose(trainer: Trainer) -> Path:
 
 
 def _next_version(folder: Path) -> Path:
-    """Creates the first ``version_N`` that nobody has; creating is what claims it."""
+    """Creates the first ``version_N`` that does not exist; creating it keeps other runs away."""
     number = 0
     while True:
         version = folder / f"version_{number}"

@@ -452,10 +452,7 @@ def report(
 
 
 def _as_text(
-    facts: dict[str, Any],
-    own: Estimate,
-    others: Mapping[str, Estimate | None],
-    budget: str | None,
+    facts: dict[str, Any], own: Estimate, others: Mapping[str, Estimate | None], budget: str | None
 ) -> str:
     load = facts["load"]
     lines = [

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.rows import Pair, Splits
+from lightning_perl.packaged import unpackaged
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with ``<pad>``, ``<bos>`` and ``<eos>``."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer of the quickstart's kind: a byte-level BPE with ``<pad>``, ``<bos>`` and ``<eos>``."""
+    kind: Any = AutoTokenizer.from_pretrained(unpackaged("packaged:quickstart/trunk"))
+    trained: PreTrainedTokenizerBase = kind.train_new_from_iterator(
+        texts, vocabulary_size, show_progress=False
     )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    return trained
 
 
 def training_texts(splits: Splits) -> Iterator[str]:

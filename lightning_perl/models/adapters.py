@@ -398,12 +398,8 @@ def _weight_read_directly(model: nn.Module, name: str) -> bool:
     """Whether Mamba reads a layer's weight without calling the layer or its adapter, at least in training."""
     parent, _, last = name.rpartition(".")
     mixer, parts = model.get_submodule(parent), ("A_log", "conv1d", "in_proj")
-<<<<<<< HEAD
-    return last == "out_proj" and all(hasattr(mixer, part) for part in parts)
-=======
     past = last in ("x_proj", "dt_proj", "out_proj")
     return past and all(hasattr(mixer, part) for part in parts)
->>>>>>> h/models
 
 
 def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:

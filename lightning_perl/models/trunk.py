@@ -390,13 +390,8 @@ class Trunk(nn.Module):
         # One token uses other kernels than many do, and recurrences round a lot.
         if not same_logits(cached, whole, self.rounding, 0.4):
             raise ValueError(
-<<<<<<< HEAD
-                f"{self._named}: its logits are others when a row is read token by token behind a cache, so it "
-                "cannot be sampled from here. It can be tuned by SFT, HydraSFT and RewardModel."
-=======
                 f"{self._named}: its logits differ when a row is read token by token with a cache, so it cannot "
                 "be sampled from. It can be tuned by SFT, HydraSFT and RewardModel."
->>>>>>> h/models
             )
 
     @contextmanager

@@ -247,10 +247,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> FakeHistory:
 
 
 def recording(max_entries: int = 100_000) -> tuple[str, dict[str, Any]]:
-    return (
-        "all",
-        {"stacks": "python", "max_entries": max_entries, "clear_history": True},
-    )
+    return ("all", {"stacks": "python", "max_entries": max_entries, "clear_history": True})
 
 
 def test_snapshot_of_some_train_batches(

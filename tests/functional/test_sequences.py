@@ -168,22 +168,6 @@ def test_padding_of_empty_rows_alone(pad: Callable[[Rows, int], tuple[Tensor, Te
     assert mask.dtype == torch.bool
 
 
-<<<<<<< HEAD
-def test_a_row_without_padding_or_answer_keeps_a_column_of_each() -> None:
-    nothing = torch.zeros(2, 3, dtype=torch.bool)
-    rows = Sequences(
-        torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.bool), nothing
-    )
-    (cut,) = cuts(rows, 2)
-    piece = rows.cut(cut)
-    assert (piece.prompt_tokens, piece.response_mask.shape[1]) == (2, 1)
-    hidden_prompt = rows._replace(attention_mask=torch.tensor([[False] * 2 + [True] * 3] * 2))
-    (cut,) = cuts(hidden_prompt, 2)
-    assert hidden_prompt.cut(cut).prompt_tokens == 1
-
-
-=======
->>>>>>> h/models
 @pytest.mark.parametrize("by_length", [True, False])
 def test_cuts_keep_the_responses_to_a_prompt_together(by_length: bool) -> None:
     lengths = torch.tensor([1, 4, 2, 6, 5, 3, 2, 2, 2, 6, 6, 6])

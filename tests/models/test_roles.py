@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, load_head, save_heads
-from lightning_perl.models.lean_layers import NoRoleError
 from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.models.manifest import write_adapter_manifest
 from lightning_perl.models.roles import LAYOUTS, Layout, Role, RoleAnswers, Roles
