@@ -43,44 +43,25 @@ class Seat(NamedTuple):
     adapter: str = OFF
 
 
+def _seated(*seats: tuple[int, str]) -> dict[Role, Seat]:
+    roles: tuple[Role, ...] = get_args(Role)
+    return {role: Seat(*seat) for role, seat in zip(roles, seats, strict=True)}
+
+
 LAYOUTS: dict[Layout, dict[Role, Seat]] = {
+    # Trunk and adapter of policy, value, reference, reward.
     # Four whole models; the first two are trained.
-    "full": {"policy": Seat(0), "value": Seat(1), "reference": Seat(2), "reward": Seat(3)},
+    "full": _seated((0, OFF), (1, OFF), (2, OFF), (3, OFF)),
     # LoRA-PPO: adapters are trained, four trunks stay.
-    "lora": {
-        "policy": Seat(0, "actor"),
-        "value": Seat(1, "critic"),
-        "reference": Seat(2),
-        "reward": Seat(3),
-    },
+    "lora": _seated((0, "actor"), (1, "critic"), (2, OFF), (3, OFF)),
     # The reference is the policy's trunk without its adapter, the reward the critic's.
-    "dynamic_lora": {
-        "policy": Seat(0, "actor"),
-        "value": Seat(1, "critic"),
-        "reference": Seat(0),
-        "reward": Seat(1),
-    },
+    "dynamic_lora": _seated((0, "actor"), (1, "critic"), (0, OFF), (1, OFF)),
     # PERL on one trunk: the reward is an adapter that RewardModel trained.
-    "perl": {
-        "policy": Seat(0, "actor"),
-        "value": Seat(0, "critic"),
-        "reference": Seat(0),
-        "reward": Seat(0, "reward"),
-    },
+    "perl": _seated((0, "actor"), (0, "critic"), (0, OFF), (0, "reward")),
     # Hydra-RLHF, Table 2: one trunk that is both SFT model and reward model.
-    "hydra": {
-        "policy": Seat(0, "actor"),
-        "value": Seat(0, "critic"),
-        "reference": Seat(0),
-        "reward": Seat(0),
-    },
+    "hydra": _seated((0, "actor"), (0, "critic"), (0, OFF), (0, OFF)),
     # J-Hydra: one adapter for actor and critic, one pass for both.
-    "joint_hydra": {
-        "policy": Seat(0, "actor"),
-        "value": Seat(0, "actor"),
-        "reference": Seat(0),
-        "reward": Seat(0),
-    },
+    "joint_hydra": _seated((0, "actor"), (0, "actor"), (0, OFF), (0, OFF)),
 }
 REWARD_TRUNK_LAYOUTS: tuple[Layout, ...] = ("full", "lora", "dynamic_lora")
 
@@ -188,8 +169,7 @@ class Roles(nn.Module):
             for number in range(1 + max(seat.trunk for seat in self.seats.values()))
         ]
         judging = trunks[max(judged, default=0)]
-        for head, folder in zip(heads, folders, strict=False):
-            _require_width(head, folder, judging)
+        _require_widths(heads, folders, judging)
         heads = [average(heads)] if averaged else heads
         self.reward_heads = nn.ModuleDict(dict(zip(self.judges, heads, strict=False)))
         if critic:
@@ -364,12 +344,13 @@ def _first_value_head(heads: list[ScalarHead], hidden_size: int) -> ScalarHead:
     return head
 
 
-def _require_width(head: ScalarHead, folder: Path, trunk: Trunk) -> None:
-    if len(head.weight) != trunk.hidden_size:
-        raise ValueError(
-            f"{folder}: its reward head reads {len(head.weight)} numbers per token, but the reward "
-            f"trunk {trunk.source} gives {trunk.hidden_size}. Was the head trained on another model?"
-        )
+def _require_widths(heads: list[ScalarHead], folders: list[Path], trunk: Trunk) -> None:
+    for head, folder in zip(heads, folders, strict=False):
+        if len(head.weight) != trunk.hidden_size:
+            raise ValueError(
+                f"{folder}: its reward head reads {len(head.weight)} numbers per token, but the reward "
+                f"trunk {trunk.source} gives {trunk.hidden_size}. Was the head trained on another model?"
+            )
 
 
 def _judges(count: int) -> tuple[str, ...]:

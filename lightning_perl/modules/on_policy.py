@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,31 +258,31 @@ class OnPolicy(Evaluation):
         for group in groups:
             check = first_read if "policy" in group else None
             with self.phase("actor" if "policy" in group else "critic"):
-                for cut in micro:
-                    piece = minibatch.cut(cut)
-                    for stats in self._micro_batch(group, piece, size, backward, check):
-                        add(sums, stats)
-                    check = None
+                pieces = (minibatch.cut(cut) for cut in micro)
+                for stats in self._backward(group, pieces, size, backward, check):
+                    add(sums, stats)
         return sums
 
-    def _micro_batch(
+    def _backward(
         self,
         group: tuple[Role, ...],
-        piece: Experience,
+        pieces: Iterable[Experience],
         size: MinibatchSize,
         backward: Backward,
         check: FirstRead | None,
-    ) -> list[Stats]:
-        """One forward and backward pass; the statistics of each role of the group."""
-        with self.roles.training_pass(group):
-            answers = self.roles.answer(
-                piece.sequences, group, self.sampling.temperature, self.samples
-            )
-            if check is not None:
-                check(answers, piece)
-            parts = [self.role_loss(role, answers, piece, size) for role in group]
-            backward(torch.stack([loss for loss, _ in parts]).sum())
-        return [stats for _, stats in parts]
+    ) -> Iterator[Stats]:
+        """A forward and a backward pass per micro-batch; the statistics of each role of the group."""
+        for piece in pieces:
+            with self.roles.training_pass(group):
+                answers = self.roles.answer(
+                    piece.sequences, group, self.sampling.temperature, self.samples
+                )
+                if check is not None:
+                    check(answers, piece)
+                parts = [self.role_loss(role, answers, piece, size) for role in group]
+                backward(torch.stack([loss for loss, _ in parts]).sum())
+            check = None
+            yield from (stats for _, stats in parts)
 
     def _step(self, optimizer: Optimizer, accept: Accept) -> Stats:
         """Clip and step; the gradient norms before clipping."""
