@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,12 +217,12 @@ class PreferenceDataModule(ConversationDataModule):
     def _open_streams(self) -> None:
         """Finds out before the run which files are not there, and which have no row at all."""
         for number, source in enumerate(self.train_sources):
-            if next(source.rows(self._stop, streaming=True), None):
+            if next(source.rows(self._uncounted, streaming=True), None):
                 self._streams.append((number, source))
             else:
                 list(source.rows(self.bad_row, streaming=True))
 
-    def _stop(self, reason: str, message: str) -> None:
+    def _uncounted(self, reason: str, message: str) -> None:
         """Takes a bad row that is counted at another reading."""
         if self.on_bad_row == "raise":
             raise BadRow(reason, message)
@@ -247,24 +248,39 @@ class PreferenceDataModule(ConversationDataModule):
             return FixedStream(self._held_out_stream, self.val_batch_size, self.collate)
         return super()._fixed(split)
 
-    def _held(self, item: Item) -> bool:
-        """Whether a row of a stream is held out for validation."""
-        share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
-        return self._holds_out and share < self.val_fraction
-
     def _train_stream(
         self, epoch: int, start: int
     ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
         """Yields an epoch's training rows from row ``start`` on; the first pass is counted."""
         first, self._begun = not self._begun, True
         split = self.report.splits["train"] if first else SplitReport()
-        bad_row = self.bad_row if first else self._stop
+        bad_row = self.bad_row if first else self._uncounted
+        rows = islice(enumerate(self._mixed(epoch, bad_row)), start, None)
+        yield from self._encoded(rows, False, split, bad_row)
+        if first:
+            self.announce()
+            self.log_report()
+
+    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
+        streams = (self._numbered(*stream, self._uncounted) for stream in self._streams)
+        rows = enumerate(chain.from_iterable(streams))
+        for _, example in self._encoded(rows, True, SplitReport(), self._uncounted):
+            yield example
+
+    def _encoded(
+        self,
+        rows: Iterable[tuple[int, tuple[int, Item]]],
+        held: bool,
+        split: SplitReport,
+        bad_row: BadRowHook,
+    ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
+        """Yields the rows of a stream that are held out for validation, or the others."""
         encoder = self.encoder
-        for position, (number, item) in enumerate(self._mixed(epoch, bad_row)):
-            if position < start:
-                continue
-            if self._held(item):
-                self.report.left_out["held out for validation"] += first
+        for position, (number, item) in rows:
+            share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
+            if held != (self._holds_out and share < self.val_fraction):
+                counted = split is self.report.splits["train"]
+                self.report.left_out["held out for validation"] += counted
                 continue
             split.rows += 1
             try:
@@ -275,9 +291,6 @@ class PreferenceDataModule(ConversationDataModule):
                 continue
             split.keep(example, cut_turns)
             yield position, example
-        if first:
-            self.announce()
-            self.log_report()
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
         """Yields an epoch's rows of all streams, shuffled."""
@@ -285,7 +298,7 @@ class PreferenceDataModule(ConversationDataModule):
 
         def rows(number: int, source: Source) -> Iterator[tuple[int, Item]]:
             # A mixture reads a short source again; its bad rows are counted once.
-            hook = self._stop if number in opened else bad_row
+            hook = self._uncounted if number in opened else bad_row
             opened.add(number)
             return self._numbered(number, source, hook)
 
@@ -300,16 +313,6 @@ class PreferenceDataModule(ConversationDataModule):
         for place, item in enumerate(self._items(number, source, bad_row, streaming=True)):
             # A pair takes two numbers.
             yield 2 * (len(self.train_sources) * place + number), item
-
-    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
-        encoder = self.encoder
-        for stream in self._streams:
-            for number, item in self._numbered(*stream, self._stop):
-                if self._held(item):
-                    try:
-                        yield self.encode_item(encoder, item, number)[0]
-                    except BadRow as error:
-                        self._stop(error.reason, str(error))
 
     def teardown(self, stage: str) -> None:
         """Reports on a stream that was not read to its end."""
