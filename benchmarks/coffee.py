@@ -416,7 +416,7 @@ def test_prompts(data_dir: str, trunk: Trunk) -> tuple[list[list[int]], np.ndarr
     encoder = TurnEncoder(trunk.tokenizer)
     found: dict[tuple[int, ...], str] = {}
     for row in held_out(PPO_FOLD, data_dir, "test", demonstrations=False):
-        prompt = encoder.encode_prompt(row.context, MAX_TOKENS - MAX_RESPONSE_TOKENS, row.where)
+        prompt = encoder.encode_prompt(row.context, MAX_TOKENS - MAX_RESPONSE_TOKENS)
         found.setdefault(tuple(prompt.ids), row.dialog)
     return [list(ids) for ids in found], np.array(list(found.values()))
 

@@ -275,7 +275,7 @@ class ConversationDataModule(LightningDataModule, ABC):
             try:
                 example, cut_turns = self.encode_item(encoder, item, number)
             except BadRow as error:
-                self.bad_row(error.reason, str(error))
+                self.bad_row(error.reason, f"{first_row(item).where}: {error}")
                 report.rejected[error.reason] += 1
                 continue
             if isinstance(example, PromptExample):
@@ -303,7 +303,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         if self.rows == "prompts":
             row = first_row(item)
             limit = self.max_tokens - self.max_response_tokens
-            prompt = encoder.encode_prompt(row.context, limit, row.where)
+            prompt = encoder.encode_prompt(row.context, limit)
             return PromptExample(prompt.ids, number), prompt.cut_turns
         sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
         limits = self.max_tokens, self.max_response_tokens

@@ -222,22 +222,25 @@ def dataset_rows(
 def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
     """Yields the lines of a file with their numbers, bytes that are not UTF-8 as surrogates."""
     _refuse_html(file)
-    number, empty = 0, True
+    number, blank = 0, True
     data = gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115
     try:
-        with TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline) as lines:
-            for number, line in enumerate(lines, start=1):
-                if empty and line.strip():
-                    empty = False
-                    _refuse_html(file, line.encode(errors="replace"))
-                yield number, line
+        for number, line in enumerate(
+            TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline), start=1
+        ):
+            if blank and line.strip():
+                blank = False
+                _refuse_html(file, line.encode(errors="replace"))
+            yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UnreadableFile(
             "truncated gzip",
             f"{file}:{number + 1}: not a whole gzip file ({error}); it breaks off after line "
             f"{number}. Download it again.",
         ) from error
-    if empty:
+    finally:
+        data.close()
+    if blank:
         raise UnreadableFile(
             "empty file", f"{file}:1: empty file. Download it again, or write its rows."
         )

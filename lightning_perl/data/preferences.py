@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,19 +210,19 @@ class PreferenceDataModule(ConversationDataModule):
             try:
                 yield self._item(row, where, number)
             except BadRow as error:
-                bad_row(error.reason, str(error))
+                bad_row(error.reason, f"{where}: {error}")
 
     # ---- streams ---------------------------------------------------------------------------------
 
     def _open_streams(self) -> None:
         """Finds out before the run which files are not there, and which have no row at all."""
         for number, source in enumerate(self.train_sources):
-            if next(source.rows(self._stop, streaming=True), None):
+            if next(source.rows(self._uncounted, streaming=True), None):
                 self._streams.append((number, source))
             else:
                 list(source.rows(self.bad_row, streaming=True))
 
-    def _stop(self, reason: str, message: str) -> None:
+    def _uncounted(self, reason: str, message: str) -> None:
         """Takes a bad row that is counted at another reading."""
         if self.on_bad_row == "raise":
             raise BadRow(reason, message)
@@ -247,37 +248,49 @@ class PreferenceDataModule(ConversationDataModule):
             return FixedStream(self._held_out_stream, self.val_batch_size, self.collate)
         return super()._fixed(split)
 
-    def _held(self, item: Item) -> bool:
-        """Whether a row of a stream is held out for validation."""
-        share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
-        return self._holds_out and share < self.val_fraction
-
     def _train_stream(
         self, epoch: int, start: int
     ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
         """Yields an epoch's training rows from row ``start`` on; the first pass is counted."""
         first, self._begun = not self._begun, True
         split = self.report.splits["train"] if first else SplitReport()
-        bad_row = self.bad_row if first else self._stop
+        bad_row = self.bad_row if first else self._uncounted
+        rows = islice(enumerate(self._mixed(epoch, bad_row)), start, None)
+        yield from self._encoded(rows, False, split, bad_row)
+        if first:
+            self.announce()
+            self.log_report()
+
+    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
+        streams = (self._numbered(*stream, self._uncounted) for stream in self._streams)
+        rows = enumerate(chain.from_iterable(streams))
+        for _, example in self._encoded(rows, True, SplitReport(), self._uncounted):
+            yield example
+
+    def _encoded(
+        self,
+        rows: Iterable[tuple[int, tuple[int, Item]]],
+        held: bool,
+        split: SplitReport,
+        bad_row: BadRowHook,
+    ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
+        """Yields the rows of a stream that are held out for validation, or the others."""
         encoder = self.encoder
-        for position, (number, item) in enumerate(self._mixed(epoch, bad_row)):
-            if position < start:
-                continue
-            if self._held(item):
-                self.report.left_out["held out for validation"] += first
+        for position, (number, item) in rows:
+            share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
+            if held != (self._holds_out and share < self.val_fraction):
+                counted = split is self.report.splits["train"]
+                self.report.left_out["held out for validation"] += counted
                 continue
             split.rows += 1
             try:
                 example, cut_turns = self.encode_item(encoder, item, number)
             except BadRow as error:
-                bad_row(error.reason, str(error))
+                bad_row(error.reason, f"{first_row(item).where}: {error}")
                 split.rejected[error.reason] += 1
                 continue
             split.keep(example, cut_turns)
             yield position, example
-        if first:
-            self.announce()
-            self.log_report()
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
         """Yields an epoch's rows of all streams, shuffled."""
@@ -285,7 +298,7 @@ class PreferenceDataModule(ConversationDataModule):
 
         def rows(number: int, source: Source) -> Iterator[tuple[int, Item]]:
             # A mixture reads a short source again; its bad rows are counted once.
-            hook = self._stop if number in opened else bad_row
+            hook = self._uncounted if number in opened else bad_row
             opened.add(number)
             return self._numbered(number, source, hook)
 
@@ -300,16 +313,6 @@ class PreferenceDataModule(ConversationDataModule):
         for place, item in enumerate(self._items(number, source, bad_row, streaming=True)):
             # A pair takes two numbers.
             yield 2 * (len(self.train_sources) * place + number), item
-
-    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
-        encoder = self.encoder
-        for stream in self._streams:
-            for number, item in self._numbered(*stream, self._stop):
-                if self._held(item):
-                    try:
-                        yield self.encode_item(encoder, item, number)[0]
-                    except BadRow as error:
-                        self._stop(error.reason, str(error))
 
     def teardown(self, stage: str) -> None:
         """Reports on a stream that was not read to its end."""
@@ -326,51 +329,49 @@ class PreferenceDataModule(ConversationDataModule):
             if row.get(column) is not None
         }
         if self.rows == "prompts":
-            context = self._context(row, named, where)
+            context = self._context(row, named)
             return Row(context, (), None, False, _opening(context), where, source)
-        self._refuse_null(row, named, where)
+        self._refuse_null(row, named)
         kind = next((kind for kind in _KINDS if named.keys() >= set(kind)), ())
         # Half of a kind, or a mapped column that is not there, is a slip, not a row of another kind.
         half = ("chosen" in named) != ("rejected" in named)
         mapped = {name for name, column in self.columns.items() if column != name}
         if half or not kind or mapped - named.keys():
-            raise self._missing(row, _KINDS, where)
+            raise self._missing(row, _KINDS)
         if "chosen" in kind:
             return _pair(named, where, source)
         label = None
         if "messages" in kind:
-            prompt, response = self._dialog(named["messages"], where)
+            prompt, response = self._dialog(named["messages"])
         else:
-            prompt = _prompt(named["prompt"], where)
-            response = (_answer(named["response"], "response", where, prompt),)
+            prompt = _prompt(named["prompt"])
+            response = (_answer(named["response"], "response", prompt),)
             label = self._label(named, where)
         imitate = label is None or label > 0.5
         return Row(prompt, response, label, imitate, _opening(prompt), where, source)
 
-    def _context(
-        self, row: Mapping[str, Any], named: dict[str, Any], where: str
-    ) -> tuple[Turn, ...]:
+    def _context(self, row: Mapping[str, Any], named: dict[str, Any]) -> tuple[Turn, ...]:
         """Returns the prompt of a row of any kind."""
         if "prompt" in named:
-            return _prompt(named["prompt"], where)
+            return _prompt(named["prompt"])
         if "messages" in named:
-            turns = _messages(named["messages"], "messages", where)
+            turns = _messages(named["messages"], "messages")
             asked = turns[-1].role != "agent"
-            return turns if asked else self._dialog(named["messages"], where)[0]
+            return turns if asked else self._dialog(named["messages"])[0]
         if "chosen" in named and "rejected" in named:
-            return _common_prompt(named, where)
-        raise self._missing(row, _PROMPT_KINDS, where)
+            return _common_prompt(named)
+        raise self._missing(row, _PROMPT_KINDS)
 
-    def _dialog(self, messages: object, where: str) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    def _dialog(self, messages: object) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
         """Returns the prompt of a demonstrated dialog, and the turns from its first answer on."""
-        turns = _messages(messages, "messages", where)
+        turns = _messages(messages, "messages")
         agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
         if not agent:
-            raise BadRow("no answer", f"{where}: messages hold no assistant message to imitate.")
+            raise BadRow("no answer", "messages hold no assistant message to imitate.")
         first = agent[-1] if self.chat_template else agent[0]
         return turns[:first], turns[first : agent[-1] + 1]
 
-    def _refuse_null(self, row: Mapping[str, Any], named: dict[str, Any], where: str) -> None:
+    def _refuse_null(self, row: Mapping[str, Any], named: dict[str, Any]) -> None:
         # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.
         if named.keys() & set(_NAMES) - {"messages"} != {"prompt", "response"}:
             return
@@ -379,19 +380,17 @@ class PreferenceDataModule(ConversationDataModule):
             if column in row:
                 raise BadRow(
                     f"{name} is null",
-                    f"{where}: {column} is null, so whether the answer is good is not known. "
+                    f"{column} is null, so whether the answer is good is not known. "
                     "Leave the column out of demonstrations, or set on_bad_row: reject.",
                 )
 
-    def _missing(
-        self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...], where: str
-    ) -> BadRow:
+    def _missing(self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> BadRow:
         wanted = "; ".join(" + ".join(self.columns[name] for name in kind) for kind in kinds)
         null = sorted(name for name in self.columns.values() if name in row and row[name] is None)
         empty = f" (null: {null})" if null else ""
         return BadRow(
             "missing column",
-            f"{where}: missing column: got {sorted(row)}{empty}, expected one of: {wanted}. "
+            f"missing column: got {sorted(row)}{empty}, expected one of: {wanted}. "
             "Map your names with data.columns, for example {prompt: question}.",
         )
 
@@ -399,7 +398,7 @@ class PreferenceDataModule(ConversationDataModule):
         if "label" in named:
             label = _LABELS.get(str(named["label"]).strip().lower())
             if label is None:
-                raise _wrong_type(where, "label", "1, 0, true or false", named["label"])
+                raise _wrong_type("label", "1, 0, true or false", named["label"])
             return label
         if "rating" not in named:
             return None
@@ -409,7 +408,7 @@ class PreferenceDataModule(ConversationDataModule):
                 "it means. Give the lowest and the highest rating there can be, for example [1, 5]; "
                 "or take the column out, to imitate every answer."
             )
-        return _rating(named["rating"], self.rating_range, where)
+        return _rating(named["rating"], self.rating_range)
 
 
 def _opening(turns: tuple[Turn, ...]) -> str:
@@ -420,13 +419,13 @@ def _opening(turns: tuple[Turn, ...]) -> str:
 
 def _pair(named: dict[str, Any], where: str, source: int) -> Pair:
     asked = named.get("prompt")
-    prompt = _common_prompt(named, where) if asked is None else _prompt(asked, where)
-    better = _answer(named["chosen"], "chosen", where, prompt)
-    worse = _answer(named["rejected"], "rejected", where, prompt)
+    prompt = _common_prompt(named) if asked is None else _prompt(asked)
+    better = _answer(named["chosen"], "chosen", prompt)
+    worse = _answer(named["rejected"], "rejected", prompt)
     if better.text.strip() == worse.text.strip():
         raise BadRow(
             "identical pair",
-            f"{where}: identical pair: chosen and rejected are the same text, which says "
+            "identical pair: chosen and rejected are the same text, which says "
             "nothing. Remove the row, or set on_bad_row: reject.",
         )
     group = _opening(prompt)
@@ -436,25 +435,25 @@ def _pair(named: dict[str, Any], where: str, source: int) -> Pair:
     )
 
 
-def _common_prompt(named: dict[str, Any], where: str) -> tuple[Turn, ...]:
+def _common_prompt(named: dict[str, Any]) -> tuple[Turn, ...]:
     """Returns the prompt that two dialogs share."""
-    better, worse = (_messages(named[name], name, where) for name in ("chosen", "rejected"))
+    better, worse = (_messages(named[name], name) for name in ("chosen", "rejected"))
     prompt = better[:-1]
     if not prompt or worse[:-1] != prompt:
         raise BadRow(
             "no common prompt",
-            f"{where}: there is no prompt column, and chosen and rejected differ before their last "
+            "there is no prompt column, and chosen and rejected differ before their last "
             "messages. Cut them where they part, or set on_bad_row: reject.",
         )
     if (better[-1].role, worse[-1].role) != ("agent", "agent"):
-        raise BadRow("no answer", f"{where}: chosen or rejected does not end with the assistant.")
+        raise BadRow("no answer", "chosen or rejected does not end with the assistant.")
     return prompt
 
 
-def _wrong_type(where: str, column: str, expected: str, got: object) -> BadRow:
+def _wrong_type(column: str, expected: str, got: object) -> BadRow:
     return BadRow(
         "wrong type",
-        f"{where}: {column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r}).",
+        f"{column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r}).",
     )
 
 
@@ -473,50 +472,50 @@ def _unpacked(value: object) -> object:
     return value
 
 
-def _messages(value: object, column: str, where: str) -> tuple[Turn, ...]:
+def _messages(value: object, column: str) -> tuple[Turn, ...]:
     expected = 'a list of {"role": "system" | "user" | "assistant", "content": text} messages'
     value = _unpacked(value)
     if not isinstance(value, list) or not value:
-        raise _wrong_type(where, column, expected, value)
+        raise _wrong_type(column, expected, value)
     turns = []
     for message in value:
         match message:
             case {"role": str(role), "content": str(content)} if role in _ROLES:
                 turns.append(Turn(_ROLES[role], content))
             case _:
-                raise _wrong_type(where, column, expected, message)
+                raise _wrong_type(column, expected, message)
     return tuple(turns)
 
 
-def _prompt(value: object, where: str) -> tuple[Turn, ...]:
+def _prompt(value: object) -> tuple[Turn, ...]:
     value = _unpacked(value)
     if isinstance(value, list):
-        return _messages(value, "prompt", where)
+        return _messages(value, "prompt")
     if not isinstance(value, str):
-        raise _wrong_type(where, "prompt", "a string or a list of messages", value)
+        raise _wrong_type("prompt", "a string or a list of messages", value)
     if not value.strip():
-        raise BadRow("empty prompt", f"{where}: empty prompt. Remove the row.")
+        raise BadRow("empty prompt", "empty prompt. Remove the row.")
     return (Turn("user", value),)
 
 
-def _answer(value: object, column: str, where: str, prompt: tuple[Turn, ...]) -> Turn:
+def _answer(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
     value = _unpacked(value)
     if isinstance(value, list):
-        turns = _messages(value, column, where)
+        turns = _messages(value, column)
         if turns[:-1] not in ((), prompt) or turns[-1].role != "agent":
-            raise _wrong_type(where, column, "one assistant message, or it after the prompt", value)
+            raise _wrong_type(column, "one assistant message, or it after the prompt", value)
         value = turns[-1].text
     if not isinstance(value, str):
-        raise _wrong_type(where, column, "a string or one assistant message", value)
+        raise _wrong_type(column, "a string or one assistant message", value)
     if not value.strip():
         raise BadRow(
             "empty answer",
-            f"{where}: empty answer in {column}. Remove the row, or set on_bad_row: reject.",
+            f"empty answer in {column}. Remove the row, or set on_bad_row: reject.",
         )
     return Turn("agent", value)
 
 
-def _rating(value: object, limits: tuple[float, float], where: str) -> float:
+def _rating(value: object, limits: tuple[float, float]) -> float:
     """Returns the rating's place between the limits, from 0 to 1."""
     try:
         # In CSV a number is text.
@@ -524,12 +523,12 @@ def _rating(value: object, limits: tuple[float, float], where: str) -> float:
     except (TypeError, ValueError):
         rating = math.nan
     if math.isnan(rating):
-        raise _wrong_type(where, "rating", "a number", value)
+        raise _wrong_type("rating", "a number", value)
     low, high = limits
     if not low <= rating <= high:
         raise BadRow(
             "rating out of range",
-            f"{where}: rating out of range: {rating:g} is not from {low:g} to {high:g} "
+            f"rating out of range: {rating:g} is not from {low:g} to {high:g} "
             "(data.rating_range). Widen the range, or set on_bad_row: reject.",
         )
     return (rating - low) / (high - low)

@@ -131,9 +131,7 @@ class TurnEncoder:
             return [*self._text("Agent:"), *self._content(turn)]
         return self._text(f"{_TAGS[turn.role]}: {turn.text.strip()}\n")
 
-    def encode_prompt(
-        self, context: Sequence[Turn], max_prompt_tokens: int, where: str = "prompt"
-    ) -> Encoded:
+    def encode_prompt(self, context: Sequence[Turn], max_prompt_tokens: int) -> Encoded:
         """Encodes a context and the header of the agent's next turn.
 
         Too long a context loses whole turns on the left; a system turn at its start stays. Where a
@@ -143,20 +141,20 @@ class TurnEncoder:
             BadRow: The last turn and the header do not fit, a turn is no valid Unicode, or the chat
                 template refuses the turns.
         """
-        _check_unicode(context, where)
+        _check_unicode(context)
         fixed = list(context[:1]) if context and context[0].role == "system" else []
         turns = list(context[len(fixed) :])
         render = self._chat if self.chat_template else self._plain
         for cut in range(max(len(turns), 1)):
             try:
-                ids = render([*fixed, *turns[cut:]], where)
+                ids = render([*fixed, *turns[cut:]])
             except TemplateError as error:
                 # Many templates want the user to begin; what was cut so far ends before an answer.
                 if cut:
                     continue
                 raise BadRow(
                     "refused by the chat template",
-                    f"{where}: the tokenizer's chat template refuses the turns "
+                    f"the tokenizer's chat template refuses the turns "
                     f"{[turn.role for turn in turns]}{' after a system turn' if fixed else ''}: "
                     f"{error}. Write them as it wants them, use chat_template=False, or set "
                     "on_bad_row: reject.",
@@ -165,25 +163,24 @@ class TurnEncoder:
                 return Encoded(ids, [False] * len(ids), cut)
         raise BadRow(
             "prompt longer than the window",
-            f"{where}: prompt longer than the window: its last turn takes {len(ids)} tokens, the "
+            f"prompt longer than the window: its last turn takes {len(ids)} tokens, the "
             f"limit is {max_prompt_tokens} (max_tokens - max_response_tokens). Raise max_tokens, "
             "or set on_bad_row: reject.",
         )
 
-    def _plain(self, turns: Sequence[Turn], where: str) -> list[int]:
+    def _plain(self, turns: Sequence[Turn]) -> list[int]:
         ids = list(self._start)
         for turn in turns:
             ids += self._turn(turn)
         return ids + self._text("Agent:")
 
-    def _chat(self, turns: Sequence[Turn], where: str) -> list[int]:
+    def _chat(self, turns: Sequence[Turn]) -> list[int]:
         if not turns:
-            raise BadRow("empty prompt", f"{where}: a chat template needs at least one turn.")
+            raise BadRow("empty prompt", "a chat template needs at least one turn.")
         if any(turn.role == "api" for turn in turns):
             raise BadRow(
                 "API turn in a chat template",
-                f"{where}: has an API turn, which a chat template cannot say. Use "
-                "chat_template=False.",
+                "has an API turn, which a chat template cannot say. Use chat_template=False.",
             )
         spelled: list[str] = []
 
@@ -218,15 +215,15 @@ class TurnEncoder:
                 that is no valid Unicode.
         """
         _check_answers(row)
-        _check_unicode(row.response, row.where)
-        prompt = self.encode_prompt(row.context, max_tokens - max_response_tokens, row.where)
+        _check_unicode(row.response)
+        prompt = self.encode_prompt(row.context, max_tokens - max_response_tokens)
         if len(row.response) > 1:
             return self._encode_dialog(row, prompt, max_tokens)
         content = self._content(row.response[0])
         if len(content) > max_response_tokens:
             raise BadRow(
                 "answer longer than the window",
-                f"{row.where}: the answer takes {len(content)} tokens with its EOS, the limit "
+                f"the answer takes {len(content)} tokens with its EOS, the limit "
                 f"is {max_response_tokens} (max_response_tokens). Cut, it would lose its EOS: "
                 "raise max_response_tokens, or set on_bad_row: reject.",
             )
@@ -237,7 +234,7 @@ class TurnEncoder:
         if self.chat_template:
             raise BadRow(
                 "dialog in a chat template",
-                f"{row.where}: a response of {len(row.response)} turns under a chat template. Use "
+                f"a response of {len(row.response)} turns under a chat template. Use "
                 "chat_template=False, or give the last answer only.",
             )
         ids, mask = list(prompt.ids), list(prompt.response_mask)
@@ -256,7 +253,7 @@ class TurnEncoder:
         if not kept_turns:
             raise BadRow(
                 "answer longer than the window",
-                f"{row.where}: the first answer of the dialog does not fit into {max_tokens} "
+                f"the first answer of the dialog does not fit into {max_tokens} "
                 "tokens (max_tokens). Raise max_tokens, or set on_bad_row: reject.",
             )
         cut = prompt.cut_turns + len(row.response) - kept_turns
@@ -267,23 +264,23 @@ def _check_answers(row: Row) -> None:
     if not row.response or row.response[0].role != "agent":
         raise BadRow(
             "no answer",
-            f"{row.where}: no answer of the assistant. Set rows: prompts for prompts alone.",
+            "no answer of the assistant. Set rows: prompts for prompts alone.",
         )
     if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
         raise BadRow(
             "empty answer",
-            f"{row.where}: empty answer. Remove the row, or set on_bad_row: reject.",
+            "empty answer. Remove the row, or set on_bad_row: reject.",
         )
 
 
-def _check_unicode(turns: Sequence[Turn], where: str) -> None:
+def _check_unicode(turns: Sequence[Turn]) -> None:
     for turn in turns:
         try:
             turn.text.encode()
         except UnicodeEncodeError as error:
             raise BadRow(
                 "half a surrogate pair",
-                f"{where}: half a surrogate pair, {turn.text[error.start]!r}, at character "
+                f"half a surrogate pair, {turn.text[error.start]!r}, at character "
                 f"{error.start} of the {turn.role} turn: no valid Unicode. Write the character "
                 "whole, or set on_bad_row: reject.",
             ) from error

@@ -138,24 +138,24 @@ def test_long_demonstrations_are_cut_at_a_turn_border_at_the_end(
 @pytest.mark.parametrize(
     ("bad", "limits", "words"),
     [
-        (row((USER,), Turn("agent", "  ")), (64, 16), r"rows.jsonl:7: empty answer"),
-        (row((USER,), SORRY, USER, Turn("agent", "")), (64, 16), r"rows.jsonl:7: empty answer"),
-        (row((USER,)), (64, 16), r"rows.jsonl:7: no answer.*rows: prompts"),
+        (row((USER,), Turn("agent", "  ")), (64, 16), r"empty answer"),
+        (row((USER,), SORRY, USER, Turn("agent", "")), (64, 16), r"empty answer"),
+        (row((USER,)), (64, 16), r"no answer.*rows: prompts"),
         (
             row((USER,), Turn("agent", "long " * 20)),
             (128, 16),
-            r"rows.jsonl:7: the answer takes \d+ tokens with its EOS, the limit is 16",
+            r"the answer takes \d+ tokens with its EOS, the limit is 16",
         ),
         (
             row((Turn("user", "long " * 20),), SORRY),
             (64, 32),
-            r"rows.jsonl:7: prompt longer than the window: its last turn takes \d+ tokens, the "
+            r"prompt longer than the window: its last turn takes \d+ tokens, the "
             r"limit is 32 \(max_tokens - max_response_tokens\). Raise max_tokens",
         ),
         (
             row((USER,), Turn("agent", "long " * 40), USER, SORRY),
             (64, 32),
-            r"rows.jsonl:7: the first answer of the dialog does not fit into 64 tokens",
+            r"the first answer of the dialog does not fit into 64 tokens",
         ),
     ],
 )
@@ -185,7 +185,7 @@ def test_the_chat_template_renders_prompts_and_the_answer_stays_bare(
     assert counted(tokenizer, *encoded[:2]) == "no<eos>"
     short = encoder.encode_prompt((USER, SORRY, USER), 40)
     assert short.cut_turns == 2
-    with pytest.raises(BadRow, match=r"prompt: a chat template needs at least one turn"):
+    with pytest.raises(BadRow, match=r"a chat template needs at least one turn"):
         encoder.encode_prompt((), 40)
     with pytest.raises(BadRow, match="has an API turn"):
         encoder.encode_prompt((API,), 40)
@@ -210,8 +210,8 @@ def test_a_chat_template_that_refuses_turns(tokenizer: PreTrainedTokenizerBase) 
     assert short.cut_turns == 2
     assert text(tokenizer, short.ids) == "[user]an espresso please[model]"
     for turns in ((SORRY, USER), (USER, USER, SORRY, USER), (Turn("system", "Be brief."), USER)):
-        with pytest.raises(BadRow, match=r"rows.jsonl:7: .* refuses the turns .*must alternate"):
-            encoder.encode_prompt(turns, 400, "rows.jsonl:7")
+        with pytest.raises(BadRow, match=r".* refuses the turns .*must alternate"):
+            encoder.encode_prompt(turns, 400)
 
 
 def test_a_chat_template_keeps_spelled_special_tokens_as_text(
@@ -242,7 +242,7 @@ def test_a_chat_template_keeps_spelled_special_tokens_as_text(
 @pytest.mark.parametrize("bad", [Turn("user", "a\ud800"), Turn("agent", "a\ud800")])
 def test_half_a_surrogate_pair_is_a_bad_row(tokenizer: PreTrainedTokenizerBase, bad: Turn) -> None:
     context = (bad, USER)
-    words = rf"rows.jsonl:7: half a surrogate pair, '\\ud800', at character 1 of the {bad.role} "
+    words = rf"half a surrogate pair, '\\ud800', at character 1 of the {bad.role} "
     with pytest.raises(BadRow, match=words):
         encode(tokenizer, row(context, SORRY), 64, 16)
     with pytest.raises(BadRow, match=words):
