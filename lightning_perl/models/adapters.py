@@ -82,6 +82,9 @@ class Adapters:
         model: The bare model. It is changed in place, and adding an adapter freezes its own weights.
         switch: Says which adapter applies.
         fused: Compute a frozen linear layer and its adapter as one operation of autograd.
+
+    Attributes:
+        quantized: Quantized layers by name.
     """
 
     def __init__(self, model: nn.Module, switch: AdapterSwitch, fused: bool = True) -> None:
@@ -89,7 +92,8 @@ class Adapters:
         self.fused = fused
         self.switch = switch
         self.specs: dict[str, LoraSpec] = {}
-        # Resolved once, on the bare trunk: later PEFT's own layers would match too.
+        # Found once, on the bare model: later PEFT's own layers would match too.
+        self.quantized = {n: layer for n, layer in model.named_modules() if quantization_of(layer)}
         self._linear_names = linear_layers_in_blocks(model)
         called = [name for name in self._linear_names if not _weight_read_directly(model, name)]
         self._every = _taken_by_peft(model, shortest_ends(model, called))
@@ -304,16 +308,15 @@ class Adapters:
 
     def own_weights(self) -> dict[str, Tensor]:
         """The model's weights as stored, under their bare names; codes where they are quantized."""
-        quantized = tuple(
-            f"{name}." for name, module in self.model.named_modules() if quantization_of(module)
-        )
-        return {
+        quantized = tuple(f"{name}." for name in self.quantized)
+        bare = {
             key.replace(".base_layer.", "."): value
             for key, value in self.model.state_dict().items()
             if ".lora_" not in key
-            # A quantized layer's scales and code tables are left out.
-            and not (key.startswith(quantized) and not key.endswith((".weight", ".bias")))
         }
+        # A quantized layer's scales and code tables are left out.
+        kept = (".weight", ".bias")
+        return {k: v for k, v in bare.items() if k.endswith(kept) or not k.startswith(quantized)}
 
     def merged(self, name: str | None) -> dict[str, Tensor]:
         """The model's weights under their bare names, ``name`` added in at least fp32.
@@ -327,18 +330,14 @@ class Adapters:
             for layer_name, layer in self.layers()
             if name is not None and name in layer.lora_A
         }
-        quantized = {
-            f"{layer_name.removesuffix('.base_layer')}.weight": module
-            for layer_name, module in self.model.named_modules()
-            if quantization_of(module)
-        }
         weights = {}
         for bare, stored in self.own_weights().items():
-            value = dense(quantized[bare]) if bare in quantized else stored
+            quantized = self.quantized.get(bare.removesuffix(".weight"))
+            value = dense(quantized) if quantized else stored
             if bare in deltas:
                 value = value.to(torch.promote_types(value.dtype, deltas[bare].dtype))
                 value = value + deltas[bare]
-            turned = bare in quantized and stored_transposed(quantized[bare])
+            turned = quantized is not None and stored_transposed(quantized)
             weights[bare] = value.T.contiguous() if turned else value
         return weights
 

@@ -150,8 +150,7 @@ class Trunk(nn.Module):
     @property
     def quantization(self) -> Quantization | None:
         """How the linear layers are quantized; None where they are in the trunk's dtype."""
-        kinds = (quantization_of(module) for module in self.model.modules())
-        return next((kind for kind in kinds if kind is not None), None)
+        return next((quantization_of(layer) for layer in self.adapters.quantized.values()), None)
 
     @property
     def _named(self) -> str:

@@ -410,8 +410,8 @@ def test_a_reward_adapter_goes_on_its_own_trunk_wherever_that_lies(
             assert torch.equal(value, stored[f"base_model.model.{key}"])
 
 
-def test_a_reward_adapter_of_another_trunk_of_the_same_shape_is_refused(
-    tiny_trunk: TinyTrunk, named_adapter: Path, reward_adapter: Path
+def test_a_reward_adapter_of_another_trunk_or_other_stop_tokens_is_refused(
+    tiny_trunk: TinyTrunk, named_adapter: Path, reward_adapter: Path, tmp_path: Path
 ) -> None:
     other = tiny_trunk(seed=1)
     words = (
@@ -422,17 +422,10 @@ def test_a_reward_adapter_of_another_trunk_of_the_same_shape_is_refused(
         Roles("perl", str(other), SPEC, str(named_adapter))
     # An adapter that names no trunk (PEFT's own) is taken at its word.
     Roles("perl", str(other), SPEC, str(reward_adapter))
-
-
-def test_a_reward_adapter_of_other_stop_tokens_is_refused(
-    tiny_trunk: TinyTrunk, named_adapter: Path, tmp_path: Path
-) -> None:
     trunk = shutil.copytree(tiny_trunk(), tmp_path / "trunk")
-    config = GenerationConfig(eos_token_id=[2, 7])  # type: ignore[no-untyped-call]
-    config.save_pretrained(trunk)
-    with pytest.raises(
-        ValueError, match=r"its stop_ids is \[2, 20, .*, 49\], that of .* is \[2, 7\]"
-    ):
+    GenerationConfig(eos_token_id=[2, 7]).save_pretrained(trunk)  # type: ignore[no-untyped-call]
+    words = r"its stop_ids is \[2, 20, .*, 49\], that of .* is \[2, 7\]"
+    with pytest.raises(ValueError, match=words):
         Roles("perl", str(trunk), SPEC, str(named_adapter))
 
 

@@ -16,7 +16,7 @@ from lightning_perl.models.loading import TrunkDtype, load_trunk, without_dropou
 from lightning_perl.models.manifest import save_trunk
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, STOP_IDS
-from tests.models.rows import SPEC, backward, build, padded
+from tests.models.rows import SPEC, backward, padded
 
 DROPPING = ("llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon")
 
@@ -117,24 +117,6 @@ def test_a_training_pass_gives_the_mode_back(tiny_trunk: TinyTrunk) -> None:
         with pytest.raises(KeyError), trunk.training_pass():
             raise KeyError
         assert trunk.model.training == mode
-
-
-def test_checkpointing_recomputes_in_training_passes_only(tiny_trunk: TinyTrunk) -> None:
-    rows, runs = padded(), [0]
-    roles = build(tiny_trunk(), checkpointing=True)
-    trunk = roles.trunk("policy")
-    layer = next(trunk.adapters.layers())[1].get_base_layer()
-
-    def count(*_: object) -> None:
-        runs[0] += 1
-
-    layer.register_forward_hook(count)
-    for training, expected in ((False, 1), (True, 2)):
-        runs[0] = 0
-        trunk.model.train(training)
-        with roles("policy"):
-            backward(trunk(rows.ids, rows.attention_mask).sum())
-        assert runs[0] == expected
 
 
 def test_a_trunk_knows_its_sizes(tiny_trunk: TinyTrunk) -> None:
