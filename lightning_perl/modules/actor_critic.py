@@ -27,14 +27,11 @@ class ActorCritic(OnPolicy):
     """Policy and critic learn together. Leaves fill `value_loss` besides `OnPolicy`'s holes.
 
     Args:
-        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
-            takes its reward from there.
-        value_coef: Weight of the value loss; it matters where actor and critic share an adapter.
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
+        value_coef: Weight of the value loss; matters where actor and critic share an adapter.
         max_grad_norm: Clips the norm of the actor's gradient.
-        critic_max_grad_norm: Clips the gradient norms of the critic and of the value head. None: as
-            ``max_grad_norm``.
-        critic_learning_rate: Learning rate of the critic, often a tenth of the actor's. None: the
-            optimizer's.
+        critic_max_grad_norm: Clips the norms of the critic's and the value head's gradients. None: the actor's.
+        critic_learning_rate: Learning rate of the critic. None: the optimizer's.
         head_learning_rate: Learning rate of the value head. None: the critic's.
         settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
     """

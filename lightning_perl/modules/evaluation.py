@@ -42,29 +42,23 @@ class Evaluation(AdapterModule):
     `collect` and `score` run without a Trainer.
 
     Args:
-        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
-            takes its reward from there.
-        layout: Which trunk, adapter and head answers which role: ``full`` (four models), ``lora``
-            (LoRA-PPO: four trunks, two adapters), ``dynamic_lora`` (two trunks), ``perl`` (reward, policy
-            and critic adapters on one trunk), ``hydra`` (the trunk's own reward head) or ``joint_hydra``
-            (one adapter for policy and critic).
-        lora: Shape of the actor and critic adapters. Hydra-RLHF: rank 128 on all linear layers; PERL: rank 1
-            to 16 on the attention projections.
-        reward: Where the reward model is: for ``perl`` the folder RUN/adapters/reward, or several of them;
-            for ``full``, ``lora`` and ``dynamic_lora`` a trunk folder with a reward head. None: the trunk's
-            own reward head.
-        reward_ensemble: How several reward adapters make one score (PERL's outlook against reward
-            hacking): ``mean`` or ``minimum`` of their scores, a forward pass each, or the score of their
-            ``weight_average``, one pass. Scores of pairwise models have no scale of their own: train each
-            with ``normalize_scores``, or the lowest decides the minimum and the widest the mean.
-        learned_reward_weight: Weight of the learned reward's score. 0 disables it; the trunk then needs no
-            reward head.
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
+        layout: Which trunks, adapters and heads answer the roles: ``full`` (four models), ``lora`` (four
+            trunks, two adapters), ``dynamic_lora`` (two trunks), ``perl`` (one trunk, the reward is an
+            adapter), ``hydra`` (one trunk with a reward head) or ``joint_hydra`` (actor and critic share).
+        lora: Shape of the actor and critic adapters (Hydra-RLHF: rank 128; PERL: rank 1 to 16, attention).
+        reward: Folder of the reward model: RUN/adapters/reward for ``perl``, or several of them; a trunk with
+            a reward head for ``full``, ``lora`` and ``dynamic_lora``. None: the trunk's own reward head.
+        reward_ensemble: How several reward adapters make one score: ``mean`` or ``minimum`` of their scores, a
+            forward pass each, or the score of their ``weight_average``, one pass. Train each with
+            ``normalize_scores``: else the lowest scale decides the minimum and the widest the mean.
+        learned_reward_weight: Weight of the learned reward. 0 disables it; the trunk needs no reward head then.
         reward_function: A reward in plain Python, added to the learned one.
-        reward_function_weight: Weight of the Python reward's score.
-        sampling: How rollouts are drawn. Its temperature also divides the logits when responses are scored.
+        reward_function_weight: Weight of the Python reward.
+        sampling: How rollouts are drawn; its temperature also divides the logits in scoring.
         validation_sampling: How validation answers are drawn. None: as rollouts.
         score_batch_size: Episodes per scoring pass.
-        gold: The true reward, where an experiment knows it. It is logged and never learned from.
+        gold: The true reward, where an experiment knows it; logged, never learned from.
         settings: Arguments of `AdapterModule`.
     """
 

@@ -69,18 +69,15 @@ class OnPolicy(Evaluation):
     scores in ``scored.baseline``.
 
     Args:
-        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
-            takes its reward from there.
-        samples: Responses per prompt. A rollout batch then holds ``data.batch_size * samples`` episodes.
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
+        samples: Responses per prompt; a rollout batch has ``data.batch_size * samples`` episodes.
         micro_batch_size: Episodes per forward and backward pass: less memory, the same result.
         score_batch_size: Episodes per scoring pass. None: as ``micro_batch_size``.
         max_grad_norm: Clips the norm of the actor's gradient.
-        max_episodes: Training stops once this many episodes were learned from. None: with the trainer's
-            own limits.
-        score_clip: Scores are clipped to plus or minus this, before missing_eos_score and
-            missing_eos_penalty. None: not at all (DeepSpeed-Chat: 5).
-        missing_eos_score: Score that a response without EOS gets instead of its own (2403.17031: -1).
-        missing_eos_penalty: What is taken off the score of a response without EOS (TRL's rule).
+        max_episodes: Training stops once this many episodes were learned from. None: no limit.
+        score_clip: Scores are clipped to plus or minus this first. None: not at all (DeepSpeed-Chat: 5).
+        missing_eos_score: Score of a response without EOS, instead of its own (2403.17031: -1).
+        missing_eos_penalty: Taken off the score of a response without EOS (TRL's rule).
         settings: Arguments of `Evaluation` and `AdapterModule`.
     """
 

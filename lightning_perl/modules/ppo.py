@@ -27,17 +27,15 @@ class PPO(ActorCritic):
     and reward; the algorithm does not depend on it.
 
     Args:
-        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
-            takes its reward from there.
-        layout: Which trunk, adapter and head answers which role: ``full`` (four models), ``lora``
-            (LoRA-PPO), ``dynamic_lora``, ``perl``, ``hydra`` or ``joint_hydra``. None: the class's own,
-            which is lora for `PPO`, hydra for `HydraPPO` and joint_hydra for `JointHydraPPO`.
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
+        layout: ``full``, ``lora``, ``dynamic_lora``, ``perl``, ``hydra`` or ``joint_hydra``, see `Evaluation`.
+            None: lora in `PPO`, hydra in `HydraPPO`, joint_hydra in `JointHydraPPO`.
         ppo_epochs: Passes over each rollout batch.
         minibatch_size: Episodes per optimizer step. None: the whole rollout batch.
         kl_coef: Weight of the KL to the reference in the reward, the papers' beta (Hydra-RLHF 0.02).
         clip_range: How far the ratio may move from 1 before its gradient stops, PPO's epsilon.
         value_clip_range: How far a value may move from its old one before its gradient stops.
-        value_coef: Weight of the value loss; it matters where actor and critic share an adapter.
+        value_coef: Weight of the value loss; matters where actor and critic share an adapter.
         discount: Discount per token, the papers' gamma.
         gae_lambda: Lambda of generalized advantage estimation (Hydra-RLHF 0.95).
         whiten_advantages: Shift and scale advantages over the whole rollout batch.

@@ -27,17 +27,15 @@ class Reinforce(ActorCritic):
 
     The KL enters as part of the return, ``Z_t = (1 - beta) r - beta sum_(t' >= t) (log pi - log ref)_t'``:
     that is the gradient of the objective. The papers fold it into the policy's loss and do not say
-    whether the value is fitted to it too; here it is, since it is the return's baseline.
+    whether the value is fitted to it too; here it is, since it is the return's baseline. PERL's temperatures
+    are 0.7 to 0.9, its learning rates 1e-5 to 1e-4.
 
     Args:
-        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
-            takes its reward from there.
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         layout: Which trunk, adapter and head answers which role; PERL's own is ``perl``. See `Evaluation`.
-        beta: Weight of the KL to the reference against the reward, the papers' beta, in [0, 1]: 0 is the
-            reward alone, 1 the KL alone (PERL 0.05). As PPO's ``kl_coef`` it would be
-            ``beta / (1 - beta)``.
-        settings: Arguments of `ActorCritic`, `OnPolicy`, `Evaluation` and `AdapterModule`. PERL: temperature
-            0.7 to 0.9, learning rate 1e-5 to 1e-4.
+        beta: Weight of the KL against the reward, in [0, 1]: 0 is the reward alone, 1 the KL alone (PERL
+            0.05). As PPO's ``kl_coef`` it would be ``beta / (1 - beta)``.
+        settings: Arguments of `ActorCritic`, `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(

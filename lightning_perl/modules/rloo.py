@@ -24,8 +24,7 @@ class RLOO(OnPolicy):
     advantage is R minus the mean R of the other responses to the same prompt. One update per rollout batch.
 
     Args:
-        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name; with a reward head where the layout
-            takes its reward from there.
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt, the paper's k; at least 2.
         kl_coef: Weight of the KL to the reference in the reward, the paper's beta (0.03 to 0.10).
         settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
