@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from lightning_perl.data.files import (
     BadRowHook,
+    arrow_rows,
     csv_rows,
-    dataset_rows,
     json_rows,
     jsonl_rows,
     parquet_rows,
@@ -65,7 +65,9 @@ class Source:
             return _listed(self.argument, self.place, bad_row)
         if self.hub is not None:
             name = f"{self.hub.name}:{self.hub.split}"
-            return dataset_rows(self._load(self.hub, streaming), name, bad_row)
+            table = self._load(self.hub, streaming).with_format("arrow")
+            rows = arrow_rows(table.iter(batch_size=1024), name, bad_row)
+            return ((f"{name}:{number}", row) for number, row in rows)
         file = Path(self.place).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
