@@ -64,12 +64,10 @@ class ConversationDataModule(LightningDataModule, ABC):
         bucket: Put rows of similar length into a batch, which saves padding. False: shuffle only.
         seed: Seed of the order of the rows. The splits do not depend on it.
         num_workers: Processes that collate batches. 0 is enough for text.
-        on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line.
-            ``reject`` counts such rows in ``report`` and goes on. A file that cannot be read to its
-            end counts as one such row.
-        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb
-            down for one answer, a pair in both orders), and count them. False takes each of them
-            for a bad row.
+        on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line. ``reject`` counts
+            such rows in ``report`` and goes on. A file that cannot be read to its end counts as one such row.
+        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
+            answer, a pair in both orders), and count them. False takes each of them for a bad row.
 
     Raises:
         ValueError: An argument out of its range.
@@ -198,9 +196,8 @@ class ConversationDataModule(LightningDataModule, ABC):
             other = against[0] if against else first_row(next(iter(verdicts.values()))).where
             self.bad_row(
                 "conflicting labels",
-                f"{first_row(item).where}: conflicting labels: {other} says the opposite of the same "
-                "answers. Remove one, set keep_conflicts: true to learn from both, or on_bad_row: "
-                "reject to use neither.",
+                f"{first_row(item).where}: conflicting labels: {other} says the opposite of the same answers. "
+                "Remove one, set keep_conflicts: true to learn from both, or on_bad_row: reject to use neither.",
             )
 
     def setup(self, stage: str | None = None) -> None:

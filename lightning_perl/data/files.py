@@ -131,8 +131,7 @@ def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, 
     except json.JSONDecodeError as error:
         raise UnreadableFile(
             "broken JSON",
-            f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the "
-            "file again.",
+            f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the file again.",
         ) from error
     if not isinstance(rows, list):
         raise UnreadableFile(
@@ -166,8 +165,7 @@ def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, s
         else:
             bad_row(
                 "wrong number of cells",
-                f"{where}: the row does not have the header's {len(header)} cells. Quote "
-                "cells that hold commas.",
+                f"{where}: the row does not have the header's {len(header)} cells. Quote cells that hold commas.",
             )
 
 

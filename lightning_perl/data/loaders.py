@@ -198,9 +198,8 @@ class FixedLoader:
 class ResumableLoader(FixedLoader):
     """Yields shuffled batches from where it stands; its position can be saved and loaded.
 
-    An iteration continues where the last one stopped and ends with the epoch; the one after it
-    begins the next epoch. The sampler alone decides the order, so a resumed run and an uninterrupted
-    one see the same batches.
+    An iteration continues where the last one stopped and ends with the epoch; the one after it begins the next
+    epoch. The sampler alone decides the order, so a resumed run and an uninterrupted one see the same batches.
     """
 
     def __init__(
@@ -247,10 +246,9 @@ class StreamingLoader:
     a whole corpus does in :class:`BucketBatches`. A stream has no length. To go to a saved position,
     the rows before its block are read past, not encoded, and the block is made again.
 
-    ``read(epoch, row)`` yields from this row on the epoch's rows that can be used, each with its
-    number. ``ahead`` batches are asked for before they are used, which a saved position must not
-    count: 1 where Lightning fits without ``limit_train_batches``, as it then looks whether a batch is
-    the last one.
+    ``read(epoch, row)`` yields from this row on the epoch's rows that can be used, each with its number. ``ahead``
+    batches are asked for before they are used, which a saved position must not count: 1 where Lightning fits
+    without ``limit_train_batches``, as it then looks whether a batch is the last one.
     """
 
     def __init__(

@@ -16,9 +16,8 @@ class SplitReport:
     in the middle (0.5), ``unlabelled`` demonstrations and prompts; ``duplicates`` are repeated
     prompts (``rows: prompts``), ``cut_turns`` turns that did not fit the window.
 
-    Lengths are histograms, from tokens to how many prompts or answers have them, so a stream of any
-    length takes no memory. Of ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts
-    half.
+    Lengths are histograms, from tokens to how many prompts or answers have them, so a stream of any length takes
+    no memory. Of ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts half.
     """
 
     rows: int = 0
@@ -120,8 +119,7 @@ class SplitReport:
         if self.length_auroc is not None:
             parts.append(f"AUROC of the length alone {self.length_auroc:.3f}")
         parts += [
-            f"{name} tokens median {quantile(counts, 0.5)}, 95% {quantile(counts, 0.95)}, max "
-            f"{max(counts)}"
+            f"{name} tokens median {quantile(counts, 0.5)}, 95% {quantile(counts, 0.95)}, max {max(counts)}"
             for name, counts in self._lengths()
         ]
         return "; ".join([*parts, f"{self.cut_turns} turns cut"])
@@ -135,10 +133,9 @@ class DataReport:
 
         rows = sum of kept + sum of rejected + duplicates + sum of left_out
 
-    where ``duplicates`` are those of the whole corpus, dropped before the splits were made, and of
-    each split. A test split that is the validation split counts once. ``conflicts`` are answers with
-    both thumbs, and pairs in both orders; they are counted, not dropped. ``left_out`` are good rows
-    that belong to no split.
+    where ``duplicates`` are those of the whole corpus, dropped before the splits were made, and of each split. A
+    test split that is the validation split counts once. ``conflicts`` are answers with both thumbs, and pairs in
+    both orders; they are counted, not dropped. ``left_out`` are good rows that belong to no split.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)

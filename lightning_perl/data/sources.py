@@ -109,11 +109,10 @@ class Source:
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise FileNotFoundError(
-                f"{self.argument}: {self.place!r} is no file here (looked from {Path.cwd()}), and "
-                f"the hub did not give it: {reason}. With a network, check the "
-                f"name, config and split at https://huggingface.co/datasets/{hub.name}. Without "
-                "one, download its .parquet, .jsonl or .csv files from there elsewhere, copy them "
-                f"here, and set {self.argument} to their path."
+                f"{self.argument}: {self.place!r} is no file here (looked from {Path.cwd()}), and the hub did "
+                f"not give it: {reason}. With a network, check the name, config and split at "
+                f"https://huggingface.co/datasets/{hub.name}. Without one, download its .parquet, .jsonl or .csv "
+                f"files from there elsewhere, copy them here, and set {self.argument} to their path."
             ) from error
 
 

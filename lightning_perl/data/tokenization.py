@@ -7,11 +7,10 @@ The plain turn template, the same for every corpus (``<bos>`` only where the tok
     API: get_menu_items {"items": []}\n
     Agent: Sorry, we have none.<eos>
 
-Every agent turn ends with EOS, in contexts too, so a context is exactly what a demonstration
-trained on. No newline follows an EOS. Each segment (a user or API turn with its tag, the header
-``Agent:``, the content of an agent turn) is encoded alone and the ids are joined, so the border
-between prompt and answer never depends on the text on its other side. Text that spells a special
-token stays text.
+Every agent turn ends with EOS, in contexts too, so a context is exactly what a demonstration trained on. No
+newline follows an EOS. Each segment (a user or API turn with its tag, the header ``Agent:``, the content of an
+agent turn) is encoded alone and the ids are joined, so the border between prompt and answer never depends on the
+text on its other side. Text that spells a special token stays text.
 
 A prompt is ``context turns + Agent:``; a response is ``content + EOS``. Prompts may take
 ``max_tokens - max_response_tokens`` tokens, in rated rows and in prompts alike, so that a policy is
@@ -154,10 +153,9 @@ class TurnEncoder:
                     continue
                 raise BadRow(
                     "refused by the chat template",
-                    f"the tokenizer's chat template refuses the turns "
-                    f"{[turn.role for turn in turns]}{' after a system turn' if fixed else ''}: "
-                    f"{error}. Write them as it wants them, use chat_template=False, or set "
-                    "on_bad_row: reject.",
+                    "the tokenizer's chat template refuses the turns "
+                    f"{[turn.role for turn in turns]}{' after a system turn' if fixed else ''}: {error}. Write "
+                    "them as it wants them, use chat_template=False, or set on_bad_row: reject.",
                 ) from error
             if len(ids) <= max_prompt_tokens:
                 return Encoded(ids, [False] * len(ids), cut)
@@ -280,7 +278,6 @@ def _check_unicode(turns: Sequence[Turn]) -> None:
         except UnicodeEncodeError as error:
             raise BadRow(
                 "half a surrogate pair",
-                f"half a surrogate pair, {turn.text[error.start]!r}, at character "
-                f"{error.start} of the {turn.role} turn: no valid Unicode. Write the character "
-                "whole, or set on_bad_row: reject.",
+                f"half a surrogate pair, {turn.text[error.start]!r}, at character {error.start} of the "
+                f"{turn.role} turn: no valid Unicode. Write the character whole, or set on_bad_row: reject.",
             ) from error
