@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,6 +22,7 @@ from lightning_perl.data.collate import (
 )
 from lightning_perl.data.loaders import (
     BucketBatches,
+    Collate,
     FixedLoader,
     FixedStream,
     ResumableLoader,
@@ -29,15 +30,7 @@ from lightning_perl.data.loaders import (
     mixture,
 )
 from lightning_perl.data.report import DataReport, SplitReport
-from lightning_perl.data.rows import (
-    BadRow,
-    Item,
-    Pair,
-    Splits,
-    conflicting,
-    first_row,
-    judgement,
-)
+from lightning_perl.data.rows import BadRow, Item, Pair, Splits, conflicting, first_row, judgement
 from lightning_perl.data.tokenization import TurnEncoder, template_of
 from lightning_perl.packaged import unpackaged
 
@@ -312,7 +305,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         return RatedExample(rows), sum(row.cut_turns for row in encoded)
 
     @property
-    def collate(self) -> Callable[[list[Any]], Any]:
+    def collate(self) -> Collate:
         """Makes a batch of what a loader yields."""
         return collate_prompts if self.rows == "prompts" else collate_rated
 

@@ -10,11 +10,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed
 from torch.utils.data import DataLoader
+
+Collate: TypeAlias = Callable[[list[Any]], Any]
+"""Makes a batch of a list of examples."""
 
 MEGA_BATCHES = 16
 
@@ -158,11 +161,7 @@ class FixedLoader:
     """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
     def __init__(
-        self,
-        examples: Sequence[Any],
-        batch_size: int,
-        collate: Callable[[list[Any]], Any],
-        num_workers: int = 0,
+        self, examples: Sequence[Any], batch_size: int, collate: Collate, num_workers: int = 0
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
@@ -206,7 +205,7 @@ class ResumableLoader(FixedLoader):
         self,
         examples: Sequence[Any],
         sampler: BucketBatches,
-        collate: Callable[[list[Any]], Any],
+        collate: Collate,
         num_workers: int = 0,
     ) -> None:
         super().__init__(examples, sampler.batch_size, collate, num_workers)
@@ -255,7 +254,7 @@ class StreamingLoader:
         self,
         read: Callable[[int, int], Iterator[tuple[int, Any]]],
         batch_size: int,
-        collate: Callable[[list[Any]], Any],
+        collate: Collate,
         seed: int = 0,
         block: int = 4096,
         bucket: bool = True,
@@ -323,10 +322,7 @@ class FixedStream:
     """Batches of rows that are read as they come, in order; every pass, and every rank, reads all."""
 
     def __init__(
-        self,
-        read: Callable[[], Iterator[Any]],
-        batch_size: int,
-        collate: Callable[[list[Any]], Any],
+        self, read: Callable[[], Iterator[Any]], batch_size: int, collate: Collate
     ) -> None:
         self.read = read
         self.batch_size = batch_size

@@ -16,12 +16,7 @@ from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.collate import PromptExample, RatedExample
 from lightning_perl.data.files import BadRowHook, parse_json
 from lightning_perl.data.folds import hold_out, stable_hash
-from lightning_perl.data.loaders import (
-    FixedLoader,
-    FixedStream,
-    ResumableLoader,
-    StreamingLoader,
-)
+from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
 from lightning_perl.data.report import SplitReport
 from lightning_perl.data.rows import BadRow, Item, Pair, Row, Splits, Turn, first_row
 from lightning_perl.data.sources import Source, Sources, shuffled_stream, sources_of
@@ -443,8 +438,7 @@ def _common_prompt(named: dict[str, Any]) -> tuple[Turn, ...]:
 
 def _wrong_type(column: str, expected: str, got: object) -> BadRow:
     return BadRow(
-        "wrong type",
-        f"{column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r}).",
+        "wrong type", f"{column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r})."
     )
 
 
@@ -500,8 +494,7 @@ def _answer(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
         raise _wrong_type(column, "a string or one assistant message", value)
     if not value.strip():
         raise BadRow(
-            "empty answer",
-            f"empty answer in {column}. Remove the row, or set on_bad_row: reject.",
+            "empty answer", f"empty answer in {column}. Remove the row, or set on_bad_row: reject."
         )
     return Turn("agent", value)
 

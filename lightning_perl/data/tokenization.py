@@ -261,14 +261,10 @@ class TurnEncoder:
 def _check_answers(row: Row) -> None:
     if not row.response or row.response[0].role != "agent":
         raise BadRow(
-            "no answer",
-            "no answer of the assistant. Set rows: prompts for prompts alone.",
+            "no answer", "no answer of the assistant. Set rows: prompts for prompts alone."
         )
     if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
-        raise BadRow(
-            "empty answer",
-            "empty answer. Remove the row, or set on_bad_row: reject.",
-        )
+        raise BadRow("empty answer", "empty answer. Remove the row, or set on_bad_row: reject.")
 
 
 def _check_unicode(turns: Sequence[Turn]) -> None:
