@@ -61,9 +61,6 @@ class ConversationDataModule(LightningDataModule, ABC):
             such rows in ``report`` and goes on. A file that cannot be read to its end counts as one such row.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
-
-    Raises:
-        ValueError: An argument out of its range.
     """
 
     pairs: ClassVar[bool] = True
@@ -194,11 +191,7 @@ class ConversationDataModule(LightningDataModule, ABC):
             )
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads, encodes and reports once, whatever the stage.
-
-        Raises:
-            ValueError: A bad row while ``on_bad_row`` is ``raise``, or no training row is left.
-        """
+        """Reads, encodes and reports once, whatever the stage."""
         if self.splits is not None:
             return
         # First: a tokenizer that cannot be used should not wait for the files.
@@ -282,14 +275,7 @@ class ConversationDataModule(LightningDataModule, ABC):
     def encode_item(
         self, encoder: TurnEncoder, item: Item, number: int
     ) -> tuple[RatedExample | PromptExample, int]:
-        """Encodes a row or a pair; its first row gets the number.
-
-        Returns:
-            What a loader yields of it, and how many turns were cut.
-
-        Raises:
-            BadRow: It cannot be encoded.
-        """
+        """Returns what a loader yields of a row or a pair, its first row's number given, and the turns cut."""
         if self.rows == "prompts":
             row = first_row(item)
             limit = self.max_tokens - self.max_response_tokens

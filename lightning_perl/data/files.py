@@ -60,12 +60,7 @@ def _counts_unreadable(reader: _Reader[_Row]) -> _Reader[_Row]:
 
 
 def parse_json(text: str) -> object:
-    """Returns the value of a JSON text.
-
-    Raises:
-        json.JSONDecodeError: The JSON is broken, nested more deeply than Python's stack, or holds an
-            integer of more digits than Python converts.
-    """
+    """Returns the value of a JSON text; what only Python refuses is a JSONDecodeError, too."""
     try:
         value: object = json.loads(text)
     except json.JSONDecodeError:
@@ -89,11 +84,7 @@ def is_html(head: bytes) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """Returns the whole text of a UTF-8 file, plain or ``.gz``, without its byte order mark.
-
-    Raises:
-        UnreadableFile: Not UTF-8 (with the line), a broken gzip, a web page, or an empty file.
-    """
+    """Returns the whole text of a file; raises :class:`UnreadableFile`."""
     lines = _lines(file, "\n")
     return "".join(
         line for number, line in lines if _is_utf8(line, f"{file}:{number}", _unreadable)

@@ -55,9 +55,6 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
 
     An epoch ends when every row was drawn: the source that has the most rows for its weight is
     drawn once through, the others begin again. ``sources`` has the number of each row's source.
-
-    Raises:
-        ValueError: A source without a row.
     """
     rows: list[list[int]] = [[] for _ in weights]
     for row, source in enumerate(sources):

@@ -97,10 +97,6 @@ class PreferenceDataModule(ConversationDataModule):
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
         settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
-
-    Raises:
-        ValueError: An argument out of its range; in ``setup`` a bad file or row.
-        FileNotFoundError: In ``setup``, a file that is not there, or a data set that the hub did not give.
     """
 
     def __init__(
@@ -197,8 +193,6 @@ class PreferenceDataModule(ConversationDataModule):
                 yield self._item(row, where, number)
             except BadRow as error:
                 bad_row(error.reason, f"{where}: {error}")
-
-    # ---- streams ---------------------------------------------------------------------------------
 
     def _open_streams(self) -> None:
         """Finds out before the run which files are not there, and which have no row at all."""
@@ -305,8 +299,6 @@ class PreferenceDataModule(ConversationDataModule):
         if self._begun and not self.announced:
             self.announce()
             self.log_report()
-
-    # ---- rows ------------------------------------------------------------------------------------
 
     def _item(self, row: Mapping[str, Any], where: str, source: int) -> Item:
         named = {

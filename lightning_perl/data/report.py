@@ -73,10 +73,7 @@ class SplitReport:
 
     @property
     def length_auroc(self) -> float | None:
-        """AUROC of an answer's length as a predictor of its thumb; None without both thumbs.
-
-        Above 0.5, longer answers are liked more.
-        """
+        """AUROC of an answer's length as a predictor of its thumb: above 0.5, longer answers are liked."""
         return auroc(self.up_tokens, self.down_tokens)
 
     def _lengths(self) -> list[tuple[str, Counter[int]]]:
@@ -192,10 +189,7 @@ def quantile(counts: Counter[int], share: float) -> int:
 
 
 def auroc(positive: Counter[int], negative: Counter[int]) -> float | None:
-    """Returns the chance that a positive value is above a negative one, ties half.
-
-    This is the Mann-Whitney statistic ``U / (n_+ n_-)``; None where one side is empty.
-    """
+    """Returns the chance that a positive value is above a negative one, ties half; None without one of both."""
     wins, below = 0.0, 0
     for value in sorted(positive | negative):
         wins += positive[value] * (below + 0.5 * negative[value])

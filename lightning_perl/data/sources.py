@@ -55,12 +55,7 @@ class Source:
     weight: float | None = None
 
     def rows(self, bad_row: BadRowHook, streaming: bool = False) -> Rows:
-        """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched.
-
-        Raises:
-            FileNotFoundError: Neither a file nor a data set that the hub gave.
-            ValueError: A file of a format that is not read.
-        """
+        """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched."""
         if not isinstance(self.place, str):
             return _listed(self.argument, self.place, bad_row)
         if self.hub is not None:
@@ -117,12 +112,7 @@ class Source:
 
 
 def sources_of(value: Sources, argument: str) -> list[Source]:
-    """Returns the sources that an argument names; see :data:`Sources`.
-
-    Raises:
-        ValueError: None of these, or a weight that is not above 0.
-        FileNotFoundError: The package has no such file.
-    """
+    """Returns the sources that an argument names; see :data:`Sources`."""
     if isinstance(value, str | Path):
         return [Source(argument, unpackaged(str(value)))]
     if isinstance(value, Mapping) and value:

@@ -58,9 +58,6 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
     The name is ``plain-1`` for the plain turn template (None), else ``chat-`` and eight hex digits of
     the SHA-256 of the tokenizer's chat template. Another rule for EOS would need another name.
-
-    Raises:
-        ValueError: The tokenizer has no chat template.
     """
     if tokenizer is None:
         return PLAIN
@@ -77,13 +74,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
 class TurnEncoder:
     """Encodes turns by the plain template, or prompts by the tokenizer's own chat template.
 
-    Args:
-        tokenizer: Needs an EOS token.
-        chat_template: Render prompts with ``tokenizer.apply_chat_template``. The response is still
-            the bare content and EOS, and must be a single agent turn.
-
-    Raises:
-        ValueError: The tokenizer has no EOS token, or no chat template although one is asked for.
+    With ``chat_template`` the response is still the bare content and EOS, and must be a single agent turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> None:
@@ -134,11 +125,8 @@ class TurnEncoder:
         """Encodes a context and the header of the agent's next turn.
 
         Too long a context loses whole turns on the left; a system turn at its start stays. Where a
-        chat template wants the user to begin, an answer whose question was cut goes with it.
-
-        Raises:
-            BadRow: The last turn and the header do not fit, a turn is no valid Unicode, or the chat
-                template refuses the turns.
+        chat template wants the user to begin, an answer whose question was cut goes with it. Raises
+        :class:`BadRow` where nothing is left that fits, or the chat template refuses the turns.
         """
         _check_unicode(context)
         fixed = list(context[:1]) if context and context[0].role == "system" else []
@@ -206,11 +194,8 @@ class TurnEncoder:
         """Encodes a row's prompt and response.
 
         A single answer must fit ``max_response_tokens`` whole: cut, it would lose its EOS. A
-        demonstrated dialog (more than one response turn) is cut at a turn border at its end.
-
-        Raises:
-            BadRow: An empty answer, too long an answer, a prompt longer than the window, or a turn
-                that is no valid Unicode.
+        demonstrated dialog (more than one response turn) is cut at a turn border at its end. Raises
+        :class:`BadRow` where the answer is empty or too long, or its prompt is.
         """
         _check_answers(row)
         _check_unicode(row.response)
