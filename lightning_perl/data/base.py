@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,6 +22,7 @@ from lightning_perl.data.collate import (
 )
 from lightning_perl.data.loaders import (
     BucketBatches,
+    Collate,
     FixedLoader,
     FixedStream,
     ResumableLoader,
@@ -29,15 +30,7 @@ from lightning_perl.data.loaders import (
     mixture,
 )
 from lightning_perl.data.report import DataReport, SplitReport
-from lightning_perl.data.rows import (
-    BadRow,
-    Item,
-    Pair,
-    Splits,
-    conflicting,
-    first_row,
-    judgement,
-)
+from lightning_perl.data.rows import BadRow, Item, Pair, Splits, conflicting, first_row, judgement
 from lightning_perl.data.tokenization import TurnEncoder, template_of
 from lightning_perl.packaged import unpackaged
 
@@ -64,15 +57,10 @@ class ConversationDataModule(LightningDataModule, ABC):
         bucket: Put rows of similar length into a batch, which saves padding. False: shuffle only.
         seed: Seed of the order of the rows. The splits do not depend on it.
         num_workers: Processes that collate batches. 0 is enough for text.
-        on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line.
-            ``reject`` counts such rows in ``report`` and goes on. A file that cannot be read to its
-            end counts as one such row.
-        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb
-            down for one answer, a pair in both orders), and count them. False takes each of them
-            for a bad row.
-
-    Raises:
-        ValueError: An argument out of its range.
+        on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line. ``reject`` counts
+            such rows in ``report`` and goes on. A file that cannot be read to its end counts as one such row.
+        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
+            answer, a pair in both orders), and count them. False takes each of them for a bad row.
     """
 
     pairs: ClassVar[bool] = True
@@ -198,17 +186,12 @@ class ConversationDataModule(LightningDataModule, ABC):
             other = against[0] if against else first_row(next(iter(verdicts.values()))).where
             self.bad_row(
                 "conflicting labels",
-                f"{first_row(item).where}: conflicting labels: {other} says the opposite of the same "
-                "answers. Remove one, set keep_conflicts: true to learn from both, or on_bad_row: "
-                "reject to use neither.",
+                f"{first_row(item).where}: conflicting labels: {other} says the opposite of the same answers. "
+                "Remove one, set keep_conflicts: true to learn from both, or on_bad_row: reject to use neither.",
             )
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads, encodes and reports once, whatever the stage.
-
-        Raises:
-            ValueError: A bad row while ``on_bad_row`` is ``raise``, or no training row is left.
-        """
+        """Reads, encodes and reports once, whatever the stage."""
         if self.splits is not None:
             return
         # First: a tokenizer that cannot be used should not wait for the files.
@@ -292,14 +275,7 @@ class ConversationDataModule(LightningDataModule, ABC):
     def encode_item(
         self, encoder: TurnEncoder, item: Item, number: int
     ) -> tuple[RatedExample | PromptExample, int]:
-        """Encodes a row or a pair; its first row gets the number.
-
-        Returns:
-            What a loader yields of it, and how many turns were cut.
-
-        Raises:
-            BadRow: It cannot be encoded.
-        """
+        """Returns what a loader yields of a row or a pair, its first row's number given, and the turns cut."""
         if self.rows == "prompts":
             row = first_row(item)
             limit = self.max_tokens - self.max_response_tokens
@@ -315,7 +291,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         return RatedExample(rows), sum(row.cut_turns for row in encoded)
 
     @property
-    def collate(self) -> Callable[[list[Any]], Any]:
+    def collate(self) -> Collate:
         """Makes a batch of what a loader yields."""
         return collate_prompts if self.rows == "prompts" else collate_rated
 

@@ -5,25 +5,28 @@ Parquet). A broken row goes to ``bad_row(reason, message)`` and is skipped. So d
 that cannot be read, or the rest of a file that cannot be read to its end: a gzip that breaks off, an
 open quote, a web page saved in place of data, an empty file.
 
-JSON lines and tables are read line by line, so a file may be larger than memory. They are not read by
-``datasets``: it gives up a whole JSONL file for one broken line, and its CSV reader turns the text
-``NA`` into null, fills short rows with nulls and renames columns that the header names twice.
+JSON lines, tables and Parquet are read piece by piece, so a file may be larger than memory. They are
+not read by ``datasets``: it gives up a whole JSONL file for one broken line, its CSV reader turns the
+text ``NA`` into null, fills short rows with nulls and renames columns that the header names twice, and
+it needs a cache folder that it can write even for a local Parquet file.
 """
 
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar
+
+import pyarrow
+import pyarrow.parquet
 
 from lightning_perl.data.rows import BadRow
 
@@ -57,12 +60,7 @@ def _counts_unreadable(reader: _Reader[_Row]) -> _Reader[_Row]:
 
 
 def parse_json(text: str) -> object:
-    """Returns the value of a JSON text.
-
-    Raises:
-        json.JSONDecodeError: The JSON is broken, nested more deeply than Python's stack, or holds an
-            integer of more digits than Python converts.
-    """
+    """Returns the value of a JSON text; what only Python refuses is a JSONDecodeError, too."""
     try:
         value: object = json.loads(text)
     except json.JSONDecodeError:
@@ -86,11 +84,7 @@ def is_html(head: bytes) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """Returns the whole text of a UTF-8 file, plain or ``.gz``, without its byte order mark.
-
-    Raises:
-        UnreadableFile: Not UTF-8 (with the line), a broken gzip, a web page, or an empty file.
-    """
+    """Returns the whole text of a file; raises :class:`UnreadableFile`."""
     lines = _lines(file, "\n")
     return "".join(
         line for number, line in lines if _is_utf8(line, f"{file}:{number}", _unreadable)
@@ -128,8 +122,7 @@ def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, 
     except json.JSONDecodeError as error:
         raise UnreadableFile(
             "broken JSON",
-            f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the "
-            "file again.",
+            f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the file again.",
         ) from error
     if not isinstance(rows, list):
         raise UnreadableFile(
@@ -163,8 +156,7 @@ def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, s
         else:
             bad_row(
                 "wrong number of cells",
-                f"{where}: the row does not have the header's {len(header)} cells. Quote "
-                "cells that hold commas.",
+                f"{where}: the row does not have the header's {len(header)} cells. Quote cells that hold commas.",
             )
 
 
@@ -178,37 +170,27 @@ def tsv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, list[str]]]
 
 @_counts_unreadable
 def parquet_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of a Parquet file, one row group in memory at a time."""
-    # Imported where it is needed: it takes seconds, and most runs read JSON lines.
-    import datasets
-
+    """Yields the rows of a Parquet file, a part of it in memory at a time."""
     _refuse_html(file)
-    where = f"{file}:0"
+    number = 0
     try:
-        # The library takes brackets and stars of a path for a pattern.
-        path = glob.escape(str(file))
-        table = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
-        for where, row in dataset_rows(table, str(file), bad_row):
-            yield where, row
-    # A ValueError: not Parquet. An OSError: pages that cannot be decompressed.
-    except (ValueError, OSError) as error:
-        if isinstance(error, BadRow):
-            raise
-        number = int(where.rpartition(":")[2]) + 1
+        with pyarrow.parquet.ParquetFile(str(file)) as table:
+            for number, row in arrow_rows(table.iter_batches(1024), str(file), bad_row):
+                yield f"{file}:{number}", row
+    # An OSError: pages that cannot be decompressed.
+    except (pyarrow.ArrowException, OSError) as error:
         raise UnreadableFile(
             "not Parquet",
-            f"{file}:{number}: not a Parquet file, or a damaged one ({error}). Download it again.",
+            f"{file}:{number + 1}: not a Parquet file, or a damaged one ({error}). Download it again.",
         ) from error
 
 
-def dataset_rows(
-    dataset: Any,  # noqa: ANN401 (datasets has no types)
-    name: str,
-    bad_row: BadRowHook,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of a data set of the ``datasets`` library; ``where`` is ``name:row``."""
+def arrow_rows(
+    batches: Iterable[pyarrow.RecordBatch], name: str, bad_row: BadRowHook
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the rows of Arrow's batches, of a file or a data set of this name, with their numbers."""
     number = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=1024):
+    for batch in batches:
         for place in range(batch.num_rows):
             number += 1
             try:
@@ -216,7 +198,7 @@ def dataset_rows(
             except UnicodeDecodeError as error:
                 bad_row("not UTF-8", f"{name}:{number}: not UTF-8 ({error}).")
                 continue
-            yield f"{name}:{number}", row
+            yield number, row
 
 
 def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:

@@ -10,11 +10,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed
 from torch.utils.data import DataLoader
+
+Collate: TypeAlias = Callable[[list[Any]], Any]
+"""Makes a batch of a list of examples."""
 
 MEGA_BATCHES = 16
 
@@ -52,9 +55,6 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
 
     An epoch ends when every row was drawn: the source that has the most rows for its weight is
     drawn once through, the others begin again. ``sources`` has the number of each row's source.
-
-    Raises:
-        ValueError: A source without a row.
     """
     rows: list[list[int]] = [[] for _ in weights]
     for row, source in enumerate(sources):
@@ -158,11 +158,7 @@ class FixedLoader:
     """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
     def __init__(
-        self,
-        examples: Sequence[Any],
-        batch_size: int,
-        collate: Callable[[list[Any]], Any],
-        num_workers: int = 0,
+        self, examples: Sequence[Any], batch_size: int, collate: Collate, num_workers: int = 0
     ) -> None:
         self.examples = examples
         self.batch_size = batch_size
@@ -198,16 +194,15 @@ class FixedLoader:
 class ResumableLoader(FixedLoader):
     """Yields shuffled batches from where it stands; its position can be saved and loaded.
 
-    An iteration continues where the last one stopped and ends with the epoch; the one after it
-    begins the next epoch. The sampler alone decides the order, so a resumed run and an uninterrupted
-    one see the same batches.
+    An iteration continues where the last one stopped and ends with the epoch; the one after it begins the next
+    epoch. The sampler alone decides the order, so a resumed run and an uninterrupted one see the same batches.
     """
 
     def __init__(
         self,
         examples: Sequence[Any],
         sampler: BucketBatches,
-        collate: Callable[[list[Any]], Any],
+        collate: Collate,
         num_workers: int = 0,
     ) -> None:
         super().__init__(examples, sampler.batch_size, collate, num_workers)
@@ -247,17 +242,16 @@ class StreamingLoader:
     a whole corpus does in :class:`BucketBatches`. A stream has no length. To go to a saved position,
     the rows before its block are read past, not encoded, and the block is made again.
 
-    ``read(epoch, row)`` yields from this row on the epoch's rows that can be used, each with its
-    number. ``ahead`` batches are asked for before they are used, which a saved position must not
-    count: 1 where Lightning fits without ``limit_train_batches``, as it then looks whether a batch is
-    the last one.
+    ``read(epoch, row)`` yields from this row on the epoch's rows that can be used, each with its number. ``ahead``
+    batches are asked for before they are used, which a saved position must not count: 1 where Lightning fits
+    without ``limit_train_batches``, as it then looks whether a batch is the last one.
     """
 
     def __init__(
         self,
         read: Callable[[int, int], Iterator[tuple[int, Any]]],
         batch_size: int,
-        collate: Callable[[list[Any]], Any],
+        collate: Collate,
         seed: int = 0,
         block: int = 4096,
         bucket: bool = True,
@@ -325,10 +319,7 @@ class FixedStream:
     """Batches of rows that are read as they come, in order; every pass, and every rank, reads all."""
 
     def __init__(
-        self,
-        read: Callable[[], Iterator[Any]],
-        batch_size: int,
-        collate: Callable[[list[Any]], Any],
+        self, read: Callable[[], Iterator[Any]], batch_size: int, collate: Collate
     ) -> None:
         self.read = read
         self.batch_size = batch_size

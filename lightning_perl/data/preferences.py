@@ -16,12 +16,7 @@ from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.collate import PromptExample, RatedExample
 from lightning_perl.data.files import BadRowHook, parse_json
 from lightning_perl.data.folds import hold_out, stable_hash
-from lightning_perl.data.loaders import (
-    FixedLoader,
-    FixedStream,
-    ResumableLoader,
-    StreamingLoader,
-)
+from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
 from lightning_perl.data.report import SplitReport
 from lightning_perl.data.rows import BadRow, Item, Pair, Row, Splits, Turn, first_row
 from lightning_perl.data.sources import Source, Sources, shuffled_stream, sources_of
@@ -65,55 +60,43 @@ class PreferenceDataModule(ConversationDataModule):
     ``messages`` it is all of them where the user has the last word, else those before the first
     answer (before the last one with ``chat_template``).
 
-    A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role
-    ``system``, ``user`` or ``assistant``; an answer is a string or a list of one assistant message,
-    which may follow the messages of the prompt. In CSV a list is written as JSON. Chosen and
-    thumbs-up answers, and those rated above the middle, also enter the language-modelling loss of
-    Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft target of the cross-entropy.
-    A label or rating that is there but null is a bad row. Other columns are ignored.
+    A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role ``system``, ``user``
+    or ``assistant``; an answer is a string or a list of one assistant message, which may follow the messages of
+    the prompt. In CSV a list is written as JSON. Chosen and thumbs-up answers, and those rated above the middle,
+    also enter the language-modelling loss of Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft
+    target of the cross-entropy. A label or rating that is there but null is a bad row. Other columns are ignored.
 
-    Rows of one dialog (the same words up to the first user turn) go to one split. Duplicates are
-    used once.
+    Rows of one dialog (the same words up to the first user turn) go to one split. Duplicates are used once.
 
-    A corpus in another form needs a file with one of these kinds of rows, and ``columns``. BOLT
-    English SMS/Chat (LDC2018T19), for example, holds conversations in XML without summaries: write
-    each as ``{"conversation": text}`` to a ``.jsonl`` file, and set ``columns: {prompt:
-    conversation}`` and ``rows: prompts``.
+    A corpus in another form needs a file with one of these kinds of rows, and ``columns``. BOLT English SMS/Chat
+    (LDC2018T19), for example, holds conversations in XML without summaries: write each as ``{"conversation":
+    text}`` to a ``.jsonl`` file, and set ``columns: {prompt: conversation}`` and ``rows: prompts``.
 
     Args:
-        train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array,
-            ``.csv``, each also with ``.gz``, or ``.parquet``; in UTF-8), a data set of the Hugging
-            Face hub (``owner/name`` or ``owner/name/config:split``, split ``train`` unless named), a
-            list of rows, or several files and names. A list of files and names is read as one after
-            the other. A mapping ``{file or name: weight}`` is mixed: a batch has of each source what
-            its weight says on average, and an epoch ends when every row was drawn, so that sources
-            with fewer rows for their weight begin again.
+        train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array, ``.csv``, each also
+            with ``.gz``, or ``.parquet``; in UTF-8), a data set of the Hugging Face hub (``owner/name`` or
+            ``owner/name/config:split``, split ``train`` unless named), a list of rows, or several files and names.
+            A list of files and names is read as one after the other. A mapping ``{file or name: weight}`` is
+            mixed: a batch has of each source what its weight says on average, and an epoch ends when every row was
+            drawn, so that sources with fewer rows for their weight begin again.
         val: Where the validation rows come from, as ``train`` but without weights. None:
             ``val_fraction`` of the training prompts, at least one of two or more.
         test: Where the test rows come from, as ``val``. None: the validation rows.
         val_fraction: Share of the training prompts that is held out when ``val`` is None.
         columns: The file's names for ours, for example ``{prompt: question, chosen: better}``.
         rating_range: The lowest and the highest rating there can be. What lies outside is a bad row.
-        streaming: Read and encode training rows while training, for files that do not fit into
-            memory. The loader then has no length: give ``trainer.max_steps``, and
-            ``val_check_interval`` as a number of batches. Duplicates and conflicts are not looked
-            for. Without ``val``, the prompts whose hash is below ``val_fraction`` are held out, and
-            every validation reads the sources again for them (``trainer.limit_val_batches`` stops it
-            early). The report counts the first pass and comes at its end. A resumed run reads past
-            the rows before its position.
+        streaming: Read and encode training rows while training, for files that do not fit into memory. The loader
+            then has no length: give ``trainer.max_steps``, and ``val_check_interval`` as a number of batches.
+            Duplicates and conflicts are not looked for. Without ``val``, the prompts whose hash is below
+            ``val_fraction`` are held out, and every validation reads the sources again for them
+            (``trainer.limit_val_batches`` stops it early). The report counts the first pass and comes at its end.
+            A resumed run reads past the rows before its position.
         shuffle_block: Rows of a stream that are in memory to be shuffled.
-        chat_template: Render prompts with the tokenizer's own chat template, for a trunk that was
-            tuned with it, instead of the plain turn template. Of ``messages`` then only the last
-            answer counts.
-        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb
-            down for one answer, a pair in both orders), and count them. False takes each of them
-            for a bad row.
+        chat_template: Render prompts with the tokenizer's own chat template, for a trunk that was tuned with it,
+            instead of the plain turn template. Of ``messages`` then only the last answer counts.
+        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
+            answer, a pair in both orders), and count them. False takes each of them for a bad row.
         settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
-
-    Raises:
-        ValueError: An argument out of its range; in ``setup`` a bad file or row.
-        FileNotFoundError: In ``setup``, a file that is not there, or a data set that the hub did not
-            give.
     """
 
     def __init__(
@@ -142,8 +125,7 @@ class PreferenceDataModule(ConversationDataModule):
         low, high = rating_range or (0, 1)
         if not -math.inf < low < high < math.inf:
             raise ValueError(
-                "data.rating_range must be the lowest and the highest rating there can be, got "
-                f"{[low, high]}."
+                f"data.rating_range must be the lowest and the highest rating there can be, got {[low, high]}."
             )
         if shuffle_block < 1:
             raise ValueError(f"data.shuffle_block must be at least 1, got {shuffle_block}.")
@@ -211,8 +193,6 @@ class PreferenceDataModule(ConversationDataModule):
                 yield self._item(row, where, number)
             except BadRow as error:
                 bad_row(error.reason, f"{where}: {error}")
-
-    # ---- streams ---------------------------------------------------------------------------------
 
     def _open_streams(self) -> None:
         """Finds out before the run which files are not there, and which have no row at all."""
@@ -319,8 +299,6 @@ class PreferenceDataModule(ConversationDataModule):
         if self._begun and not self.announced:
             self.announce()
             self.log_report()
-
-    # ---- rows ------------------------------------------------------------------------------------
 
     def _item(self, row: Mapping[str, Any], where: str, source: int) -> Item:
         named = {
@@ -452,8 +430,7 @@ def _common_prompt(named: dict[str, Any]) -> tuple[Turn, ...]:
 
 def _wrong_type(column: str, expected: str, got: object) -> BadRow:
     return BadRow(
-        "wrong type",
-        f"{column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r}).",
+        "wrong type", f"{column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r})."
     )
 
 
@@ -509,8 +486,7 @@ def _answer(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
         raise _wrong_type(column, "a string or one assistant message", value)
     if not value.strip():
         raise BadRow(
-            "empty answer",
-            f"empty answer in {column}. Remove the row, or set on_bad_row: reject.",
+            "empty answer", f"empty answer in {column}. Remove the row, or set on_bad_row: reject."
         )
     return Turn("agent", value)
 

@@ -16,9 +16,8 @@ class SplitReport:
     in the middle (0.5), ``unlabelled`` demonstrations and prompts; ``duplicates`` are repeated
     prompts (``rows: prompts``), ``cut_turns`` turns that did not fit the window.
 
-    Lengths are histograms, from tokens to how many prompts or answers have them, so a stream of any
-    length takes no memory. Of ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts
-    half.
+    Lengths are histograms, from tokens to how many prompts or answers have them, so a stream of any length takes
+    no memory. Of ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts half.
     """
 
     rows: int = 0
@@ -74,10 +73,7 @@ class SplitReport:
 
     @property
     def length_auroc(self) -> float | None:
-        """AUROC of an answer's length as a predictor of its thumb; None without both thumbs.
-
-        Above 0.5, longer answers are liked more.
-        """
+        """AUROC of an answer's length as a predictor of its thumb: above 0.5, longer answers are liked."""
         return auroc(self.up_tokens, self.down_tokens)
 
     def _lengths(self) -> list[tuple[str, Counter[int]]]:
@@ -120,8 +116,7 @@ class SplitReport:
         if self.length_auroc is not None:
             parts.append(f"AUROC of the length alone {self.length_auroc:.3f}")
         parts += [
-            f"{name} tokens median {quantile(counts, 0.5)}, 95% {quantile(counts, 0.95)}, max "
-            f"{max(counts)}"
+            f"{name} tokens median {quantile(counts, 0.5)}, 95% {quantile(counts, 0.95)}, max {max(counts)}"
             for name, counts in self._lengths()
         ]
         return "; ".join([*parts, f"{self.cut_turns} turns cut"])
@@ -135,10 +130,9 @@ class DataReport:
 
         rows = sum of kept + sum of rejected + duplicates + sum of left_out
 
-    where ``duplicates`` are those of the whole corpus, dropped before the splits were made, and of
-    each split. A test split that is the validation split counts once. ``conflicts`` are answers with
-    both thumbs, and pairs in both orders; they are counted, not dropped. ``left_out`` are good rows
-    that belong to no split.
+    where ``duplicates`` are those of the whole corpus, dropped before the splits were made, and of each split. A
+    test split that is the validation split counts once. ``conflicts`` are answers with both thumbs, and pairs in
+    both orders; they are counted, not dropped. ``left_out`` are good rows that belong to no split.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
@@ -195,10 +189,7 @@ def quantile(counts: Counter[int], share: float) -> int:
 
 
 def auroc(positive: Counter[int], negative: Counter[int]) -> float | None:
-    """Returns the chance that a positive value is above a negative one, ties half.
-
-    This is the Mann-Whitney statistic ``U / (n_+ n_-)``; None where one side is empty.
-    """
+    """Returns the chance that a positive value is above a negative one, ties half; None without one of both."""
     wins, below = 0.0, 0
     for value in sorted(positive | negative):
         wins += positive[value] * (below + 0.5 * negative[value])

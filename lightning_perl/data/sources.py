@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from lightning_perl.data.files import (
     BadRowHook,
+    arrow_rows,
     csv_rows,
-    dataset_rows,
     json_rows,
     jsonl_rows,
     parquet_rows,
@@ -55,17 +55,14 @@ class Source:
     weight: float | None = None
 
     def rows(self, bad_row: BadRowHook, streaming: bool = False) -> Rows:
-        """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched.
-
-        Raises:
-            FileNotFoundError: Neither a file nor a data set that the hub gave.
-            ValueError: A file of a format that is not read.
-        """
+        """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched."""
         if not isinstance(self.place, str):
             return _listed(self.argument, self.place, bad_row)
         if self.hub is not None:
             name = f"{self.hub.name}:{self.hub.split}"
-            return dataset_rows(self._load(self.hub, streaming), name, bad_row)
+            table = self._load(self.hub, streaming).with_format("arrow")
+            rows = arrow_rows(table.iter(batch_size=1024), name, bad_row)
+            return ((f"{name}:{number}", row) for number, row in rows)
         file = Path(self.place).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
@@ -107,21 +104,15 @@ class Source:
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise FileNotFoundError(
-                f"{self.argument}: {self.place!r} is no file here (looked from {Path.cwd()}), and "
-                f"the hub did not give it: {reason}. With a network, check the "
-                f"name, config and split at https://huggingface.co/datasets/{hub.name}. Without "
-                "one, download its .parquet, .jsonl or .csv files from there elsewhere, copy them "
-                f"here, and set {self.argument} to their path."
+                f"{self.argument}: {self.place!r} is no file here (looked from {Path.cwd()}), and the hub did "
+                f"not give it: {reason}. With a network, check the name, config and split at "
+                f"https://huggingface.co/datasets/{hub.name}. Without one, download its .parquet, .jsonl or .csv "
+                f"files from there elsewhere, copy them here, and set {self.argument} to their path."
             ) from error
 
 
 def sources_of(value: Sources, argument: str) -> list[Source]:
-    """Returns the sources that an argument names; see :data:`Sources`.
-
-    Raises:
-        ValueError: None of these, or a weight that is not above 0.
-        FileNotFoundError: The package has no such file.
-    """
+    """Returns the sources that an argument names; see :data:`Sources`."""
     if isinstance(value, str | Path):
         return [Source(argument, unpackaged(str(value)))]
     if isinstance(value, Mapping) and value:

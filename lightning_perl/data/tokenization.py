@@ -7,11 +7,10 @@ The plain turn template, the same for every corpus (``<bos>`` only where the tok
     API: get_menu_items {"items": []}\n
     Agent: Sorry, we have none.<eos>
 
-Every agent turn ends with EOS, in contexts too, so a context is exactly what a demonstration
-trained on. No newline follows an EOS. Each segment (a user or API turn with its tag, the header
-``Agent:``, the content of an agent turn) is encoded alone and the ids are joined, so the border
-between prompt and answer never depends on the text on its other side. Text that spells a special
-token stays text.
+Every agent turn ends with EOS, in contexts too, so a context is exactly what a demonstration trained on. No
+newline follows an EOS. Each segment (a user or API turn with its tag, the header ``Agent:``, the content of an
+agent turn) is encoded alone and the ids are joined, so the border between prompt and answer never depends on the
+text on its other side. Text that spells a special token stays text.
 
 A prompt is ``context turns + Agent:``; a response is ``content + EOS``. Prompts may take
 ``max_tokens - max_response_tokens`` tokens, in rated rows and in prompts alike, so that a policy is
@@ -59,9 +58,6 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
     The name is ``plain-1`` for the plain turn template (None), else ``chat-`` and eight hex digits of
     the SHA-256 of the tokenizer's chat template. Another rule for EOS would need another name.
-
-    Raises:
-        ValueError: The tokenizer has no chat template.
     """
     if tokenizer is None:
         return PLAIN
@@ -78,13 +74,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
 class TurnEncoder:
     """Encodes turns by the plain template, or prompts by the tokenizer's own chat template.
 
-    Args:
-        tokenizer: Needs an EOS token.
-        chat_template: Render prompts with ``tokenizer.apply_chat_template``. The response is still
-            the bare content and EOS, and must be a single agent turn.
-
-    Raises:
-        ValueError: The tokenizer has no EOS token, or no chat template although one is asked for.
+    With ``chat_template`` the response is still the bare content and EOS, and must be a single agent turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> None:
@@ -135,11 +125,8 @@ class TurnEncoder:
         """Encodes a context and the header of the agent's next turn.
 
         Too long a context loses whole turns on the left; a system turn at its start stays. Where a
-        chat template wants the user to begin, an answer whose question was cut goes with it.
-
-        Raises:
-            BadRow: The last turn and the header do not fit, a turn is no valid Unicode, or the chat
-                template refuses the turns.
+        chat template wants the user to begin, an answer whose question was cut goes with it. Raises
+        :class:`BadRow` where nothing is left that fits, or the chat template refuses the turns.
         """
         _check_unicode(context)
         fixed = list(context[:1]) if context and context[0].role == "system" else []
@@ -154,10 +141,9 @@ class TurnEncoder:
                     continue
                 raise BadRow(
                     "refused by the chat template",
-                    f"the tokenizer's chat template refuses the turns "
-                    f"{[turn.role for turn in turns]}{' after a system turn' if fixed else ''}: "
-                    f"{error}. Write them as it wants them, use chat_template=False, or set "
-                    "on_bad_row: reject.",
+                    "the tokenizer's chat template refuses the turns "
+                    f"{[turn.role for turn in turns]}{' after a system turn' if fixed else ''}: {error}. Write "
+                    "them as it wants them, use chat_template=False, or set on_bad_row: reject.",
                 ) from error
             if len(ids) <= max_prompt_tokens:
                 return Encoded(ids, [False] * len(ids), cut)
@@ -208,11 +194,8 @@ class TurnEncoder:
         """Encodes a row's prompt and response.
 
         A single answer must fit ``max_response_tokens`` whole: cut, it would lose its EOS. A
-        demonstrated dialog (more than one response turn) is cut at a turn border at its end.
-
-        Raises:
-            BadRow: An empty answer, too long an answer, a prompt longer than the window, or a turn
-                that is no valid Unicode.
+        demonstrated dialog (more than one response turn) is cut at a turn border at its end. Raises
+        :class:`BadRow` where the answer is empty or too long, or its prompt is.
         """
         _check_answers(row)
         _check_unicode(row.response)
@@ -263,14 +246,10 @@ class TurnEncoder:
 def _check_answers(row: Row) -> None:
     if not row.response or row.response[0].role != "agent":
         raise BadRow(
-            "no answer",
-            "no answer of the assistant. Set rows: prompts for prompts alone.",
+            "no answer", "no answer of the assistant. Set rows: prompts for prompts alone."
         )
     if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
-        raise BadRow(
-            "empty answer",
-            "empty answer. Remove the row, or set on_bad_row: reject.",
-        )
+        raise BadRow("empty answer", "empty answer. Remove the row, or set on_bad_row: reject.")
 
 
 def _check_unicode(turns: Sequence[Turn]) -> None:
@@ -280,7 +259,6 @@ def _check_unicode(turns: Sequence[Turn]) -> None:
         except UnicodeEncodeError as error:
             raise BadRow(
                 "half a surrogate pair",
-                f"half a surrogate pair, {turn.text[error.start]!r}, at character "
-                f"{error.start} of the {turn.role} turn: no valid Unicode. Write the character "
-                "whole, or set on_bad_row: reject.",
+                f"half a surrogate pair, {turn.text[error.start]!r}, at character {error.start} of the "
+                f"{turn.role} turn: no valid Unicode. Write the character whole, or set on_bad_row: reject.",
             ) from error

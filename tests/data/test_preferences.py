@@ -95,8 +95,6 @@ def table(folder: Path, kind: str) -> Path:
     if kind.startswith("jsonl"):
         return jsonl(folder, ROWS, file.name)
     if kind == "parquet":
-        # Brackets are a pattern to datasets.
-        file = folder / "rows[1].parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), str(file))
         return file
     write_csv(file, [list(ROWS[0]), *(list(row.values()) for row in ROWS)])

@@ -8,13 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_perl.data import tokenization
 from lightning_perl.data.rows import Row, Turn
-from lightning_perl.data.tokenization import (
-    PLAIN,
-    BadRow,
-    Encoded,
-    TurnEncoder,
-    template_of,
-)
+from lightning_perl.data.tokenization import PLAIN, BadRow, Encoded, TurnEncoder, template_of
 
 USER = Turn("user", "an espresso please")
 CALL = Turn("agent", 'call get_menu_items {"query": "espresso"}')
