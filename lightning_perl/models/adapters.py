@@ -211,13 +211,7 @@ class Adapters:
                 parameter.copy_(values[key])
 
     def save(self, name: str, folder: Path, base: str) -> None:
-        """Write a plain PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-        Args:
-            name: The adapter.
-            folder: Made if missing.
-            base: The config's ``base_model_name_or_path``.
-        """
+        """Write a plain PEFT folder whose ``base_model_name_or_path`` is ``base``, and read it back."""
         folder.mkdir(parents=True, exist_ok=True)
         spec = self.specs[name]
         about = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
@@ -233,12 +227,7 @@ class Adapters:
             raise RuntimeError(f"{folder} was written but does not read back as adapter {name}.")
 
     def load(self, name: str, folder: Path, seed: int = 0, trainable: bool = True) -> None:
-        """Add an adapter from a PEFT folder.
-
-        Raises:
-            FileNotFoundError: The folder is no adapter folder.
-            ValueError: Its tensors are not those this trunk would have.
-        """
+        """Add an adapter from a PEFT folder; one that is none or does not fit this trunk is refused."""
         self.add(name, self._spec_of(folder), seed, trainable)
         _read(folder, self.tensors(name))
 
@@ -251,10 +240,6 @@ class Adapters:
         a mean ``B`` and a mean ``A`` is another matrix. So they are concatenated,
         ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter whose rank is the sum of the ranks
         and whose scale is 1, on every layer that one of them has.
-
-        Raises:
-            FileNotFoundError: A folder is no adapter folder.
-            ValueError: A folder's tensors are not those this trunk would have.
         """
         specs = [self._spec_of(folder) for folder in folders]
         rank = sum(spec.rank for spec in specs)

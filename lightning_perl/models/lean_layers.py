@@ -113,11 +113,7 @@ class Factors(NamedTuple):
 def adapted_linear(layer: Any, switch: AdapterSwitch, fused: bool, x: Tensor) -> Tensor:  # noqa: ANN401
     """The forward of a PEFT ``LoraLayer``, instead of its own. Shape: ``(..., I)`` to ``(..., O)``.
 
-    Args:
-        layer: A linear layer with adapters.
-        switch: Names the adapter.
-        fused: Compute layer and adapter as one operation of autograd, where that is possible.
-        x: Shape: ``(..., I)``.
+    If ``fused``, layer and adapter are one operation of autograd where that is possible.
     """
     adapter = switch.current
     base = layer.base_layer
@@ -265,11 +261,7 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 (a family's ow
 
 
 def make_lean(model: nn.Module) -> None:
-    """Replace the forward of written-out norms and of gated MLPs.
-
-    Args:
-        model: The bare trunk, before any adapter is added.
-    """
+    """Replace the forward of written-out norms and gated MLPs, before any adapter is added."""
     gated: dict[type[nn.Module], bool] = {}
     for module in model.modules():
         kind = type(module)

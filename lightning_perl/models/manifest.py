@@ -89,12 +89,7 @@ def note_template(folder: Path, trunk: Trunk) -> None:
 
 
 def agree_on_template(trunk: Trunk, template: str, named_by: str) -> None:
-    """Note the chat template of a trunk's rows. All who name one must name the same.
-
-    Args:
-        trunk: The trunk.
-        template: Name of the template, for example ``plain-1``.
-        named_by: The folder whose manifest names it, or ``data``.
+    """Note the chat template (such as ``plain-1``) that a folder's manifest or ``data`` names for a trunk.
 
     Raises:
         ValueError: Another template was named before.

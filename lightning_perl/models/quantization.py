@@ -37,12 +37,7 @@ NO_QUANTIZED_TUNING = (
 
 
 def require_quantizable(quantization: Quantization, dtype: str) -> None:
-    """Refuse what bitsandbytes cannot do, before weights are read.
-
-    Raises:
-        ValueError: An unknown kind, or float64.
-        ImportError: bitsandbytes, or what transformers needs to use it, is not installed.
-    """
+    """Refuse what bitsandbytes cannot do, and its absence, before weights are read."""
     if quantization not in get_args(Quantization):
         raise ValueError(
             f"quantization must be one of {list(get_args(Quantization))} or None, got {quantization!r}."

@@ -38,9 +38,6 @@ class CudaGraphs:
 
     Unlike ``torch.cuda.graph`` it does not return the allocator's free memory to the driver, from which the
     work after the rollout would have to allocate it again.
-
-    Args:
-        device: The GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,18 +86,12 @@ def recorder_on(device: torch.device) -> Recorder | None:
 
 
 def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
-    """A recorder for a rollout's decoding steps; None, with a warning, where they cannot be recorded.
+    """A recorder for the decoding steps of a rollout with rows of up to ``tokens`` tokens.
 
-    The trunk must take a 4-D mask (no ALiBi, no window that is shorter than the rows) and keep keys and
-    values only, and a recorded step must give what the step itself gives, which is tried once. A step that
-    waits for the GPU (say, routing to experts in a loop) fails there.
-
-    Args:
-        trunk: Inside a role.
-        tokens: Tokens of the longest row there will be.
-
-    Raises:
-        RuntimeError: See `CudaGraphs`.
+    None, with a warning, where they cannot be recorded: the trunk must take a 4-D mask (no ALiBi, no window
+    that is shorter than the rows) and keep keys and values only, and a recorded step must give what the
+    step itself gives, which is tried once. A step that waits for the GPU (say, routing to experts in a
+    loop) fails there.
     """
     device = trunk.model.device
     record = recorder_on(device) if trunk.shortcuts.recorded_decoding else None

@@ -205,15 +205,8 @@ class Trunk(nn.Module):
     def packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         """What `forward` gives for these rows, with the prompt that rows share computed once.
 
-        Where that is not exact for this trunk (see `packs`), each row is computed by itself.
-
-        Args:
-            ids: Shape: ``(B, T)``.
-            attention_mask: Shape: ``(B, T)``, bool.
-            packing: The plan of these rows.
-
-        Returns:
-            Shape: ``(B, T, H)``, in the trunk's dtype. Values at padding mean nothing.
+        Where that is not exact for this trunk (see `packs`), each row is computed by itself. Values at
+        padding mean nothing. Shape: ``(B, T)`` to ``(B, T, H)``.
         """
         if not self.packs(ids.shape[1]):
             separate: Tensor = self(ids, attention_mask)
@@ -310,7 +303,7 @@ class Trunk(nn.Module):
         return self._transform(logits)
 
     def step(self, ids: Tensor, bias: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Logits of each row's next token, from tensors alone, so that the step can be recorded.
+        """Logits of each row's next token, shape ``(B, V)``, from tensors alone: the step can be recorded.
 
         Whoever runs or replays it calls `count_step`.
 
@@ -319,9 +312,6 @@ class Trunk(nn.Module):
             bias: Added to attention scores. Shape: ``(B, 1, 1, K)``.
             positions: Position of the token in its row. Shape: ``(B, 1)``.
             cache: Shows ``K`` tokens, this one included.
-
-        Returns:
-            Shape: ``(B, V)``.
         """
         output = self.model.base_model(
             input_ids=ids,
@@ -440,16 +430,10 @@ class Trunk(nn.Module):
 
 
 def same_logits(logits: Tensor, expected: Tensor, rounding: float, power: float) -> bool:
-    """Whether logits are equal up to rounding. Shape: ``(..., V)`` each.
+    """Whether logits are equal up to ``rounding ** power``, relative to their spread. Shape: ``(..., V)`` each.
 
     A constant added to all logits of a position changes no distribution, and may be so large that it hides
     what does (GPT-2's are near -100): it is subtracted, and only its own rounding is allowed for.
-
-    Args:
-        logits: To be judged.
-        expected: What they should be.
-        rounding: `Trunk.rounding`.
-        power: ``rounding ** power`` is the allowed difference, relative to the expected spread.
     """
     logits, expected = logits.double(), expected.double()
     spread = expected - expected.mean(-1, keepdim=True)
@@ -461,13 +445,7 @@ def same_logits(logits: Tensor, expected: Tensor, rounding: float, power: float)
 
 
 class LogitTransform:
-    """What a family does to its logits after the LM head.
-
-    Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``, Gemma 2 caps.
-
-    Args:
-        config: The model's configuration.
-    """
+    """What a family does to its logits after the LM head: Cohere multiplies, Granite divides, Gemma 2 caps."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         values = config.get_text_config(decoder=True).to_dict()
