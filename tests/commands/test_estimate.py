@@ -422,10 +422,11 @@ def test_the_command_counts_samples(
 def test_rows_are_pairs_as_module_and_data_say(
     module: str, data: str, asked: bool | None, pairs: bool
 ) -> None:
-    config = Namespace(pairs=asked, trainer=Namespace(accumulate_grad_batches=2))
-    config.model = Namespace(class_path=f"lightning_perl.modules.{module}", init_args=Namespace())
-    sizes = Namespace(max_tokens=40, max_response_tokens=8, batch_size=4)
-    config.data = Namespace(class_path=f"lightning_perl.data.{data}", init_args=sizes)
+    space: Any = Namespace
+    config = space(pairs=asked, trainer=space(accumulate_grad_batches=2))
+    config.model = space(class_path=f"lightning_perl.modules.{module}", init_args=space())
+    sizes = space(max_tokens=40, max_response_tokens=8, batch_size=4)
+    config.data = space(class_path=f"lightning_perl.data.{data}", init_args=sizes)
     assert load_of(config) == Load(32, 8, 4, pairs, accumulated=True)
 
 
