@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "phases": set(),
     "rollouts": {"batches", "functional", "models"},
     "packaged": set(),
-    "data": {"batches", "functional", "packaged"},
+    "data": {"batches", "functional", "metrics", "packaged"},
     "rewards": {"data"},
     "callbacks": {"batches", "metrics", "phases"},
     "metrics": {"functional"},

@@ -101,20 +101,10 @@ def test_thumbs_over_batches(share: float, scale: float) -> None:
     rated = random_thumbs(90, 0, share)
     # Scores far from 0: as probabilities in fp32 the larger ones would all be 1.
     scores, label = scale * (rated.scores + 1), rated.label
-    values = measured(
-        *(
-            thumbs(scores[start : start + 20], label[start : start + 20])
-            for start in range(0, 90, 20)
-        )
-    ).values
-    assert set(values) == {
-        "auroc",
-        "balanced_accuracy",
-        "length_auroc",
-        "ece",
-        "brier",
-        "temperature",
-    }
+    batches = zip(torch.split(scores, 20), torch.split(label, 20), strict=True)
+    values = measured(*(thumbs(*batch) for batch in batches)).values
+    keys = {"auroc", "balanced_accuracy", "length_auroc", "ece", "brier", "temperature"}
+    assert set(values) == keys
     assert values["auroc"] == pytest.approx(slow_auroc(scores, label), abs=1e-6)
     recall = (scores[label > 0.5] > 0).float().mean()
     specificity = (scores[label < 0.5] <= 0).float().mean()
@@ -154,13 +144,14 @@ def test_pairs_over_batches() -> None:
 def test_slices_by_brute_force() -> None:
     rated = random_pairs(80, 3)
     rows = [
-        (
-            1.0 if won > lost else 0.5 if won == lost else 0.0,
-            int(rated.lengths[first]) - int(rated.lengths[second]),
-            int(rated.turns[first]),
+        (0.5 * ((won > lost) + (won >= lost)), int(longer), int(turns))
+        for won, lost, longer, turns in zip(
+            rated.scores[:80].tolist(),
+            rated.scores[80:].tolist(),
+            rated.lengths[:80] - rated.lengths[80:],
+            rated.turns[:80],
+            strict=True,
         )
-        for first, second in rated.pairs.tolist()
-        for won, lost in [(float(rated.scores[first]), float(rated.scores[second]))]
     ]
     expected: dict[str, Callable[[int, int], bool]] = {
         "accuracy": lambda longer, turns: True,
@@ -173,7 +164,7 @@ def test_slices_by_brute_force() -> None:
     }
     found = measured(rated)
     for key, belongs in expected.items():
-        right = [one for one, longer, turns in rows if belongs(longer, turns)]
+        right = [vote for vote, longer, turns in rows if belongs(longer, turns)]
         assert right, key
         assert found.values[key] == pytest.approx(sum(right) / len(right)), key
         assert found.counts[key] == len(right), key
@@ -280,12 +271,9 @@ def test_temperature_of_mixed_judgements_votes_once_each() -> None:
 def test_temperature_without_a_best(
     logits: list[float], outcomes: list[float], temperature: float
 ) -> None:
-    found = fit_temperature(
-        Judgements(
-            torch.tensor(logits).double(), torch.tensor(outcomes).double(), torch.ones(len(logits))
-        )
-    )
-    assert found == temperature
+    scores, truth = torch.tensor([logits, outcomes]).double()
+    judgements = Judgements(scores, truth, torch.ones(len(logits)))
+    assert fit_temperature(judgements) == temperature
 
 
 def test_temperature_of_scores_of_any_size() -> None:
@@ -310,16 +298,8 @@ def test_correlation_is_over_every_rated_answer() -> None:
 def test_which_answer_is_named_first_is_no_matter() -> None:
     rated = random_pairs(30, 4)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    where = torch.empty(60, dtype=torch.int64)
-    where[order] = torch.arange(60)
-    shuffled = Rated(
-        rated.scores[order],
-        rated.label[order],
-        rated.labelled[order],
-        where[rated.pairs].flip(0),
-        rated.lengths[order],
-        rated.turns[order],
-    )
+    shuffled = Rated(*(part[order] for part in rated._replace(pairs=order)))
+    shuffled = shuffled._replace(pairs=order.argsort()[rated.pairs].flip(0))
     assert measured(shuffled).values == pytest.approx(measured(rated).values)
 
 
@@ -331,18 +311,19 @@ def test_unlabelled_rows_are_not_judged() -> None:
 
 
 def test_keys_only_for_what_was_seen() -> None:
-    assert measured(thumbs(torch.zeros(0), torch.zeros(0))).values == {}
     metrics = RewardMetrics()
     classless = {"ece", "brier", "temperature"}
-    metrics.update(*thumbs(torch.ones(3), torch.ones(3)))
-    assert set(metrics.compute().values) == classless  # one class only
-    metrics.reset()
-    metrics.update(*thumbs(torch.ones(3), torch.zeros(3)))
-    assert set(metrics.compute().values) == classless  # the epoch before is forgotten
-    metrics.reset()
-    unrated = thumbs(torch.tensor([2.0, 1.0]), torch.zeros(2))
-    metrics.update(*unrated._replace(labelled=torch.zeros(2, dtype=torch.bool)))
-    assert metrics.compute().values == {}
+    nothing, unrated = torch.zeros(0), thumbs(torch.tensor([2.0, 1.0]), torch.zeros(2))
+    unrated = unrated._replace(labelled=torch.zeros(2, dtype=torch.bool))
+    for batch, keys in (
+        (thumbs(nothing, nothing), set()),
+        (thumbs(torch.ones(3), torch.ones(3)), classless),  # one class only
+        (thumbs(torch.ones(3), torch.zeros(3)), classless),  # the epoch before is forgotten
+        (unrated, set()),
+    ):
+        metrics.update(*batch)
+        assert set(metrics.compute().values) == keys
+        metrics.reset()
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -360,10 +341,8 @@ def test_a_diverged_model_measures_nothing_good(broken: float) -> None:
 def test_two_ranks_make_one() -> None:
     batches = [random_thumbs(11, 1), random_pairs(9, 2), random_thumbs(4, 3), random_pairs(6, 4)]
     first, second = RewardMetrics(), RewardMetrics()
-    for batch in batches[:2]:
-        first.update(*batch)
-    for batch in batches[2:]:
-        second.update(*batch)
+    for number, batch in enumerate(batches):
+        (first, second)[number // 2].update(*batch)
     second.merge_state(first)
     merged, whole = second.compute(), measured(*batches)
     assert merged.values == pytest.approx(whole.values, rel=1e-12)
@@ -400,13 +379,8 @@ def test_nothing_of_it_is_stored() -> None:
 
 
 def test_a_rating_in_the_middle_is_no_thumb() -> None:
-    metrics = RewardMetrics()
     scores, labels = torch.tensor([2.0, -1.0, 5.0, -5.0]), torch.tensor([1.0, 0.0, 0.5, 0.5])
-    every = torch.ones(4, dtype=torch.bool)
-    lengths = torch.tensor([3, 2, 1, 9])
-    pairs = torch.zeros((0, 2), dtype=torch.int64)
-    metrics.update(scores, labels, every, pairs, lengths, torch.ones(4, dtype=torch.int64))
-    found = metrics.compute()
+    found = measured(thumbs(scores, labels, torch.tensor([3, 2, 1, 9])))
     assert found.values["auroc"] == found.values["balanced_accuracy"] == 1.0
     assert found.counts["auroc"] == 2
     assert (found.good_scores, found.bad_scores) == ([2.0], [-1.0])

@@ -13,6 +13,7 @@ from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.metrics import BINS, RewardMeasures
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Key, name in the table, key of what length alone gives.
@@ -106,51 +107,38 @@ def headline(measures: RewardMeasures) -> str:
 
 
 def reliability_figure(measures: RewardMeasures) -> Figure:
-    """Predicted against observed shares, over how many judgements each rests on.
+    """Predicted against observed shares, above the number of judgements in each bin.
 
-    A pair is predicted in both orders, so pairs alone are shown from 0.5 on: the rest is the mirror.
+    A pair is predicted in both orders, so pairs alone are shown from 0.5 on: the rest is the mirror image.
     """
     from matplotlib.figure import Figure
 
-    start = 0.0 if measures.thumbs else 0.5
+    thumbs, values = measures.thumbs > 0, measures.values
+    start, bar_label = (0.0, "judgements") if thumbs else (0.5, "pairs")
     counts, predicted, observed = (part[int(start * BINS) :] for part in measures.reliability)
-    # Half of every pair lies in the mirror.
-    heights = (counts if measures.thumbs else 2 * counts).tolist()
-    centers = [start + (number + 0.5) / BINS for number in range(len(heights))]
     figure = Figure(figsize=(5.6, 6.4), layout="constrained")
-    upper, lower = figure.subplots(
-        2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1], "hspace": 0.03}
-    )
+    ratios = {"height_ratios": [3.2, 1], "hspace": 0.03}
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw=ratios)
     figure.suptitle(
-        f"Reliability: ECE {measures.values['ece']:.3f}, Brier {measures.values['brier']:.3f}",
-        fontsize=13,
+        f"Reliability: ECE {values['ece']:.3f}, Brier {values['brier']:.3f}", fontsize=13
     )
-    upper.set_title(
-        "\n".join(part for part in (rated_rows(measures), headline(measures)) if part), fontsize=9
-    )
+    upper.set_title("\n".join(filter(None, (rated_rows(measures), headline(measures)))), fontsize=9)
     upper.plot([start, 1], [start, 1], "--", color=_GREY, linewidth=1, label="calibrated")
-    filled = counts > 0
-    upper.plot(
-        predicted[filled].tolist(),
-        observed[filled].tolist(),
-        "o-",
-        color=_GOOD,
-        label="reward model",
-    )
-    upper.set_ylabel("share that came true" if measures.thumbs else "share of pairs ranked right")
+    points = [part[counts > 0].tolist() for part in (predicted, observed)]
+    upper.plot(*points, "o-", color=_GOOD, label="reward model")
+    upper.set_ylabel("share that came true" if thumbs else "share of pairs ranked right")
     upper.set_ylim(-0.03, 1.03)
     upper.legend(loc="upper left", frameon=False)
+    centers = [start + (number + 0.5) / BINS for number in range(len(counts))]
+    # Half of every pair is in the mirror image.
+    heights = (counts if thumbs else 2 * counts).tolist()
     lower.bar(centers, heights, width=0.92 / BINS, color=_GOOD, alpha=0.75)
-    lower.set_ylabel("judgements" if measures.thumbs else "pairs")
+    lower.set_ylabel(bar_label)
     lower.set_xlim(start, 1)
-    lower.set_xlabel(
-        "predicted probability"
-        if measures.thumbs
-        else "probability of the better-scored answer, sigmoid of the score difference"
-    )
-    for axes in (upper, lower):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    pairs_label = "probability of the better-scored answer, sigmoid of the score difference"
+    lower.set_xlabel("predicted probability" if thumbs else pairs_label)
+    _tidy(upper)
+    _tidy(lower)
     return figure
 
 
@@ -183,6 +171,10 @@ def score_figure(measures: RewardMeasures) -> Figure:
     axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
     if good or bad:
         axes.legend(loc="upper right", frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
+
 from lightning_perl.data.collate import PromptExample, RatedExample
+from lightning_perl.metrics import auroc
 
 
 @dataclass
@@ -73,8 +76,14 @@ class SplitReport:
 
     @property
     def length_auroc(self) -> float | None:
-        """AUROC of an answer's length as a predictor of its thumb: above 0.5, longer answers are liked."""
-        return auroc(self.up_tokens, self.down_tokens)
+        """AUROC of an answer's length as a predictor of its thumb; None without both thumbs.
+
+        Above 0.5, longer answers are liked more.
+        """
+        if not (self.up and self.down):
+            return None
+        lengths = [*self.up_tokens.elements(), *self.down_tokens.elements()]
+        return auroc(torch.tensor(lengths), torch.arange(len(lengths)) < self.up)
 
     def _lengths(self) -> list[tuple[str, Counter[int]]]:
         lengths = (("prompt", self.prompt_tokens), ("response", self.response_tokens))
@@ -186,13 +195,3 @@ def quantile(counts: Counter[int], share: float) -> int:
         if below >= share * counts.total():
             return value
     raise ValueError("quantile of nothing.")
-
-
-def auroc(positive: Counter[int], negative: Counter[int]) -> float | None:
-    """Returns the chance that a positive value is above a negative one, ties half; None without one of both."""
-    wins, below = 0.0, 0
-    for value in sorted(positive | negative):
-        wins += positive[value] * (below + 0.5 * negative[value])
-        below += negative[value]
-    pairs = positive.total() * negative.total()
-    return wins / pairs if pairs else None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from transformers import T5Config
 
@@ -27,6 +28,7 @@ from lightning_perl.commands.estimate import (
     estimate,
     highest,
     largest,
+    load_of,
     parse_bytes,
     report,
 )
@@ -406,6 +408,26 @@ def test_the_command_counts_samples(
     found = json.loads(capsys.readouterr().out)
     assert found["load"]["rows"] == 12
     assert "critic" not in found["phases"]
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "asked", "pairs"),
+    [
+        ("RewardModel", "PreferenceDataModule", None, True),
+        ("RewardModel", "PreferenceDataModule", False, False),
+        ("RewardModel", "TaskmasterDataModule", None, False),
+        ("SFT", "PreferenceDataModule", None, False),
+    ],
+)
+def test_rows_are_pairs_as_module_and_data_say(
+    module: str, data: str, asked: bool | None, pairs: bool
+) -> None:
+    space: Any = Namespace
+    config = space(pairs=asked, trainer=space(accumulate_grad_batches=2))
+    config.model = space(class_path=f"lightning_perl.modules.{module}", init_args=space())
+    sizes = space(max_tokens=40, max_response_tokens=8, batch_size=4)
+    config.data = space(class_path=f"lightning_perl.data.{data}", init_args=sizes)
+    assert load_of(config) == Load(32, 8, 4, pairs, accumulated=True)
 
 
 def test_the_command_prints_a_table_of_all_layouts(

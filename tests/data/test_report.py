@@ -11,13 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from torchmetrics.functional.classification import binary_auroc
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule, TaskmasterDataModule
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.collate import PromptExample, RatedExample, RatedRow
-from lightning_perl.data.report import DataReport, SplitReport, auroc, quantile
+from lightning_perl.data.report import DataReport, SplitReport, quantile
 from tests.data.counts import check_counts
 from tests.data.taskmaster_files import save_corpora
 
@@ -28,12 +27,12 @@ def test_auroc_is_the_chance_of_being_longer() -> None:
         up = [draw.randrange(12) for _ in range(draw.randrange(1, 30))]
         down = [draw.randrange(3, 15) for _ in range(draw.randrange(1, 30))]
         wins = sum((a > b) + 0.5 * (a == b) for a in up for b in down) / (len(up) * len(down))
-        assert auroc(Counter(up), Counter(down)) == pytest.approx(wins)
-        lengths = torch.tensor([*up, *down]) / 20
-        target = torch.tensor([1] * len(up) + [0] * len(down))
-        assert wins == pytest.approx(float(binary_auroc(lengths, target)), abs=1e-6)
-    assert auroc(Counter([1]), Counter()) is None
-    assert auroc(Counter(), Counter([1])) is None
+        report = SplitReport(
+            up=len(up), down=len(down), up_tokens=Counter(up), down_tokens=Counter(down)
+        )
+        assert report.length_auroc == pytest.approx(wins, abs=1e-6)
+    assert SplitReport(up=1, up_tokens=Counter([1])).length_auroc is None
+    assert SplitReport(down=1, down_tokens=Counter([1])).length_auroc is None
 
 
 def test_quantiles_are_values_that_were_there() -> None:
