@@ -6,9 +6,9 @@ checkpoints of ``before``. Only names that both trees have may stand here: class
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,12 @@ def run(name: str, case: Case, work: Path, side: str) -> Values:
 
 def main() -> None:
     """Run the cases, write what they gave."""
-    work, side, only = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path, help="what golden_rows.py wrote")
+    parser.add_argument("side", choices=("before", "after", "old"))
+    parser.add_argument("only", help="cases whose name contains this")
+    args = parser.parse_args()
+    work, side, only = args.work, args.side, args.only
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)

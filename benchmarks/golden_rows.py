@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,4 +67,6 @@ def write_trunks(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_trunks(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the trunks and rows go")
+    write_trunks(parser.parse_args().folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import lightning_perl
 
@@ -73,6 +74,20 @@ def test_malicious_lightning_uploads_are_excluded() -> None:
     assert {"!=2.6.2", "!=2.6.3"} <= set(requirement.removeprefix("lightning").split(","))
 
 
+def test_constraints_pin_every_requirement_within_its_bounds() -> None:
+    pins = dict(
+        re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
+    )
+    extras = project()["optional-dependencies"]
+    wanted = map(
+        Requirement, [*project()["dependencies"], *extras["test"], *extras["quantization"]]
+    )
+    bounds = {r.name: r.specifier for r in wanted if r.name != project()["name"]}
+    pinned = {name: pins.get(name) for name in bounds}
+    assert None not in pinned.values()
+    assert [name for name, version in pinned.items() if str(version) not in bounds[name]] == []
+
+
 def test_every_requirement_has_its_reason() -> None:
     lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
     start = lines.index("dependencies = [")
@@ -109,6 +124,7 @@ def test_readme_has_the_marked_command(marker: str) -> None:
     commands = block.replace("\\\n", " ").strip().splitlines()
     assert len(commands) == 1
     assert commands[0].startswith("pip install ")
+    assert " -c constraints.txt && " in commands[0]
 
 
 def test_the_marked_command_must_stand_once() -> None:
