@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_perl.rewards.function import RewardFunction
 
 
-class MatchesPattern(RewardFunction):
+class EachAlone(RewardFunction):
+    """A reward that scores each response by itself; subclasses fill `score`."""
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+    ) -> Sequence[float]:
+        """Returns a score per response; see `RewardFunction`."""
+        texts = zip(prompts, responses, rows, strict=True)
+        return [float(self.score(prompt, response, row)) for prompt, response, row in texts]
+
+    @abstractmethod
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """Score of one response; the row is for messages only."""
+
+
+class MatchesPattern(EachAlone):
     r"""1 where the response matches a regular expression, else 0: the form of an answer.
 
     Args:
@@ -26,21 +42,13 @@ class MatchesPattern(RewardFunction):
         self.pattern = _compiled("MatchesPattern", pattern)
         self.whole = whole
 
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
-    ) -> Sequence[float]:
-        """Returns 1 or 0 per response.
-
-        Args:
-            prompts: Not used.
-            responses: Decoded answers.
-            rows: Not used.
-        """
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """1 where the pattern matches."""
         find = self.pattern.fullmatch if self.whole else self.pattern.search
-        return [float(find(response.strip()) is not None) for response in responses]
+        return find(response.strip()) is not None
 
 
-class ValidJson(RewardFunction):
+class ValidJson(EachAlone):
     """1 where the response is JSON, and an object with certain keys if there are any, else 0.
 
     Args:
@@ -54,19 +62,8 @@ class ValidJson(RewardFunction):
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self.keys = tuple(keys)
 
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
-    ) -> Sequence[float]:
-        """Returns 1 or 0 per response.
-
-        Args:
-            prompts: Not used.
-            responses: Decoded answers.
-            rows: Not used.
-        """
-        return [float(self._valid(response)) for response in responses]
-
-    def _valid(self, response: str) -> bool:
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """1 where the response is such JSON."""
         try:
             value = json.loads(response)
         # A policy may well open a bracket ten thousand times.
@@ -77,7 +74,7 @@ class ValidJson(RewardFunction):
         return isinstance(value, dict) and all(key in value for key in self.keys)
 
 
-class ExactAnswer(RewardFunction):
+class ExactAnswer(EachAlone):
     r"""1 where the response is the known answer to its prompt, else 0.
 
     The answers are looked up by the prompt's text and not by its row, whose number means another
@@ -107,23 +104,13 @@ class ExactAnswer(RewardFunction):
                 f"ExactAnswer.pattern must have a group in parentheses around the answer, got {pattern!r}."
             )
 
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
-    ) -> Sequence[float]:
-        """Returns 1 or 0 per response.
-
-        Args:
-            prompts: Decoded prompts.
-            responses: Decoded answers.
-            rows: For messages only.
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """1 where the answers are the same.
 
         Raises:
-            ValueError: No question of the file is in a prompt.
+            ValueError: No question of the file is in the prompt.
         """
-        return [
-            float(self._given(response) == self._wanted(prompt, row))
-            for prompt, response, row in zip(prompts, responses, rows, strict=True)
-        ]
+        return self._given(response) == self._wanted(prompt, row)
 
     def _wanted(self, prompt: str, row: int) -> str:
         text = _plain(prompt)
@@ -142,7 +129,7 @@ class ExactAnswer(RewardFunction):
         return _bare(found[-1] or "") if found else None
 
 
-class RepeatsPrompt(RewardFunction):
+class RepeatsPrompt(EachAlone):
     r"""The share of what a pattern finds in the prompt's last lines that the response says again.
 
     For answers that must keep what was asked for: sizes and drinks of an order, names, numbers.
@@ -165,22 +152,8 @@ class RepeatsPrompt(RewardFunction):
         self.pattern = _compiled("RepeatsPrompt", pattern, re.IGNORECASE)
         self.turns = turns
 
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
-    ) -> Sequence[float]:
-        """Returns a share in [0, 1] per response.
-
-        Args:
-            prompts: Decoded prompts, a line per turn.
-            responses: Decoded answers.
-            rows: Not used.
-        """
-        return [
-            self._share(prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-
-    def _share(self, prompt: str, response: str) -> float:
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """The share of the prompt's finds, in [0, 1]."""
         lines = [line for line in prompt.splitlines() if line.strip()][-self.turns :]
         asked = self._found("\n".join(lines))
         return len(asked & self._found(response)) / len(asked) if asked else 1.0
