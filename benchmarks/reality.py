@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.commands.rehearsal import Load, optimizer_of, prompts_of, rated_of
 from lightning_perl.models.weightless import materialize, weightless
-from lightning_perl.modules.base import AdapterModule, clip_by_group
+from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.safety import clip_by_group
 from lightning_perl.modules.supervised import Supervised
 
 Made = TypeVar("Made", bound=AdapterModule)

@@ -35,7 +35,7 @@ from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.modules.scoring import Scoring
+from lightning_perl.modules.reward_model import Scoring
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.sampling import SamplingSpec
 

@@ -29,8 +29,9 @@ from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
 from lightning_perl.functional import logprobs
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import materialize
-from lightning_perl.modules.base import AdapterModule, clip_by_group
+from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.safety import clip_by_group
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.rollout import Rollout

@@ -1,9 +1,8 @@
 """The Lightning modules: one class per method."""
 
-from lightning_perl.modules.hydra_sft import HydraSFT
 from lightning_perl.modules.ppo import PPO, HydraPPO, JointHydraPPO
 from lightning_perl.modules.reinforce import Reinforce
-from lightning_perl.modules.reward_model import RewardModel
+from lightning_perl.modules.reward_model import HydraSFT, RewardModel
 from lightning_perl.modules.rloo import RLOO
 from lightning_perl.modules.sft import SFT
 

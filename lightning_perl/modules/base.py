@@ -14,8 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from lightning_perl.batches import Bounded
 from lightning_perl.callbacks.handover import Handover
@@ -276,71 +275,6 @@ class AdapterModule(LightningModule, ABC):
         if len(self._rng["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([state.cpu() for state in self._rng["cuda"]])
         self._rng = None
-
-
-class FiniteGuard:
-    """Says whether a step may be taken, and gives up when it may not several times in a row.
-
-    Args:
-        patience: Steps in a row with a non-finite gradient after which training stops.
-    """
-
-    def __init__(self, patience: int = 3) -> None:
-        self.patience = patience
-        self.skipped = 0
-        self._in_a_row = 0
-
-    def __call__(self, norms: Mapping[str, Tensor]) -> bool:
-        """Look at the gradient norms before clipping.
-
-        Raises:
-            RuntimeError: ``patience`` steps in a row were not finite.
-        """
-        broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
-        if not broken:
-            self._in_a_row = 0
-            return True
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.patience:
-            raise RuntimeError(
-                f"The gradients of {broken} were not finite {self._in_a_row} times in a row; nothing was "
-                "learned from those steps. Look at the scores (a reward that is inf or NaN), at the learning "
-                "rate, and at trunk_dtype."
-            )
-        return False
-
-
-def require_trainable(optimizer: Optimizer) -> None:
-    """Refuse a step over parameters that somebody has frozen meanwhile.
-
-    Raises:
-        RuntimeError: A parameter of the optimizer no longer requires a gradient.
-    """
-    for group in optimizer.param_groups:
-        frozen = sum(not parameter.requires_grad for parameter in group["params"])
-        if frozen:
-            raise RuntimeError(
-                f"{frozen} parameters of the group {group.get('name')!r} no longer require gradients. Was "
-                "PEFT's set_adapter or disable_adapter called on the trunk? Use `with roles(...)`."
-            )
-
-
-def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str, Tensor]:
-    """Clip each parameter group's gradient norm on its own.
-
-    Args:
-        optimizer: Its groups carry names.
-        limits: Largest norm by group name; groups that are not named are measured only.
-
-    Returns:
-        Norms before clipping, by group name.
-    """
-    norms = {}
-    for group in optimizer.param_groups:
-        limit = limits.get(group["name"], float("inf"))
-        norms[group["name"]] = nn.utils.clip_grad_norm_(group["params"], limit)
-    return norms
 
 
 Backward = Callable[[Tensor], None]

@@ -24,20 +24,17 @@ from lightning_perl.functional.sequences import Sequences, cuts
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
-from lightning_perl.modules.base import (
-    Backward,
-    FiniteGuard,
-    Stats,
-    clip_by_group,
-    require_trainable,
-)
+from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import Evaluation
 from lightning_perl.modules.safety import (
     POSITIVE,
+    FiniteGuard,
+    clip_by_group,
     fingerprints,
     ratio_tolerance,
     require_equal_logprobs,
     require_in_range,
+    require_trainable,
     require_unmoved,
 )
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe

@@ -1,4 +1,4 @@
-"""Reward models: pairs and thumbs on one trunk."""
+"""Reward models and Hydra-SFT: one weighted sum of a language-modelling and a reward loss, from one forward."""
 
 from __future__ import annotations
 
@@ -6,124 +6,224 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lightning_perl.batches import RatedBatch
-from lightning_perl.models.adapters import OFF, LoraSpec
-from lightning_perl.models.heads import save_heads
-from lightning_perl.models.loading import TrunkDtype
-from lightning_perl.models.manifest import MANIFEST_FILE, write_adapter_manifest
-from lightning_perl.models.quantization import Quantization
-from lightning_perl.models.shortcuts import Shortcuts
-from lightning_perl.modules.base import default_optimizer
-from lightning_perl.modules.scoring import Scoring
+from lightning_perl.callbacks.reward_report import RewardReport
+from lightning_perl.functional.sequences import at_last_response
+from lightning_perl.losses.reward import bradley_terry, centering, thumbs
+from lightning_perl.metrics import RewardMeasures, RewardMetrics
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.heads import ScalarHead
+from lightning_perl.models.manifest import MANIFEST_FILE
+from lightning_perl.modules.base import Stats
+from lightning_perl.modules.sft import imitation_loss
+from lightning_perl.modules.supervised import Supervised, sequences_of
+
+# Logged in validation; a test logs every measure.
+WATCHED = ("auroc", "balanced_accuracy", "accuracy", "margin", "ece", "brier")
 
 
-class RewardModel(Scoring):
-    """A scalar score for a whole answer, read at its last token (EOS where there is one).
+class Scoring(Supervised):
+    """``L = lm_weight * xent(y_w) + reward_weight * L_RM``; leaves differ in the two weights.
 
-    Pairs are fitted by Bradley-Terry, thumbs by binary cross-entropy (PERL, 2403.10704, App. A.1);
-    the batch says which rows are which. With ``lm_weight``, ``L = L_RM + lm_weight * xent(y_w)``, as in
-    PPO-max (2307.04964, Eq. 2, whose print lacks the second term's minus sign).
+    ``L_RM`` is Bradley-Terry on the batch's pairs and binary cross-entropy on its thumbs, a mean over both: a
+    pair weighs as much as a thumb, and a row in a pair carries no thumb. After a test ``measures`` holds the
+    results, for the report.
 
     Args:
-        trunk: Folder or hub name of a decoder; best the SFT trunk.
-        lora: The adapter's shape, written as ``RUN/adapters/reward``. None tunes the whole trunk and
-            writes ``RUN/trunk``.
+        trunk: Folder or hub name of a decoder.
         margin: Score difference below which a pair still pays in full.
-        positive_weight: Weight of a thumbs up against a thumbs down; below 1 where most are up. Null
-            takes the training data's thumbs down per thumb up, so that both classes weigh the same in
-            all (balanced); scores are then logits of a balanced world, and ``ece`` and ``brier``, which
-            are taken in the real one, are worse for it.
-        center_coef: Weight of ``(r_w + r_l)^2``, which keeps a pair's scores around 0 (2312.09244, Eq. 2);
-            TRL recommends 0.01, 0 is without. Thumbs need none.
-        lm_weight: Weight of the cross-entropy per token of chosen and thumbs-up answers and of
-            demonstrations (PPO-max: 1); 0 is without. With full tuning the LM head is then trained too.
-        normalize_scores: After training, shift and scale the head so that the demonstrations (rows that
-            are imitated: chosen, thumbs up) of the validation split, or of the training split where
-            there is none, score 0 on average with standard deviation 1. No order of scores and no
-            comparison changes. Leave it off where a score is read as a logit: a thumb's threshold moves
-            away from 0, so probabilities, ``balanced_accuracy``, ``ece`` and ``brier`` lose their meaning.
-        share_prompts: Read a pair's prompt once: chosen and rejected lie behind it on one line, with a
-            mask between them. The same scores, in less time and memory; families that cannot (sliding
-            windows shorter than the row, ALiBi, flash or flex attention) read two rows all the same. False:
-            always two rows.
-        trunk_dtype: Of the trunk's weights and matrix products; adapters and head stay fp32.
-        checkpointing: Recompute activations in backward.
-        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers.
-        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
-            (int8) by bitsandbytes, the extra ``quantization``; LM head and embeddings stay in
-            ``trunk_dtype``. Needs ``lora``. None: everything in ``trunk_dtype``.
-        shortcuts: Which work is saved where the result is the same.
-        head_learning_rate: Of the reward head; None takes the optimizer's.
-        optimizer: Makes the optimizer. PERL's LoRA learning rates are 1e-4 to 2e-4.
-        scheduler: Makes the learning-rate scheduler, stepped once per optimizer step.
-        seed: Of the fresh adapter and head.
+        positive_weight: Weight of a thumbs up against a thumbs down; below 1 where most are up. Null: the
+            training data's thumbs down per thumb up (balanced). Scores are then logits of a balanced world, and
+            ``ece`` and ``brier``, taken in the real one, are worse for it.
+        center_coef: Weight of ``(r_w + r_l)^2``, which keeps a pair's scores around 0 (2312.09244, Eq. 2; TRL
+            recommends 0.01). Thumbs need none.
+        normalize_scores: After training, shift and scale the head so that demonstrations (rows to imitate) of
+            the validation split, or of the training split where that has none, score 0 on average with standard
+            deviation 1. No comparison changes; but a thumb's threshold moves away from 0, so leave it off where
+            a score is read as a logit (probabilities, ``balanced_accuracy``, ``ece``, ``brier``).
+        head_learning_rate: Learning rate of the reward head. None: the optimizer's.
+        settings: Arguments of `Supervised` and `AdapterModule`.
     """
+
+    lm_weight: float
+    reward_weight: float
 
     def __init__(
         self,
         trunk: str,
-        lora: LoraSpec | None = LoraSpec(),
         margin: float = 0.0,
         positive_weight: float | None = 1.0,
         center_coef: float = 0.0,
-        lm_weight: float = 0.0,
         normalize_scores: bool = False,
-        share_prompts: bool = True,
-        trunk_dtype: TrunkDtype = "float32",
-        checkpointing: bool = False,
-        attention: str | None = None,
-        quantization: Quantization | None = None,
-        shortcuts: Shortcuts = Shortcuts(),
         head_learning_rate: float | None = None,
-        optimizer: OptimizerCallable = default_optimizer(1e-4),
-        scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        if lm_weight < 0:
-            raise ValueError(f"lm_weight must be at least 0, got {lm_weight}.")
-        super().__init__(
-            trunk,
-            "reward",
-            lora,
-            margin,
-            positive_weight,
-            center_coef,
-            share_prompts,
-            trunk_dtype,
-            checkpointing,
-            attention,
-            quantization,
-            shortcuts,
-            head_learning_rate,
-            optimizer,
-            scheduler,
-            seed,
-        )
-        if lora is None and lm_weight == 0:
-            # No loss ever reads the LM head; where it is the embedding too, it is trained as that.
-            self.trunk.requires_grad_(False)
-            self.trunk.model.base_model.requires_grad_(True)
-        self.lm_weight = lm_weight
+        for name, weight in (("positive_weight", positive_weight), ("center_coef", center_coef)):
+            require_weight(name, weight)
+        super().__init__(trunk, **settings)
+        self.add_reward_head(head_learning_rate)
+        self.margin = margin
+        self.positive_weight = positive_weight
+        self.center_coef = center_coef
         self.normalize_scores = normalize_scores
+        self.metrics = RewardMetrics()
+        self.measures: RewardMeasures | None = None
+        # By default NaN is left out, and a diverged model would have the best loss of all.
+        self.mean_lm = MeanMetric(nan_strategy=float("nan"))
+        self.mean_reward = MeanMetric(nan_strategy=float("nan"))
 
-    @property
-    def weights(self) -> tuple[float, float]:
-        """The LM loss is the auxiliary one."""
-        return self.lm_weight, 1.0
+    def weigh(self, lm_weight: float, reward_weight: float) -> None:
+        """Set the weights of the two losses; an LM weight of 0 costs nothing."""
+        self.lm_weight, self.reward_weight = lm_weight, reward_weight
+        self.needs_ratings = bool(self.heads())
+
+    # ---- the objective ---------------------------------------------------------------------------
+
+    def score_of(self, hidden: Tensor, batch: RatedBatch) -> Tensor:
+        """Scores of rows whose last hidden states are known. Shape: ``(B,)``."""
+        if self.reward_head is None:
+            raise RuntimeError(f"{type(self).__name__} has no reward head.")
+        scores: Tensor = self.reward_head(
+            at_last_response(hidden, sequences_of(batch).response_mask)
+        )
+        return scores
+
+    def scores(self, batch: RatedBatch) -> Tensor:
+        """Shape: ``(B,)``."""
+        return self.score_of(self.hidden(batch), batch)
+
+    def reward_loss(self, scores: Tensor, batch: RatedBatch) -> tuple[Tensor, Stats]:
+        """``L_RM`` and its statistics. Centring holds for pairs alone: thumbs say themselves where 0 is."""
+        if self.positive_weight is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.positive_weight is None and no trainer has set it from its data: "
+                "call `module.balance(up, down)`."
+            )
+        chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
+        pair_loss, pair = bradley_terry(chosen, rejected, self.margin)
+        if self.center_coef:
+            pair_loss = pair_loss + self.center_coef * centering(chosen, rejected)
+        thumb_loss, thumb = thumbs(scores, batch.label, batch.labelled, self.positive_weight)
+        pairs, ratings = len(batch.pairs), batch.labelled.sum()
+        loss = (pairs * pair_loss + ratings * thumb_loss) / (pairs + ratings).clamp(min=1)
+        accuracy = pair.accuracy if pairs else thumb.accuracy
+        return loss, {"reward_loss": loss.detach(), "accuracy": accuracy, "margin": pair.margin}
+
+    def losses(self, batch: RatedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Stats]:
+        """Language-modelling loss, its tokens, reward loss, scores and statistics, from one forward."""
+        hidden = self.hidden(batch)
+        scores = self.score_of(hidden, batch)
+        reward_loss, stats = self.reward_loss(scores, batch)
+        if self.lm_weight == 0:
+            nothing = torch.zeros_like(reward_loss)
+            return nothing, nothing.long(), reward_loss, scores, stats
+        lm_loss, lm_tokens = imitation_loss(self, hidden, batch)
+        return lm_loss, lm_tokens, reward_loss, scores, {"lm_loss": lm_loss.detach(), **stats}
+
+    def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
+        """``lm_weight * xent + reward_weight * L_RM``."""
+        lm_loss, _, reward_loss, _, stats = self.losses(batch)
+        return self.lm_weight * lm_loss + self.reward_weight * reward_loss, stats
+
+    # ---- Lightning -------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """A test ends with a report."""
+        return [*super().configure_callbacks(), RewardReport()]
+
+    def setup(self, stage: str) -> None:
+        """Balance the thumbs by the training data's, where that was asked for.
+
+        Raises:
+            ValueError: ``positive_weight`` is None and the data does not say how many there are.
+        """
+        super().setup(stage)
+        if self.positive_weight is not None or stage == "predict":
+            return
+        up, down = thumbs_counted(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if not up or not down:
+            raise ValueError(
+                f"positive_weight: null weighs thumbs up by the training data's thumbs down per thumb up, "
+                f"but the data counted {up} up and {down} down (a stream, or loaders without a "
+                "datamodule, count none). Give the number, 1.0 for no weight, or call "
+                "`module.balance(up, down)` first."
+            )
+        self.balance(up, down)
+        rank_zero_info(f"thumbs up weigh {self.positive_weight:.4g}: {up} up, {down} down")
+
+    def balance(self, up: int, down: int) -> None:
+        """Give both classes of thumbs the same weight in all: ``positive_weight = down / up``."""
+        self.positive_weight = down / up
 
     def on_train_start(self) -> None:
         """Refuse to train towards scores that nothing could normalize in the end."""
         super().on_train_start()
         if self.normalize_scores:
             self._demonstrations()
+
+    def validation_step(self, batch: RatedBatch, batch_idx: int) -> None:
+        """Loss per token weighted by tokens, reward loss by rated rows, and the scores' measures."""
+        lm_loss, lm_tokens, reward_loss, scores, _ = self.losses(batch)
+        rated = int(batch.labelled.sum()) + len(batch.pairs)
+        if lm_tokens > 0:
+            options = {"batch_size": int(lm_tokens), "on_epoch": True}
+            self.log(f"{self.held_out}/lm_loss", lm_loss, prog_bar=True, **options)  # type: ignore[arg-type]
+            # Summed at the end: a batch without thumbs would otherwise count as one whose thumbs cost 0.
+            self.mean_lm.update(lm_loss, int(lm_tokens))
+        if rated:
+            self.log(f"{self.held_out}/reward_loss", reward_loss, batch_size=rated, on_epoch=True)
+            self.mean_reward.update(reward_loss, rated)
+        lengths = batch.response_mask.sum(1)
+        self.metrics.update(scores, batch.label, batch.labelled, batch.pairs, lengths, batch.turns)
+
+    test_step = validation_step
+
+    def on_test_start(self) -> None:
+        """Say so where nothing was trained and nothing loaded."""
+        if self.rated == 0:
+            rank_zero_warn(
+                f"{type(self).__name__} is tested with a random reward head: it was neither trained in this "
+                "process nor loaded from a checkpoint (`--ckpt_path last` finds none in a new run). Give "
+                "--ckpt_path RUN/checkpoints/NAME.ckpt."
+            )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss of all rows and the measures: a few in validation, all in a test."""
+        means = (self.mean_lm, self.mean_reward)
+        parts = zip((self.lm_weight, self.reward_weight), means, strict=True)
+        losses = [weight * mean.compute() for weight, mean in parts if mean.update_called]
+        if losses:
+            self.log(f"{self.held_out}/loss", torch.stack(losses).sum(), prog_bar=True)
+        if self.metrics.update_called:
+            self.measures = self.metrics.compute()
+            for key, value in self.measures.values.items():
+                if key in WATCHED or self.trainer.testing:
+                    self.log(f"{self.held_out}/{key}", value, prog_bar=key in ("auroc", "accuracy"))
+        for metric in (*means, self.metrics):
+            metric.reset()
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: RatedBatch, batch_idx: int) -> dict[str, Any]:
+        """Row numbers and scores."""
+        return {"row": batch.row, "score": self.scores(batch)}
+
+    # ---- handing over ----------------------------------------------------------------------------
+
+    def hand_over(self, folder: Path) -> None:
+        """As `Supervised`; with ``normalize_scores`` the manifest says what demonstrations scored before."""
+        about = self._normalized() if self.normalize_scores else {}
+        manifest = self.write(folder) / MANIFEST_FILE
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | about, indent=2) + "\n")
 
     def normalize(self, batches: Iterable[RatedBatch]) -> tuple[float, float]:
         """Shift and scale the head so that demonstrations score 0 on average, with deviation 1.
@@ -140,17 +240,17 @@ class RewardModel(Scoring):
         Raises:
             ValueError: Fewer than two demonstrations, all with one score, or a score that is not finite.
         """
-        scores = []
+        parts = []
         with torch.no_grad():
             for batch in batches:
                 moved = move_data_to_device(batch, self.device)
-                scores.append(self.scores(moved)[moved.imitate].cpu().double())
-        found = torch.cat(scores) if scores else torch.zeros(0)
-        mean = float(found.mean())
-        deviation = float(((found - mean) ** 2).mean().sqrt())
+                parts.append(self.scores(moved)[moved.imitate].cpu().double())
+        scores = torch.cat(parts) if parts else torch.zeros(0)
+        mean = float(scores.mean())
+        deviation = float(((scores - mean) ** 2).mean().sqrt())
         if not 0 < deviation < math.inf:
             raise ValueError(
-                f"normalize_scores: the scores of {len(found)} demonstrations have standard deviation "
+                f"normalize_scores: the scores of {len(scores)} demonstrations have standard deviation "
                 f"{deviation}; nothing can be scaled by that."
             )
         head = self.heads()["reward"]
@@ -184,22 +284,6 @@ class RewardModel(Scoring):
             "a datamodule: only validation rows are read). Add some, or leave normalize_scores off."
         )
 
-    def hand_over(self, folder: Path) -> None:
-        """Write ``RUN/adapters/reward`` (PEFT folder and head), or ``RUN/trunk`` after full tuning.
-
-        With ``normalize_scores`` the manifest says what the demonstrations scored before.
-        """
-        about = self._normalized() if self.normalize_scores else {}
-        target = folder / ("trunk" if self.adapter == OFF else "adapters/reward")
-        if self.adapter == OFF:
-            super().hand_over(folder)
-        else:
-            self.trunk.adapters.save(self.adapter, target, self.trunk.source)
-            save_heads(target, self.heads())
-            write_adapter_manifest(target, self.trunk)
-        manifest = target / MANIFEST_FILE
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | about, indent=2) + "\n")
-
     def _normalized(self) -> dict[str, dict[str, float]]:
         """Normalize on the trainer's device: Lightning has moved the module to the CPU by now."""
         home = self.device
@@ -210,6 +294,86 @@ class RewardModel(Scoring):
             f"scores of demonstrations: mean {mean:.4g}, sd {deviation:.4g}; now 0 and 1"
         )
         return {"normalized_from": {"mean": mean, "sd": deviation}}
+
+
+class RewardModel(Scoring):
+    """A scalar score for a whole answer, read at its last token (EOS where there is one).
+
+    Pairs are fitted by Bradley-Terry, thumbs by binary cross-entropy (PERL, 2403.10704, App. A.1). With
+    ``lm_weight``, ``L = L_RM + lm_weight * xent(y_w)``, as in PPO-max (2307.04964, Eq. 2, whose print lacks the
+    second term's minus sign). PERL's LoRA learning rates are 1e-4 to 2e-4.
+
+    Args:
+        trunk: Folder or hub name of a decoder; best the SFT trunk.
+        lora: Shape of the adapter, written as ``RUN/adapters/reward``. None: the whole trunk is tuned and written
+            as ``RUN/trunk``.
+        lm_weight: Weight of the cross-entropy per token of chosen and thumbs-up answers and of demonstrations
+            (PPO-max: 1). With full tuning the LM head is then trained too.
+        settings: Arguments of `Scoring`, `Supervised` and `AdapterModule`.
+    """
+
+    adapter_name: ClassVar[str] = "reward"
+    keeps_adapter: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        trunk: str,
+        lora: LoraSpec | None = LoraSpec(),
+        lm_weight: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        require_weight("lm_weight", lm_weight)
+        super().__init__(trunk, lora=lora, **settings)
+        if lora is None and lm_weight == 0:
+            # No loss ever reads the LM head; where it is the embedding too, it is trained as that.
+            self.trunk.requires_grad_(False)
+            self.trunk.model.base_model.requires_grad_(True)
+        self.weigh(lm_weight, 1.0)
+
+
+class HydraSFT(Scoring):
+    """Hydra-SFT (2309.00754): ``L = xent(y_w) + gamma * L_RM``, language and reward in one trunk.
+
+    The language-modelling loss is taken on demonstrations and on thumbs-up (or chosen) answers, the reward loss on
+    pairs or thumbs, whichever the batch has. An adapter is merged into the trunk at the end.
+
+    Args:
+        trunk: Folder or hub name of a decoder.
+        lora: Shape of the adapter. None: the whole trunk is tuned.
+        reward_weight: Weight of the reward loss, the paper's gamma. 0: plain SFT.
+        settings: Arguments of `Scoring`, `Supervised` and `AdapterModule`.
+    """
+
+    def __init__(
+        self,
+        trunk: str,
+        lora: LoraSpec | None = None,
+        reward_weight: float = 0.1,
+        **settings: Any,
+    ) -> None:
+        require_weight("reward_weight", reward_weight)
+        super().__init__(trunk, lora=lora, **settings)
+        self.weigh(1.0, reward_weight)
+
+    def heads(self) -> dict[str, ScalarHead]:
+        """The reward head, unless nothing ever trained it."""
+        return super().heads() if self.reward_weight > 0 else {}
+
+
+def require_weight(name: str, weight: float | None) -> None:
+    """Refuse a weight below 0; None is no weight.
+
+    Raises:
+        ValueError: With the name and the value.
+    """
+    if weight is not None and weight < 0:
+        raise ValueError(f"{name} must be at least 0, got {weight}.")
+
+
+def thumbs_counted(data: object) -> tuple[int, int]:
+    """Thumbs up and down among a datamodule's training rows, by its report; 0 where it has none."""
+    train = getattr(getattr(data, "report", None), "splits", {}).get("train")
+    return getattr(train, "up", 0), getattr(train, "down", 0)
 
 
 def _batches(loaders: Any) -> Iterator[RatedBatch]:  # noqa: ANN401 (one loader, or any nest of them)

@@ -1,11 +1,12 @@
-"""Checks that stop a run before it measures the wrong thing: ranges, equal log-probabilities, fingerprints."""
+"""Checks that stop a run or leave out a step: ranges, equal log-probabilities, fingerprints, finite gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_perl.models.roles import Roles
 
@@ -84,3 +85,68 @@ def require_unmoved(roles: Roles, before: Mapping[str, str], since: str) -> None
             f"{moved} has other weights than {since}, so scores and KL are measured "
             "against something else. Was it trained, merged into, or exchanged in its folder?"
         )
+
+
+class FiniteGuard:
+    """Says whether a step may be taken, and gives up when it may not several times in a row.
+
+    Args:
+        patience: Steps in a row with a non-finite gradient after which training stops.
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        self.patience = patience
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def __call__(self, norms: Mapping[str, Tensor]) -> bool:
+        """Look at the gradient norms before clipping.
+
+        Raises:
+            RuntimeError: ``patience`` steps in a row were not finite.
+        """
+        broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
+        if not broken:
+            self._in_a_row = 0
+            return True
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self.patience:
+            raise RuntimeError(
+                f"The gradients of {broken} were not finite {self._in_a_row} times in a row; nothing was "
+                "learned from those steps. Look at the scores (a reward that is inf or NaN), at the learning "
+                "rate, and at trunk_dtype."
+            )
+        return False
+
+
+def require_trainable(optimizer: Optimizer) -> None:
+    """Refuse a step over parameters that somebody has frozen meanwhile.
+
+    Raises:
+        RuntimeError: A parameter of the optimizer no longer requires a gradient.
+    """
+    for group in optimizer.param_groups:
+        frozen = sum(not parameter.requires_grad for parameter in group["params"])
+        if frozen:
+            raise RuntimeError(
+                f"{frozen} parameters of the group {group.get('name')!r} no longer require gradients. Was "
+                "PEFT's set_adapter or disable_adapter called on the trunk? Use `with roles(...)`."
+            )
+
+
+def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str, Tensor]:
+    """Clip each parameter group's gradient norm on its own.
+
+    Args:
+        optimizer: Its groups carry names.
+        limits: Largest norm by group name; groups that are not named are measured only.
+
+    Returns:
+        Norms before clipping, by group name.
+    """
+    norms = {}
+    for group in optimizer.param_groups:
+        limit = limits.get(group["name"], float("inf"))
+        norms[group["name"]] = nn.utils.clip_grad_norm_(group["params"], limit)
+    return norms

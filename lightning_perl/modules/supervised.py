@@ -1,4 +1,7 @@
-"""Supervised modules stand on one trunk and one batch of rows: the skeleton of SFT and reward models."""
+"""The skeleton of supervised modules: one trunk, tuned whole or by an adapter, on batches of given rows.
+
+Shapes: ``B`` rows, ``T`` tokens, ``R`` response tokens, ``H`` hidden size.
+"""
 
 from __future__ import annotations
 
@@ -8,168 +11,158 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_perl.batches import Bounded, RatedBatch
-from lightning_perl.functional.sequences import Sequences
+from lightning_perl.functional.masked import masked_row_sums
+from lightning_perl.functional.sequences import Sequences, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
-from lightning_perl.models.loading import NO_BF16_TUNING, TrunkDtype, load_trunk
-from lightning_perl.models.manifest import save_trunk
-from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
-from lightning_perl.models.shortcuts import Shortcuts
+from lightning_perl.models.loading import NO_BF16_TUNING, load_trunk
+from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
+from lightning_perl.models.quantization import NO_QUANTIZED_TUNING
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.modules.base import AdapterModule, FiniteGuard, clip_by_group
+from lightning_perl.modules.base import AdapterModule, Stats
+from lightning_perl.modules.safety import FiniteGuard, clip_by_group
 from lightning_perl.packaged import unpackaged
-
-Stats = dict[str, Tensor]
 
 
 def sequences_of(batch: RatedBatch) -> Sequences:
-    """The batch's rows, their response columns cut off the prompt's."""
+    """The batch's rows, with the response columns cut off the prompt's."""
     return Sequences(batch.ids, batch.attention_mask, batch.response_mask[:, batch.prompt_tokens :])
 
 
 class Supervised(AdapterModule):
-    """One trunk, tuned whole or by one adapter, perhaps with a scalar head.
+    """One trunk, tuned whole or by one adapter, perhaps with a reward head. Leaves fill `objective`.
+
+    A leaf names its adapter in ``adapter_name``. What it hands over is the trunk with the adapter merged in, or
+    with ``keeps_adapter`` the adapter alone. With ``needs_ratings`` an epoch without a thumb or pair is refused.
 
     Args:
-        trunk: Folder or hub name.
-        adapter: Name of the adapter; used only with ``lora``.
-        lora: The adapter's shape. None: the whole trunk is tuned.
-        trunk_dtype: Of the trunk's weights and matrix products.
-        checkpointing: Recompute activations in backward.
-        attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2; None
-            leaves it to transformers.
-        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4) or 8 bits (int8).
-        shortcuts: Which work is saved where the result is the same.
-        optimizer: Makes the optimizer.
-        scheduler: Makes the scheduler, stepped once per optimizer step.
-        seed: Of the adapter.
+        trunk: Folder or hub name of a decoder.
+        lora: Shape of the adapter. None: the whole trunk is tuned.
+        checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        share_prompts: Read a pair's prompt once: chosen and rejected lie behind it on one line, with a mask
+            between them. The same result in less time and memory; families that cannot (ALiBi, sliding windows
+            shorter than the row, flash or flex attention) read two rows all the same.
+        settings: Arguments of `AdapterModule`.
     """
 
     rows: ClassVar[Literal["rated", "prompts"]] = "rated"
+    adapter_name: ClassVar[str] = "sft"
+    keeps_adapter: ClassVar[bool] = False
 
     def __init__(
         self,
         trunk: str,
-        adapter: str,
-        lora: LoraSpec | None,
-        trunk_dtype: TrunkDtype,
-        checkpointing: bool,
-        attention: str | None,
-        quantization: Quantization | None,
-        shortcuts: Shortcuts,
-        optimizer: OptimizerCallable,
-        scheduler: LRSchedulerCallable | None,
-        seed: int,
+        lora: LoraSpec | None = None,
+        checkpointing: bool = False,
+        share_prompts: bool = True,
+        **settings: Any,
     ) -> None:
-        if lora is None and trunk_dtype == "bfloat16":
+        super().__init__(checkpointing=checkpointing, **settings)
+        if lora is None and self.trunk_dtype == "bfloat16":
             raise ValueError(NO_BF16_TUNING)
-        if lora is None and quantization is not None:
+        if lora is None and self.quantization is not None:
             raise ValueError(NO_QUANTIZED_TUNING)
-        super().__init__(
-            trunk_dtype,
-            checkpointing,
-            attention,
-            quantization,
-            shortcuts,
-            optimizer,
-            scheduler,
-            seed,
-        )
         self.guard = FiniteGuard()
         self.rated = 0
+        self.needs_ratings = False
         self.trunk: Trunk = load_trunk(
-            unpackaged(trunk), trunk_dtype, checkpointing, attention, quantization, shortcuts
+            unpackaged(trunk),
+            self.trunk_dtype,
+            checkpointing,
+            self.attention,
+            self.quantization,
+            self.shortcuts,
         )
-        self.adapter = adapter if lora else OFF
-        # A pair's prompt is read once; False reads both rows whole, for comparison.
-        self.share_prompts = True
+        self.adapter = self.adapter_name if lora else OFF
+        self.share_prompts = share_prompts
         self.reward_head: ScalarHead | None = None
         self.head_learning_rate: float | None = None
-        self.trunk.requires_grad_(False)
-        if lora is None:
-            self.trunk.requires_grad_(True)
-        else:
-            self.trunk.adapters.add(adapter, lora, seed)
+        self.trunk.requires_grad_(lora is None)
+        if lora is not None:
+            self.trunk.adapters.add(self.adapter, lora, self.seed)
             # Fresh layers come in train mode; dropout belongs to training passes.
             self.trunk.eval()
 
-    def add_reward_head(self, learning_rate: float | None, seed: int) -> None:
-        """A fresh scalar head, at least fp32, with its own learning rate or the optimizer's."""
+    def add_reward_head(self, learning_rate: float | None) -> None:
+        """A fresh scalar head, at least fp32, with a learning rate of its own or the optimizer's."""
         dtype = torch.promote_types(self.trunk.dtype, torch.float32)
-        self.reward_head = ScalarHead(self.trunk.hidden_size, seed).to(dtype)
+        self.reward_head = ScalarHead(self.trunk.hidden_size, self.seed).to(dtype)
         self.head_learning_rate = learning_rate
-
-    def on_train_epoch_end(self) -> None:
-        """Refuse to go on where a reward head had nothing to learn from.
-
-        Raises:
-            ValueError: No row of the epoch had a thumb or stood in a pair.
-        """
-        # A dry run reads a batch or two of the epoch, perhaps none of them rated.
-        dry: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.heads() and self.rated == 0 and not dry:
-            raise ValueError(
-                f"{type(self).__name__} saw no thumb and no pair in a whole epoch, so its reward head is "
-                "still random. Give rows with `label` or with `chosen` and `rejected`; for demonstrations "
-                "alone use SFT."
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also how many ratings were seen: the rest of an epoch may have none."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["rated"] = self.rated
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting."""
-        super().on_load_checkpoint(checkpoint)
-        self.rated = checkpoint.get("rated", 0)
-
-    def heads(self) -> dict[str, ScalarHead]:
-        """The heads by name."""
-        return {} if self.reward_head is None else {"reward": self.reward_head}
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        if self.reward_head is None:
-            raise RuntimeError(f"{type(self).__name__} has no reward head.")
-        scores: Tensor = self.reward_head(hidden)
-        return scores
 
     @abstractmethod
     def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
-        """Loss and named statistics of a batch; pure in everything but the weights."""
+        """Loss and named statistics of a batch."""
 
-    def hidden(self, batch: RatedBatch) -> Tensor:
-        """Last hidden states with the adapter on. Shape: ``(B, T, H)``."""
-        with self.trunk.switch.use(self.adapter):
+    # ---- what objectives are made of -------------------------------------------------------------
+
+    def hidden(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
+        """Last hidden states. Shape: ``(B, T, H)``.
+
+        Args:
+            batch: The rows.
+            adapter: Name of the adapter that answers, or `OFF`. None: the module's own.
+        """
+        with self.trunk.switch.use(self.adapter if adapter is None else adapter):
             if batch.packing is None or not self.share_prompts:
                 states: Tensor = self.trunk(batch.ids, batch.attention_mask)
             else:
                 states = self.trunk.packed(batch.ids, batch.attention_mask, batch.packing)
         return states
 
+    def token_logprobs(self, hidden: Tensor, batch: RatedBatch) -> Tensor:
+        """Log-probabilities of the response columns, at least fp32. Shape: ``(B, R)``."""
+        sequences = sequences_of(batch)
+        states = predicting(hidden, sequences.response_mask.shape[1])
+        return self.trunk.logprobs(states, sequences.response_ids, entropy=False)[0]
+
+    def response_logprobs(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
+        """Log-probability of each response, summed over its tokens, at least fp32. Shape: ``(B,)``."""
+        logprobs = self.token_logprobs(self.hidden(batch, adapter), batch)
+        return masked_row_sums(logprobs, sequences_of(batch).response_mask)
+
+    def heads(self) -> dict[str, ScalarHead]:
+        """The heads that are handed over, by name."""
+        return {} if self.reward_head is None else {"reward": self.reward_head}
+
+    # ---- Lightning -------------------------------------------------------------------------------
+
     @property
     def window(self) -> int | None:
-        """The trunk's."""
+        """Longest row in tokens that the trunk has positions for; None where it does not say."""
         return self.trunk.window
 
     def longest_row(self, data: Bounded) -> int:
-        """Rows as they are."""
+        """Rows are read as they are."""
         return data.max_tokens
 
     def training_step(self, batch: RatedBatch, batch_idx: int) -> dict[str, Any]:
-        """One batch: its loss, and its rows' tokens (a shared prompt's in each row)."""
+        """The loss of a batch, and the tokens of its rows (a shared prompt's in each row)."""
         self.rated += int(batch.labelled.sum()) + len(batch.pairs)
         with self.trunk.training_pass():
             loss, stats = self.objective(batch)
         self.log_stats({f"train/{key}": value for key, value in stats.items()}, len(batch.ids))
         self.log("train/loss", loss.detach(), batch_size=len(batch.ids), prog_bar=True)
         return {"loss": loss, "tokens": {"step": int(batch.attention_mask.sum())}}
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse to go on where there was nothing to learn a preference from.
+
+        Raises:
+            ValueError: No row of the epoch had a thumb or stood in a pair.
+        """
+        # A dry run reads a batch or two of the epoch, perhaps none of them rated.
+        dry: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.needs_ratings and self.rated == 0 and not dry:
+            raise ValueError(
+                f"{type(self).__name__} saw no thumb and no pair in a whole epoch, so its reward head is "
+                "still random. Give rows with `label` or with `chosen` and `rejected`; for demonstrations "
+                "alone use SFT."
+            )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leave out a step whose gradient is not finite: without gradients nothing moves."""
@@ -184,25 +177,46 @@ class Supervised(AdapterModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Lightning's, and the gradients go at once: it would keep them through the next forward."""
+        """Drop the gradients right after the step: Lightning would keep them through the next forward."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad(set_to_none=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also how many ratings were seen: the rest of an epoch may have none."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rated"] = self.rated
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        super().on_load_checkpoint(checkpoint)
+        self.rated = checkpoint.get("rated", 0)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trunk or its adapter, and the head."""
-        head = list(self.reward_head.parameters()) if self.reward_head is not None else []
-        groups: list[dict[str, Any]] = [{"name": "trunk", "params": self._body_parameters()}]
-        if head:
+        trained = [one for one in self.trunk.parameters() if one.requires_grad]
+        groups: list[dict[str, Any]] = [{"name": "trunk", "params": trained}]
+        if self.reward_head is not None:
             rate = {} if self.head_learning_rate is None else {"lr": self.head_learning_rate}
-            groups.append({"name": "head", "params": head, **rate})
+            groups.append({"name": "head", "params": list(self.reward_head.parameters()), **rate})
         return groups
 
-    def _body_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
+    # ---- handing over ----------------------------------------------------------------------------
 
     def hand_over(self, folder: Path) -> None:
-        """Write ``RUN/trunk``: the tuned weights, LoRA merged once in full precision, and the head."""
-        self.save_trunk(folder / "trunk")
+        """Write ``RUN/adapters/NAME``, or ``RUN/trunk`` with the adapter merged in full precision; heads too."""
+        self.write(folder)
+
+    def write(self, folder: Path) -> Path:
+        """Write what is handed over below ``folder``, and return its own folder."""
+        if self.adapter == OFF or not self.keeps_adapter:
+            self.save_trunk(folder / "trunk")
+            return folder / "trunk"
+        target = folder / "adapters" / self.adapter
+        self.trunk.adapters.save(self.adapter, target, self.trunk.source)
+        if self.heads():
+            save_heads(target, self.heads())
+        write_adapter_manifest(target, self.trunk)
+        return target
 
     def save_trunk(self, folder: Path) -> None:
         """Write the tuned trunk and its head, read it back, and compare.
@@ -217,9 +231,7 @@ class Supervised(AdapterModule):
         if self.heads():
             save_heads(folder, self.heads())
         again = load_trunk(
-            str(folder),
-            dtype=self.hparams["trunk_dtype"],
-            attention=self.trunk.model.config._attn_implementation,
+            str(folder), self.trunk_dtype, attention=self.trunk.model.config._attn_implementation
         )
         ids = torch.arange(16, device=self.device).unsqueeze(0) % self.trunk.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)

@@ -28,8 +28,9 @@ from lightning_perl.modules import (
     Reinforce,
     RewardModel,
 )
-from lightning_perl.modules.base import AdapterModule, clip_by_group, default_optimizer
+from lightning_perl.modules.base import AdapterModule, default_optimizer
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.safety import clip_by_group
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec

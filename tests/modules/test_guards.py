@@ -25,9 +25,9 @@ from lightning_perl.functional.sequences import pad_left, pad_right
 from lightning_perl.models.heads import HEADS_FILE
 from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, RewardModel
-from lightning_perl.modules.base import AdapterModule, FiniteGuard
+from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.modules.safety import ratio_tolerance
+from lightning_perl.modules.safety import FiniteGuard, ratio_tolerance
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.rollout import Rollout, Scored, split_at
 from lightning_perl.rollouts.sampling import SamplingSpec

@@ -50,7 +50,9 @@ def test_without_rows_to_imitate_it_is_the_reward_model(
     hydra = HydraSFT(
         str(plain_trunk), lora, 1.0, margin=0.3, positive_weight=0.4, trunk_dtype="float64"
     )
-    reward = RewardModel(str(plain_trunk), lora, 0.3, 0.4, trunk_dtype="float64")
+    reward = RewardModel(
+        str(plain_trunk), lora, margin=0.3, positive_weight=0.4, trunk_dtype="float64"
+    )
     for module in (hydra, reward):
         tiny.train_adapters(module)
     loss, stats = hydra.objective(batch)
@@ -71,7 +73,7 @@ def test_loss_is_xent_plus_gamma_times_the_mean_reward_loss(plain_trunk: Path) -
     loss, stats = module.objective(batch)
     lm_loss = SFT(str(plain_trunk), trunk_dtype="float64").objective(batch)[0]
     hidden = module.hidden(batch)
-    scores = module._head(at_last_response(hidden, sequences_of(batch).response_mask))
+    scores = module.heads()["reward"](at_last_response(hidden, sequences_of(batch).response_mask))
     pair_loss = bradley_terry(scores[[0, 2]], scores[[1, 3]], 0.1)[0]
     thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]
     assert min(lm_loss, pair_loss, thumb_loss) > 0

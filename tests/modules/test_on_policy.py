@@ -19,7 +19,8 @@ from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import PPO, RewardModel
-from lightning_perl.modules.base import Stats, require_trainable
+from lightning_perl.modules.base import Stats
+from lightning_perl.modules.safety import require_trainable
 from lightning_perl.rollouts.rollout import (
     Experience,
     Rollout,
@@ -464,7 +465,7 @@ def test_perl_starts_from_the_reward_adapter(plain_trunk: Path, tmp_path: Path) 
     last = sequences.prompt_tokens + rollout.response_tokens() - 1
     with torch.no_grad(), reward.trunk.switch.use("reward"):
         hidden = reward.trunk(sequences.ids, sequences.attention_mask)
-        assert_close(scored.scores, reward._head(hidden[torch.arange(6), last]))
+        assert_close(scored.scores, reward.heads()["reward"](hidden[torch.arange(6), last]))
     with torch.no_grad(), module.roles("reward") as trunk:
         states = trunk(sequences.ids, sequences.attention_mask)
     columns = rollout.response_mask.shape[1]

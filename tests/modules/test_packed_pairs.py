@@ -58,7 +58,7 @@ def examples(count: int, seed: int) -> list[RatedExample]:
 
 
 def trained(trunk: Path, share: bool, kind: type[Supervised] = RewardModel) -> Supervised:
-    module = kind(str(trunk), lora=LORA, share_prompts=share, trunk_dtype="float64")  # type: ignore[call-arg]
+    module = kind(str(trunk), lora=LORA, share_prompts=share, trunk_dtype="float64")
     train_adapters(module)
     return module
 

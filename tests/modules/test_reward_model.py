@@ -63,7 +63,7 @@ def test_score_is_read_at_the_last_response_token(plain_trunk: Path) -> None:
         tokens = int(batch.attention_mask[row].sum())
         with torch.no_grad(), module.trunk.switch.use(module.adapter):
             hidden = module.trunk(batch.ids[row : row + 1, :tokens], torch.ones(1, tokens).bool())
-        assert_close(scores[row], module._head(hidden[0, -1]))
+        assert_close(scores[row], module.heads()["reward"](hidden[0, -1]))
     # A response that ends before its row does (the user goes on) is read where it ends.
     mask = batch.response_mask.clone()
     mask[:, 3:] = False
@@ -171,7 +171,7 @@ def test_loss_is_both_reward_losses_plus_centering_plus_the_lm_term(plain_trunk:
     loss, stats = module.objective(batch)
     lm_loss = SFT(str(plain_trunk), trunk_dtype="float64").objective(batch)[0]
     hidden = module.hidden(batch)
-    scores = module._head(at_last_response(hidden, sequences_of(batch).response_mask))
+    scores = module.heads()["reward"](at_last_response(hidden, sequences_of(batch).response_mask))
     chosen, rejected = scores[[0, 2]], scores[[1, 3]]
     pair_loss = bradley_terry(chosen, rejected, 0.1)[0] + 0.2 * centering(chosen, rejected)
     thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]

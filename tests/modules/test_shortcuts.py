@@ -102,7 +102,7 @@ def test_reinforce(hydra_trunk: Path) -> None:
 def test_supervised(kind: type[Supervised], lora: LoraSpec | None, hydra_trunk: Path) -> None:
     found = []
     for way in (Shortcuts(), PLAIN):
-        module: Any = kind(str(hydra_trunk), lora=lora, trunk_dtype="float64", shortcuts=way)  # type: ignore[call-arg]
+        module: Any = kind(str(hydra_trunk), lora=lora, trunk_dtype="float64", shortcuts=way)
         tiny.train_adapters(module)
         batch = tiny.rated(8, pairs=2)
         found.append((tiny.gradients_of(module, batch), module.objective(batch)[0].detach()))
