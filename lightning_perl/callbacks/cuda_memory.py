@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -125,6 +124,8 @@ class CudaMemorySnapshot(PhaseCallback):
     - ``out_of_memory_in_actor_rank0.pickle``: written when `torch.OutOfMemoryError` ends the fit, with the
       phase it was raised in (``no_phase`` outside of any): what was allocated then, and how it came to be.
 
+    Without CUDA the callback warns once and does nothing.
+
     Recording goes on for the whole fit, since an out-of-memory error may come at any time; it costs about 2
     microseconds per allocation and ``max_entries`` events of host memory.
 
@@ -135,11 +136,9 @@ class CudaMemorySnapshot(PhaseCallback):
         steps: Number of train batches to record. At least 1.
         max_entries: Number of events kept; older ones are dropped. Each takes a few KB in the file: raise it
             if the recording starts in the middle of a train batch.
-        strict: Refuse to run without CUDA. By default the callback warns once and does nothing.
 
     Raises:
         ValueError: A number is out of its range.
-        MisconfigurationException: ``strict`` and the run is not on CUDA.
     """
 
     def __init__(
@@ -148,7 +147,6 @@ class CudaMemorySnapshot(PhaseCallback):
         start_step: int = 1,
         steps: int = 3,
         max_entries: int = 100_000,
-        strict: bool = False,
     ) -> None:
         for name, value, least in (
             ("start_step", start_step, 0),
@@ -163,7 +161,6 @@ class CudaMemorySnapshot(PhaseCallback):
         self.start_step = start_step
         self.steps = steps
         self.max_entries = max_entries
-        self.strict = strict
         self._into: Path | None = None
         self._batches = 0
         # The phases that are running, or were when memory ran out; the innermost last.
@@ -175,14 +172,11 @@ class CudaMemorySnapshot(PhaseCallback):
             return
         self._into = None
         if cuda_device(trainer) is None:
-            device = trainer.strategy.root_device
-            message = (
-                f"CudaMemorySnapshot records CUDA memory, but this run is on {device}: "
-                "use Trainer(accelerator='cuda') on a machine with a GPU, or remove the callback"
+            rank_zero_warn(
+                f"CudaMemorySnapshot records CUDA memory, but this run is on {trainer.strategy.root_device}: "
+                "use Trainer(accelerator='cuda') on a machine with a GPU, or remove the callback. Nothing is "
+                "recorded."
             )
-            if self.strict:
-                raise MisconfigurationException(f"{message}, or set strict=False")
-            rank_zero_warn(f"{message}. Nothing is recorded.")
             return
         # Here and not when a file is due: choosing the run's folder needs all ranks.
         self._into = self.folder or run_folder(trainer) / "memory"
