@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,21 +19,9 @@ GIB = 1024**3
 """Bytes of one GiB, the unit of every ``memory/`` key."""
 
 
-def resident_bytes() -> int | None:
-    """Returns the physical memory of this process in bytes, or None where that is unknown.
-
-    On Linux it is the current value. Elsewhere on Unix there is only the peak since the process began
-    (``ru_maxrss``), which never falls.
-    """
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on other Unixes
+def resident_bytes() -> int:
+    """Returns the physical memory that this process holds now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class CudaMemoryMonitor(PhaseMeter):
@@ -77,8 +65,7 @@ class CudaMemoryMonitor(PhaseMeter):
     def read(self) -> None:
         """Charges the peaks since the last reset to every running phase."""
         if self.device is None:
-            resident = resident_bytes() if self.running else None
-            peaks = {} if resident is None else {"resident": resident}
+            peaks = {"resident": resident_bytes()}
         else:
             peaks = {
                 "peak_allocated": torch.cuda.max_memory_allocated(self.device),
@@ -104,7 +91,7 @@ class CudaMemoryMonitor(PhaseMeter):
         name, title = "resident", "resident GiB"
         if self.device is not None:
             name, title = "peak_allocated", "peak GiB"
-        phases = [f"{key} {peaks[name] / GIB:.2f}" for key, peaks in self._fit.items() if peaks]
+        phases = [f"{key} {peaks[name] / GIB:.2f}" for key, peaks in self._fit.items()]
         if trainer.is_global_zero and phases:
             print(f"memory ({title}): {' | '.join(phases)}", flush=True)
 
