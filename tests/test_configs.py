@@ -159,6 +159,13 @@ def column(run: Path, key: str) -> list[float]:
         return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
 
 
+def assert_finite(run: Path, key: str) -> list[float]:
+    values = column(run, key)
+    assert values
+    assert all(map(math.isfinite, values))
+    return values
+
+
 def assert_loads(run: Path, trunk: Path) -> None:
     """What a run hands over is there, and loads as the next stage or a plain PEFT user loads it."""
     adapters = sorted(run.glob("adapters/*"))
@@ -177,13 +184,9 @@ def test_fit_config_runs_and_hands_over(path: Path, tiny_trunk: TinyTrunk, corpo
     trunk = tiny_trunk("llama", max_position_embeddings=512)
     main(tiny_fit(path, trunk, corpora))
     run = run_of(content(path))
-    losses = column(run, "train/loss")
-    assert losses
-    assert all(map(math.isfinite, losses))
+    assert_finite(run, "train/loss")
     if "sampling" in content(path)["model"]["init_args"]:
-        scores = column(run, "rollout/score")
-        assert len(scores) == 2
-        assert all(map(math.isfinite, scores))
+        assert len(assert_finite(run, "rollout/score")) == 2
     assert_loads(run, trunk)
     saved = content(run / "config.yaml")
     assert saved["model"]["init_args"]["trunk"] == str(trunk)
@@ -199,9 +202,7 @@ def test_data_config_feeds_a_model(path: Path, tiny_trunk: TinyTrunk, corpora: P
         arguments["sampling"] = {"max_new_tokens": 4}
     learner = learners.get(path.stem, "RewardModel")
     main(tiny_fit(path, trunk, corpora, class_path=learner, init_args=arguments))
-    losses = column(Path("runs", path.stem, "version_0"), "train/loss")
-    assert losses
-    assert all(map(math.isfinite, losses))
+    assert_finite(Path("runs", path.stem, "version_0"), "train/loss")
 
 
 @of_kind("recipe")
@@ -212,9 +213,7 @@ def test_recipe_runs_on_pairs_and_on_thumbs(
     trunk = tiny_trunk("llama", max_position_embeddings=512)
     main(tiny_fit(path, trunk, corpora, ROOT / f"configs/data/{data}.yaml"))
     run = run_of(content(path))
-    losses = column(run, "train/loss")
-    assert losses
-    assert all(map(math.isfinite, losses))
+    assert_finite(run, "train/loss")
     assert_loads(run, trunk)
 
 

@@ -43,7 +43,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "phases": {"lightning", "torch"},
     "functional": {"torch"},
     "losses": {"torch"},
-    "callbacks": {"lightning", "torch", "wandb", "matplotlib"},
+    "callbacks": {"lightning", "torch", "wandb", "matplotlib", "psutil"},
 }
 
 PEFT_FILE = "models/adapters.py"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from pathlib import Path
 
+import psutil
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -20,21 +19,9 @@ GIB = 1024**3
 """Bytes of one GiB, the unit of every ``memory/`` key."""
 
 
-def resident_bytes() -> int | None:
-    """Returns the physical memory of this process in bytes, or None where that is unknown.
-
-    On Linux it is the current value. Elsewhere on Unix there is only the peak since the process began
-    (``ru_maxrss``), which never falls.
-    """
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on other Unixes
+def resident_bytes() -> int:
+    """Returns the physical memory that this process holds now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class CudaMemoryMonitor(PhaseMeter):
@@ -78,8 +65,7 @@ class CudaMemoryMonitor(PhaseMeter):
     def read(self) -> None:
         """Charges the peaks since the last reset to every running phase."""
         if self.device is None:
-            resident = resident_bytes() if self.running else None
-            peaks = {} if resident is None else {"resident": resident}
+            peaks = {"resident": resident_bytes()}
         else:
             peaks = {
                 "peak_allocated": torch.cuda.max_memory_allocated(self.device),
@@ -105,7 +91,7 @@ class CudaMemoryMonitor(PhaseMeter):
         name, title = "resident", "resident GiB"
         if self.device is not None:
             name, title = "peak_allocated", "peak GiB"
-        phases = [f"{key} {peaks[name] / GIB:.2f}" for key, peaks in self._fit.items() if peaks]
+        phases = [f"{key} {peaks[name] / GIB:.2f}" for key, peaks in self._fit.items()]
         if trainer.is_global_zero and phases:
             print(f"memory ({title}): {' | '.join(phases)}", flush=True)
 
@@ -125,6 +111,8 @@ class CudaMemorySnapshot(PhaseCallback):
     - ``out_of_memory_in_actor_rank0.pickle``: written when `torch.OutOfMemoryError` ends the fit, with the
       phase it was raised in (``no_phase`` outside of any): what was allocated then, and how it came to be.
 
+    Without CUDA the callback warns once and does nothing.
+
     Recording goes on for the whole fit, since an out-of-memory error may come at any time; it costs about 2
     microseconds per allocation and ``max_entries`` events of host memory.
 
@@ -135,11 +123,9 @@ class CudaMemorySnapshot(PhaseCallback):
         steps: Number of train batches to record. At least 1.
         max_entries: Number of events kept; older ones are dropped. Each takes a few KB in the file: raise it
             if the recording starts in the middle of a train batch.
-        strict: Refuse to run without CUDA. By default the callback warns once and does nothing.
 
     Raises:
         ValueError: A number is out of its range.
-        MisconfigurationException: ``strict`` and the run is not on CUDA.
     """
 
     def __init__(
@@ -148,7 +134,6 @@ class CudaMemorySnapshot(PhaseCallback):
         start_step: int = 1,
         steps: int = 3,
         max_entries: int = 100_000,
-        strict: bool = False,
     ) -> None:
         for name, value, least in (
             ("start_step", start_step, 0),
@@ -163,7 +148,6 @@ class CudaMemorySnapshot(PhaseCallback):
         self.start_step = start_step
         self.steps = steps
         self.max_entries = max_entries
-        self.strict = strict
         self._into: Path | None = None
         self._batches = 0
         # The phases that are running, or were when memory ran out; the innermost last.
@@ -175,14 +159,11 @@ class CudaMemorySnapshot(PhaseCallback):
             return
         self._into = None
         if cuda_device(trainer) is None:
-            device = trainer.strategy.root_device
-            message = (
-                f"CudaMemorySnapshot records CUDA memory, but this run is on {device}: "
-                "use Trainer(accelerator='cuda') on a machine with a GPU, or remove the callback"
+            rank_zero_warn(
+                f"CudaMemorySnapshot records CUDA memory, but this run is on {trainer.strategy.root_device}: "
+                "use Trainer(accelerator='cuda') on a machine with a GPU, or remove the callback. Nothing is "
+                "recorded."
             )
-            if self.strict:
-                raise MisconfigurationException(f"{message}, or set strict=False")
-            rank_zero_warn(f"{message}. Nothing is recorded.")
             return
         # Here and not when a file is due: choosing the run's folder needs all ranks.
         self._into = self.folder or run_folder(trainer) / "memory"

@@ -58,34 +58,26 @@ class SampleWriter(Callback):
 
     The prompts are the first rows of the validation data. ``before`` is the reference's answer, taken once
     when training starts (so a resumed run has the same one); ``after`` is the policy's, taken at every
-    validation's end, every ``every_n_batches`` train batches, and when the fit ends. Each time one JSON line
-    per prompt, with the keys of `Sample`, is appended to ``samples.jsonl`` in the run's folder, and every
-    `WandbLogger` gets them as a table, ``samples`` (not at ``every_n_batches``). At the fit's end a table of
-    them is printed. Only rank zero writes.
+    validation's end (``trainer.val_check_interval``) and when the fit ends. Each time one JSON line per prompt,
+    with the keys of `Sample`, is appended to ``samples.jsonl`` in the run's folder, and every `WandbLogger` gets
+    them as a table, ``samples``. At the fit's end a table of them is printed. Only rank zero writes.
 
     Args:
         prompts: Number of prompts; fewer where the validation data has fewer. At least 1.
-        every_n_batches: Train batches between two samplings. None: only at validations and at the end. At
-            least 1.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: ``prompts`` is below 1.
         MisconfigurationException: The module does not answer prompts, or the validation data holds none.
     """
 
-    def __init__(self, prompts: int = 8, every_n_batches: int | None = None) -> None:
-        for name, value in (("prompts", prompts), ("every_n_batches", every_n_batches)):
-            if value is not None and value < 1:
-                raise ValueError(f"SampleWriter({name}={value}): give a number of at least 1")
+    def __init__(self, prompts: int = 8) -> None:
+        if prompts < 1:
+            raise ValueError(f"SampleWriter(prompts={prompts}): give a number of at least 1")
         self.prompts = prompts
-        self.every_n_batches = every_n_batches
         self._path = Path()
-        self._batches = 0
         self._chunks: list[PromptBatch] = []
         self._before: Answers | None = None
         self._samples: list[Sample] = []
-        # The step of the last table that loggers have.
-        self._logged_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a module that cannot answer, and chooses the file."""
@@ -94,37 +86,20 @@ class SampleWriter(Callback):
             return
         _answering(pl_module)
         self._path = run_folder(trainer) / "samples.jsonl"
-        self._batches = 0
         self._samples = []
-        self._logged_step = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the prompts and takes the reference's answers."""
         self._chunks = list(self._first_rows(trainer))
         self._before = self._answers(pl_module, "reference")
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        """Writes samples every ``every_n_batches`` train batches."""
-        self._batches += 1
-        if self.every_n_batches is not None and self._batches % self.every_n_batches == 0:
-            self._write(trainer, pl_module)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes samples; not in the sanity check, and not outside a fit."""
         self._write(trainer, pl_module)
-        self._log_table(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the final samples and prints them."""
         self._write(trainer, pl_module)
-        self._log_table(trainer)
         if trainer.is_global_zero and self._samples:
             print(sample_table(self._samples), flush=True)
         self._before = None
@@ -158,7 +133,7 @@ class SampleWriter(Callback):
         return Answers(*(list(chain.from_iterable(parts)) for parts in zip(*answers, strict=True)))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Appends the policy's answers to the file, once per step."""
+        """Appends the policy's answers to the file and sends them to W&B, once per step."""
         step = trainer.global_step
         if self._before is None or (self._samples and self._samples[0].step == step):
             return
@@ -170,17 +145,11 @@ class SampleWriter(Callback):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample._asdict()) + "\n" for sample in self._samples)
-
-    def _log_table(self, trainer: Trainer) -> None:
-        """Sends the last samples to Weights & Biases, once per step."""
-        if not self._samples or self._samples[0].step == self._logged_step:
-            return
-        self._logged_step = self._samples[0].step
-        rows = [list(sample) for sample in self._samples]
+        table = [list(sample) for sample in self._samples]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 # No step: W&B's axis counts train batches here, the rows' own step optimizer steps.
-                logger.log_table("samples", columns=list(Sample._fields), data=rows)
+                logger.log_table("samples", columns=list(Sample._fields), data=table)
 
 
 def sample_table(samples: list[Sample], width: int | None = None) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -188,23 +187,10 @@ def test_resident_memory_without_cuda(
 
 def test_resident_memory_is_this_process() -> None:
     before = cuda_memory.resident_bytes()
-    if before is None:
-        pytest.skip("needs a Unix")
     filled = torch.ones(64 * 1024**2, dtype=torch.uint8)
-    after = cuda_memory.resident_bytes()
-    assert after is not None
     # The tensor's pages are touched, so at least most of its 64 MiB came on top.
-    assert 48 * 1024**2 <= after - before <= 256 * 1024**2
+    assert 48 * 1024**2 <= cuda_memory.resident_bytes() - before <= 256 * 1024**2
     assert filled.numel() == 64 * 1024**2
-
-
-def test_unknown_resident_memory_logs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cuda_memory, "resident_bytes", lambda: None)
-    (logged,) = fit(tmp_path, nothing, CudaMemoryMonitor())
-    assert logged == {}
-    assert "memory (" not in capsys.readouterr().out
 
 
 def test_memory_stands_in_the_row_of_the_modules_own_keys(tmp_path: Path, cuda: FakeCuda) -> None:
@@ -342,17 +328,13 @@ def test_out_of_memory_leaves_a_file_named_for_its_phase(
     assert all(f"memory snapshot: {tmp_path / name}" in printed for name in names)
 
 
-def test_snapshot_without_cuda_warns_and_does_nothing_or_refuses(
+def test_snapshot_without_cuda_warns_and_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeHistory()
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", fake.record)
     with pytest.warns(UserWarning, match=r"this run is on cpu.*Nothing is recorded"):
         fit(tmp_path, nothing, CudaMemorySnapshot(tmp_path, 0, 1), batches=2)
-    with pytest.raises(
-        MisconfigurationException, match=r"this run is on cpu: use Trainer\(accelerator='cuda'\)"
-    ):
-        fit(tmp_path, nothing, CudaMemorySnapshot(strict=True))
     assert fake.calls == []
 
 
@@ -379,7 +361,7 @@ def test_on_a_real_device(tmp_path: Path) -> None:
             torch.empty(GIB // 8, dtype=torch.uint8, device=module.device)
 
     seen = Seen()
-    snapshot = CudaMemorySnapshot(tmp_path, 0, 1, strict=True)
+    snapshot = CudaMemorySnapshot(tmp_path, 0, 1)
     trainer = quiet_trainer(
         tmp_path, [CudaMemoryMonitor(), snapshot, seen], accelerator="cuda", devices=1
     )

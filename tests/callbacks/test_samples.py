@@ -92,19 +92,6 @@ def test_lines_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "policy at 3" not in printed
 
 
-def test_every_n_batches(tmp_path: Path) -> None:
-    callback = SampleWriter(prompts=1, every_n_batches=2)
-    module = Answerer()
-    quiet_trainer(tmp_path, [callback], check_val_every_n_epoch=None, val_check_interval=100).fit(
-        module, Rows(5), Prompts()
-    )
-    lines = lines_of(tmp_path / "version_0" / "samples.jsonl")
-    assert [line["step"] for line in lines] == [2, 4, 5]
-    assert [line["after"].split("\n")[0] for line in lines] == [
-        f"policy at {step} on 0" for step in (2, 4, 5)
-    ]
-
-
 class Data(LightningDataModule):
     def train_dataloader(self) -> Rows:
         return Rows(1)
@@ -180,10 +167,9 @@ def test_a_module_that_cannot_answer_and_data_without_prompts_are_refused(
         trainer.fit(module, Rows(1), loader)
 
 
-@pytest.mark.parametrize("name", ["prompts", "every_n_batches"])
-def test_numbers_out_of_range(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name}=0\): give a number of at least 1"):
-        SampleWriter(**{name: 0})
+def test_no_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"prompts=0\): give a number of at least 1"):
+        SampleWriter(prompts=0)
 
 
 def test_the_printed_table() -> None:
