@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -12,13 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.download import Remote, fetch_all
-from lightning_perl.data.files import BadRowHook
-from lightning_perl.data.folds import hold_out
+from lightning_perl.data.files import BadRowHook, csv_rows, jsonl_rows
+from lightning_perl.data.folds import held_out
 from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn, first_row
 from lightning_perl.data.tokenization import BadRow
 
 Part: TypeAlias = Literal["train", "val", "test"]
 _PARTS: tuple[Part, ...] = ("train", "val", "test")
+_NAMES = {"val": "validation", "test": "test"}
+_Raw = TypeVar("_Raw")
 _Read = TypeVar("_Read")
 
 
@@ -28,7 +32,7 @@ class Corpus:
 
     Attributes:
         home: Where it comes from and its licence, for a person who has to fetch it by hand.
-        layouts: Each a tuple of (split, pattern below the data folder); the first layout of which
+        layouts: Each a tuple of (split, pattern below the data folder). The first layout of which
             any file is there is read. Files may be gzip-compressed. A corpus that its authors did
             not divide is all ``train``.
         remotes: The files in their official place; empty where they may not be downloaded.
@@ -39,50 +43,47 @@ class Corpus:
     remotes: tuple[Remote, ...] = ()
 
 
+def checked_share(name: str, share: float) -> float:
+    """Returns a share of the rows that may be held out; refuses others."""
+    if not 0 <= share < 0.5:
+        raise ValueError(f"data.{name} must be at least 0 and below 0.5, got {share}.")
+    return share
+
+
 def matching(folder: Path, pattern: str) -> list[Path]:
     """Returns the files of a pattern in their order; a file and its gzip are one file."""
-    found = {str(file).removesuffix(".gz"): file for file in folder.glob(f"{pattern}.gz")}
-    found |= {str(file): file for file in folder.glob(pattern)}
-    return [found[name] for name in sorted(found)]
+    files = {str(file).removesuffix(".gz"): file for file in folder.glob(f"{pattern}.gz")}
+    files |= {str(file): file for file in folder.glob(pattern)}
+    return [files[name] for name in sorted(files)]
 
 
-def text_of(row: Mapping[str, Any], key: str, where: str, strip: bool = True) -> str:
-    """Returns a text, without its outer white space unless ``strip`` is false.
-
-    Raises:
-        BadRow: The key is missing, or holds no text.
-    """
-    value = value_of(row, key, where)
-    if not isinstance(value, str):
-        raise BadRow(
-            "wrong type",
-            f"{where}: {key!r} must be a string, got {type(value).__name__} ({str(value)[:40]!r}).",
-        )
-    return value.strip() if strip else value
+def wrong_type(where: str, rule: str, value: object) -> BadRow:
+    """Returns the bad row of a value that breaks a rule, such as ``'labels' must be 0 or 1``."""
+    return BadRow("wrong type", f"{where}: {rule}, got {repr(value)[:60]}.")
 
 
 def value_of(row: Mapping[str, Any], key: str, where: str) -> object:
-    """Returns a value.
-
-    Raises:
-        BadRow: The key is missing.
-    """
+    """Returns a value; raises BadRow where the key is missing."""
     if key not in row:
         raise BadRow(
             "missing key",
-            f"{where}: no key {key!r}; got {sorted(row)}. Is this the right file? Download it again, "
-            "or set on_bad_row: reject.",
+            f"{where}: no key {key!r}; got {sorted(row)}. Is this the right file? Download it again, or set "
+            "on_bad_row: reject.",
         )
     value: object = row[key]
     return value
 
 
-def prompt_of(text: str, where: str) -> tuple[Turn, ...]:
-    """Returns a prompt of one user turn.
+def text_of(row: Mapping[str, Any], key: str, where: str, strip: bool = True) -> str:
+    """Returns a text, without its outer white space unless ``strip`` is false; raises BadRow for anything else."""
+    value = value_of(row, key, where)
+    if not isinstance(value, str):
+        raise wrong_type(where, f"{key!r} must be a string", value)
+    return value.strip() if strip else value
 
-    Raises:
-        BadRow: The text is empty.
-    """
+
+def prompt_of(text: str, where: str) -> tuple[Turn, ...]:
+    """Returns a prompt of one user turn; raises BadRow where the text is empty."""
     if not text:
         raise BadRow("empty prompt", f"{where}: empty prompt. Set on_bad_row: reject.")
     return (Turn("user", text),)
@@ -94,58 +95,46 @@ def demonstration(context: tuple[Turn, ...], answer: str, dialog: str, where: st
 
 
 def preference(context: tuple[Turn, ...], better: str, worse: str, dialog: str, where: str) -> Pair:
-    """Returns a pair of answers; the better one is also one to imitate.
-
-    Raises:
-        BadRow: Both are the same text.
-    """
+    """Returns a pair of answers, the better one also to imitate; raises BadRow where both are the same text."""
     if better == worse:
         raise BadRow(
             "identical pair",
-            f"{where}: identical pair: both answers are the same text, which says nothing. Set "
-            "on_bad_row: reject.",
+            f"{where}: identical pair: both answers are the same text. Set on_bad_row: reject.",
         )
-    return Pair(
-        demonstration(context, better, dialog, where),
-        Row(context, (Turn("agent", worse),), None, False, dialog, where),
-    )
+    rejected = Row(context, (Turn("agent", worse),), None, False, dialog, where)
+    return Pair(demonstration(context, better, dialog, where), rejected)
 
 
 def usable(
-    rows: Iterable[tuple[str, _Read]],
-    item: Callable[[_Read, str], Item | None],
+    rows: Iterable[tuple[str, _Raw]],
+    read: Callable[[_Raw, str], _Read | None],
     bad_row: BadRowHook,
-) -> Iterator[Item]:
-    """Yields what ``item`` makes of the rows.
+) -> Iterator[_Read]:
+    """Yields what ``read`` makes of the rows.
 
-    Args:
-        rows: ``(where, row)``.
-        item: Makes an item of a row; raises BadRow for one that cannot be used, and returns None
-            for one that it counted and passed over.
-        bad_row: Takes the reason and the message of each BadRow.
+    ``read`` raises BadRow for a row that cannot be used, which ``bad_row`` takes, and returns None for one that it
+    counted and passed over.
     """
     for where, row in rows:
         try:
-            made = item(row, where)
+            item = read(row, where)
         except BadRow as error:
             bad_row(error.reason, str(error))
             continue
-        if made is not None:
-            yield made
+        if item is not None:
+            yield item
 
 
 class CorpusDataModule(ConversationDataModule):
     """A public corpus: files of a known layout, fetched if need be, with their authors' splits.
 
-    Leaves say where the files lie (:attr:`corpus_files`) and what a file's rows are
-    (:meth:`items`).
+    Leaves say where the files lie (:attr:`corpus_files`) and what a row is (:meth:`item`).
 
-    The authors' splits are kept. A split that is not there is carved out of the training rows, by
-    prompt or dialog and a hash of it, so it is the same in every run. Where only a test or
-    validation split is there, all three are carved out of it, and the report says so: such a test
-    score is not the upstream test score. Training files that are there and hold no usable row are
-    not replaced so: then no training row is left. A dialog that lies in several splits stays in the
-    test split, else the validation split; its other rows are left out and counted.
+    The authors' splits are kept. A split that is not there is carved out of the training rows, by a hash of the
+    prompt or dialog, so it is the same in every run. Where only a test or validation split is there, all three are
+    carved out of it, and the report says so: such a test score is not the upstream test score. Training files that
+    are there and hold no usable row are not replaced so: then no training row is left. A dialog that lies in
+    several splits stays in the test split, else the validation split; its other rows are left out and counted.
 
     Args:
         data_dir: The folder that holds the corpus's files.
@@ -173,12 +162,9 @@ class CorpusDataModule(ConversationDataModule):
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, on_bad_row=on_bad_row, **settings)
-        for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= share < 0.5:
-                raise ValueError(f"data.{name} must be at least 0 and below 0.5, got {share}.")
         self.data_dir = Path(data_dir)
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
+        self.val_fraction = checked_share("val_fraction", val_fraction)
+        self.test_fraction = checked_share("test_fraction", test_fraction)
 
     @property
     @abstractmethod
@@ -186,100 +172,90 @@ class CorpusDataModule(ConversationDataModule):
         """Where the files are published and how they lie."""
 
     @abstractmethod
-    def items(self, file: Path, part: Part) -> Iterator[tuple[Part, Item]]:
-        """Yields the usable rows of a file, each with its split.
+    def item(self, row: dict[str, Any], where: str, part: Part) -> tuple[Part, Item] | None:
+        """Returns what a row of a file is, and its split; None for a row that was counted and passed over.
 
         Args:
-            file: One of the corpus's files.
+            row: An object of a JSONL file, or a line of a CSV table.
+            where: ``file:line``, for messages.
             part: The split of the file.
+
+        Raises:
+            BadRow: The row cannot be used.
         """
 
     def prepare_data(self) -> None:
-        """Downloads the corpus from its official place, unless a copy is in ``data_dir``.
-
-        Raises:
-            FileNotFoundError: No network, or a corpus that may not be downloaded.
-            ValueError: What came is not the file.
-        """
+        """Downloads the corpus from its official place, unless a copy is in ``data_dir``."""
         corpus = self.corpus_files
-        if self._found():
+        if self._files():
             return
         if not corpus.remotes:
             raise self._missing()
         fetch_all(corpus.remotes, self.data_dir)
 
-    def _found(self) -> list[tuple[Part, Path]]:
+    def _files(self) -> list[tuple[Part, Path]]:
         for layout in self.corpus_files.layouts:
-            found = [
-                (part, file)
-                for part, pattern in layout
-                for file in matching(self.data_dir, pattern)
+            files = [
+                (part, file) for part, name in layout for file in matching(self.data_dir, name)
             ]
-            if found:
-                return found
+            if files:
+                return files
         return []
 
     def _missing(self) -> FileNotFoundError:
         corpus = self.corpus_files
-        wanted = " or ".join(
-            ", ".join(pattern for _, pattern in layout) for layout in corpus.layouts
-        )
+        wanted = " or ".join(", ".join(name for _, name in layout) for layout in corpus.layouts)
         return FileNotFoundError(
-            f"No {wanted} (plain or .gz) in {self.data_dir} (data.data_dir, looked from "
-            f"{Path.cwd()}). {corpus.home}"
+            f"No {wanted} (plain or .gz) in {self.data_dir} (data.data_dir, looked from {Path.cwd()}). "
+            f"{corpus.home}"
         )
 
     def read(self) -> Splits:
         """Returns the rows in their authors' splits, and splits of our own where there are none."""
-        files = self._found()
+        files = self._files()
         if not files:
             raise self._missing()
-        found: dict[Part, list[Item]] = {part: [] for part in _PARTS}
+        upstream: dict[Part, list[Item]] = {part: [] for part in _PARTS}
         empty = {part for part, _ in files}
         for part, file in files:
-            for own, item in self.items(file, part):
-                found[own].append(item)
+            rows = (csv_rows if ".csv" in file.suffixes[-2:] else jsonl_rows)(file, self.bad_row)
+            for own, item in usable(rows, partial(self.item, part=part), self.bad_row):
+                upstream[own].append(item)
                 empty.discard(part)
-        for part, name in (("val", "validation"), ("test", "test")):
-            if part in empty:
-                self.report.notes[
-                    f"upstream {name} files without a usable row: not the upstream {name} score"
-                ] = sum(own == part for own, _ in files)
+        for part in empty - {"train"}:
+            name = _NAMES[part]
+            note = f"upstream {name} files without a usable row: not the upstream {name} score"
+            self.report.notes[note] = sum(own == part for own, _ in files)
         # Never the test rows in place of training rows that were there and could not be read.
-        return self._divide(found if "train" in empty else self._with_training_rows(found))
+        if not upstream["train"] and "train" not in empty:
+            self._train_on_held_out(upstream)
+        return self._divide(upstream)
 
-    def _with_training_rows(self, found: dict[Part, list[Item]]) -> dict[Part, list[Item]]:
-        if found["train"]:
-            return found
-        source: Part = "val" if found["val"] else "test"
-        name = {"val": "validation", "test": "test"}[source]
-        if found[source]:
-            self.report.notes[
-                f"rows of the upstream {name} split, divided here: not the upstream {name} score"
-            ] = len(found[source])
-        return {**found, "train": found[source], source: []}
+    def _train_on_held_out(self, upstream: dict[Part, list[Item]]) -> None:
+        """Makes training rows of the validation rows, else of the test rows, and notes it."""
+        source: Part = "val" if upstream["val"] else "test"
+        name = _NAMES[source]
+        if upstream[source]:
+            note = f"rows of the upstream {name} split, divided here: not the upstream {name} score"
+            self.report.notes[note] = len(upstream[source])
+        upstream["train"], upstream[source] = upstream[source], []
 
-    def _divide(self, found: dict[Part, list[Item]]) -> Splits:
+    def _divide(self, upstream: dict[Part, list[Item]]) -> Splits:
         # The last one counts: what a test split holds is never trained on.
-        part_of = {first_row(item).dialog: part for part in _PARTS for item in found[part]}
+        part_of = {first_row(item).dialog: part for part in _PARTS for item in upstream[part]}
         apart = []
         for part in _PARTS:
-            for item in found[part]:
+            for item in upstream[part]:
                 if part_of[first_row(item).dialog] == part:
                     apart.append(item)
                 else:
                     self.report.left_out["of a dialog that a later split has"] += 1
-        splits: dict[Part, list[Item]] = {part: [] for part in _PARTS}
+        splits: dict[Part, list[Item]] = defaultdict(list)
         for item in self.distinct(apart):
             splits[part_of[first_row(item).dialog]].append(item)
         # The test split first, so that it does not depend on val_fraction.
-        shares: tuple[tuple[Part, float], ...] = (
-            ("test", self.test_fraction),
-            ("val", self.val_fraction),
-        )
-        for part, share in shares:
-            if not splits[part]:
-                held = hold_out((first_row(item).dialog for item in splits["train"]), share)
-                splits[part] = [i for i in splits["train"] if first_row(i).dialog in held]
-                splits["train"] = [i for i in splits["train"] if first_row(i).dialog not in held]
-        return Splits(**splits)
+        if not splits["test"]:
+            splits["train"], splits["test"] = held_out(splits["train"], self.test_fraction)
+        if not splits["val"]:
+            splits["train"], splits["val"] = held_out(splits["train"], self.val_fraction)
+        return Splits(splits["train"], splits["val"], splits["test"])

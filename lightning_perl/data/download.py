@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
+import socket
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_perl.data.files import is_html
 
 _SECONDS = 30.0
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,9 +22,9 @@ class Remote:
     """A file in its official place.
 
     Attributes:
-        path: Where it belongs below the data folder, with forward slashes.
+        path: Its place below the data folder, with forward slashes.
         url: Where it is published.
-        sha256: Of the published bytes, in hexadecimal; None where the authors may change the file.
+        sha256: Its checksum in hexadecimal; None where the authors may change the file.
     """
 
     path: str
@@ -35,74 +32,56 @@ class Remote:
     sha256: str | None = None
 
 
-def fetch(remote: Remote, folder: Path) -> Path:
-    """Returns the local file, downloaded unless it is there; see :func:`fetch_all`."""
-    return fetch_all([remote], folder)[0]
+def fetch_all(remotes: Sequence[Remote], folder: Path) -> None:
+    """Downloads what is not below ``folder``, plain or gzip-compressed.
 
-
-def fetch_all(remotes: Sequence[Remote], folder: Path) -> list[Path]:
-    """Returns the local files, downloaded unless they are there, plain or gzip-compressed.
-
-    Files appear under their names when all of them are whole and have the right checksums: a
-    download that stopped leaves no half corpus, which a later run would take for the whole.
-
-    Args:
-        remotes: What to fetch.
-        folder: The data folder; made if need be.
+    Files appear under their names when all of them are whole and have the right checksums: a download that stopped
+    leaves no half corpus, which a later run would take for the whole.
 
     Raises:
         FileNotFoundError: One could not be downloaded; says what to put where by hand.
         ValueError: What came is a web page or has another checksum. It is not kept.
     """
-    files = [_present(folder / remote.path) for remote in remotes]
-    if all(file.is_file() for file in files):
-        return files
+    missing = [remote for remote in remotes if not _is_there(folder / remote.path)]
+    if not missing:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-        parts: dict[Path, Path] = {}
-        for remote, file in zip(remotes, files, strict=True):
-            if not file.is_file():
-                rank_zero_info(f"Downloading {remote.url} to {file}")
-                parts[file] = Path(scratch, str(len(parts)))
-                with parts[file].open("wb") as target:
-                    _download(remote, target, file)
-        for file, part in parts.items():
+        for number, remote in enumerate(missing):
+            rank_zero_info(f"Downloading {remote.url} to {folder / remote.path}")
+            _download(remote, Path(scratch, str(number)), folder / remote.path)
+        for number, remote in enumerate(missing):
+            file = folder / remote.path
             file.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(file)
-    return files
+            Path(scratch, str(number)).replace(file)
 
 
-def _present(file: Path) -> Path:
-    """Returns the file, or its plain or compressed twin if that is there instead."""
+def _is_there(file: Path) -> bool:
     plain = file.with_name(file.name.removesuffix(".gz"))
-    twins = (file, plain, plain.with_name(f"{plain.name}.gz"))
-    return next((twin for twin in twins if twin.is_file()), file)
+    return plain.is_file() or plain.with_name(f"{plain.name}.gz").is_file()
 
 
-def _download(remote: Remote, target: IO[bytes], file: Path) -> None:
-    digest = hashlib.sha256()
-    head = b""
+def _download(remote: Remote, target: Path, file: Path) -> None:
+    patience = socket.getdefaulttimeout()
+    # torch.hub has no timeout of its own: a server that falls silent would be waited for without end.
+    socket.setdefaulttimeout(_SECONDS)
     try:
-        with urllib.request.urlopen(remote.url, timeout=_SECONDS) as source:
-            while chunk := source.read(_CHUNK):
-                head = head or chunk[:512]
-                digest.update(chunk)
-                target.write(chunk)
-    # Timeouts and closed connections while reading are OSError or HTTPException.
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        raise FileNotFoundError(
-            f"No {file}, and it could not be downloaded ({error}). Download {remote.url} on a "
-            f"machine with a network and put it at {file}, or point data.data_dir at a folder that "
-            "has it."
+        torch.hub.download_url_to_file(remote.url, str(target), remote.sha256, progress=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{remote.url}: {error}; nothing was kept. Try again; if it stays so, the authors changed the file: "
+            f"look at what changed, then put it at {file} by hand."
         ) from error
-    if is_html(head):
-        raise ValueError(
-            f"{remote.url} sent a web page in place of {file.name}; nothing was kept. Open the "
-            f"address in a browser, download the file and put it at {file}."
-        )
-    if remote.sha256 is not None and digest.hexdigest() != remote.sha256:
-        raise ValueError(
-            f"{remote.url} has the SHA-256 {digest.hexdigest()}, expected {remote.sha256}; nothing "
-            "was kept. Try again; if it stays so, the authors changed the file: look at what "
-            f"changed, then put it at {file} by hand."
-        )
+    except (http.client.HTTPException, OSError) as error:
+        raise FileNotFoundError(
+            f"No {file}, and it could not be downloaded ({error}). Download {remote.url} on a machine with a "
+            f"network and put it at {file}, or point data.data_dir at a folder that has it."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+    with target.open("rb") as content:
+        if is_html(content.read(512)):
+            raise ValueError(
+                f"{remote.url} sent a web page in place of {file.name}; nothing was kept. Open the address in a "
+                f"browser, download the file and put it at {file}."
+            )

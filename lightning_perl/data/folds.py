@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from lightning_perl.data.rows import Item, first_row
 
 
 def stable_hash(text: str) -> str:
     """Returns a hash that is the same on every machine and in every run."""
-    # Half a surrogate pair is refused where the row is encoded, by file and line.
+    # The encoder refuses half a surrogate pair later, naming file and line.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
@@ -17,7 +19,6 @@ def assign_folds(groups: Iterable[str], folds: int) -> dict[str, int]:
     """Assigns every group a fold; all folds get about as many rows.
 
     The largest group goes first, to the fold with the fewest rows so far; ties go by a stable hash.
-    So folds depend on the rows alone, never on a seed.
 
     Args:
         groups: One group name per row.
@@ -34,15 +35,20 @@ def assign_folds(groups: Iterable[str], folds: int) -> dict[str, int]:
 
 
 def hold_out(groups: Iterable[str], fraction: float) -> set[str]:
-    """Returns a stable choice of ``round(fraction * groups)`` groups.
+    """Returns a stable choice of ``round(fraction * groups)`` groups; repeated names count once.
 
     At least one, where one can be spared: a checkpoint callback that watches a validation loss
-    stops a run without any.
-
-    Args:
-        groups: Group names; repetitions do not count.
-        fraction: From 0 to 1; 0 chooses none.
+    stops a run without any. A fraction of 0 chooses none.
     """
     ordered = sorted(set(groups), key=stable_hash)
     least = int(fraction > 0 and len(ordered) > 1)
     return set(ordered[: max(least, round(fraction * len(ordered)))])
+
+
+def held_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+    """Returns the items that stay, and those of the dialogs that :func:`hold_out` chooses."""
+    held = hold_out((first_row(item).dialog for item in items), fraction)
+    return (
+        [item for item in items if first_row(item).dialog not in held],
+        [item for item in items if first_row(item).dialog in held],
+    )

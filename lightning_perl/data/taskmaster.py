@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.corpus import matching, usable, value_of
+from lightning_perl.data.corpus import checked_share, matching, usable, value_of, wrong_type
 from lightning_perl.data.download import Remote, fetch_all
 from lightning_perl.data.files import json_rows, parse_json, tsv_rows
-from lightning_perl.data.folds import assign_folds, hold_out, stable_hash
+from lightning_perl.data.folds import assign_folds, held_out, hold_out, stable_hash
 from lightning_perl.data.rows import Item, Row, Splits, Turn, first_row
 from lightning_perl.data.tokenization import BadRow
 
@@ -71,62 +71,16 @@ _SUMS: dict[str, dict[str, list[str | None]]] = {
 _TAG = re.compile(r"[<\[](U|A|PN|PAN|PAV|PR|PRAN|PRAV|S)[>\]]")
 
 
-def render_call(name: str, arguments: object) -> str:
-    """Returns an API call as the text of an agent turn.
-
-    Args:
-        name: The API; may be empty.
-        arguments: Anything JSON can say, in its own order; a string that is no JSON is kept as it
-            is; None leaves it out.
-
-    Example:
-        >>> render_call("get_menu_items", {"query": "espresso"})
-        'call get_menu_items {"query": "espresso"}'
-    """
-    return " ".join(part for part in ("call", name, _dump(arguments)) if part)
-
-
-def render_answer(name: str, response: object) -> str:
-    """Returns an API's answer as the text of an ``api`` turn.
-
-    Args:
-        name: The API that answers.
-        response: As ``arguments`` of :func:`render_call`.
-
-    Example:
-        >>> render_answer("finish_order", {"success": True})
-        'finish_order {"success": true}'
-    """
-    return " ".join(part for part in (name, _dump(response)) if part)
-
-
-def _dump(value: object) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def dialog_key(context: Sequence[Turn], response: Sequence[Turn]) -> str:
-    """Returns the group of a rated row: the first two turns of its context.
-
-    Rows are steps of shared dialogs, each under an id of its own, and every dialog opens with one
-    greeting and the user's request. A context of fewer turns takes its answer in.
-    """
-    turns = context[:2] if len(context) >= 2 else [*context, *response]
-    return json.dumps(turns, ensure_ascii=False)
-
-
 class TaskmasterDataModule(ConversationDataModule):
     """Demonstrated dialogs and human thumbs of the Taskmaster corpora.
 
-    Rated turns are divided into folds by dialog: ``fold`` is the test split, the dialogs of
-    ``train_folds`` are training and validation. Folds and validation dialogs depend on the rows
-    alone, so every run, whatever its seed, sees the same. Demonstrations share no dialog with the
-    rated turns; ``val_fraction`` of their dialogs go to validation and as many to test.
+    Rated turns are divided into folds by dialog: ``fold`` is the test split, the dialogs of ``train_folds`` are
+    training and validation. Folds and validation dialogs depend on the rows alone, so every run sees the same,
+    whatever its seed. Demonstrations share no dialog with the rated turns; ``val_fraction`` of their dialogs go to
+    validation and as many to test.
 
-    Demonstrations are whole dialogs, of which the agent's turns count. Of ticketing they may also be
-    the agent's next turns after a history (``splits/train/train-*.tsv``), read where the dialogs
-    are not there. API calls are agent turns.
+    Demonstrations are whole dialogs, of which the agent's turns count; API calls are agent turns. Where the
+    dialogs of ticketing are not there, the agent's next turns are read (``splits/train/train-*.tsv``).
 
     Args:
         data_dir: The folder that holds ``taskmaster-coffee/`` and ``taskmaster-ticketing/``, or the
@@ -135,20 +89,17 @@ class TaskmasterDataModule(ConversationDataModule):
         task: ``coffee`` (86% thumbs up) or ``ticketing`` (16% thumbs up).
         demonstrations: Read the demonstrated dialogs.
         thumbs: Read the rated turns.
-        max_demonstrations: Keep this many demonstrated dialogs, always the same ones; None all.
-        folds: Into how many folds the rated dialogs are divided.
+        max_demonstrations: How many demonstrated dialogs to keep, always the same ones. None: all.
+        folds: Number of folds that the rated dialogs are divided into.
         fold: The fold that is the test split.
-        train_folds: Folds to train and validate on; None takes every other fold.
+        train_folds: Folds to train and validate on. None: every fold but ``fold``.
         val_fraction: Share of the training dialogs that become the validation split; above 0 at
             least one dialog of two or more.
-        on_bad_row: ``reject`` counts the rows that cannot be used (the corpora have empty answers,
-            and turns longer than the window); ``raise`` stops at the first, with file and row. A
-            file that cannot be read is one such row.
+        on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (the
+            corpora have empty answers, and turns longer than the window); ``raise`` stops at the
+            first one, naming file and row. A file that cannot be read counts as one such row.
         settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
 
-    Raises:
-        ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
-        FileNotFoundError: No local copy and no network, with what to download from where.
     """
 
     pairs: ClassVar[bool] = False
@@ -178,18 +129,11 @@ class TaskmasterDataModule(ConversationDataModule):
                 f"data.fold must be from 0 to data.folds - 1 and data.folds at least 2, got fold "
                 f"{fold} of {folds}."
             )
-        training = [other for other in range(folds) if other != fold]
-        if train_folds is not None:
-            wrong = sorted(set(train_folds) - set(training))
-            if wrong or not train_folds:
-                raise ValueError(
-                    f"data.train_folds must be some of {training} (not the test fold {fold}), got "
-                    f"{list(train_folds)}."
-                )
-            training = sorted(set(train_folds))
-        if not 0 <= val_fraction < 0.5:
+        others = [other for other in range(folds) if other != fold]
+        training = others if train_folds is None else sorted(set(train_folds))
+        if not training or not set(training) <= set(others):
             raise ValueError(
-                f"data.val_fraction must be at least 0 and below 0.5, got {val_fraction}."
+                f"data.train_folds must be some of {others} (not the test fold {fold}), got {training}."
             )
         self.data_dir = Path(data_dir)
         self.task = task
@@ -199,24 +143,17 @@ class TaskmasterDataModule(ConversationDataModule):
         self.folds = folds
         self.fold = fold
         self.train_folds = training
-        self.val_fraction = val_fraction
+        self.val_fraction = checked_share("val_fraction", val_fraction)
 
     def prepare_data(self) -> None:
-        """Downloads what is asked for from the original repository, unless it is in ``data_dir``.
-
-        Raises:
-            FileNotFoundError: No network.
-            ValueError: What came is not the file.
-        """
+        """Downloads what is asked for from the original repository, unless it is in ``data_dir``."""
         upstream = _FOLDERS[self.task][1]
         remotes = []
         for kind, wanted in (("data", self.demonstrations), ("reward", self.thumbs)):
             if wanted and not self._files(kind):
-                names = [f"{kind}/{kind}_{n:02d}.json" for n in range(len(_SUMS[self.task][kind]))]
-                remotes += [
-                    Remote(f"{upstream}/{name}", f"{_RAW}/{upstream}/{name}", sha256)
-                    for name, sha256 in zip(names, _SUMS[self.task][kind], strict=True)
-                ]
+                for number, sha256 in enumerate(_SUMS[self.task][kind]):
+                    path = f"{upstream}/{kind}/{kind}_{number:02d}.json"
+                    remotes.append(Remote(path, f"{_RAW}/{path}", sha256))
         fetch_all(remotes, self.data_dir)
 
     def read(self) -> Splits:
@@ -231,41 +168,19 @@ class TaskmasterDataModule(ConversationDataModule):
     def _items(self, kind: str) -> list[Item]:
         files = self._files(kind)
         if not files:
-            raise self._missing(kind)
+            short, upstream = _FOLDERS[self.task]
+            raise FileNotFoundError(
+                f"No {kind}_*.json (or {kind}_*.json.gz) in {self.data_dir / short / kind} (data.data_dir = "
+                f"{str(self.data_dir)!r}). Download {upstream}/{kind}/{kind}_*.json of {_HOME} and put the files "
+                f"there, or point data.data_dir at the folder that holds {upstream}/."
+            )
         return [item for file in files for item in self._items_of(file, kind)]
 
     def _items_of(self, file: Path, kind: str) -> Iterator[Item]:
         if ".tsv" in file.suffixes:
-            return usable(tsv_rows(file, self.bad_row), _ticketing_turns, self.bad_row)
-        item = _dialog if kind == "data" else _rated_turn
-        return usable(json_rows(file, self.bad_row), item, self.bad_row)
-
-    def _divide_demonstrations(self, items: list[Item], splits: Splits) -> None:
-        # Another hash than hold_out's, or the kept dialogs would all be held out.
-        rows = self.distinct(items)
-        ordered = sorted(rows, key=lambda row: stable_hash(f"kept {first_row(row).dialog}"))
-        kept = ordered[: self.max_demonstrations]
-        held = hold_out((first_row(row).dialog for row in kept), 2 * self.val_fraction)
-        # A single dialog validates: a checkpoint callback may watch that loss, nothing watches the
-        # test's.
-        test = set(sorted(held, key=stable_hash)[::2]) if len(held) > 1 else set()
-        for row in kept:
-            if first_row(row).dialog in test:
-                splits.test.append(row)
-            elif first_row(row).dialog in held:
-                splits.val.append(row)
-            else:
-                splits.train.append(row)
-
-    def _divide_thumbs(self, items: list[Item], splits: Splits) -> None:
-        rows = self.distinct(items)
-        folds = assign_folds((first_row(row).dialog for row in rows), self.folds)
-        training = [row for row in rows if folds[first_row(row).dialog] in self.train_folds]
-        held = hold_out((first_row(row).dialog for row in training), self.val_fraction)
-        splits.test.extend(row for row in rows if folds[first_row(row).dialog] == self.fold)
-        for row in training:
-            part = splits.val if first_row(row).dialog in held else splits.train
-            part.append(row)
+            return usable(tsv_rows(file, self.bad_row), _next_turns, self.bad_row)
+        read = _dialog if kind == "data" else _rated_turn
+        return usable(json_rows(file, self.bad_row), read, self.bad_row)
 
     def _files(self, kind: str) -> list[Path]:
         short, upstream = _FOLDERS[self.task]
@@ -274,29 +189,81 @@ class TaskmasterDataModule(ConversationDataModule):
             patterns += ["sft/train-*.tsv", "splits/train/train-*.tsv"]
         for pattern in patterns:
             for folder in (f"{short}/", f"{upstream}/", ""):
-                found = matching(self.data_dir, f"{folder}{pattern}")
-                if found:
-                    return found
+                files = matching(self.data_dir, f"{folder}{pattern}")
+                if files:
+                    return files
         return []
 
-    def _missing(self, kind: str) -> FileNotFoundError:
-        short, upstream = _FOLDERS[self.task]
-        return FileNotFoundError(
-            f"No {kind}_*.json (or {kind}_*.json.gz) in {self.data_dir / short / kind} "
-            f"(data.data_dir = {str(self.data_dir)!r}). Download {upstream}/{kind}/{kind}_*.json of "
-            f"{_HOME} and put the files there, or point data.data_dir at the folder that holds "
-            f"{upstream}/."
-        )
+    def _divide_demonstrations(self, items: list[Item], splits: Splits) -> None:
+        # Another hash than hold_out's, or the kept dialogs would all be held out.
+        rows = self.distinct(items)
+        ordered = sorted(rows, key=lambda row: stable_hash(f"kept {first_row(row).dialog}"))
+        kept = ordered[: self.max_demonstrations]
+        held = hold_out((first_row(row).dialog for row in kept), 2 * self.val_fraction)
+        # A single dialog validates: a checkpoint callback may watch that loss, nothing watches the test's.
+        test = set(sorted(held, key=stable_hash)[::2]) if len(held) > 1 else set()
+        for row in kept:
+            dialog = first_row(row).dialog
+            split = (
+                splits.test if dialog in test else splits.val if dialog in held else splits.train
+            )
+            split.append(row)
+
+    def _divide_thumbs(self, items: list[Item], splits: Splits) -> None:
+        rows = self.distinct(items)
+        folds = assign_folds((first_row(row).dialog for row in rows), self.folds)
+        splits.test.extend(row for row in rows if folds[first_row(row).dialog] == self.fold)
+        training = [row for row in rows if folds[first_row(row).dialog] in self.train_folds]
+        for split, part in zip(splits, held_out(training, self.val_fraction), strict=False):
+            split.extend(part)
 
 
-def _parse(row: Mapping[str, Any], key: str, where: str) -> object:
+def api_call(name: str, arguments: object) -> Turn:
+    """Returns an agent's call of an API, as text: ``call get_menu_items {"query": "espresso"}``."""
+    return Turn("agent", _joined("call", name, arguments))
+
+
+def api_answer(name: str, response: object) -> Turn:
+    """Returns an API's answer, as text: ``finish_order {"success": true}``."""
+    return Turn("api", _joined(name, response))
+
+
+def _joined(*parts: object) -> str:
+    """Joins words and JSON; a string is kept as it is, None and an empty one are left out."""
+    texts = [
+        part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+        for part in parts
+        if part is not None
+    ]
+    return " ".join(text for text in texts if text)
+
+
+def dialog_key(context: Sequence[Turn], response: Sequence[Turn]) -> str:
+    """Returns the group of a rated row: the first two turns of its context, or of context and answer.
+
+    Rows are steps of shared dialogs, each under an id of its own; a dialog opens with a greeting and a request.
+    """
+    turns = context[:2] if len(context) >= 2 else [*context, *response]
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def _rated_turn(row: dict[str, Any], where: str) -> Row:
+    turns = _parsed(row, "context", where)
+    if not isinstance(turns, list):
+        raise wrong_type(where, "'context' must hold a list", turns)
+    context = tuple(_turn(turn, where) for turn in turns)
+    response = (_turn(_parsed(row, "generation", where), where),)
+    label = value_of(row, "reward", where)
+    if not isinstance(label, int | float) or label not in (0, 1):
+        raise wrong_type(where, "'reward' must be 0.0 or 1.0", label)
+    dialog = dialog_key(context, response)
+    return Row(context, response, float(label), label == 1, dialog, where)
+
+
+def _parsed(row: Mapping[str, Any], key: str, where: str) -> object:
     text = value_of(row, key, where)
     if not isinstance(text, str):
-        raise BadRow(
-            "wrong type",
-            f"{where}: {key!r} must be JSON in a string, got {type(text).__name__}. Download the "
-            "file again.",
-        )
+        raise wrong_type(where, f"{key!r} must be JSON in a string", text)
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
@@ -310,63 +277,33 @@ def _turn(turn: object, where: str) -> Turn:
         case {"role": "user" | "agent" as role, "text": str(text)}:
             return Turn(role, text)
         case {"role": "agent", "api": dict(api)} if len(api) == 1:
-            ((name, arguments),) = api.items()
-            return Turn("agent", render_call(name, arguments))
+            return api_call(*next(iter(api.items())))
         case {"role": "api", "response": dict(response)} if len(response) == 1:
-            ((name, answer),) = response.items()
-            return Turn("api", render_answer(name, answer))
+            return api_answer(*next(iter(response.items())))
     raise BadRow(
         "not a turn",
-        f"{where}: not a turn: {json.dumps(turn)[:80]}. Expected a role (user, agent, api) with a "
-        "text, one api call or one api response.",
-    )
-
-
-def _rated_turn(row: dict[str, Any], where: str) -> Row:
-    turns = _parse(row, "context", where)
-    if not isinstance(turns, list):
-        raise BadRow(
-            "wrong type", f"{where}: 'context' must hold a list, got {type(turns).__name__}."
-        )
-    context = tuple(_turn(turn, where) for turn in turns)
-    response = (_turn(_parse(row, "generation", where), where),)
-    label = value_of(row, "reward", where)
-    if not isinstance(label, int | float) or label not in (0, 1):
-        raise BadRow("wrong type", f"{where}: 'reward' must be 0.0 or 1.0, got {label!r}.")
-    return Row(
-        context=context,
-        response=response,
-        label=float(label),
-        imitate=label == 1,
-        dialog=dialog_key(context, response),
-        where=where,
+        f"{where}: not a turn: {json.dumps(turn)[:80]}. Expected a role (user, agent, api) with a text, one api "
+        "call or one api response.",
     )
 
 
 def _dialog(row: dict[str, Any], where: str) -> Row:
     """Reads a dialog of TM-4 (``annotations``) or TM-3 (``apis``)."""
     turns: list[Turn] = []
-    spoken: list[str] = []
+    words: list[str] = []
     utterances = value_of(row, "utterances", where)
     if not isinstance(utterances, list):
-        raise BadRow(
-            "wrong type", f"{where}: 'utterances' must be a list, got {type(utterances).__name__}."
-        )
+        raise wrong_type(where, "'utterances' must be a list", utterances)
     for utterance in utterances:
         match utterance:
             case {"speaker": "user" | "assistant" as speaker, "text": str(text)}:
-                spoken.append(text)
+                words.append(text)
                 turns.append(Turn("user" if speaker == "user" else "agent", text))
                 turns += _calls(utterance, where)
             case _:
                 raise BadRow(
                     "not an utterance", f"{where}: not an utterance: {json.dumps(utterance)[:80]}."
                 )
-    # Some dialogs repeat another's words, with other order numbers in the API's answers.
-    return _demonstration(turns, json.dumps(spoken, ensure_ascii=False), where)
-
-
-def _demonstration(turns: list[Turn], dialog: str, where: str) -> Row:
     agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
     if not agent:
         raise BadRow(
@@ -374,14 +311,9 @@ def _demonstration(turns: list[Turn], dialog: str, where: str) -> Row:
             f"{where}: has no agent turn to imitate. Set on_bad_row: reject.",
         )
     # A tail that ends on the user or an API has no answer to learn.
-    return Row(
-        context=tuple(turns[: agent[0]]),
-        response=tuple(turns[agent[0] : agent[-1] + 1]),
-        label=None,
-        imitate=True,
-        dialog=dialog,
-        where=where,
-    )
+    context, response = tuple(turns[: agent[0]]), tuple(turns[agent[0] : agent[-1] + 1])
+    # Some dialogs repeat another's words, with other order numbers in the API's answers.
+    return Row(context, response, None, True, json.dumps(words, ensure_ascii=False), where)
 
 
 def _calls(utterance: Mapping[str, Any], where: str) -> list[Turn]:
@@ -392,20 +324,14 @@ def _calls(utterance: Mapping[str, Any], where: str) -> list[Turn]:
         case {"annotations": list(annotations)}:
             return _annotated_calls(annotations, where)
         case {"apis": other} | {"annotations": other}:
-            raise BadRow(
-                "wrong type",
-                f"{where}: 'apis' and 'annotations' must be lists, got {type(other).__name__}.",
-            )
+            raise wrong_type(where, "'apis' and 'annotations' must be lists", other)
     return []
 
 
 def _named_call(call: object, where: str) -> list[Turn]:
     match call:
         case {"name": str(name), "args": dict(arguments), "response": dict(response)}:
-            return [
-                Turn("agent", render_call(name, arguments)),
-                Turn("api", render_answer(name, response)),
-            ]
+            return [api_call(name, arguments), api_answer(name, response)]
     raise BadRow("not an API call", f"{where}: not an API call: {json.dumps(call)[:80]}.")
 
 
@@ -424,10 +350,9 @@ def _annotated_calls(annotations: list[object], where: str) -> list[Turn]:
     turns = []
     for call in calls.values():
         if "api_call" in call:
-            turns.append(Turn("agent", render_call(call["api_call"], _loaded(call, "request"))))
+            turns.append(api_call(call["api_call"], _loaded(call, "request")))
         if "api_response" in call:
-            answer = render_answer(call["api_response"], _loaded(call, "response"))
-            turns.append(Turn("api", answer))
+            turns.append(api_answer(call["api_response"], _loaded(call, "response")))
     return turns
 
 
@@ -439,62 +364,49 @@ def _loaded(call: dict[str, str], key: str) -> object:
         return call[key]
 
 
-def _ticketing_turns(fields: list[str], where: str) -> Row:
-    if len(fields) != 3:
+def _next_turns(cells: list[str], where: str) -> Row:
+    """Reads the agent's next turns after a history, of ticketing's tables."""
+    if len(cells) != 3:
         raise BadRow(
             "wrong number of columns",
-            f"{where}: expected 3 columns (context, target, conversation id), got "
-            f"{len(fields)}. Download the file again.",
+            f"{where}: expected 3 columns (context, target, conversation id), got {len(cells)}. Download the file "
+            "again.",
         )
-    latest, _, history = fields[0].partition("<C>")
-    context = [*_linear_turns(history, where), *_linear_turns(latest, where)]
-    target = _linear_turns(fields[1], where)
+    latest, _, history = cells[0].partition("<C>")
+    context = (*_tagged_turns(history, where), *_tagged_turns(latest, where))
+    target = tuple(_tagged_turns(cells[1], where))
     if any(turn.role != "agent" for turn in target):
         raise BadRow("no answer", f"{where}: the target holds a turn that is not the agent's.")
-    return Row(
-        context=tuple(context),
-        response=tuple(target),
-        label=None,
-        imitate=True,
-        dialog=fields[2],
-        where=where,
-    )
+    return Row(context, target, None, True, cells[2], where)
 
 
-def _linear_turns(text: str, where: str) -> list[Turn]:
+def _tagged_turns(text: str, where: str) -> list[Turn]:
     """Parses ``<U>text<PN>api<PAN>name<PAV>value``, in angle or square brackets, to turns."""
-    parts = _TAG.split(text)
-    if parts[0].strip():
-        raise BadRow("not a turn", f"{where}: text before the first tag: {parts[0][:80]!r}.")
-    turns: list[Turn] = []
-    api: tuple[Literal["agent", "api"], str, dict[str, list[str]]] | None = None
-    for tag, value in zip(parts[1::2], parts[2::2], strict=True):
-        if tag in ("PAN", "PRAN", "PAV", "PRAV"):
-            if api is None or (tag.endswith("V") and not api[2]):
-                raise BadRow("not a turn", f"{where}: <{tag}> without the name that it belongs to.")
-            if tag.endswith("N"):
-                api[2].setdefault(value, [])
-                key = value
-            else:
-                api[2][key].append(value)
+    before, *parts = _TAG.split(text)
+    if before.strip():
+        raise BadRow("not a turn", f"{where}: text before the first tag: {before[:80]!r}.")
+    tagged: list[tuple[str, str, dict[str, list[str]]]] = []
+    for tag, value in zip(parts[::2], parts[1::2], strict=True):
+        if not tag.endswith(("AN", "AV")):
+            tagged.append((tag, value, {}))
             continue
-        turns += _linear_api(api)
-        api = None
-        if tag in ("U", "A"):
-            turns.append(Turn("user" if tag == "U" else "agent", value))
-        elif tag in ("PN", "PR"):
-            api = ("agent" if tag == "PN" else "api", value, {})
-    return turns + _linear_api(api)
+        owner, _, values = tagged[-1] if tagged else ("", "", {})
+        if owner not in ("PN", "PR") or (tag.endswith("V") and not values):
+            raise BadRow("not a turn", f"{where}: <{tag}> without the name that it belongs to.")
+        if tag.endswith("N"):
+            values.setdefault(value, [])
+            name = value
+        else:
+            values[name].append(value)
+    return [_tagged_turn(*turn) for turn in tagged if turn[0] != "S"]
 
 
-def _linear_api(
-    api: tuple[Literal["agent", "api"], str, dict[str, list[str]]] | None,
-) -> list[Turn]:
-    if api is None:
-        return []
-    role, name, values = api
-    if role == "api":
-        return [Turn("api", render_answer(name, values))]
+def _tagged_turn(tag: str, text: str, values: dict[str, list[str]]) -> Turn:
+    if tag in ("U", "A"):
+        return Turn("user" if tag == "U" else "agent", text)
+    if tag == "PR":
+        return api_answer(text, values)
     # As in the rated rows: an argument is a string, a list only where it has several values.
-    arguments = {key: value[0] if len(value) == 1 else value for key, value in values.items()}
-    return [Turn("agent", render_call(name, arguments))]
+    return api_call(
+        text, {key: value[0] if len(value) == 1 else value for key, value in values.items()}
+    )

@@ -1,34 +1,55 @@
 r"""The transcripts of Anthropic's HH-RLHF: ``\n\nHuman: ...\n\nAssistant: ...``, and their pairs.
 
-A tag counts after a blank line only; ``Human:`` elsewhere is text. The prompt of a pair is the
-longest run of turns that both transcripts begin with, and has to be all of both but the last reply.
-Where a reply holds a tag of its own, one transcript has a turn more: what was compared is then not
-two replies to one prompt, and the pair is a bad row.
+Source: https://huggingface.co/datasets/Anthropic/hh-rlhf, MIT, Copyright (c) 2022 Anthropic; arXiv 2204.05862.
+
+A tag counts after a blank line only; ``Human:`` elsewhere is text. The prompt of a pair is the longest run of
+turns that both transcripts begin with, and has to be all of both but the last reply. Where a reply holds a tag of
+its own, one transcript has a turn more: what was compared is then not two replies to one prompt, and the pair is a
+bad row.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from lightning_perl.data.corpus import preference
+from lightning_perl.data.corpus import Corpus, Part, preference, text_of
+from lightning_perl.data.download import Remote
 from lightning_perl.data.rows import Pair, Turn
 from lightning_perl.data.tokenization import BadRow
 
 # A revision, so that the files behind the checksums stay.
-HUB = (
-    "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/"
-    "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
-)
+_HUB = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
 _TAG = re.compile(r"\n\n(Human|Assistant):")
+_SPLITS: tuple[Part, ...] = ("train", "test")
+
+
+def hh_corpus(name: str, *sums: str) -> Corpus:
+    """Returns a part of HH-RLHF, such as ``harmless-base``; ``sums`` are its files' SHA-256."""
+    files = [f"{name}/{split}.jsonl.gz" for split in _SPLITS]
+    return Corpus(
+        home=f"Download {' and '.join(files)} of https://huggingface.co/datasets/Anthropic/hh-rlhf (MIT) and put "
+        "the folder there.",
+        layouts=tuple(
+            tuple((split, f"{folder}/{split}.jsonl") for split in _SPLITS)
+            for folder in (f"hh-{name}", name)
+        ),
+        remotes=tuple(
+            Remote(file, f"{_HUB}/{file}", sha256) for file, sha256 in zip(files, sums, strict=True)
+        ),
+    )
+
+
+def chosen_and_rejected(row: Mapping[str, Any], where: str) -> Pair:
+    """Returns the pair of a row as Anthropic publishes it."""
+    chosen, rejected = (text_of(row, key, where, strip=False) for key in ("chosen", "rejected"))
+    return transcript_pair(chosen, rejected, where)
 
 
 def parse_transcript(text: str, where: str) -> tuple[Turn, ...]:
-    r"""Returns the turns of a transcript, without outer white space.
-
-    Args:
-        text: ``\n\nHuman: ...\n\nAssistant: ...``.
-        where: ``file:line``, for the error message.
+    """Returns the turns of a transcript, without outer white space.
 
     Raises:
         BadRow: Text before the first tag, or no tag at all.
@@ -37,12 +58,11 @@ def parse_transcript(text: str, where: str) -> tuple[Turn, ...]:
     if before.strip() or not parts:
         raise BadRow(
             "no transcript",
-            f"{where}: a transcript begins with a blank line and Human:, got {text[:40]!r}. Is this "
-            "the right file?",
+            f"{where}: a transcript begins with a blank line and Human:, got {text[:40]!r}. Is it the right file?",
         )
     return tuple(
-        Turn("user" if tag == "Human" else "agent", said.strip())
-        for tag, said in zip(parts[::2], parts[1::2], strict=True)
+        Turn("user" if tag == "Human" else "agent", words.strip())
+        for tag, words in zip(parts[::2], parts[1::2], strict=True)
     )
 
 
@@ -51,11 +71,6 @@ def transcript_pair(chosen: str, rejected: str, where: str) -> Pair:
 
     An empty reply is left for the encoder to reject, which needs no answers for prompts alone.
 
-    Args:
-        chosen: The transcript that was preferred.
-        rejected: The other one.
-        where: ``file:line``, for the error message.
-
     Raises:
         BadRow: No transcript, identical ones, or ones that differ before their last replies.
     """
@@ -63,8 +78,8 @@ def transcript_pair(chosen: str, rejected: str, where: str) -> Pair:
     if better != worse and better[:-1] != worse[:-1]:
         raise BadRow(
             "contexts differ before the last reply",
-            f"{where}: the transcripts differ before their last replies ({len(better)} and "
-            f"{len(worse)} turns): no pair of answers to one prompt. Set on_bad_row: reject.",
+            f"{where}: the transcripts differ before their last replies ({len(better)} and {len(worse)} turns), "
+            "so they are no answers to one prompt. Set on_bad_row: reject.",
         )
     context = better[:-1]
     if not context or (better[-1].role, worse[-1].role) != ("agent", "agent"):

@@ -113,18 +113,6 @@ def dialogue(number: int, several: bool = False) -> dict[str, str]:
     return row | dict.fromkeys(names, f"#Person2# wants tea {number}.")
 
 
-def conversation(number: int, messages: Sequence[tuple[str, str]]) -> str:
-    lines = "".join(
-        f'<message id="m{place}" date="2013-01-01" participant="{who}"><body>{said}</body></message>'
-        for place, (who, said) in enumerate(messages)
-    )
-    return (
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f'<conversation id="SMS_ENG_{number}" medium="SMS" donated="true">'
-        f"<messages>{lines}</messages></conversation>"
-    )
-
-
 def write_lines(file: Path, rows: Sequence[object]) -> Path:
     """Writes JSON lines, compressed where the name says so."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -162,10 +150,8 @@ def save_corpora(folder: Path, rows: int = 24) -> Path:
     write_lines(folder / "dialogsum/dialogsum.dev.jsonl.gz", [dialogue(n) for n in numbers])
     test = [dialogue(rows + number, several=True) for number in numbers]
     write_lines(folder / "dialogsum/dialogsum.test.jsonl.gz", test)
-    (folder / "bolt/data").mkdir(parents=True)
-    for number in numbers:
-        file = folder / f"bolt/data/SMS_ENG_{number}.xml"
-        file.write_text(conversation(number, [("1", f"tea {number}?"), ("2", "yes")]))
+    chats = [{"conversation": f"CONVERSATION:\n#Person1#: tea {n}?\n\nTL;DR:"} for n in numbers]
+    write_lines(folder / "bolt.jsonl", chats)
     ui = [{"context": f"open item {n}", "action": f"tap {n}", "correct": n % 2} for n in numbers]
     write_lines(folder / "ui_automation.jsonl", ui)
     view = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_perl.data import download
-from lightning_perl.data.download import Remote, fetch, fetch_all
+from lightning_perl.data.download import Remote, fetch_all
 
 ROWS = b'{"a": 1}\n' * 1000
 SHA = hashlib.sha256(ROWS).hexdigest()
@@ -47,29 +47,32 @@ def files(folder: Path) -> list[str]:
 
 def test_a_file_is_fetched_once(site: str, tmp_path: Path) -> None:
     remote = Remote("corpus/rows.jsonl", f"{site}/rows.jsonl", SHA)
-    file = fetch(remote, tmp_path / "data")
+    fetch_all([remote], tmp_path / "data")
+    file = tmp_path / "data/corpus/rows.jsonl"
     assert file.read_bytes() == ROWS
     assert files(tmp_path / "data") == ["corpus/rows.jsonl"]
     (tmp_path / "site/rows.jsonl").write_bytes(b"changed")
-    assert fetch(remote, tmp_path / "data").read_bytes() == ROWS
+    fetch_all([remote], tmp_path / "data")
+    assert file.read_bytes() == ROWS
 
 
 @pytest.mark.parametrize(("wanted", "present"), [("a.json", "a.json.gz"), ("a.json.gz", "a.json")])
 def test_a_file_and_its_gzip_are_one_file(tmp_path: Path, wanted: str, present: str) -> None:
     (tmp_path / present).touch()
-    assert fetch(Remote(wanted, "file:///nowhere"), tmp_path) == tmp_path / present
+    fetch_all([Remote(wanted, "file:///nowhere")], tmp_path)
+    assert files(tmp_path) == [present]
 
 
 def test_another_checksum_is_not_kept(site: str, tmp_path: Path) -> None:
     remote = Remote("rows.jsonl", f"{site}/rows.jsonl", "0" * 64)
-    with pytest.raises(ValueError, match=rf"{SHA}, expected 0{{64}}; nothing was kept"):
-        fetch(remote, tmp_path / "data")
+    with pytest.raises(ValueError, match=rf'expected "0{{64}}", got "{SHA}"\); nothing was kept'):
+        fetch_all([remote], tmp_path / "data")
     assert files(tmp_path / "data") == []
 
 
 def test_a_web_page_is_not_kept(site: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sent a web page in place of rows.jsonl; nothing was"):
-        fetch(Remote("rows.jsonl", f"{site}/page.jsonl"), tmp_path / "data")
+        fetch_all([Remote("rows.jsonl", f"{site}/page.jsonl")], tmp_path / "data")
     assert files(tmp_path / "data") == []
 
 
@@ -77,7 +80,7 @@ def test_without_a_network_the_error_says_what_to_put_where(site: str, tmp_path:
     for url in (f"{site}/none.jsonl", "http://127.0.0.1:9/rows.jsonl", "file:///nowhere/x"):
         words = rf"No .*data/c/rows.jsonl, .*Download {url} on .* put it at .*data/c/rows.jsonl"
         with pytest.raises(FileNotFoundError, match=words):
-            fetch(Remote("c/rows.jsonl", url), tmp_path / "data")
+            fetch_all([Remote("c/rows.jsonl", url)], tmp_path / "data")
     assert files(tmp_path / "data") == []
 
 
@@ -90,7 +93,7 @@ def test_a_server_that_is_silent_is_given_up(
         url = f"http://127.0.0.1:{server.server_port}/rows.jsonl"
         start = time.monotonic()
         with pytest.raises(FileNotFoundError, match="timed out"):
-            fetch(Remote("rows.jsonl", url), tmp_path)
+            fetch_all([Remote("rows.jsonl", url)], tmp_path)
         assert time.monotonic() - start < 5
     assert files(tmp_path) == []
 
@@ -100,4 +103,5 @@ def test_a_corpus_comes_whole_or_not_at_all(site: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none"):
         fetch_all(remotes, tmp_path / "data")
     assert files(tmp_path / "data") == []
-    assert fetch_all(remotes[:1], tmp_path / "data") == [tmp_path / "data/rows.jsonl"]
+    fetch_all(remotes[:1], tmp_path / "data")
+    assert files(tmp_path / "data") == ["rows.jsonl"]

@@ -133,7 +133,7 @@ def test_bad_rows_are_counted_or_raise_and_the_counts_add_up(build: Build, tmp_p
     bad: list[tuple[object, str, str]] = [
         ({**hh(0), "chosen": "x"}, "no transcript", "a transcript begins"),
         ({"rejected": "x"}, "missing key", "no key 'chosen'"),
-        ({**hh(0), "chosen": 3}, "wrong type", "'chosen' must be a string, got int"),
+        ({**hh(0), "chosen": 3}, "wrong type", "'chosen' must be a string, got 3"),
         ([1], "wrong type", "expected an object, got list"),
         ({**hh(0), "chosen": transcript("a", "b", "c", " ")}, "contexts differ", "differ before"),
         (

@@ -110,7 +110,7 @@ def test_shp_labels_point_at_the_better_comment(build: Build, tmp_path: Path) ->
         ({"labels": None}, "wrong type", "'labels' must be 0 or 1, got None"),
         ({"score_ratio": "3"}, "wrong type", "'score_ratio' must be a number, got '3'"),
         ({"history": " "}, "empty prompt", "empty prompt"),
-        ({"human_ref_A": None}, "wrong type", "'human_ref_A' must be a string, got NoneType"),
+        ({"human_ref_A": None}, "wrong type", "'human_ref_A' must be a string, got None"),
         ({"human_ref_B": "Eh.", "human_ref_A": "Eh. "}, "identical pair", "identical pair"),
     ],
 )

@@ -15,7 +15,6 @@ from lightning_perl.data.download import Remote
 from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn, first_row
 from tests.data.corpus_files import (
     comparison,
-    conversation,
     dialogue,
     human,
     judged,
@@ -23,7 +22,6 @@ from tests.data.corpus_files import (
     write_csv,
     write_lines,
 )
-from tests.data.counts import check_counts
 from tests.data.golden import assert_golden
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -176,57 +174,6 @@ def test_dialogs_keep_their_test_split_and_its_first_summary(
     assert "rows of the upstream" not in str(module.report)
 
 
-def test_bolt_conversations_are_prompts(build: Build, tmp_path: Path) -> None:
-    folder = tmp_path / "bolt/data/source"
-    folder.mkdir(parents=True)
-    said = [("118", "hi &amp; bye"), ("7", " so\n  much "), ("118", ""), ("7", "tea")]
-    (folder / "a.xml").write_text(conversation(1, said), encoding="utf-8")
-    # Messages without a body element.
-    (folder / "b.xml").write_text(
-        '<conversation id="c"><message participant="1">tea<b>!</b></message></conversation>'
-    )
-    (folder / "c.xml").write_text("<conversation><message>")
-    (folder / "d.xml").write_text(conversation(4, [("1", " ")]))
-    (folder / "e.xml").write_bytes(b"<a>\xff</a>")
-    for number in range(10, 20):
-        (folder / f"{number}.xml").write_text(conversation(number, [("1", f"tea {number}")]))
-    module = build("bolt", rows="prompts", max_tokens=256)
-    module.setup()
-    assert module.report.rejected == {"broken XML": 1, "not UTF-8": 1, "empty prompt": 1}
-    assert module.report.rows == 15
-    assert module.splits is not None
-    texts = {
-        first_row(item).where.rpartition("/")[2]: first_row(item).context
-        for split in module.splits
-        for item in split
-    }
-    assert texts["a.xml"] == (
-        Turn(
-            "user",
-            "CONVERSATION:\n#Person1#: hi & bye\n#Person2#: so much\n#Person2#: tea\n\nTL;DR:",
-        ),
-    )
-    assert texts["b.xml"] == (Turn("user", "CONVERSATION:\n#Person1#: tea!\n\nTL;DR:"),)
-    with pytest.raises(ValueError, match=r"c.xml:1: broken XML \(.*Unpack it again"):
-        build("bolt", rows="prompts", on_bad_row="raise").read()
-    for file in ("c.xml", "d.xml", "e.xml"):
-        (folder / file).unlink()
-    for data, reason in (
-        (gzip.compress(conversation(5, said).encode())[:-9], "truncated gzip"),
-        (gzip.compress(b"<html></html>"), "web page"),
-        (gzip.compress(b""), "empty file"),
-    ):
-        (folder / "f.xml.gz").write_bytes(data)
-        module = build("bolt", rows="prompts", max_tokens=256)
-        module.setup()
-        assert module.report.rejected == {reason: 1}
-        check_counts(module.report, 13)
-        with pytest.raises(ValueError, match=r"f.xml.gz:[13]: "):
-            build("bolt", rows="prompts", on_bad_row="raise").read()
-    with pytest.raises(ValueError, match="bolt has conversations without summaries"):
-        build("bolt")
-
-
 def test_what_is_missing_is_fetched_or_named(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[Remote] = []
     monkeypatch.setattr(corpus, "fetch_all", lambda remotes, _: wanted.extend(remotes))
@@ -242,17 +189,17 @@ def test_what_is_missing_is_fetched_or_named(build: Build, monkeypatch: pytest.M
         with pytest.raises(FileNotFoundError, match=r"No .*\. Download .*https://"):
             build(name).read()
     wanted.clear()
-    for name, words in (("bolt", "licensed, .*get LDC2018T19"), ("tldr_human", "no official")):
-        module = build(name, rows="prompts")
-        with pytest.raises(FileNotFoundError, match=words):
-            module.prepare_data()
-        with pytest.raises(FileNotFoundError, match=words):
-            module.read()
+    module = build("tldr_human")
+    for act in (module.prepare_data, module.read):
+        with pytest.raises(FileNotFoundError, match="no official"):
+            act()
     assert not wanted
 
 
 def test_an_unknown_corpus_is_refused(build: Build) -> None:
-    with pytest.raises(ValueError, match=r"data.corpus must be one of \['bolt', .*, got 'cnn'"):
+    with pytest.raises(
+        ValueError, match=r"data.corpus must be one of \['comparisons', .*, got 'cnn'"
+    ):
         build("cnn")
 
 

@@ -385,7 +385,7 @@ def test_rows_that_are_not_the_corpus_name_file_and_row(
 @pytest.mark.parametrize(
     ("utterances", "words"),
     [
-        ("hello", "'utterances' must be a list, got str"),
+        ("hello", "'utterances' must be a list, got 'hello'"),
         ([{"speaker": "cook", "text": "x"}], "not an utterance: .*cook"),
         ([{"speaker": "user", "text": "x", "annotations": [{"name": 1}]}], "not an annotation"),
         ([{"speaker": "user", "text": "x", "annotations": 1}], "'apis' and 'annotations' must be"),
