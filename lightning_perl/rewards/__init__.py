@@ -1,8 +1,13 @@
 """Rewards that are Python functions, beside the learned one."""
 
-from lightning_perl.rewards.brevity import Brevity
 from lightning_perl.rewards.function import RewardFunction, checked_scores
-from lightning_perl.rewards.verifiable import ExactAnswer, MatchesPattern, RepeatsPrompt, ValidJson
+from lightning_perl.rewards.verifiable import (
+    Brevity,
+    ExactAnswer,
+    MatchesPattern,
+    RepeatsPrompt,
+    ValidJson,
+)
 
 __all__ = [
     "Brevity",

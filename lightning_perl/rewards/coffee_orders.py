@@ -1,6 +1,6 @@
 """The true quality of an answer to an order of the quickstart's made-up coffee bar.
 
-The orders and answers themselves were written by ``benchmarks/coffee_world.py``, which judges with this file too.
+``benchmarks/coffee_world.py`` wrote the orders and answers, and judges with this file too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
-from lightning_perl.rewards.function import RewardFunction
+from lightning_perl.rewards.function import EachAlone
 
 Mentions: TypeAlias = Mapping[str, Sequence[str]]
 """The words with which a text names each part of an order; ``temperature`` is hot unless the text says iced."""
@@ -108,7 +108,7 @@ def quality(order: Mentions, answer: str) -> float:
     return sum(weight * graded[part] for part, weight in WEIGHTS.items())
 
 
-class CoffeeOrderQuality(RewardFunction):
+class CoffeeOrderQuality(EachAlone):
     r"""The gold reward of the quickstart: the quality of an answer to a coffee order.
 
     The order is read out of the prompt's last user turn. See :func:`parts` for what is rewarded.
@@ -128,26 +128,17 @@ class CoffeeOrderQuality(RewardFunction):
             raise ValueError(f"CoffeeOrderQuality.scale must be above 0, got {scale}.")
         self.scale = scale
 
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
-    ) -> Sequence[float]:
-        """Returns each response's quality times ``scale``.
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """Returns the response's quality times ``scale``.
 
         Raises:
-            ValueError: A prompt's last user turn is no coffee order.
+            ValueError: The prompt's last user turn is no coffee order.
         """
-        return [
-            self.scale * quality(_order_of(prompt, row), response)
-            for prompt, response, row in zip(prompts, responses, rows, strict=True)
-        ]
-
-
-def _order_of(prompt: str, row: int) -> Mentions:
-    request = prompt.rpartition("User:")[2].removesuffix("Agent:")
-    order = parse_order(request)
-    if order is None:
-        raise ValueError(
-            f"CoffeeOrderQuality: no single coffee order in prompt {row}, which ends {request[-80:]!r}. It judges "
-            "answers to the quickstart's coffee orders alone: use their data, or leave out gold."
-        )
-    return order
+        request = prompt.rpartition("User:")[2].removesuffix("Agent:")
+        order = parse_order(request)
+        if order is None:
+            raise ValueError(
+                f"CoffeeOrderQuality: no single coffee order in prompt {row}, which ends {request[-80:]!r}. It "
+                "judges answers to the quickstart's coffee orders alone: use their data, or leave out gold."
+            )
+        return self.scale * quality(order, response)

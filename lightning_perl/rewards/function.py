@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
-
-SHOWN = 80
-"""Characters of a response that an error message shows."""
 
 
 class RewardFunction(Protocol):
@@ -17,31 +15,35 @@ class RewardFunction(Protocol):
     a checker; it must not depend on the other rows of a call. Any callable will do. To name a class
     or a function in a YAML (``class_path: package.module.name``), give it exactly these argument
     names and types (``Sequence[float]``, not ``list[float]``): jsonargparse compares them.
-
-    Example:
-        >>> class Brevity:
-        ...     def __call__(self, prompts, responses, rows):
-        ...         return [-float(len(response)) for response in responses]
-        >>> shortest_wins: RewardFunction = Brevity()
-        >>> shortest_wins(["Hi"], ["Hello!"], [0])
-        [-6.0]
     """
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
     ) -> Sequence[float]:
-        """Returns one score per response; higher is better.
+        """Returns one score per response, a finite number; higher is better.
 
         Args:
             prompts: The prompts as the policy read them, decoded without special tokens.
             responses: The answers, decoded without special tokens; may be empty or garbage.
             rows: The prompts' numbers, :attr:`~lightning_perl.batches.PromptBatch.row`. They count
                 the prompts of one split, so they name a prompt only within it.
-
-        Returns:
-            As many finite numbers as there are responses.
         """
         ...
+
+
+class EachAlone(RewardFunction):
+    """A reward that scores each response by itself; subclasses fill :meth:`score`."""
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+    ) -> Sequence[float]:
+        """Returns a score per response."""
+        texts = zip(prompts, responses, rows, strict=True)
+        return [float(self.score(prompt, response, row)) for prompt, response, row in texts]
+
+    @abstractmethod
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """Returns the score of one response; the row is for messages only."""
 
 
 def checked_scores(
@@ -51,14 +53,7 @@ def checked_scores(
     responses: Sequence[str],
     rows: Sequence[int],
 ) -> list[float]:
-    """What ``function`` gives, one finite number per response.
-
-    Args:
-        function: The reward.
-        argument: The module's argument that named it, for messages.
-        prompts: As the function wants them.
-        responses: As the function wants them.
-        rows: As the function wants them.
+    """Returns what ``function`` gives, one finite number per response; ``argument`` names it in messages.
 
     Raises:
         ValueError: It raised, or gave another count, or something that is no finite number.
@@ -82,7 +77,7 @@ def checked_scores(
 
 def _finite(score: object, who: str, place: str) -> float:
     wanted = "it must give a finite number"
-    # float() reads "3" too; whoever returns texts has parsed the wrong thing.
+    # float() would read "3" too.
     if isinstance(score, str | bytes):
         raise ValueError(f"{who} gave {score!r} for {place}; {wanted}.")
     try:
@@ -107,4 +102,4 @@ def _where_it_raises(
 
 
 def _place(row: int, response: str) -> str:
-    return f"row {row}, response {response[:SHOWN]!r}"
+    return f"row {row}, response {response[:80]!r}"

@@ -1,37 +1,49 @@
-"""Rewards that a program can check: 1 for right, 0 for wrong, or the share that is right."""
+"""Rewards that a program can check: 1 for right, 0 for wrong, or the share that is right; and a price of words."""
 
 from __future__ import annotations
 
 import json
 import re
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_perl.rewards.function import RewardFunction
+from lightning_perl.rewards.function import EachAlone
 
 
-class EachAlone(RewardFunction):
-    """A reward that scores each response by itself; subclasses fill `score`."""
+class Brevity(EachAlone):
+    """0 up to ``words`` words, and minus ``price`` for every further word.
 
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
-    ) -> Sequence[float]:
-        """Returns a score per response; see `RewardFunction`."""
-        texts = zip(prompts, responses, rows, strict=True)
-        return [float(self.score(prompt, response, row)) for prompt, response, row in texts]
+    Against answers that grow because a learned reward likes length.
 
-    @abstractmethod
+    Args:
+        words: Number of words, between white space, that cost nothing.
+        price: Cost of each further word.
+
+    Example:
+        >>> Brevity(words=2, price=0.5)(["Hi"] * 2, ["Hello there", "Hello to all of you"], [0, 1])
+        [0.0, -1.5]
+    """
+
+    def __init__(self, words: int, price: float = 0.1) -> None:
+        if words < 0 or not price > 0:
+            raise ValueError(
+                f"Brevity: words must be at least 0 and price above 0, got {words} and {price}."
+            )
+        self.words = words
+        self.price = price
+
     def score(self, prompt: str, response: str, row: int) -> float:
-        """Score of one response; the row is for messages only."""
+        """The response's price, 0 or less."""
+        over = max(0, len(response.split()) - self.words)
+        return -self.price * over if over else 0.0
 
 
 class MatchesPattern(EachAlone):
     r"""1 where the response matches a regular expression, else 0: the form of an answer.
 
     Args:
-        pattern: In Python's syntax; ``.`` matches line breaks too.
-        whole: The whole response must match, white space around it aside. False: a part will do.
+        pattern: Regular expression in Python's syntax; ``.`` matches line breaks too.
+        whole: Whether the whole response must match, white space around it aside. False: a part may.
 
     Example:
         >>> MatchesPattern(r"The answer is \d+\.")(["2 + 2?"] * 2, ["The answer is 4.", "4"], [0, 0])
@@ -52,7 +64,7 @@ class ValidJson(EachAlone):
     """1 where the response is JSON, and an object with certain keys if there are any, else 0.
 
     Args:
-        keys: What the object must have. Empty: any JSON will do.
+        keys: Keys that the object must have. Empty: any JSON is right.
 
     Example:
         >>> ValidJson(["size"])(["?"] * 3, ['{"size": "large"}', '{"size"', "[]"], [0, 0, 0])
@@ -81,12 +93,12 @@ class ExactAnswer(EachAlone):
     prompt in another split. Case, white space and a final full stop do not count.
 
     Args:
-        file: JSONL, a question and its answer per line.
-        prompt_key: Where the question stands: a text that the decoded prompt contains. The longest
-            one that it contains is meant.
-        answer_key: Where the answer stands.
-        pattern: What of the response is its answer: the last match's first group, for example
-            ``####\s*(.+)``. None: the whole response.
+        file: JSON lines, each with a question and its answer.
+        prompt_key: Key of the question, a text that the decoded prompt contains. The longest one
+            that it contains counts.
+        answer_key: Key of the answer.
+        pattern: Regular expression that finds the answer in the response: the last match's first
+            group counts, for example ``####\s*(.+)``. None: the whole response.
     """
 
     def __init__(
@@ -114,19 +126,19 @@ class ExactAnswer(EachAlone):
 
     def _wanted(self, prompt: str, row: int) -> str:
         text = _plain(prompt)
-        known = max((one for one in self.answers if one in text), key=len, default=None)
-        if known is None:
+        question = max((known for known in self.answers if known in text), key=len, default=None)
+        if question is None:
             raise ValueError(
                 f"ExactAnswer: no question of {self.file} is in prompt {row}, which ends "
                 f"{prompt[-80:]!r}. Were prompts cut (data.max_tokens), or is it another file's?"
             )
-        return self.answers[known]
+        return self.answers[question]
 
     def _given(self, response: str) -> str | None:
         if self.pattern is None:
             return _bare(response)
-        found = [match.group(1) for match in self.pattern.finditer(response)]
-        return _bare(found[-1] or "") if found else None
+        answers = [match.group(1) for match in self.pattern.finditer(response)]
+        return _bare(answers[-1] or "") if answers else None
 
 
 class RepeatsPrompt(EachAlone):
@@ -136,9 +148,9 @@ class RepeatsPrompt(EachAlone):
     Case does not count; a thing asked for twice counts once; 1 where the pattern finds nothing.
 
     Args:
-        pattern: In Python's syntax, for example ``\b(small|medium|large|latte|mocha)s?\b``. Where it
-            has groups, the first one is what must be repeated.
-        turns: Read only the last so many lines of the prompt that are not empty; 0 reads them all.
+        pattern: Regular expression of what must be repeated, its first group if it has any; for
+            example ``\b(small|medium|large|latte|mocha)s?\b``.
+        turns: How many of the prompt's last lines to read, empty ones aside. 0: all of them.
 
     Example:
         >>> kept = RepeatsPrompt(r"\b(small|large|latte|mocha)\b")
@@ -160,8 +172,8 @@ class RepeatsPrompt(EachAlone):
 
     def _found(self, text: str) -> set[str]:
         group = min(self.pattern.groups, 1)
-        found = (match.group(group) for match in self.pattern.finditer(text))
-        return {one.casefold() for one in found if one}
+        words = (match.group(group) for match in self.pattern.finditer(text))
+        return {word.casefold() for word in words if word}
 
 
 def _compiled(owner: str, pattern: str, flags: int = re.DOTALL) -> re.Pattern[str]:
