@@ -203,17 +203,6 @@ def test_files_that_cannot_be_read_stop_or_are_one_bad_row(
         check_counts(module.report, 10)
 
 
-def test_half_of_utf8_is_a_bad_row(build: Build, tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "harmless-base/train.jsonl", [hh(n) for n in range(9)])
-    file.write_bytes(file.read_bytes().replace(b"bread 4", b"bread \xe4"))
-    module = build()
-    module.setup()
-    assert module.report.rejected == {"not UTF-8": 1}
-    assert module.report.rows == 9
-    with pytest.raises(ValueError, match=r"train.jsonl:5: not UTF-8 \(byte 0xe4\)"):
-        build(on_bad_row="raise").setup()
-
-
 def test_prompts_need_no_replies(build: Build, tmp_path: Path) -> None:
     empty = {"chosen": transcript("a", ""), "rejected": transcript("a", "b")}
     write_lines(tmp_path / "harmless-base/train.jsonl", [*(hh(n) for n in range(9)), empty])

@@ -117,17 +117,6 @@ def test_repeated_rows_are_used_once_and_conflicts_counted(build: Build, tmp_pat
     assert module.report.rejected == {"conflicting labels": 2}
 
 
-def test_empty_answers_are_counted_or_raise(build: Build, tmp_path: Path) -> None:
-    file = tmp_path / "taskmaster-coffee/reward/reward_00.json"
-    write(file, [*thumbs(), rated([GREETING, user("hi")], agent(""), 0.0)])
-    module = build(demonstrations=False)
-    module.setup()
-    assert module.report.rejected == {"empty answer": 1}
-    assert "rejected: 1 empty answer" in str(module.report)
-    with pytest.raises(ValueError, match=r"reward_00.json:41: empty answer"):
-        build(demonstrations=False, on_bad_row="raise").setup()
-
-
 def test_empty_contexts_and_empty_api_names_are_rows(build: Build, tmp_path: Path) -> None:
     empty = [rated([], agent("We open at 8.")), rated([], {"role": "agent", "api": {"": {}}})]
     write(tmp_path / "taskmaster-coffee/reward/reward_00.json", [*thumbs(), *empty])
@@ -418,30 +407,6 @@ def test_a_live_tokenizer_will_do_and_held_out_rows_come_in_order(
         assert len(batches) == 3
 
 
-def test_broken_files_name_file_and_line(build: Build, tmp_path: Path) -> None:
-    module = build(demonstrations=False, on_bad_row="raise")
-    file = tmp_path / "taskmaster-coffee/reward/reward_00.json"
-    file.parent.mkdir(parents=True)
-    file.write_text('[\n{"context": oops}]')
-    with pytest.raises(ValueError, match=r"reward_00.json:2: broken JSON \(Expecting value"):
-        module.read()
-    file.write_bytes(b"[\n\xff]")
-    with pytest.raises(ValueError, match=r"reward_00.json:2: not UTF-8 \(byte 0xff\)"):
-        module.read()
-    file.write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"reward_00.json:1: expected an array of rows, got dict"):
-        module.read()
-    file.write_text("<!doctype html><title>404</title>")
-    with pytest.raises(ValueError, match=r"reward_00.json:1: a web page in place of data"):
-        module.read()
-    file.unlink()
-    whole = gzip.compress(b"[]")
-    for data in (whole[:-4], whole[:10] + b"\xff" + whole[11:]):
-        file.with_name("reward_00.json.gz").write_bytes(data)
-        with pytest.raises(ValueError, match=r"reward_00.json.gz:1: not a whole gzip file"):
-            module.read()
-
-
 def test_broken_files_among_good_ones_are_a_rejection_each(build: Build, tmp_path: Path) -> None:
     folder = tmp_path / "taskmaster-coffee"
     write(folder / "reward/reward_00.json", thumbs(10))
@@ -460,20 +425,6 @@ def test_broken_files_among_good_ones_are_a_rejection_each(build: Build, tmp_pat
         build(demonstrations=False).setup()
 
 
-def test_a_table_keeps_the_rows_before_its_break(build: Build, tmp_path: Path) -> None:
-    folder = tmp_path / "taskmaster-ticketing/sft"
-    folder.mkdir(parents=True)
-    lines = [f"<U>ticket {n} please<C>\t<A>Which theater?\tdlg-{n}\n" for n in range(9)]
-    lines[6] = f'"{lines[6]}'
-    (folder / "train-aa.tsv").write_text("".join(lines))
-    module = build(task="ticketing", thumbs=False)
-    module.setup()
-    assert module.report.rejected == {"broken table": 1}
-    check_counts(module.report, 7)
-    with pytest.raises(ValueError, match=r"train-aa.tsv:7: broken table"):
-        build(task="ticketing", thumbs=False, on_bad_row="raise").setup()
-
-
 def test_deep_json_names_file_and_line(build: Build, tmp_path: Path) -> None:
     deep = "[" * 9000 + "]" * 9000
     module = build(demonstrations=False, on_bad_row="raise")
@@ -486,16 +437,6 @@ def test_deep_json_names_file_and_line(build: Build, tmp_path: Path) -> None:
     write(file, [thumbs(1)[0], {**thumbs(1)[0], "generation": deep}])
     with pytest.raises(ValueError, match=r"json:2: 'generation' holds broken JSON \(nested too"):
         build(demonstrations=False, on_bad_row="raise").read()
-
-
-def test_half_a_surrogate_pair_is_counted_or_raises(build: Build, tmp_path: Path) -> None:
-    broken = rated([GREETING, user("hi \ud800")], agent("x"))
-    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", [*thumbs(), broken])
-    module = build(demonstrations=False)
-    module.setup()
-    assert module.report.rejected == {"half a surrogate pair": 1}
-    with pytest.raises(ValueError, match=r"reward_00.json:41: half a surrogate pair"):
-        build(demonstrations=False, on_bad_row="raise").setup()
 
 
 @pytest.mark.parametrize(("dialogs", "sizes"), [(1, [1, 0, 0]), (3, [2, 1, 0]), (10, [8, 1, 1])])
