@@ -1,6 +1,6 @@
 """Helpful replies: Anthropic's HH-RLHF helpful-base, and Stanford's SHP from Reddit.
 
-Sources: :mod:`lightning_perl.data.transcripts`; https://huggingface.co/datasets/stanfordnlp/SHP, MIT for the
+Sources: :mod:`lightning_perl.data.harmlessness`; https://huggingface.co/datasets/stanfordnlp/SHP, MIT for the
 collection, the posts under Reddit's terms, Ethayarajh et al. 2022.
 """
 
@@ -22,8 +22,8 @@ from lightning_perl.data.corpus import (
     wrong_type,
 )
 from lightning_perl.data.download import Remote
+from lightning_perl.data.harmlessness import chosen_and_rejected, hh_corpus, transcript_pair
 from lightning_perl.data.rows import Item, Pair
-from lightning_perl.data.transcripts import chosen_and_rejected, hh_corpus, transcript_pair
 
 _SUBREDDITS = (
     "askacademia askanthropology askbaking askcarguys askculinary askdocs askengineers askhistorians askhr "

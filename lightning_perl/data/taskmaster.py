@@ -204,10 +204,8 @@ class TaskmasterDataModule(ConversationDataModule):
         test = set(sorted(held, key=stable_hash)[::2]) if len(held) > 1 else set()
         for row in kept:
             dialog = first_row(row).dialog
-            split = (
-                splits.test if dialog in test else splits.val if dialog in held else splits.train
-            )
-            split.append(row)
+            held_splits = splits.test if dialog in test else splits.val
+            (held_splits if dialog in held else splits.train).append(row)
 
     def _divide_thumbs(self, items: list[Item], splits: Splits) -> None:
         rows = self.distinct(items)
@@ -280,11 +278,11 @@ def _turn(turn: object, where: str) -> Turn:
             return api_call(*next(iter(api.items())))
         case {"role": "api", "response": dict(response)} if len(response) == 1:
             return api_answer(*next(iter(response.items())))
-    raise BadRow(
-        "not a turn",
-        f"{where}: not a turn: {json.dumps(turn)[:80]}. Expected a role (user, agent, api) with a text, one api "
-        "call or one api response.",
-    )
+    raise _not_a("turn", turn, where)
+
+
+def _not_a(kind: str, value: object, where: str) -> BadRow:
+    return BadRow(f"not a {kind}", f"{where}: not a {kind}: {json.dumps(value)[:80]}.")
 
 
 def _dialog(row: dict[str, Any], where: str) -> Row:
@@ -301,15 +299,10 @@ def _dialog(row: dict[str, Any], where: str) -> Row:
                 turns.append(Turn("user" if speaker == "user" else "agent", text))
                 turns += _calls(utterance, where)
             case _:
-                raise BadRow(
-                    "not an utterance", f"{where}: not an utterance: {json.dumps(utterance)[:80]}."
-                )
+                raise _not_a("spoken utterance", utterance, where)
     agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
     if not agent:
-        raise BadRow(
-            "dialog without an agent turn",
-            f"{where}: has no agent turn to imitate. Set on_bad_row: reject.",
-        )
+        raise BadRow("dialog without an agent turn", f"{where}: no agent turn to imitate.")
     # A tail that ends on the user or an API has no answer to learn.
     context, response = tuple(turns[: agent[0]]), tuple(turns[agent[0] : agent[-1] + 1])
     # Some dialogs repeat another's words, with other order numbers in the API's answers.
@@ -332,7 +325,7 @@ def _named_call(call: object, where: str) -> list[Turn]:
     match call:
         case {"name": str(name), "args": dict(arguments), "response": dict(response)}:
             return [api_call(name, arguments), api_answer(name, response)]
-    raise BadRow("not an API call", f"{where}: not an API call: {json.dumps(call)[:80]}.")
+    raise _not_a("call of an API", call, where)
 
 
 def _annotated_calls(annotations: list[object], where: str) -> list[Turn]:
@@ -343,10 +336,7 @@ def _annotated_calls(annotations: list[object], where: str) -> list[Turn]:
             case {"name": str(name), "value": str(value), "context": str(context)}:
                 calls.setdefault(context.rsplit("_", 1)[-1], {})[name] = value
             case _:
-                raise BadRow(
-                    "not an annotation",
-                    f"{where}: not an annotation: {json.dumps(annotation)[:80]}.",
-                )
+                raise _not_a("named annotation", annotation, where)
     turns = []
     for call in calls.values():
         if "api_call" in call:
@@ -367,11 +357,8 @@ def _loaded(call: dict[str, str], key: str) -> object:
 def _next_turns(cells: list[str], where: str) -> Row:
     """Reads the agent's next turns after a history, of ticketing's tables."""
     if len(cells) != 3:
-        raise BadRow(
-            "wrong number of columns",
-            f"{where}: expected 3 columns (context, target, conversation id), got {len(cells)}. Download the file "
-            "again.",
-        )
+        wanted = "expected 3 columns (context, target, conversation id)"
+        raise BadRow("wrong number of columns", f"{where}: {wanted}, got {len(cells)}.")
     latest, _, history = cells[0].partition("<C>")
     context = (*_tagged_turns(history, where), *_tagged_turns(latest, where))
     target = tuple(_tagged_turns(cells[1], where))

@@ -13,9 +13,9 @@ import pytest
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import HarmlessnessDataModule, corpus
 from lightning_perl.data.download import Remote
+from lightning_perl.data.harmlessness import parse_transcript, transcript_pair
 from lightning_perl.data.rows import Item, Pair, Turn, first_row
 from lightning_perl.data.tokenization import BadRow
-from lightning_perl.data.transcripts import parse_transcript, transcript_pair
 from tests.data.corpus_files import hh, transcript, write_lines
 from tests.data.counts import check_counts
 from tests.data.golden import assert_golden, rejected_lines

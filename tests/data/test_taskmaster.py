@@ -375,10 +375,16 @@ def test_rows_that_are_not_the_corpus_name_file_and_row(
     ("utterances", "words"),
     [
         ("hello", "'utterances' must be a list, got 'hello'"),
-        ([{"speaker": "cook", "text": "x"}], "not an utterance: .*cook"),
-        ([{"speaker": "user", "text": "x", "annotations": [{"name": 1}]}], "not an annotation"),
+        ([{"speaker": "cook", "text": "x"}], "not a spoken utterance: .*cook"),
+        (
+            [{"speaker": "user", "text": "x", "annotations": [{"name": 1}]}],
+            "not a named annotation",
+        ),
         ([{"speaker": "user", "text": "x", "annotations": 1}], "'apis' and 'annotations' must be"),
-        ([{"speaker": "user", "text": "x", "apis": [{"name": "book"}]}], "not an API call: .*book"),
+        (
+            [{"speaker": "user", "text": "x", "apis": [{"name": "book"}]}],
+            "not a call of an API: .*book",
+        ),
     ],
 )
 def test_dialogs_that_are_not_the_corpus_name_file_and_row(
