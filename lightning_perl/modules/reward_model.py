@@ -54,8 +54,8 @@ class Scoring(Supervised):
         settings: Arguments of `Supervised` and `AdapterModule`.
     """
 
-    lm_weight: float
-    reward_weight: float
+    lm_weight: float = 1.0
+    reward_weight: float = 1.0
 
     def __init__(
         self,
@@ -70,7 +70,9 @@ class Scoring(Supervised):
         for name, weight in (("positive_weight", positive_weight), ("center_coef", center_coef)):
             require_weight(name, weight)
         super().__init__(trunk, **settings)
-        self.add_reward_head(head_learning_rate)
+        dtype = torch.promote_types(self.trunk.dtype, torch.float32)
+        self.reward_head = ScalarHead(self.trunk.hidden_size, self.seed).to(dtype)
+        self.head_learning_rate = head_learning_rate
         self.margin = margin
         self.positive_weight = positive_weight
         self.center_coef = center_coef
@@ -81,20 +83,22 @@ class Scoring(Supervised):
         self.mean_lm = MeanMetric(nan_strategy=float("nan"))
         self.mean_reward = MeanMetric(nan_strategy=float("nan"))
 
-    def weigh(self, lm_weight: float, reward_weight: float) -> None:
-        """Set the weights of the two losses; an LM weight of 0 costs nothing."""
-        self.lm_weight, self.reward_weight = lm_weight, reward_weight
-        self.needs_ratings = bool(self.heads())
+    def heads(self) -> dict[str, ScalarHead]:
+        """The reward head, unless nothing ever trains it."""
+        return {"reward": self.reward_head} if self.reward_weight > 0 else {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trunk or its adapter, and the head."""
+        rate = {} if self.head_learning_rate is None else {"lr": self.head_learning_rate}
+        head = {"name": "head", "params": list(self.reward_head.parameters()), **rate}
+        return [*super().parameter_groups(), head]
 
     # ---- the objective ---------------------------------------------------------------------------
 
     def score_of(self, hidden: Tensor, batch: RatedBatch) -> Tensor:
         """Scores of rows whose last hidden states are known. Shape: ``(B,)``."""
-        if self.reward_head is None:
-            raise RuntimeError(f"{type(self).__name__} has no reward head.")
-        scores: Tensor = self.reward_head(
-            at_last_response(hidden, sequences_of(batch).response_mask)
-        )
+        last = at_last_response(hidden, sequences_of(batch).response_mask)
+        scores: Tensor = self.reward_head(last)
         return scores
 
     def scores(self, batch: RatedBatch) -> Tensor:
@@ -173,7 +177,7 @@ class Scoring(Supervised):
     def validation_step(self, batch: RatedBatch, batch_idx: int) -> None:
         """Loss per token weighted by tokens, reward loss by rated rows, and the scores' measures."""
         lm_loss, lm_tokens, reward_loss, scores, _ = self.losses(batch)
-        rated = int(batch.labelled.sum()) + len(batch.pairs)
+        rated = self.ratings(batch)
         if lm_tokens > 0:
             options = {"batch_size": int(lm_tokens), "on_epoch": True}
             self.log(f"{self.held_out}/lm_loss", lm_loss, prog_bar=True, **options)  # type: ignore[arg-type]
@@ -253,10 +257,9 @@ class Scoring(Supervised):
                 f"normalize_scores: the scores of {len(scores)} demonstrations have standard deviation "
                 f"{deviation}; nothing can be scaled by that."
             )
-        head = self.heads()["reward"]
         with torch.no_grad():
-            head.weight.div_(deviation)
-            head.bias.sub_(mean).div_(deviation)
+            self.reward_head.weight.div_(deviation)
+            self.reward_head.bias.sub_(mean).div_(deviation)
         return mean, deviation
 
     def _demonstrations(self) -> Iterator[RatedBatch]:
@@ -328,7 +331,7 @@ class RewardModel(Scoring):
             # No loss ever reads the LM head; where it is the embedding too, it is trained as that.
             self.trunk.requires_grad_(False)
             self.trunk.model.base_model.requires_grad_(True)
-        self.weigh(lm_weight, 1.0)
+        self.lm_weight = lm_weight
 
 
 class HydraSFT(Scoring):
@@ -353,11 +356,11 @@ class HydraSFT(Scoring):
     ) -> None:
         require_weight("reward_weight", reward_weight)
         super().__init__(trunk, lora=lora, **settings)
-        self.weigh(1.0, reward_weight)
-
-    def heads(self) -> dict[str, ScalarHead]:
-        """The reward head, unless nothing ever trained it."""
-        return super().heads() if self.reward_weight > 0 else {}
+        if self.normalize_scores and reward_weight == 0:
+            raise ValueError(
+                "normalize_scores needs a trained reward head: set reward_weight above 0."
+            )
+        self.reward_weight = reward_weight
 
 
 def require_weight(name: str, weight: float | None) -> None:

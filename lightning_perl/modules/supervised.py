@@ -35,10 +35,11 @@ def sequences_of(batch: RatedBatch) -> Sequences:
 
 
 class Supervised(AdapterModule):
-    """One trunk, tuned whole or by one adapter, perhaps with a reward head. Leaves fill `objective`.
+    """One trunk, tuned whole or by one adapter. Leaves fill `objective`.
 
     A leaf names its adapter in ``adapter_name``. What it hands over is the trunk with the adapter merged in, or
-    with ``keeps_adapter`` the adapter alone. With ``needs_ratings`` an epoch without a thumb or pair is refused.
+    with ``keeps_adapter`` the adapter alone. With ``needs_ratings`` (pairwise methods) a step without `ratings`
+    moves nothing and is counted, and an epoch without any is refused.
 
     Args:
         trunk: Folder or hub name of a decoder.
@@ -53,6 +54,7 @@ class Supervised(AdapterModule):
     rows: ClassVar[Literal["rated", "prompts"]] = "rated"
     adapter_name: ClassVar[str] = "sft"
     keeps_adapter: ClassVar[bool] = False
+    needs_ratings: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -69,7 +71,8 @@ class Supervised(AdapterModule):
             raise ValueError(NO_QUANTIZED_TUNING)
         self.guard = FiniteGuard()
         self.rated = 0
-        self.needs_ratings = False
+        self.unrated_steps = 0
+        self._ratings_of_step = 0
         self.trunk: Trunk = load_trunk(
             unpackaged(trunk),
             self.trunk_dtype,
@@ -80,23 +83,23 @@ class Supervised(AdapterModule):
         )
         self.adapter = self.adapter_name if lora else OFF
         self.share_prompts = share_prompts
-        self.reward_head: ScalarHead | None = None
-        self.head_learning_rate: float | None = None
         self.trunk.requires_grad_(lora is None)
         if lora is not None:
             self.trunk.adapters.add(self.adapter, lora, self.seed)
             # Fresh layers come in train mode; dropout belongs to training passes.
             self.trunk.eval()
 
-    def add_reward_head(self, learning_rate: float | None) -> None:
-        """A fresh scalar head, at least fp32, with a learning rate of its own or the optimizer's."""
-        dtype = torch.promote_types(self.trunk.dtype, torch.float32)
-        self.reward_head = ScalarHead(self.trunk.hidden_size, self.seed).to(dtype)
-        self.head_learning_rate = learning_rate
-
     @abstractmethod
     def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
         """Loss and named statistics of a batch."""
+
+    def ratings(self, batch: RatedBatch) -> int:
+        """Number of thumbs and pairs in the batch; a pairwise method counts pairs alone."""
+        return int(batch.labelled.sum()) + len(batch.pairs)
+
+    def heads(self) -> dict[str, ScalarHead]:
+        """The heads that are trained and handed over, by name."""
+        return {}
 
     # ---- what objectives are made of -------------------------------------------------------------
 
@@ -125,9 +128,18 @@ class Supervised(AdapterModule):
         logprobs = self.token_logprobs(self.hidden(batch, adapter), batch)
         return masked_row_sums(logprobs, sequences_of(batch).response_mask)
 
-    def heads(self) -> dict[str, ScalarHead]:
-        """The heads that are handed over, by name."""
-        return {} if self.reward_head is None else {"reward": self.reward_head}
+    @torch.no_grad()
+    def reference_logprobs(self, batch: RatedBatch) -> Tensor:
+        """`response_logprobs` of the trunk without its adapter.
+
+        Raises:
+            RuntimeError: The trunk itself is tuned, so that it is no reference.
+        """
+        if self.adapter == OFF:
+            raise RuntimeError(
+                f"{type(self).__name__} tunes the whole trunk, so there is no reference. Give `lora`."
+            )
+        return self.response_logprobs(batch, OFF)
 
     # ---- Lightning -------------------------------------------------------------------------------
 
@@ -142,7 +154,9 @@ class Supervised(AdapterModule):
 
     def training_step(self, batch: RatedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of a batch, and the tokens of its rows (a shared prompt's in each row)."""
-        self.rated += int(batch.labelled.sum()) + len(batch.pairs)
+        ratings = self.ratings(batch)
+        self.rated += ratings
+        self._ratings_of_step += ratings
         with self.trunk.training_pass():
             loss, stats = self.objective(batch)
         self.log_stats({f"train/{key}": value for key, value in stats.items()}, len(batch.ids))
@@ -157,18 +171,23 @@ class Supervised(AdapterModule):
         """
         # A dry run reads a batch or two of the epoch, perhaps none of them rated.
         dry: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.needs_ratings and self.rated == 0 and not dry:
+        if (self.needs_ratings or self.heads()) and self.rated == 0 and not dry:
+            outcome = "its reward head is still random" if self.heads() else "it learned nothing"
             raise ValueError(
-                f"{type(self).__name__} saw no thumb and no pair in a whole epoch, so its reward head is "
-                "still random. Give rows with `label` or with `chosen` and `rejected`; for demonstrations "
-                "alone use SFT."
+                f"{type(self).__name__} saw no thumb and no pair in a whole epoch, so {outcome}. Give rows "
+                "with `label` or with `chosen` and `rejected`; for demonstrations alone use SFT."
             )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave out a step whose gradient is not finite: without gradients nothing moves."""
-        if not self.guard(clip_by_group(optimizer, {})):
+        """Leave out a step whose gradient is not finite or comes from no rating: nothing moves without it."""
+        unrated = self.needs_ratings and self._ratings_of_step == 0
+        self._ratings_of_step = 0
+        if unrated or not self.guard(clip_by_group(optimizer, {})):
             optimizer.zero_grad(set_to_none=True)
         self.log("train/skipped_steps", float(self.guard.skipped))
+        if self.needs_ratings:
+            self.unrated_steps += unrated
+            self.log("train/unrated_steps", float(self.unrated_steps))
 
     def optimizer_step(
         self,
@@ -185,20 +204,19 @@ class Supervised(AdapterModule):
         """Also how many ratings were seen: the rest of an epoch may have none."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rated"] = self.rated
+        if self.needs_ratings:
+            checkpoint["unrated_steps"] = self.unrated_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
         super().on_load_checkpoint(checkpoint)
         self.rated = checkpoint.get("rated", 0)
+        self.unrated_steps = checkpoint.get("unrated_steps", 0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trunk or its adapter, and the head."""
-        trained = [one for one in self.trunk.parameters() if one.requires_grad]
-        groups: list[dict[str, Any]] = [{"name": "trunk", "params": trained}]
-        if self.reward_head is not None:
-            rate = {} if self.head_learning_rate is None else {"lr": self.head_learning_rate}
-            groups.append({"name": "head", "params": list(self.reward_head.parameters()), **rate})
-        return groups
+        """The trunk or its adapter."""
+        trained = [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
+        return [{"name": "trunk", "params": trained}]
 
     # ---- handing over ----------------------------------------------------------------------------
 

@@ -90,6 +90,11 @@ def test_demonstrations_are_not_judged(plain_trunk: Path) -> None:
     assert loss == SFT(str(plain_trunk)).objective(batch)[0]
 
 
+def test_a_head_that_is_never_trained_cannot_be_normalized(plain_trunk: Path) -> None:
+    with pytest.raises(ValueError, match="normalize_scores needs a trained reward head"):
+        HydraSFT(str(plain_trunk), reward_weight=0.0, normalize_scores=True)
+
+
 def test_head_has_its_own_learning_rate(plain_trunk: Path) -> None:
     module = HydraSFT(str(plain_trunk), tiny.LORA, head_learning_rate=0.5)
     rates = {group["name"]: group["lr"] for group in tiny.one_optimizer(module).param_groups}

@@ -19,6 +19,7 @@ from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.optim import HostAdamW
 from tests.modules import tiny
+from tests.modules.test_pairwise_floor import Dpo
 
 
 def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -39,6 +40,7 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "SFT": lambda trunk: SFT(trunk, DROPOUT),
     "HydraSFT": lambda trunk: HydraSFT(trunk, DROPOUT, scheduler=halving),
     "RewardModel": lambda trunk: RewardModel(trunk, DROPOUT),
+    "DPO": lambda trunk: Dpo(trunk, DROPOUT),
     "HydraPPO": lambda trunk: HydraPPO(trunk, **RL),
     "HydraPPO, moments on the host": lambda trunk: HydraPPO(
         trunk, **RL, optimizer=lambda params: HostAdamW(params, lr=1e-3)
