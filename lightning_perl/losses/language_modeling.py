@@ -16,7 +16,7 @@ def cross_entropy(
     """Mean negative log-likelihood of the tokens that count, in nats per token.
 
     Args:
-        logprobs: Of the text's own tokens. Shape: ``(B, R)``.
+        logprobs: Log-probabilities of the text's own tokens. Shape: ``(B, R)``.
         mask: True on the tokens to imitate. Shape: ``(B, R)``, bool.
         denominator: Divides the sum instead of the number of tokens (see `masked_mean`).
 

@@ -47,8 +47,8 @@ def clipped_surrogate(
     """``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``, Eq. 7, as a token mean.
 
     Args:
-        logprobs: Of the policy being trained. Shape: ``(B, R)``.
-        old_logprobs: Of the policy that sampled. Shape: ``(B, R)``.
+        logprobs: Log-probabilities of the policy being trained. Shape: ``(B, R)``.
+        old_logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
         advantages: Shape: ``(B, R)``.
         response_mask: Shape: ``(B, R)``, bool.
         clip_range: The paper's epsilon.
@@ -80,7 +80,7 @@ def clipped_value_loss(
     """``0.5 max((V - G)^2, (clip(V, V_old - e, V_old + e) - G)^2)`` as a token mean.
 
     Args:
-        values: Of the critic being trained. Shape: ``(B, R)``.
+        values: Values of the critic being trained. Shape: ``(B, R)``.
         old_values: When the rollout was scored. Shape: ``(B, R)``.
         returns: What they are fitted to. Shape: ``(B, R)``.
         response_mask: Shape: ``(B, R)``, bool.

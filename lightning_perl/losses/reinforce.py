@@ -19,7 +19,7 @@ def policy_gradient(
     """``-sum_t log pi(a_t|s_t) * stopgrad(Z_t - V(s_t))``, divided.
 
     Args:
-        logprobs: Of the policy being trained, which is the one that sampled. Shape: ``(B, R)``.
+        logprobs: Log-probabilities of the policy being trained, which is the one that sampled. Shape: ``(B, R)``.
         advantages: ``Z_t - V(s_t)``; no gradient flows into them. Shape: ``(B, R)``.
         response_mask: Shape: ``(B, R)``, bool.
         denominator: The paper's sum over tokens and mean over episodes: episodes of the whole
@@ -40,10 +40,10 @@ def baseline_loss(
     """``sum_t (Z_t - V(s_t))^2``, divided; not halved and not clipped.
 
     Args:
-        values: Of the critic being trained. Shape: ``(B, R)``.
+        values: Values of the critic being trained. Shape: ``(B, R)``.
         returns: ``Z_t``; no gradient flows into them. Shape: ``(B, R)``.
         response_mask: Shape: ``(B, R)``, bool.
-        denominator: As in `policy_gradient`.
+        denominator: Divides the sum, see `policy_gradient`.
 
     Returns:
         Shape: ``()``.

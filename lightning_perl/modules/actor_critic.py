@@ -71,7 +71,7 @@ class ActorCritic(OnPolicy):
         """The critic's loss on a micro-batch before ``value_coef``, and statistics; see `policy_loss`.
 
         Args:
-            values: Of the critic being trained. Shape: ``(B, R)``.
+            values: Values of the critic being trained. Shape: ``(B, R)``.
             experience: The micro-batch.
             size: How much the whole minibatch holds.
         """
@@ -116,8 +116,8 @@ class ActorCritic(OnPolicy):
         Args:
             rollout: What was sampled.
             scored: Without values, the scores final.
-            backward: As in `update`.
-            by_length: As in `update`.
+            backward: ``loss.backward()``, or Lightning's.
+            by_length: Micro-batches are of rows of similar length, which looks at tensors' values.
 
         Returns:
             ``scored`` with values; and the statistics of the value loss, for `update`.

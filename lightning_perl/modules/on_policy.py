@@ -159,7 +159,7 @@ class OnPolicy(Evaluation):
         """The policy's loss on a micro-batch as its share of the minibatch's mean, and statistics.
 
         Args:
-            logprobs: Of the policy being trained. Shape: ``(B, R)``.
+            logprobs: Log-probabilities of the policy being trained. Shape: ``(B, R)``.
             experience: The micro-batch.
             size: How much the whole minibatch holds. Divided by it, losses and statistics of the
                 micro-batches add up to the minibatch's mean over tokens or episodes, as the leaf chooses.
@@ -209,7 +209,7 @@ class OnPolicy(Evaluation):
 
         Args:
             experience: What is learned from.
-            optimizer: Of `parameter_groups`.
+            optimizer: Optimizer over `parameter_groups`.
             backward: ``loss.backward()``, or Lightning's.
             first_read: Called once, with the first answers of the policy.
             accept: Asked before every step.

@@ -236,7 +236,7 @@ class Scoring(Supervised):
         the scale is that of Ziegler et al. (1909.08593).
 
         Args:
-            batches: Their rows with ``imitate`` count.
+            batches: Batches whose rows with ``imitate`` are the demonstrations.
 
         Returns:
             Mean and standard deviation of the scores before.

@@ -139,7 +139,7 @@ def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str
     """Clip each parameter group's gradient norm on its own.
 
     Args:
-        optimizer: Its groups carry names.
+        optimizer: An optimizer whose groups carry names.
         limits: Largest norm by group name; groups that are not named are measured only.
 
     Returns:
