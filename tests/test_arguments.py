@@ -22,8 +22,6 @@ DATAMODULES = [
     and not inspect.isabstract(kind)
 ]
 CLASSES = [*MODULES, *DATAMODULES]
-FIXED = {"adapter"}
-"""Arguments of bases that every leaf sets itself, so that no user can."""
 NOT_STORED = {"optimizer", "scheduler", "gold", "reward_function"}
 """Functions, which a checkpoint could not be read back with."""
 each_class = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
@@ -38,7 +36,7 @@ def declared(kind: type) -> dict[str, str]:
             found |= {
                 argument.name: str(argument.annotation)
                 for argument in arguments
-                if argument.kind is not argument.VAR_KEYWORD and argument.name not in FIXED
+                if argument.kind is not argument.VAR_KEYWORD
             }
     return found
 
@@ -87,5 +85,5 @@ def test_misspelt_and_mistyped_keys_are_refused_by_name(kind: type) -> None:
 def test_hyperparameters_hold_every_argument(kind: type[LightningModule]) -> None:
     with weightless(LlamaSizes(16, 1, 2, 32, 64).config()):
         module = kind(trunk="trunk")
-    assert set(module.hparams) - FIXED == set(declared(kind)) - NOT_STORED
+    assert set(module.hparams) == set(declared(kind)) - NOT_STORED
     assert module.hparams["trunk"] == "trunk"
