@@ -5,8 +5,8 @@ texts of harmless-base are offensive and upsetting on purpose.
 
 A transcript is ``\n\nHuman: ...\n\nAssistant: ...``. A tag counts after a blank line only; ``Human:`` elsewhere
 is text. The prompt of a pair is the longest run of turns that both transcripts begin with, and has to be all of
-both but the last reply. Where a reply holds a tag of its own, one transcript has a turn more: what was compared is then
-not two replies to one prompt, and the pair is a bad row.
+both but the last reply. Where a reply holds a tag of its own, one transcript has a turn more: what was compared
+is then not two replies to one prompt, and the pair is a bad row.
 """
 
 from __future__ import annotations

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from lightning_perl.batches import PromptBatch, RatedBatch
-from lightning_perl.data import HarmlessnessDataModule, corpus
+from lightning_perl.data import (
+    CorpusDataModule,
+    HarmlessnessDataModule,
+    HelpfulnessDataModule,
+    corpus,
+)
 from lightning_perl.data.download import Remote
 from lightning_perl.data.harmlessness import parse_transcript, transcript_pair
 from lightning_perl.data.rows import Item, Pair, Turn, first_row
@@ -21,7 +26,6 @@ from tests.data.counts import check_counts
 from tests.data.golden import assert_golden, rejected_lines
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-REAL = SHARED / "hh-harmless-base/test.jsonl.gz"
 Build = Callable[..., HarmlessnessDataModule]
 
 
@@ -246,42 +250,63 @@ def test_bad_arguments_are_refused(build: Build, arguments: dict[str, Any], word
         build(**arguments)
 
 
-def test_real_counts_and_lines_are_those_of_the_corpus(
-    build: Build, monkeypatch: pytest.MonkeyPatch
+Real = tuple[type[CorpusDataModule], Path, dict[str, list[int]], int]
+REAL: list[Real] = [
+    (
+        HarmlessnessDataModule,
+        SHARED / "hh-harmless-base/test.jsonl.gz",
+        {
+            "contexts differ before the last reply": [1255, 1689, 1951, 1953, 2037],
+            "empty answer": [87, 517, 926, 1104],
+        },
+        2_312,
+    ),
+    (
+        HelpfulnessDataModule,
+        SHARED / "hh-helpful-base/test.jsonl.gz",
+        {
+            "contexts differ before the last reply": [
+                *(169, 355, 568, 743, 960, 1011, 1166, 1307, 1450),
+            ],
+            "empty answer": [121, 740, 1214, 2063],
+        },
+        2_352,
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "file", "rejected", "rows"), REAL)
+def test_real_counts_and_lines_and_three_rows_from_raw_text_to_tokens_and_back(
+    tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[CorpusDataModule],
+    file: Path,
+    rejected: dict[str, list[int]],
+    rows: int,
 ) -> None:
-    if not REAL.is_file():
+    if not file.is_file():
         pytest.skip("needs ../shared/data")
-    module = build(data_dir=SHARED, max_tokens=8_000, max_response_tokens=4_000)
+    module = kind(str(tokenizer_dir), SHARED, max_tokens=8_000, max_response_tokens=4_000)
     lines = rejected_lines(module, monkeypatch)
     module.setup()
-    report = module.report
-    assert lines == {
-        "contexts differ before the last reply": [1255, 1689, 1951, 1953, 2037],
-        "empty answer": [87, 517, 926, 1104],
-    }
+    report, splits = module.report, module.splits
+    assert lines == rejected
     assert (report.duplicates, report.conflicts) == (0, 0)
-    assert report.rows == 2_312 == sum(split.kept for split in report.splits.values()) + 9
-    splits = module.splits
+    bad = sum(map(len, rejected.values()))
+    assert report.rows == rows == sum(split.kept for split in report.splits.values()) + bad
     assert splits is not None
     groups = [{first_row(item).dialog for item in split} for split in splits]
     assert sum(map(len, groups)) == len(set.union(*groups))
     assert all(len(split) > 200 for split in splits)
-
-
-def test_three_real_rows_from_raw_text_to_tokens_and_back(build: Build) -> None:
-    if not REAL.is_file():
-        pytest.skip("needs ../shared/data")
-    raw = [json.loads(line) for line in gzip.decompress(REAL.read_bytes()).split(b"\n")[:3]]
-    module = build(data_dir=SHARED)
-    items = pairs([item for split in module.read() for item in split])
-    by_place = {item.chosen.where: item for item in items}
+    raw = [json.loads(line) for line in gzip.decompress(file.read_bytes()).split(b"\n")[:3]]
+    by_place = {item.chosen.where: item for split in splits for item in pairs(split)}
     for number, row in enumerate(raw, start=1):
-        pair = by_place[f"{REAL}:{number}"]
-        for side, text in ((pair.chosen, row["chosen"]), (pair.rejected, row["rejected"])):
+        pair = by_place[f"{file}:{number}"]
+        texts = row["text"] if "text" in row else (row["chosen"], row["rejected"])
+        for side, text in zip((pair.chosen, pair.rejected), texts, strict=True):
             assert_golden(module, side, module.encoder.encode(side, 4_000, 2_000))
             assert side.response[0].text == text.rpartition("\n\nAssistant:")[2].strip()
             tags = {"user": "Human", "agent": "Assistant"}
-            again = "".join(
-                f"\n\n{tags[turn.role]}: {turn.text}" for turn in (*side.context, *side.response)
-            )
+            turns = (*side.context, *side.response)
+            again = "".join(f"\n\n{tags[turn.role]}: {turn.text}" for turn in turns)
             assert again.split() == text.split()

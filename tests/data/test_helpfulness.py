@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,7 @@ from lightning_perl.data import HelpfulnessDataModule, corpus
 from lightning_perl.data.download import Remote
 from lightning_perl.data.rows import Item, Pair, Splits, Turn
 from tests.data.corpus_files import hh, scored, shp, write_lines
-from tests.data.golden import assert_golden, rejected_lines
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-REAL = SHARED / "hh-helpful-base/test.jsonl.gz"
 Build = Callable[..., HelpfulnessDataModule]
 
 
@@ -155,35 +150,3 @@ def test_what_is_missing_is_fetched_or_named(build: Build, monkeypatch: pytest.M
 def test_bad_arguments_are_refused(build: Build, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build(**arguments)
-
-
-def test_real_counts_and_lines_are_those_of_the_corpus(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not REAL.is_file():
-        pytest.skip("needs ../shared/data")
-    module = build(data_dir=SHARED, max_tokens=8_000, max_response_tokens=4_000)
-    lines = rejected_lines(module, monkeypatch)
-    module.setup()
-    report = module.report
-    assert lines == {
-        "contexts differ before the last reply": [
-            *(169, 355, 568, 743, 960, 1011, 1166, 1307, 1450),
-        ],
-        "empty answer": [121, 740, 1214, 2063],
-    }
-    assert (report.duplicates, report.conflicts) == (0, 0)
-    assert report.rows == 2_352 == sum(split.kept for split in report.splits.values()) + 13
-
-
-def test_three_real_rows_from_raw_text_to_tokens_and_back(build: Build) -> None:
-    if not REAL.is_file():
-        pytest.skip("needs ../shared/data")
-    raw = [json.loads(line) for line in gzip.decompress(REAL.read_bytes()).split(b"\n")[:3]]
-    module = build(data_dir=SHARED)
-    by_place = {pair.chosen.where: pair for pair in pairs(module.read())}
-    for number, row in enumerate(raw, start=1):
-        pair = by_place[f"{REAL}:{number}"]
-        for side, text in zip((pair.chosen, pair.rejected), row["text"], strict=True):
-            assert_golden(module, side, module.encoder.encode(side, 4_000, 2_000))
-            assert side.response[0].text == text.rpartition("\n\nAssistant:")[2].strip()

@@ -18,7 +18,7 @@ from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import TaskmasterDataModule, taskmaster
 from lightning_perl.data.download import Remote
 from lightning_perl.data.folds import assign_folds, hold_out
-from lightning_perl.data.rows import Item, Pair, Row, Turn
+from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn
 from lightning_perl.data.taskmaster import dialog_key
 from tests.data.counts import check_counts
 from tests.data.golden import assert_golden
@@ -483,28 +483,24 @@ def real(tokenizer_dir: Path, task: str, **arguments: Any) -> TaskmasterDataModu
     return TaskmasterDataModule(data_dir=SHARED, **defaults | arguments)
 
 
-def test_real_coffee_thumbs(tokenizer_dir: Path) -> None:
+def test_real_coffee_thumbs(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = real(tokenizer_dir, "coffee", demonstrations=False)
+    labels: Counter[float | None] = Counter()
+    divide = module._divide_thumbs
+
+    def count_and_divide(items: list[Item], splits: Splits) -> None:
+        labels.update(row.label for row in single(items))
+        divide(items, splits)
+
+    monkeypatch.setattr(module, "_divide_thumbs", count_and_divide)
     rows = read_all(module)
+    assert labels == {1.0: 2_775, 0.0: 453}
     assert len(rows) == 2_997
     assert module.report.duplicates == 231
     assert not module.report.rejected
-    assert 2_997 + 231 == 3_228
     assert sum(not row.context for row in rows) == 6
     # 881 groups of the first two turns, the six empty contexts being one of them.
     assert len({row.dialog for row in rows if row.context}) == 880
-
-
-def test_real_coffee_labels_with_repetitions(
-    tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = real(tokenizer_dir, "coffee", demonstrations=False)
-    labels: Counter[float | None] = Counter()
-    monkeypatch.setattr(
-        module, "_divide_thumbs", lambda rows, _: labels.update(row.label for row in rows)
-    )
-    module.read()
-    assert labels == {1.0: 2_775, 0.0: 453}
 
 
 def test_real_ticketing_thumbs(tokenizer_dir: Path) -> None:
