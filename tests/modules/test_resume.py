@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data.loaders import BucketBatches, ResumableLoader
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, Reinforce, RewardModel
@@ -54,103 +54,61 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
 BATCHES = 4
 
 
-def one_prompt_batch(seeds: list[int]) -> PromptBatch:
-    return tiny.prompts(5, seeds[0])
-
-
-def one_rated_batch(seeds: list[int]) -> RatedBatch:
-    return tiny.rated(6, seeds[0], pairs=seeds[0] % 3)
-
-
 def loader_for(module: AdapterModule) -> ResumableLoader:
     """Four batches in an order that changes with the epoch."""
-    collate = one_prompt_batch if isinstance(module, OnPolicy) else one_rated_batch
+    batches = tiny.batches_for(module, BATCHES)
     sampler = BucketBatches([1] * BATCHES, 1, seed=3, bucket=False)
-    return ResumableLoader(list(range(BATCHES)), sampler, collate)
-
-
-class SaveAfter(Callback):
-    """Writes one checkpoint after a number of batches, and ends there if asked."""
-
-    def __init__(self, path: Path, batches: int, stop: bool) -> None:
-        self.path, self.left, self.stop = path, batches, stop
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        self.left -= 1
-        if self.left == 0:
-            trainer.save_checkpoint(self.path)
-            if self.stop:
-                raise KilledError
+    return ResumableLoader(batches, sampler, itemgetter(0))
 
 
 class KilledError(Exception):
     """The process dies here."""
 
 
-class Losses(Callback):
-    """Keeps what was logged of every batch."""
+class Watch(Callback):
+    """Keeps what was logged of every batch; after ``killed_after`` of them it saves and dies."""
 
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
+    def __init__(self, path: Path, killed_after: int | None = None) -> None:
+        self.path, self.killed_after = path, killed_after
+        self.logged: list[dict[str, float]] = []
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        logged = trainer.callback_metrics.items()
-        self.seen.append({key: float(value) for key, value in logged})
+    def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
+        metrics = trainer.callback_metrics.items()
+        self.logged.append({key: float(value) for key, value in metrics})
+        if len(self.logged) == self.killed_after:
+            trainer.save_checkpoint(self.path)
+            raise KilledError
 
 
-def moments(trainer: Trainer) -> list[torch.Tensor]:
-    """Every tensor of the optimizer's state."""
-    return [
-        value
-        for state in trainer.optimizers[0].state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
-
-
-@pytest.mark.parametrize("killed_after", [2, 4, 5], ids=["inside", "at the end", "second epoch"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_resumed_run_is_the_uninterrupted_one(
-    kind: str, killed_after: int, hydra_trunk: Path, tmp_path: Path
-) -> None:
-    def run(seed: int, *callbacks: Callback, **options: Any) -> tuple[Trainer, AdapterModule]:
+def test_resumed_run_is_the_uninterrupted_one(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    def run(seed: int, watch: Watch, **options: Any) -> tuple[Trainer, AdapterModule]:
         torch.manual_seed(seed)
         module = MAKERS[kind](str(hydra_trunk))
-        trainer, _ = tiny.quiet_trainer(tmp_path, *callbacks, max_epochs=2)
+        trainer, _ = tiny.quiet_trainer(tmp_path, watch, max_epochs=2)
         trainer.fit(module, loader_for(module), **options)
         return trainer, module
 
-    straight, resumed, path = Losses(), Losses(), tmp_path / "killed.ckpt"
+    path = tmp_path / "killed.ckpt"
+    straight = Watch(path)
     whole, expected = run(1, straight)
-    with pytest.raises(KilledError):
-        run(1, SaveAfter(path, killed_after, stop=True))
-    # Another process draws other numbers before it resumes.
-    again, module = run(2, resumed, ckpt_path=path, weights_only=True)
-    assert resumed.seen == straight.seen[killed_after:]
-    assert again.global_step == whole.global_step
-    assert tiny.changed(tiny.weights(expected), module) == set()
-    ours, theirs = moments(again), moments(whole)
-    assert len(ours) == len(theirs) > 0
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    rates = [[group["lr"] for group in one.optimizers[0].param_groups] for one in (again, whole)]
-    assert rates[0] == rates[1]
-    if isinstance(module, OnPolicy) and isinstance(expected, OnPolicy):
-        assert module.rollout_index == expected.rollout_index == 2 * BATCHES
-        assert (module.episodes, module.tokens) == (expected.episodes, expected.tokens)
+    for killed_after in (2, BATCHES, BATCHES + 1):  # inside, at the end, in the second epoch
+        with pytest.raises(KilledError):
+            run(1, Watch(path, killed_after))
+        # Another process draws other numbers before it resumes.
+        resumed = Watch(path)
+        again, module = run(2, resumed, ckpt_path=path, weights_only=True)
+        assert resumed.logged == straight.logged[killed_after:]
+        assert again.global_step == whole.global_step
+        assert tiny.changed(tiny.weights(expected), module) == set()
+        tiny.assert_equal_moments(again, whole)
+        rates = [
+            [group["lr"] for group in one.optimizers[0].param_groups] for one in (again, whole)
+        ]
+        assert rates[0] == rates[1]
+        if isinstance(module, OnPolicy) and isinstance(expected, OnPolicy):
+            assert module.rollout_index == expected.rollout_index == 2 * BATCHES
+            assert (module.episodes, module.tokens) == (expected.episodes, expected.tokens)
 
 
 @pytest.mark.parametrize("kind", ["HydraSFT", "HydraPPO"])

@@ -180,6 +180,26 @@ def quiet_trainer(root: Path, *callbacks: Callback, **options: Any) -> TrainerFo
     return TrainerFolder(Trainer(**{**settings, **options}), Path(logger.log_dir))
 
 
+def fit(
+    module: LightningModule,
+    root: Path,
+    batches: Sequence[Any],
+    *callbacks: Callback,
+    **options: Any,
+) -> TrainerFolder:
+    """Trains on ready batches."""
+    run = quiet_trainer(root, *callbacks, **options)
+    run.trainer.fit(module, Batches(batches))
+    return run
+
+
+def batches_for(module: AdapterModule, count: int = 2) -> list[PromptBatch] | list[RatedBatch]:
+    """Prompts, or rows of which none, two and four stand in pairs."""
+    if isinstance(module, OnPolicy):
+        return [prompts(4, seed) for seed in range(count)]
+    return [rated(6, seed, pairs=seed % 3) for seed in range(count)]
+
+
 def hydra(trunk: Path, **options: Any) -> PPO:
     """PPO on one trunk, float64 unless said otherwise, gradients unclipped."""
     settings: dict[str, Any] = {
@@ -213,6 +233,17 @@ def changed(before: dict[str, Tensor], module: LightningModule) -> set[str]:
     """Names of the weights that are not bit-equal any more."""
     after = module.state_dict()
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def assert_equal_moments(trainer: Trainer, other: Trainer) -> None:
+    """Both optimizers hold the same tensors, bit for bit."""
+    ours, theirs = (
+        [value for state in one.optimizers[0].state.values() for value in state.values()
+         if isinstance(value, Tensor)]
+        for one in (trainer, other)
+    )  # fmt: skip
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
 
 
 def rehearse(
