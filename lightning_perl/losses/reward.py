@@ -15,24 +15,14 @@ from lightning_perl.functional.masked import masked_mean
 
 
 class PairStats(NamedTuple):
-    """What a batch of pairs looked like.
-
-    Attributes:
-        accuracy: Share of pairs whose chosen answer scores higher; a tie counts half.
-        margin: Mean of ``chosen - rejected``.
-    """
+    """Share of pairs whose chosen answer scores higher (a tie counts half), and mean ``chosen - rejected``."""
 
     accuracy: Tensor
     margin: Tensor
 
 
 class ThumbStats(NamedTuple):
-    """What a batch of thumbs looked like.
-
-    Attributes:
-        accuracy: Share of labelled rows on the right side of 0.
-        score: Mean score of the labelled rows.
-    """
+    """Share of labelled rows whose score is on the right side of 0, and their mean score."""
 
     accuracy: Tensor
     score: Tensor
@@ -65,14 +55,8 @@ def centering(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """``(r_w + r_l)^2``: keeps a pair's scores around 0, which Bradley-Terry leaves anywhere.
 
     The regularizer of Eisenstein et al. (2312.09244), to be added with a small coefficient; TRL, where it
-    is ``center_rewards_coefficient``, recommends 0.01.
-
-    Args:
-        chosen_scores: Shape: ``(K,)``.
-        rejected_scores: Shape: ``(K,)``.
-
-    Returns:
-        Mean over the pairs, shape ``()``; 0 without pairs.
+    is ``center_rewards_coefficient``, recommends 0.01. Scores have the shape ``(K,)``; the mean over the pairs is
+    0 without pairs.
     """
     return ((chosen_scores + rejected_scores) ** 2).sum() / max(chosen_scores.shape[0], 1)
 

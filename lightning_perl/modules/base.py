@@ -36,18 +36,11 @@ torch.serialization.add_safe_globals([LoraSpec, SamplingSpec, Shortcuts])
 def default_optimizer(learning_rate: float) -> OptimizerCallable:
     """AdamW without weight decay, every value written; epsilon 1e-5 (2403.17031, detail 17).
 
-    Fused: the step makes no copies of all weights, as PyTorch's default on CUDA does.
-
-    A lambda, so that another optimizer chosen in YAML inherits none of these values.
+    Fused: the step makes no copies of all weights, as PyTorch's default on CUDA does. A lambda, so that another
+    optimizer chosen in YAML inherits none of these values.
     """
-    return lambda params: torch.optim.AdamW(
-        params,
-        lr=learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-5,
-        weight_decay=0.0,
-        fused=True,
-    )
+    values = {"betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0.0, "fused": True}
+    return lambda params: torch.optim.AdamW(params, lr=learning_rate, **values)  # type: ignore[arg-type]
 
 
 Stats = dict[str, Tensor]
@@ -133,7 +126,7 @@ class AdapterModule(LightningModule, ABC):
         return [Handover()]
 
     def setup(self, stage: str) -> None:
-        """Refuse trainer settings that would spoil the numbers."""
+        """Refuse trainer settings and data that would make the numbers wrong."""
         precision = self.trainer.precision
         if precision != "32-true":
             raise MisconfigurationException(
@@ -163,15 +156,14 @@ class AdapterModule(LightningModule, ABC):
             self._refuse_longer_than_window(data)
 
     def _agree_on_template(self, template: str | None) -> None:
-        """Every trunk, and every adapter loaded on one, was trained on turns written as the data's."""
-        trunks = self._trunks
-        # What one trunk's folder says holds for the others, also where the data says nothing.
-        said = {by: named for trunk in trunks for by, named in trunk.templates.items()}
+        """Refuse data, trunks and adapters that were written with different chat templates."""
+        # The template of one trunk's folder holds for the others, also where the data names none.
+        templates = {by: name for trunk in self._trunks for by, name in trunk.templates.items()}
         if template is not None:
-            said["data"] = template
-        for trunk in trunks:
-            for by, named in said.items():
-                agree_on_template(trunk, named, by)
+            templates["data"] = template
+        for trunk in self._trunks:
+            for by, name in templates.items():
+                agree_on_template(trunk, name, by)
 
     def _refuse_longer_than_window(self, data: Bounded) -> None:
         longest, window = self.longest_row(data), self.window
@@ -186,12 +178,8 @@ class AdapterModule(LightningModule, ABC):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Tell every `PhaseCallback` of the trainer, if there is one, that a phase begins and ends."""
-        trainer = self._trainer
-        listeners = [
-            callback
-            for callback in ([] if trainer is None else trainer.callbacks)  # type: ignore[attr-defined]
-            if isinstance(callback, PhaseCallback)
-        ]
+        callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        listeners = [callback for callback in callbacks if isinstance(callback, PhaseCallback)]
         for listener in listeners:
             listener.on_phase_start(self.trainer, self, name)
         try:
@@ -211,20 +199,18 @@ class AdapterModule(LightningModule, ABC):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What the trunks' matrix products are in."""
+        """Dtype of the trunks' matrix products."""
         return self._trunks[0].dtype
 
     @property
     def held_out(self) -> str:
-        """Prefix of what is logged of held-out rows: ``val``, or ``test`` in ``trainer.test``."""
+        """Prefix of keys logged on held-out rows: ``val``, or ``test`` in ``trainer.test``."""
         return "test" if self.trainer.testing else "val"
 
-    def log_stats(
-        self, stats: Mapping[str, Tensor | float], batch_size: int, **options: Any
-    ) -> None:
+    def log_stats(self, stats: Mapping[str, Tensor | float], batch_size: int) -> None:
         """Log named statistics as means over rows."""
         for key, value in stats.items():
-            self.log(key, value, batch_size=batch_size, **options)
+            self.log(key, value, batch_size=batch_size)
 
     def trainable_names(self) -> set[str]:
         """Keys of the state dict that are trained; tied weights under each of their names."""
@@ -259,15 +245,15 @@ class AdapterModule(LightningModule, ABC):
         self._rng = checkpoint["rng"]
 
     def on_train_start(self) -> None:
-        """Moments that rest on the host rest there: Lightning takes them to the device as it resumes."""
+        """Move optimizer moments back to the host: Lightning loads a checkpoint's onto the device."""
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, HostAdamW):
                 optimizer.rest()
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        """Draw on from where the checkpoint stood; only adapter dropout uses torch's generator.
+        """Restore torch's generators, which only adapter dropout uses, to where the checkpoint left them.
 
-        Here and not on loading, because making a loader's iterator may draw too.
+        Not on loading, because making a loader's iterator may draw numbers too.
         """
         if self._rng is None:
             return

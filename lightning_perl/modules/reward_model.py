@@ -27,7 +27,7 @@ from lightning_perl.modules.base import Stats
 from lightning_perl.modules.sft import imitation_loss
 from lightning_perl.modules.supervised import Supervised, sequences_of
 
-# Logged in validation; a test logs every measure.
+# Measures that validation logs; a test logs all of them.
 WATCHED = ("auroc", "balanced_accuracy", "accuracy", "margin", "ece", "brier")
 
 
@@ -102,11 +102,11 @@ class Scoring(Supervised):
         return scores
 
     def scores(self, batch: RatedBatch) -> Tensor:
-        """Shape: ``(B,)``."""
+        """Scores of the responses, read at their last tokens. Shape: ``(B,)``."""
         return self.score_of(self.hidden(batch), batch)
 
     def reward_loss(self, scores: Tensor, batch: RatedBatch) -> tuple[Tensor, Stats]:
-        """``L_RM`` and its statistics. Centring holds for pairs alone: thumbs say themselves where 0 is."""
+        """``L_RM`` and its statistics. Only pairs are centred: thumbs themselves fix where 0 is."""
         if self.positive_weight is None:
             raise RuntimeError(
                 f"{type(self).__name__}.positive_weight is None and no trainer has set it from its data: "
@@ -192,7 +192,7 @@ class Scoring(Supervised):
     test_step = validation_step
 
     def on_test_start(self) -> None:
-        """Say so where nothing was trained and nothing loaded."""
+        """Warn where the head was neither trained nor loaded."""
         if self.rated == 0:
             rank_zero_warn(
                 f"{type(self).__name__} is tested with a random reward head: it was neither trained in this "
@@ -279,7 +279,7 @@ class Scoring(Supervised):
             splits.append(data.train_dataloader)
         for split in splits:
             if any(bool(batch.imitate.any()) for batch in _batches(split())):
-                # Asked anew: a training loader remembers where it was left.
+                # A fresh loader: a training loader remembers where it was left.
                 return _batches(split())
         raise ValueError(
             "normalize_scores: neither the validation rows nor the datamodule's training rows hold a "
@@ -364,11 +364,7 @@ class HydraSFT(Scoring):
 
 
 def require_weight(name: str, weight: float | None) -> None:
-    """Refuse a weight below 0; None is no weight.
-
-    Raises:
-        ValueError: With the name and the value.
-    """
+    """Refuse a weight below 0; None is no weight."""
     if weight is not None and weight < 0:
         raise ValueError(f"{name} must be at least 0, got {weight}.")
 

@@ -201,7 +201,7 @@ class Supervised(AdapterModule):
         optimizer.zero_grad(set_to_none=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also how many ratings were seen: the rest of an epoch may have none."""
+        """Keep the number of ratings as well: the rest of an epoch may have none."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rated"] = self.rated
         if self.needs_ratings:
