@@ -9,7 +9,6 @@ import torch
 from torch.testing import assert_close
 
 from lightning_perl.functional.sequences import at_last_response
-from lightning_perl.losses.reward import bradley_terry, thumbs
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.loading import load_trunk
@@ -63,24 +62,6 @@ def test_without_rows_to_imitate_it_is_the_reward_model(
         ours_too = ours[name.replace(".reward.", ".sft.")]  # the adapters' names
         assert_close(ours_too, gradient, rtol=1e-9, atol=1e-12)
         assert gradient.abs().max() > 0 or name.endswith("bias")  # cancels in a pair
-
-
-def test_loss_is_xent_plus_gamma_times_the_mean_reward_loss(plain_trunk: Path) -> None:
-    batch = tiny.rated(7, pairs=2)
-    module = HydraSFT(
-        str(plain_trunk), None, 0.25, margin=0.1, positive_weight=3.0, trunk_dtype="float64"
-    )
-    loss, stats = module.objective(batch)
-    lm_loss = SFT(str(plain_trunk), trunk_dtype="float64").objective(batch)[0]
-    hidden = module.hidden(batch)
-    scores = module.heads()["reward"](at_last_response(hidden, sequences_of(batch).response_mask))
-    pair_loss = bradley_terry(scores[[0, 2]], scores[[1, 3]], 0.1)[0]
-    thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]
-    assert min(lm_loss, pair_loss, thumb_loss) > 0
-    # Two pairs and three thumbs, each with the same weight.
-    reward_loss = (2 * pair_loss + 3 * thumb_loss) / 5
-    assert_close(loss, lm_loss + 0.25 * reward_loss)
-    assert_close(stats["reward_loss"], reward_loss.detach())
 
 
 def test_demonstrations_are_not_judged(plain_trunk: Path) -> None:

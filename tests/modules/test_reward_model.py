@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from lightning_perl.batches import RatedBatch
-from lightning_perl.functional.sequences import at_last_response, pad_right
+from lightning_perl.functional.sequences import pad_right
 from lightning_perl.losses.reward import bradley_terry, centering, thumbs
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.loading import load_trunk
-from lightning_perl.modules import SFT, RewardModel
-from lightning_perl.modules.supervised import sequences_of
+from lightning_perl.modules import SFT, HydraSFT, RewardModel
+from lightning_perl.modules.reward_model import Scoring
 from tests.modules import tiny
 
 
@@ -157,28 +158,33 @@ class Rows(LightningDataModule):
         return loader(self.val)
 
 
-def test_loss_is_both_reward_losses_plus_centering_plus_the_lm_term(plain_trunk: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "weights", "lm_weight", "reward_weight"),
+    [
+        (RewardModel, {"lora": None, "lm_weight": 0.7}, 0.7, 1.0),
+        (HydraSFT, {"reward_weight": 0.25}, 1.0, 0.25),
+    ],
+)
+def test_loss_is_a_weighted_sum_of_xent_and_the_mean_reward_loss(
+    kind: type[Scoring],
+    weights: dict[str, Any],
+    lm_weight: float,
+    reward_weight: float,
+    plain_trunk: Path,
+) -> None:
     batch = tiny.rated(7, pairs=2)
-    module = RewardModel(
-        str(plain_trunk),
-        None,
-        margin=0.1,
-        positive_weight=3.0,
-        center_coef=0.2,
-        lm_weight=0.7,
-        trunk_dtype="float64",
-    )
+    weights |= {"margin": 0.1, "positive_weight": 3.0, "center_coef": 0.2}
+    module = kind(str(plain_trunk), trunk_dtype="float64", **weights)
     loss, stats = module.objective(batch)
     lm_loss = SFT(str(plain_trunk), trunk_dtype="float64").objective(batch)[0]
-    hidden = module.hidden(batch)
-    scores = module.heads()["reward"](at_last_response(hidden, sequences_of(batch).response_mask))
+    scores = module.scores(batch)
     chosen, rejected = scores[[0, 2]], scores[[1, 3]]
     pair_loss = bradley_terry(chosen, rejected, 0.1)[0] + 0.2 * centering(chosen, rejected)
     thumb_loss = thumbs(scores[4:], batch.label[4:], torch.ones(3, dtype=torch.bool), 3.0)[0]
     assert min(lm_loss, pair_loss, thumb_loss) > 0
     # Two pairs and three thumbs, each with the same weight.
     reward_loss = (2 * pair_loss + 3 * thumb_loss) / 5
-    assert_close(loss, reward_loss + 0.7 * lm_loss)
+    assert_close(loss, lm_weight * lm_loss + reward_weight * reward_loss)
     assert_close(stats["reward_loss"], reward_loss.detach())
     assert_close(stats["lm_loss"], lm_loss.detach())
 
