@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.roles import Layout
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import (
     PPO,
@@ -55,50 +56,35 @@ MAKERS: dict[str, Make] = {
 EVERY = pytest.mark.parametrize("kind", MAKERS)
 
 
-def batches_for(module: AdapterModule, count: int) -> tiny.Batches:
-    if isinstance(module, OnPolicy):
-        return tiny.Batches([tiny.prompts(4, seed) for seed in range(count)])
-    return tiny.Batches([tiny.rated(6, seed, pairs=seed % 3) for seed in range(count)])
-
-
-def fitted(make: Make, trunk: Path, root: Path, **options: Any) -> tuple[AdapterModule, Path]:
-    module = make(str(trunk))
-    trainer, folder = tiny.quiet_trainer(root, **options)
-    trainer.fit(module, batches_for(module, 2))
+def fitted(module: AdapterModule, root: Path) -> Path:
+    """The checkpoint of two steps."""
+    _, folder = tiny.fit(module, root, tiny.batches_for(module))
     (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
-    return module, checkpoint
+    return checkpoint
 
 
 @EVERY
-def test_checkpoint_holds_exactly_what_is_trained(
+def test_checkpoint_holds_exactly_what_is_trained_and_loads_from_python(
     kind: str, hydra_trunk: Path, tmp_path: Path
 ) -> None:
-    module, path = fitted(MAKERS[kind], hydra_trunk, tmp_path)
+    module = MAKERS[kind](str(hydra_trunk))
+    path = fitted(module, tmp_path)
     stored = torch.load(path, weights_only=True)
     state = module.state_dict()
-    trained = {name for name, one in module.named_parameters() if one.requires_grad}
-    assert set(stored["state_dict"]) == trained
+    trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    assert stored["state_dict"].keys() == trained.keys()
     for name, value in stored["state_dict"].items():
         assert torch.equal(value, state[name])
-    trainable = sum(one.numel() for one in module.parameters() if one.requires_grad)
     in_optimizer = [one for group in module.parameter_groups() for one in group["params"]]
-    assert {id(one) for one in in_optimizer} == {
-        id(one) for one in module.parameters() if one.requires_grad
-    }
+    assert {id(one) for one in in_optimizer} == {id(one) for one in trained.values()}
     # Weights and Adam's two moments in fp32; the rest is names, progress and torch's generator.
     moments = len(stored["optimizer_states"][0]["state"])
     assert moments == len(in_optimizer)
-    names = sum(len(name) for name in trained)
-    slack = 30_000 + 1_200 * moments + 4 * names
+    trainable = sum(one.numel() for one in trained.values())
+    slack = 30_000 + 1_200 * moments + 4 * sum(map(len, trained))
     assert 12 * trainable < path.stat().st_size < 12 * trainable + slack
-
-
-def test_size_does_not_follow_the_frozen_trunk(hydra_trunk: Path, tmp_path: Path) -> None:
-    lean = fitted(MAKERS["PPO hydra"], hydra_trunk, tmp_path / "hydra")[1]
-    four = fitted(MAKERS["PPO lora"], hydra_trunk, tmp_path / "lora")[1]
-    whole = fitted(MAKERS["PPO full"], hydra_trunk, tmp_path / "full")[1]
-    assert abs(four.stat().st_size - lean.stat().st_size) < 2_000  # four trunks or one
-    assert whole.stat().st_size > lean.stat().st_size + 50_000
+    again = type(module).load_from_checkpoint(path, weights_only=True)
+    assert tiny.changed(tiny.weights(module), again) == set()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +101,7 @@ def test_size_does_not_follow_the_frozen_trunk(hydra_trunk: Path, tmp_path: Path
 def test_checkpoint_of_another_layout_is_refused(
     kind: str, other: str, hydra_trunk: Path, tmp_path: Path
 ) -> None:
-    _, path = fitted(MAKERS[kind], hydra_trunk, tmp_path)
+    path = fitted(MAKERS[kind](str(hydra_trunk)), tmp_path)
     module = MAKERS[other](str(hydra_trunk))
     before = tiny.weights(module)
     trainer, _ = tiny.quiet_trainer(tmp_path, max_epochs=2)
@@ -124,11 +110,13 @@ def test_checkpoint_of_another_layout_is_refused(
         r"\(\d+ and \d+ in all\)\. It belongs to another layout, LoRA shape or trunk\."
     )
     with pytest.raises(ValueError, match=words):
-        trainer.fit(module, batches_for(module, 2), ckpt_path=path, weights_only=True)
+        trainer.fit(
+            module, tiny.Batches(tiny.batches_for(module)), ckpt_path=path, weights_only=True
+        )
     assert tiny.changed(before, module) == set()
 
 
-def test_checkpoint_loads_from_python(hydra_trunk: Path, tmp_path: Path) -> None:
+def test_every_argument_comes_back_from_a_checkpoint(hydra_trunk: Path, tmp_path: Path) -> None:
     lora = LoraSpec(rank=3, alpha=6.0, targets=("q_proj", "v_proj"))
     sampling = SamplingSpec(max_new_tokens=5, temperature=0.8)
     module = HydraPPO(
@@ -141,11 +129,8 @@ def test_checkpoint_loads_from_python(hydra_trunk: Path, tmp_path: Path) -> None
         scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
         seed=5,
     )
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, batches_for(module, 2))
-    (path,) = (folder / "checkpoints").glob("*.ckpt")
+    path = fitted(module, tmp_path)
     again = HydraPPO.load_from_checkpoint(path, weights_only=True)
-    assert tiny.changed(tiny.weights(module), again) == set()
     assert again.sampling == sampling
     assert again.roles.trunk("policy").adapters.specs["actor"] == lora
     assert (again.kl_coef, again.epochs, again.seed) == (0.07, 2, 5)
@@ -160,17 +145,8 @@ def test_checkpoint_loads_from_python(hydra_trunk: Path, tmp_path: Path) -> None
     assert elsewhere.seed == 6
 
 
-@pytest.mark.parametrize("kind", ["HydraSFT", "RewardModel full"])
-def test_supervised_checkpoint_loads_from_python(
-    kind: str, hydra_trunk: Path, tmp_path: Path
-) -> None:
-    module, path = fitted(MAKERS[kind], hydra_trunk, tmp_path)
-    again = type(module).load_from_checkpoint(path, weights_only=True)
-    assert tiny.changed(tiny.weights(module), again) == set()
-
-
 def test_base_classes_load_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
-    _, path = fitted(MAKERS["PPO hydra"], hydra_trunk, tmp_path)
+    path = fitted(MAKERS["PPO hydra"](str(hydra_trunk)), tmp_path)
     for base in (AdapterModule, Supervised, OnPolicy):
         assert inspect.isabstract(base)
         with pytest.raises((TypeError, KeyError), match="abstract"):
@@ -184,7 +160,7 @@ def test_other_precisions_are_refused(
     kind: str, precision: str, hydra_trunk: Path, tmp_path: Path
 ) -> None:
     module = MAKERS[kind](str(hydra_trunk))
-    before = tiny.weights(module)
+    before, batches = tiny.weights(module), tiny.Batches(tiny.batches_for(module, 1))
     trainer, folder = tiny.quiet_trainer(tmp_path, precision=precision)
     # On a CPU Lightning itself makes bf16-mixed of 16-mixed.
     found = "bf16-mixed" if precision == "16-mixed" else precision
@@ -192,29 +168,20 @@ def test_other_precisions_are_refused(
         f"trainer.precision must stay 32-true, got '{found}': Lightning would cast or autocast.*"
     )
     with pytest.raises(MisconfigurationException, match=words + "trunk_dtype: bfloat16"):
-        trainer.fit(module, batches_for(module, 1))
+        trainer.fit(module, batches)
     with pytest.raises(MisconfigurationException, match=words):
-        tiny.quiet_trainer(tmp_path, precision=precision).trainer.validate(
-            module, batches_for(module, 1)
-        )
+        tiny.quiet_trainer(tmp_path, precision=precision).trainer.validate(module, batches)
     assert trainer.global_step == 0
     assert not list(folder.rglob("*.safetensors"))
     for name, value in module.state_dict().items():
         assert_close(value, before[name], check_dtype=False)
 
 
-@pytest.mark.parametrize("kind", ["SFT", "HydraSFT", "RewardModel"])
+@EVERY
 def test_missing_trunk_is_named(kind: str, tmp_path: Path) -> None:
     missing = tmp_path / "nothing" / "trunk"
     with pytest.raises(FileNotFoundError, match=f"trunk: {missing} is no model folder"):
         MAKERS[kind](str(missing))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_missing_trunk_is_named_by_ppo(layout: str, tmp_path: Path) -> None:
-    missing = tmp_path / "nothing" / "trunk"
-    with pytest.raises((FileNotFoundError, ValueError), match=f"{missing}"):
-        MAKERS[f"PPO {layout}"](str(missing))
 
 
 @pytest.mark.parametrize("kind", ["SFT", "HydraSFT", "RewardModel", "PPO hydra"])
@@ -229,10 +196,10 @@ def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: 
             trainer.callback_metrics[watch] = torch.tensor(float(trainer.current_epoch))
             super().on_validation_end(trainer, pl_module)
 
-    trainer, folder = tiny.quiet_trainer(
-        tmp_path, Worse(monitor=watch, mode="min", save_top_k=3), max_epochs=3
-    )
-    trainer.fit(module, batches_for(module, 2), batches_for(module, 1))
+    keep = Worse(monitor=watch, mode="min", save_top_k=3)
+    trainer, folder = tiny.quiet_trainer(tmp_path, keep, max_epochs=3)
+    batches = tiny.batches_for(module)
+    trainer.fit(module, tiny.Batches(batches), tiny.Batches(batches[:1]))
     checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
     assert len(checkpoints) == 3
     best, *_, last = [torch.load(path, weights_only=True)["state_dict"] for path in checkpoints]
@@ -244,7 +211,8 @@ def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: 
 def test_dry_run_of_a_supervised_module_leaves_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
     module = MAKERS["HydraSFT"](str(hydra_trunk))
     trainer, _ = tiny.quiet_trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
-    trainer.fit(module, batches_for(module, 2), batches_for(module, 1))
+    batches = tiny.batches_for(module)
+    trainer.fit(module, tiny.Batches(batches), tiny.Batches(batches[:1]))
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -306,8 +274,7 @@ def test_phases_are_told(
         micro_batch_size=1,
     )
     phases = Phases()
-    trainer, _ = tiny.quiet_trainer(tmp_path, phases)
-    trainer.fit(module, batches_for(module, 1))
+    tiny.fit(module, tmp_path, tiny.batches_for(module, 1), phases)
     step = ["+optimizer", "-optimizer"]
     before = ["+rollout", "-rollout", "+score", "-score"]
     assert phases.seen == [*before, *first, *step, *[*learning, *step] * 3]
@@ -316,9 +283,9 @@ def test_phases_are_told(
 class Told(LightningDataModule):
     """Ready batches that say how their turns were rendered."""
 
-    def __init__(self, batches: tiny.Batches, template: str | None) -> None:
+    def __init__(self, batches: Sequence[Any], template: str | None) -> None:
         super().__init__()
-        self.batches = batches
+        self.batches = tiny.Batches(batches)
         if template is not None:
             self.template = template
 
@@ -328,13 +295,24 @@ class Told(LightningDataModule):
 
 def told_fit(module: AdapterModule, template: str | None, root: Path) -> Path:
     trainer, folder = tiny.quiet_trainer(root)
-    trainer.fit(module, datamodule=Told(batches_for(module, 1), template))
+    trainer.fit(module, datamodule=Told(tiny.batches_for(module, 1), template))
     return folder
 
 
 def said(folder: Path) -> str | None:
     template: str | None = json.loads((folder / "manifest.json").read_text()).get("template")
     return template
+
+
+def policy(trunk: Path, layout: Layout, reward: Path) -> PPO:
+    return PPO(str(trunk), layout, lora=tiny.LORA, sampling=tiny.SAMPLING, reward=str(reward))
+
+
+def told_copy(trunk: Path, folder: Path, template: str) -> Path:
+    """A trunk's folder whose manifest names a template."""
+    shutil.copytree(trunk, folder)
+    (folder / "manifest.json").write_text(json.dumps({"template": template}))
+    return folder
 
 
 def test_the_template_goes_from_stage_to_stage(plain_trunk: Path, tmp_path: Path) -> None:
@@ -344,8 +322,8 @@ def test_the_template_goes_from_stage_to_stage(plain_trunk: Path, tmp_path: Path
     assert said(reward) == "plain-1"
     with pytest.raises(ValueError, match=rf"data has the template 'chat-0', {hydra} has 'plain-1'"):
         told_fit(SFT(str(hydra), tiny.LORA), "chat-0", tmp_path)
-    policy = PPO(str(hydra), "full", sampling=tiny.SAMPLING)
-    written = list(told_fit(policy, "plain-1", tmp_path).rglob("manifest.json"))
+    full = PPO(str(hydra), "full", sampling=tiny.SAMPLING)
+    written = list(told_fit(full, "plain-1", tmp_path).rglob("manifest.json"))
     assert [said(path.parent) for path in written] == ["plain-1", "plain-1"]
 
 
@@ -356,51 +334,22 @@ def test_prompts_must_be_written_as_the_reward_model_read_them(
     reward = told_fit(RewardModel(str(plain_trunk), tiny.LORA), "chat-0", tmp_path)
     adapter = reward / "adapters" / "reward"
     assert said(adapter) == "chat-0"
-
-    def policy() -> PPO:
-        arguments: dict[str, Any] = {"lora": tiny.LORA, "sampling": tiny.SAMPLING}
-        return PPO(str(plain_trunk), "perl", reward=str(adapter), **arguments)
-
-    with pytest.raises(
-        ValueError,
-        match=rf"data has the template 'plain-1', {adapter} has 'chat-0': .*Set data.chat_template",
-    ):
-        told_fit(policy(), "plain-1", tmp_path)
-    told_fit(policy(), "chat-0", tmp_path)
+    words = rf"data has the template 'plain-1', {adapter} has 'chat-0': .*Set data.chat_template"
+    with pytest.raises(ValueError, match=words):
+        told_fit(policy(plain_trunk, "perl", adapter), "plain-1", tmp_path)
     # Loaders without a datamodule say nothing, and nothing is compared.
-    told_fit(policy(), None, tmp_path)
-
-
-def test_a_reward_adapter_of_another_template_than_the_trunks(
-    plain_trunk: Path, tmp_path: Path
-) -> None:
-    adapter = told_fit(RewardModel(str(plain_trunk), tiny.LORA), "chat-0", tmp_path)
-    trunk = tmp_path / "trunk"
-    shutil.copytree(plain_trunk, trunk)
-    (trunk / "manifest.json").write_text('{"template": "plain-1"}')
+    for template in ("chat-0", None):
+        told_fit(policy(plain_trunk, "perl", adapter), template, tmp_path)
+    trunk = told_copy(plain_trunk, tmp_path / "trunk", "plain-1")
     with pytest.raises(ValueError, match=r"has the template 'chat-0', .*trunk has 'plain-1'"):
-        PPO(
-            str(trunk),
-            "perl",
-            lora=tiny.LORA,
-            sampling=tiny.SAMPLING,
-            reward=str(adapter / "adapters" / "reward"),
-        )
+        policy(trunk, "perl", adapter)
 
 
 def test_trunks_of_two_templates_do_not_play_together(hydra_trunk: Path, tmp_path: Path) -> None:
-    trunks = []
-    for name in ("plain-1", "chat-0"):
-        trunks.append(tmp_path / name)
-        shutil.copytree(hydra_trunk, trunks[-1])
-        (trunks[-1] / "manifest.json").write_text(json.dumps({"template": name}))
-    module = PPO(
-        str(trunks[0]), "lora", lora=tiny.LORA, sampling=tiny.SAMPLING, reward=str(trunks[1])
-    )
-    with pytest.raises(
-        ValueError, match=r"has the template '.*', .* has '.*': the model would read"
-    ):
-        told_fit(module, None, tmp_path)
+    one, other = (told_copy(hydra_trunk, tmp_path / name, name) for name in ("plain-1", "chat-0"))
+    words = r"has the template '.*', .* has '.*': the model would read"
+    with pytest.raises(ValueError, match=words):
+        told_fit(policy(one, "lora", other), None, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [SFT, HydraSFT, RewardModel, PPO, Reinforce])

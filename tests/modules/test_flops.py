@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_perl.batches import RatedBatch
+from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.callbacks import SpeedMonitor
 from lightning_perl.functional.packing import plan
 from lightning_perl.models.adapters import OFF, LoraSpec
@@ -66,8 +66,9 @@ def ppo(trunk: Path, layout: str, **options: Any) -> PPO:
         "lora": LORA,
         "sampling": tiny.SAMPLING,
         "attention": "eager",
+        **options,
     }
-    return PPO(str(trunk), **{**settings, "ppo_epochs": 2, "micro_batch_size": 3, **options})
+    return PPO(str(trunk), ppo_epochs=2, micro_batch_size=3, **settings)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -123,9 +124,16 @@ def learn(module: Supervised, batch: RatedBatch) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_supervised_fine_tuning(plain_trunk: Path, lora: LoraSpec | None) -> None:
-    module = SFT(str(plain_trunk), lora=lora, attention="eager")
+@pytest.mark.parametrize(
+    ("trunk", "lora"),
+    # GPT-2 keeps its weights the other way round.
+    [("plain_trunk", None), ("plain_trunk", LORA), ("gpt2_trunk", None)],
+    ids=["full", "lora", "gpt2"],
+)
+def test_supervised_fine_tuning(
+    trunk: str, lora: LoraSpec | None, request: pytest.FixtureRequest
+) -> None:
+    module = SFT(str(request.getfixturevalue(trunk)), lora=lora, attention="eager")
     batch = tiny.rated(5)
     _, counted, ran = both(module, lambda: learn(module, batch))
     positions = 5 * (batch.ids.shape[1] - batch.prompt_tokens)
@@ -154,14 +162,6 @@ def test_reward_model_on_pairs(plain_trunk: Path, shared: bool) -> None:
     assert counted + head - first_inputs(tokens) == ran
 
 
-def test_gpt2_keeps_its_weights_the_other_way_round(gpt2_trunk: Path) -> None:
-    module = SFT(str(gpt2_trunk), lora=None, attention="eager")
-    batch = tiny.rated(5)
-    _, counted, ran = both(module, lambda: learn(module, batch))
-    again = 2 * 5 * (batch.ids.shape[1] - batch.prompt_tokens) * tiny.WORDS * tiny.HIDDEN
-    assert counted + again == ran
-
-
 def test_the_closed_form_of_llama_is_the_papers(plain_trunk: Path) -> None:
     module = SFT(str(plain_trunk), lora=LORA)
     trunk, ids = module.trunk, torch.zeros(2, 5, dtype=torch.int64)
@@ -179,25 +179,27 @@ def test_the_closed_form_of_llama_is_the_papers(plain_trunk: Path) -> None:
     assert module.flops == (1 + 3) * (2 * ids.numel() * sum(matrices) + attention)
 
 
-def test_throughput_of_reinforce_in_the_log(hydra_trunk: Path, tmp_path: Path) -> None:
-    module = Reinforce(str(hydra_trunk), "hydra", lora=tiny.LORA, sampling=tiny.SAMPLING)
-    run = tiny.quiet_trainer(tmp_path, SpeedMonitor(peak_tflops=0.5))
-    run.trainer.fit(module, tiny.Batches([tiny.prompts(4)]))
-    logged = run.trainer.logged_metrics
-    for phase in ("rollout", "score", "update"):
-        assert logged[f"speed/{phase}_tokens_per_second"] > 0
-    for phase in ("rollout", "score", "actor", "critic"):
-        assert logged[f"speed/{phase}_tflops"] > 0
+def logged_speed(
+    module: AdapterModule, batch: PromptBatch | RatedBatch, root: Path
+) -> dict[str, float]:
+    run = tiny.fit(module, root, [batch], SpeedMonitor(peak_tflops=0.5))
+    return {key: float(value) for key, value in run.trainer.logged_metrics.items()}
+
+
+def test_throughput_in_the_log(hydra_trunk: Path, tmp_path: Path) -> None:
+    module: AdapterModule = Reinforce(
+        str(hydra_trunk), "hydra", lora=tiny.LORA, sampling=tiny.SAMPLING
+    )
+    logged = logged_speed(module, tiny.prompts(4), tmp_path)
+    tokens = {f"speed/{phase}_tokens_per_second" for phase in ("rollout", "score", "update")}
+    tflops = {f"speed/{phase}_tflops" for phase in ("rollout", "score", "actor", "critic")}
+    assert all(logged[key] > 0 for key in tokens | tflops)
     whole = logged["speed/seconds_per_episode"] * 4
-    assert logged["speed/tflops"] == pytest.approx(float(module.flops / whole / 1e12), rel=1e-5)
-    assert logged["speed/mfu"] == pytest.approx(float(logged["speed/tflops"]) / 0.5)
+    assert logged["speed/tflops"] == pytest.approx(module.flops / whole / 1e12, rel=1e-5)
+    assert logged["speed/mfu"] == pytest.approx(logged["speed/tflops"] / 0.5)
 
-
-def test_throughput_of_supervised_modules_in_the_log(plain_trunk: Path, tmp_path: Path) -> None:
-    module, batch = SFT(str(plain_trunk), lora=tiny.LORA), tiny.rated(4)
-    run = tiny.quiet_trainer(tmp_path, SpeedMonitor(peak_tflops=0.5))
-    run.trainer.fit(module, tiny.Batches([batch]))
-    logged = run.trainer.logged_metrics
-    tokens = logged["speed/step_tokens_per_second"] * logged["speed/step_seconds"]
-    assert float(tokens) == pytest.approx(int(batch.attention_mask.sum()), rel=1e-5)
+    module, batch = SFT(str(hydra_trunk), lora=tiny.LORA), tiny.rated(4)
+    logged = logged_speed(module, batch, tmp_path)
+    steps = logged["speed/step_tokens_per_second"] * logged["speed/step_seconds"]
+    assert steps == pytest.approx(int(batch.attention_mask.sum()), rel=1e-5)
     assert 0 < logged["speed/mfu"] < 1

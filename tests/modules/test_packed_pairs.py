@@ -14,15 +14,9 @@ from torch.testing import assert_close
 from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
 from lightning_perl.modules import HydraSFT, RewardModel
 from lightning_perl.modules.supervised import Supervised
-from tests.modules.tiny import LORA, WORDS, gradients_of, save_trunk, train_adapters
+from tests.modules.tiny import LORA, WORDS, gradients_of, train_adapters
 
 EOS = 2
-
-
-@pytest.fixture(scope="module")
-def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # GPT-2 computes in float64 throughout; Llama's norms sum in fp32 whatever the weights.
-    return save_trunk(tmp_path_factory.mktemp("trunk"), "gpt2")
 
 
 def examples(count: int, seed: int) -> list[RatedExample]:
@@ -57,7 +51,8 @@ def examples(count: int, seed: int) -> list[RatedExample]:
     return found
 
 
-def trained(trunk: Path, share: bool, kind: type[Supervised] = RewardModel) -> Supervised:
+def trained(trunk: Path, share: bool, kind: type[Supervised]) -> Supervised:
+    # GPT-2 computes in float64 throughout; Llama's norms sum in fp32 whatever the weights.
     module = kind(str(trunk), lora=LORA, share_prompts=share, trunk_dtype="float64")
     train_adapters(module)
     return module
@@ -74,14 +69,15 @@ def scores(module: Supervised, batches: Sequence[Sequence[RatedExample]]) -> dic
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [RewardModel, HydraSFT])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_batch_mate_changes_a_score(trunk: Path, seed: int, kind: type[Supervised]) -> None:
+def test_no_batch_mate_changes_a_score(gpt2_trunk: Path, seed: int, kind: type[Supervised]) -> None:
     rows = examples(12, seed)
     alone = scores(
-        trained(trunk, False, kind), [[RatedExample((row,))] for one in rows for row in one.rows]
+        trained(gpt2_trunk, False, kind),
+        [[RatedExample((row,))] for one in rows for row in one.rows],
     )
     draw = random.Random(seed)
     for share in (True, False):
-        module = trained(trunk, share, kind)
+        module = trained(gpt2_trunk, share, kind)
         for size in (1, 5, 12):
             shuffled = draw.sample(rows, len(rows))
             batches = [shuffled[start : start + size] for start in range(0, len(rows), size)]
@@ -92,24 +88,16 @@ def test_no_batch_mate_changes_a_score(trunk: Path, seed: int, kind: type[Superv
         assert module.trunk.passes == 1 + 3 + 12
 
 
-@torch.no_grad()
-def test_the_score_is_read_at_eos(trunk: Path) -> None:
-    module = trained(trunk, True)
-    one = examples(1, 3)[0]
-    batch = collate_rated([one])
-    hidden = module.hidden(batch)
-    for number, row in enumerate(one.rows):
-        assert row.ids[-1] == EOS
-        expected = module.heads()["reward"](hidden[number, len(row.ids) - 1])
-        assert_close(module.predict_step(batch, 0)["score"][number], expected)
-
-
 @pytest.mark.parametrize("kind", [RewardModel, HydraSFT])
-def test_loss_and_gradients_do_not_depend_on_packing(trunk: Path, kind: type[Supervised]) -> None:
+def test_loss_and_gradients_do_not_depend_on_packing(
+    gpt2_trunk: Path, kind: type[Supervised]
+) -> None:
     batch = collate_rated(examples(8, 1))
     assert batch.packing is not None
     assert batch.packing.lines * batch.packing.columns < batch.ids.numel()
-    packed, separate = (gradients_of(trained(trunk, share, kind), batch) for share in (True, False))
+    packed, separate = (
+        gradients_of(trained(gpt2_trunk, share, kind), batch) for share in (True, False)
+    )
     assert packed.keys() == separate.keys()
     for name, gradient in packed.items():
         assert_close(gradient, separate[name], rtol=0, atol=1e-12)

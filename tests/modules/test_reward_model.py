@@ -35,17 +35,20 @@ def separable(seed: int, pairs: bool) -> RatedBatch:
     return batch._replace(ids=ids)
 
 
-@pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
+LORAS = pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
+
+
+def quick(params: Any) -> torch.optim.Optimizer:  # noqa: ANN401 (as LightningCLI has it)
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+@LORAS
 @pytest.mark.parametrize("pairs", [False, True], ids=["thumbs", "pairs"])
 def test_learns_a_separable_problem(
     pairs: bool, lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
 ) -> None:
-    module = RewardModel(
-        str(plain_trunk), lora, optimizer=lambda params: torch.optim.AdamW(params, lr=0.01)
-    )
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    rows = [separable(seed, pairs) for seed in range(30)]
-    trainer.fit(module, tiny.Batches(rows))
+    module = RewardModel(str(plain_trunk), lora, optimizer=quick)
+    trainer, _ = tiny.fit(module, tmp_path, [separable(seed, pairs) for seed in range(30)])
     held_out = tiny.Batches([separable(100 + seed, pairs) for seed in range(4)])
     (logged,) = trainer.validate(module, held_out, verbose=False)
     if pairs:
@@ -76,61 +79,33 @@ def test_score_is_read_at_the_last_response_token(plain_trunk: Path) -> None:
     assert_close(cut, module.scores(alone))
 
 
-def test_padding_and_row_mates_change_no_score(plain_trunk: Path) -> None:
-    module = RewardModel(str(plain_trunk), trunk_dtype="float64")
-    tiny.train_adapters(module)
-    batch = tiny.rated(6)
-    extra = torch.zeros(6, 4, dtype=torch.int64)
-    padded = batch._replace(
-        ids=torch.cat([batch.ids, extra + 9], 1),
-        attention_mask=torch.cat([batch.attention_mask, extra.bool()], 1),
-        response_mask=torch.cat([batch.response_mask, extra.bool()], 1),
-    )
-    assert_close(module.scores(padded), module.scores(batch), rtol=1e-5, atol=1e-6)
-    assert_close(module.objective(padded)[0], module.objective(batch)[0], rtol=1e-5, atol=1e-6)
-
-
-def test_adapter_and_head_are_handed_over(plain_trunk: Path, tmp_path: Path) -> None:
-    module = RewardModel(str(plain_trunk), tiny.LORA, head_learning_rate=0.1)
-    trunk = tiny.weights(module.trunk)  # type: ignore[arg-type]
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([separable(seed, True) for seed in range(3)]))
-    changed = {f"trunk.{name}" for name in tiny.changed(trunk, module.trunk)}  # type: ignore[arg-type]
-    assert changed | {"reward_head.weight"} <= module.trainable_names()
-    assert all(".lora_" in name for name in changed)
-    stored = load_trunk(str(plain_trunk))
-    stored.adapters.load("reward", folder / "adapters" / "reward")
-    head = load_head(folder / "adapters" / "reward", "reward")
-    batch = tiny.rated(4, seed=5)
-    last = batch.attention_mask.sum(1) - 1
-    with torch.no_grad(), stored.switch.use("reward"):
-        scores = head(stored(batch.ids, batch.attention_mask)[torch.arange(4), last])
-    assert_close(scores, module.scores(batch), rtol=0, atol=0)
-    assert not (folder / "trunk").exists()
-
-
-def test_full_tuning_leaves_the_lm_head_alone(plain_trunk: Path, tmp_path: Path) -> None:
-    module = RewardModel(str(plain_trunk), None)
+@LORAS
+def test_what_is_handed_over_scores_as_the_module_does(
+    lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
+) -> None:
+    module = RewardModel(str(plain_trunk), lora, head_learning_rate=0.1)
     before = tiny.weights(module)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.rated(6, seed) for seed in range(2)]))
+    batches = [tiny.rated(6, seed, pairs=2 * seed) for seed in range(2)]
+    _, folder = tiny.fit(module, tmp_path, batches)
     changed = tiny.changed(before, module)
     assert changed == module.trainable_names()
     assert not any("lm_head" in name for name in changed)
-    assert {"trunk.model.model.embed_tokens.weight", "reward_head.bias"} <= changed
-    stored, head = load_trunk(str(folder / "trunk")), load_head(folder / "trunk", "reward")
+    assert {"reward_head.weight", "reward_head.bias"} <= changed
+    if lora is None:
+        assert "trunk.model.model.embed_tokens.weight" in changed
+        stored, written = load_trunk(str(folder / "trunk")), folder / "trunk"
+    else:
+        assert all(".lora_" in name for name in changed if name.startswith("trunk."))
+        assert not (folder / "trunk").exists()
+        stored, written = load_trunk(str(plain_trunk)), folder / "adapters" / "reward"
+        stored.adapters.load("reward", written)
     batch = tiny.rated(4, seed=5)
     last = batch.attention_mask.sum(1) - 1
-    with torch.no_grad(), stored.switch.use(OFF):
-        scores = head(stored(batch.ids, batch.attention_mask)[torch.arange(4), last])
-    assert_close(scores, module.scores(batch))
-
-
-def test_predict_names_the_rows(plain_trunk: Path) -> None:
-    module, batch = RewardModel(str(plain_trunk)), tiny.rated(4, seed=2)
-    predicted = module.predict_step(batch, 0)
-    assert predicted["row"].tolist() == [200, 201, 202, 203]
-    assert_close(predicted["score"], module.scores(batch))
+    with torch.no_grad(), stored.switch.use(OFF if lora is None else "reward"):
+        hidden = stored(batch.ids, batch.attention_mask)[torch.arange(4), last]
+        scores = load_head(written, "reward")(hidden)
+    tolerance = 0 if lora else 1e-5
+    assert_close(scores, module.scores(batch), rtol=tolerance, atol=tolerance)
 
 
 def loader(batches: Sequence[RatedBatch]) -> DataLoader[RatedBatch]:
@@ -228,12 +203,7 @@ def test_centering_keeps_scores_around_zero(plain_trunk: Path) -> None:
     batches = [separable(seed, True) for seed in range(20)]
     offsets = []
     for center_coef in (0.0, 1.0):
-        module = RewardModel(
-            str(plain_trunk),
-            tiny.LORA,
-            center_coef=center_coef,
-            optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
-        )
+        module = RewardModel(str(plain_trunk), tiny.LORA, center_coef=center_coef, optimizer=quick)
         with torch.no_grad():
             module.heads()["reward"].bias.fill_(3.0)
         tiny.steps_of(module, batches)
@@ -272,30 +242,24 @@ def test_negative_weights_are_refused(name: str, plain_trunk: Path) -> None:
         RewardModel(str(plain_trunk), **{name: -1.0})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
+@LORAS
 @pytest.mark.parametrize("split", ["val", "train", "val loader"])
 def test_demonstrations_score_zero_on_average_with_deviation_one(
     split: str, lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
 ) -> None:
     train = [separable(seed, True) for seed in range(4)]
     val = [tiny.rated(5, 50), tiny.rated(8, 51, pairs=2)]
-    module = RewardModel(
-        str(plain_trunk),
-        lora,
-        normalize_scores=True,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
+    plain, module = (
+        RewardModel(str(plain_trunk), lora, normalize_scores=normalize, optimizer=quick)
+        for normalize in (False, True)
     )
-    plain = RewardModel(
-        str(plain_trunk), lora, optimizer=lambda params: torch.optim.AdamW(params, lr=0.01)
-    )
-    for number, model in enumerate((module, plain)):
-        trainer, folder = tiny.quiet_trainer(tmp_path / str(number))
+    for model in (plain, module):
+        trainer, folder = tiny.quiet_trainer(tmp_path)
         if split == "val loader":
             trainer.fit(model, tiny.Batches(train), loader(val))
         else:
             trainer.fit(model, datamodule=Rows(train, val if split == "val" else ()))
-        if number == 0:
-            handed_over = folder / ("adapters/reward" if lora else "trunk")
+    handed_over = folder / ("adapters/reward" if lora else "trunk")
     shown = train if split == "train" else val
     with torch.no_grad():
         scores = torch.cat([module.scores(batch)[batch.imitate] for batch in shown])
@@ -307,11 +271,8 @@ def test_demonstrations_score_zero_on_average_with_deviation_one(
     mean, deviation = before.mean(), before.std(correction=0)
     assert_close(head.weight, was.weight / deviation)
     assert_close(head.bias, (was.bias - mean) / deviation, rtol=1e-4, atol=1e-6)
-    assert {
-        name
-        for name, value in plain.state_dict().items()
-        if not torch.equal(value, module.state_dict()[name])
-    } == {"reward_head.weight", "reward_head.bias"}
+    differing = tiny.changed(tiny.weights(plain), module)
+    assert differing == {"reward_head.weight", "reward_head.bias"}
     manifest = json.loads((handed_over / "manifest.json").read_text())["normalized_from"]
     assert manifest == pytest.approx({"mean": float(mean), "sd": float(deviation)}, rel=1e-4)
     # No order changes.
