@@ -12,10 +12,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from jsonargparse import (  # type: ignore[attr-defined]
-    ActionConfigFile,
-    ArgumentParser,
-)
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -68,9 +65,6 @@ def config_source(given: str) -> str:
     """The source that a ``--config`` value names: a file, a packaged file, a URL, or YAML text itself.
 
     A file of that name wins over a packaged one; ``.yaml`` may be left out of a packaged name.
-
-    Raises:
-        FileNotFoundError: It is none of them.
     """
     if given.startswith(PREFIX):
         return unpackaged(given)
@@ -213,11 +207,9 @@ def silence_known() -> None:
     # Trunks stay in eval mode between training passes by design (see `Trunk.training_pass`).
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start")
     # Advertisements for packages of Lightning AI; there is no switch for them.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
-
-
-def _no_tip(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless cloud" not in record.getMessage()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip: For seamless cloud" not in record.getMessage()
+    )
 
 
 def run_new_trunk(args: Sequence[str]) -> None:
@@ -232,11 +224,7 @@ def run_new_trunk(args: Sequence[str]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command.
-
-    Args:
-        args: The command line. None: the process's own.
-    """
+    """Run a command line, by default the process's own."""
     given = list(sys.argv[1:] if args is None else args)
     silence_known()
     if given[:1] == ["new-trunk"]:

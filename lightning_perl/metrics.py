@@ -21,13 +21,9 @@ BINS = 10
 class Reliability(NamedTuple):
     """Predicted probabilities beside outcomes, in `BINS` bins of the predicted probability.
 
-    Ours and not torchmetrics': its calibration error takes outcomes of 0 and 1 only, no votes, and keeps the
-    bins to itself, which `RewardReport` draws. A test holds the two together where both apply.
-
-    Attributes:
-        counts: Judgements in the bin; a pair counts as half a judgement in two bins. Shape: ``(BINS,)``.
-        predicted: Mean probability; NaN in an empty bin. Shape: ``(BINS,)``.
-        observed: Mean outcome; NaN in an empty bin. Shape: ``(BINS,)``.
+    Ours, because torchmetrics' calibration error takes outcomes of 0 and 1 only, no votes, and keeps to itself
+    the bins that `RewardReport` draws. Shapes: ``(BINS,)``; means of an empty bin are NaN. A pair counts as half a
+    judgement in two bins.
     """
 
     counts: Tensor
@@ -42,16 +38,9 @@ class Reliability(NamedTuple):
 
 
 class RewardMeasures(NamedTuple):
-    """The results of `RewardMetrics`.
+    """The results of `RewardMetrics`: every measure by its key, and the number of rows it is taken over.
 
-    Attributes:
-        values: Every measure by its key.
-        counts: How many rows or pairs a measure is taken over, by the same keys.
-        reliability: Calibration of all judgements.
-        good_scores: Scores of chosen answers and thumbs up.
-        bad_scores: Scores of rejected answers and thumbs down.
-        pairs: Number of pairs.
-        thumbs: Number of rows with a label.
+    ``good_scores`` are those of chosen answers and of thumbs up, ``bad_scores`` those of the others.
     """
 
     values: dict[str, float]
@@ -132,16 +121,7 @@ class RewardMetrics(Metric):
         lengths: Tensor,
         turns: Tensor,
     ) -> None:
-        """Add a batch.
-
-        Args:
-            scores: Shape: ``(B,)``.
-            label: 1, 0 or a rating between them. Shape: ``(B,)``.
-            labelled: Shape: ``(B,)``, bool.
-            pairs: Rows (chosen, rejected). Shape: ``(K, 2)``.
-            lengths: Tokens of each answer. Shape: ``(B,)``.
-            turns: Turns of each prompt. Shape: ``(B,)``.
-        """
+        """Add a batch: fields of a `RatedBatch`, and each answer's tokens. Shapes: ``(B,)``, pairs ``(K, 2)``."""
         rows = torch.stack([part.to(scores.dtype) for part in (scores, label, lengths, turns)], -1)
         self.thumbs.append(rows[labelled])
         self.pairs.append(rows[pairs])
@@ -215,13 +195,7 @@ def auroc(scores: Tensor, up: Tensor) -> float:
 
 
 def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Measures:
-    """Measures of pairs; none without pairs.
-
-    Args:
-        margins: ``r_w - r_l``. Shape: ``(K,)``.
-        longer_by: Tokens of the chosen answer minus tokens of the rejected one. Shape: ``(K,)``.
-        turns: Turns of the prompt. Shape: ``(K,)``.
-    """
+    """Measures of pairs by ``r_w - r_l`` and by how much longer the chosen answer is. Shapes: ``(K,)``."""
     if not len(margins):
         return {}
     right = _wins(margins)
@@ -305,10 +279,8 @@ def fit_temperature(judgements: Judgements) -> float:
     The negative log-likelihood is convex in ``w = 1 / T``; its slope is
     ``sum (sigmoid(w z) - y) z``, whose root is bracketed and bisected in float64.
 
-    Returns:
-        Above 1 for scores that are too sure, below 1 for too timid ones. 0 where the scores' signs
-        are never wrong (the surer the better), infinity where they are no better than a coin (the
-        less sure the better), NaN where a score is not finite.
+    Above 1 for scores that are too sure, below 1 for too timid ones. 0 where the scores' signs are never wrong,
+    infinity where they are no better than a coin, NaN where a score is not finite.
     """
     logits, outcomes, votes = judgements
     if not bool(logits.isfinite().all()):

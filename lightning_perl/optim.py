@@ -19,11 +19,10 @@ class HostAdamW(Optimizer):
     """AdamW that keeps its moments in the host's memory and copies a few at a time to the device in the step.
 
     Moments take 8 bytes for each trained weight in every phase, but are needed in the step only, when
-    activations and the rollout's cache are gone. Here they are copied to the device and back in each step
-    (``16 bytes x weights / bandwidth``), from and to pinned memory, of which the host needs 8 bytes a weight or
-    more: it is allocated in powers of two. Steps equal those of `torch.optim.AdamW`, fused, bit for bit.
-    bitsandbytes' paged optimizers leave weights of less than 100,000 numbers on the device, which most of a LoRA
-    adapter's are.
+    activations and the rollout's cache are gone. The copies take ``16 bytes x weights / bandwidth`` a step; the
+    host needs 8 bytes a weight or more of pinned memory, allocated in powers of two. Steps equal those of
+    `torch.optim.AdamW`, fused, bit for bit. bitsandbytes' paged optimizers leave weights of less than 100,000
+    numbers on the device, which most of a LoRA adapter's are.
 
     Args:
         params: Parameters, or groups of them.
@@ -77,11 +76,9 @@ class HostAdamW(Optimizer):
 
     def rest(self) -> None:
         """Move moments to the host that are not there, as after restoring a checkpoint."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                moments = self._moments(parameter)
-                if any(moment.device != self.host for moment in moments.values()):
-                    self._to_host(parameter, {})
+        for parameter in list(self.state):
+            if any(moment.device != self.host for moment in self._moments(parameter).values()):
+                self._to_host(parameter, {})
         self._synchronize()
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -89,11 +86,7 @@ class HostAdamW(Optimizer):
         return {name: state[name] for name in MOMENTS if name in state}
 
     def _to_device(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Copy moments to the device.
-
-        Returns:
-            The moments on the host, where they are copied back to.
-        """
+        """Copy moments to the device; returns those on the host, where they are copied back to."""
         host_moments = self._moments(parameter)
         for name, moment in host_moments.items():
             on_device = torch.empty_like(moment, device=parameter.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 WHOLE_BATCH = "step"
@@ -21,9 +20,3 @@ class PhaseCallback(Callback):
 
     def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         """Called after the last statement of a phase."""
-
-
-def cuda_device(trainer: Trainer) -> torch.device | None:
-    """Returns the CUDA device that this process trains on, or None where it trains elsewhere."""
-    device = trainer.strategy.root_device
-    return device if device.type == "cuda" else None

@@ -112,33 +112,29 @@ def test_thumbs_over_batches(share: float, scale: float) -> None:
     assert values["length_auroc"] == 0.5  # all of one length
 
 
-def test_ties_count_half() -> None:
-    label = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    assert measured(thumbs(torch.tensor([2.0, 2.0, 3.0, 1.0]), label)).values["auroc"] == 3.5 / 4
-
-
-def test_length_alone_takes_the_better_direction() -> None:
-    label = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    scores = torch.zeros(4)
-    for lengths in ([5, 4, 2, 4], [2, 4, 5, 4]):
-        found = measured(thumbs(scores, label, torch.tensor(lengths)))
-        assert found.values["length_auroc"] == 3.5 / 4
-        assert found.values["auroc"] == 0.5
+@pytest.mark.parametrize("lengths", [[5, 4, 2, 4], [2, 4, 5, 4]])
+def test_ties_count_half_and_length_takes_the_better_direction(lengths: list[int]) -> None:
+    scores, label = torch.tensor([2.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    values = measured(thumbs(scores, label, torch.tensor(lengths))).values
+    assert values["auroc"] == values["length_auroc"] == 3.5 / 4
 
 
 def test_pairs_over_batches() -> None:
     scores = torch.tensor([3.0, 1.0, 2.0, 2.0])
-    rated = thumbs(scores, torch.zeros(4))._replace(labelled=torch.zeros(4, dtype=torch.bool))
+    rated = thumbs(scores, torch.zeros(4), torch.tensor([3, 5, 4, 4]))
+    rated = rated._replace(labelled=torch.zeros(4, dtype=torch.bool))
     found = measured(
         rated._replace(pairs=torch.tensor([[0, 1], [2, 3]])),
         rated._replace(pairs=torch.tensor([[1, 0]])),
+        rated._replace(pairs=torch.tensor([[0, 3]])),
     )
-    assert found.values["accuracy"] == pytest.approx((1 + 0.5 + 0) / 3)  # a tie is half right
-    assert found.values["margin"] == pytest.approx((2 + 0 - 2) / 3)
-    assert found.pairs == 3
-    assert found.thumbs == 0
-    assert found.good_scores == [3, 2, 1]
-    assert found.bad_scores == [1, 2, 3]
+    assert found.values["accuracy"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)  # a tie is half right
+    assert found.values["margin"] == pytest.approx((2 + 0 - 2 + 1) / 4)
+    assert (found.pairs, found.thumbs) == (4, 0)
+    assert (found.good_scores, found.bad_scores) == ([3, 2, 1, 3], [1, 2, 3, 2])
+    # Shorter answers win more often: 1 minus it is the baseline.
+    assert found.values["longer_wins"] == 1.5 / 4
+    assert found.values["length_accuracy"] == 2.5 / 4
 
 
 def test_slices_by_brute_force() -> None:
@@ -171,13 +167,6 @@ def test_slices_by_brute_force() -> None:
     longer_wins = sum((longer > 0) + 0.5 * (longer == 0) for _, longer, _ in rows) / 80
     assert found.values["longer_wins"] == pytest.approx(longer_wins)
     assert found.values["length_accuracy"] == pytest.approx(max(longer_wins, 1 - longer_wins))
-
-
-def test_shorter_wins_is_a_baseline_too() -> None:
-    lengths = torch.tensor([[3, 5], [3, 5], [4, 4], [9, 5]])
-    found = measured(pairs(torch.zeros(4), torch.zeros(4), lengths))
-    assert found.values["longer_wins"] == 1.5 / 4
-    assert found.values["length_accuracy"] == 2.5 / 4
 
 
 def test_calibration_by_hand() -> None:
@@ -369,13 +358,6 @@ def test_ranks_that_saw_different_kinds_gather_the_same(rank: int) -> None:
     whole = measured(random_thumbs(11, 1), random_pairs(9, 2))
     assert ours.compute().values == pytest.approx(whole.values, rel=1e-12)
     assert next(arrived, None) is None
-
-
-def test_nothing_of_it_is_stored() -> None:
-    metrics = RewardMetrics()
-    metrics.update(*random_thumbs(5, 1))
-    assert metrics.state_dict() == {}
-    assert list(metrics.parameters()) == []
 
 
 def test_a_rating_in_the_middle_is_no_thumb() -> None:

@@ -32,13 +32,12 @@ class CudaMemoryMonitor(PhaseMeter):
     - ``memory/{phase}_peak_allocated_gib``: most that tensors held at once during the phase.
     - ``memory/{phase}_peak_reserved_gib``: most that PyTorch's allocator held of the device.
     - ``memory/{phase}_resident_gib``: instead of the two above where the run is not on CUDA. Physical memory
-      of this process, the larger of its readings at the phase's start and end (see `resident_bytes`). A buffer
-      that lived only inside the phase may be missed, and memory that the system has not taken back is counted.
+      of this process, the larger of its readings at the phase's start and end. A buffer that lived only inside
+      the phase may be missed, and memory that the system has not taken back is counted.
 
     A phase that ran several times in the train batch has its largest value; a phase inside another counts for
-    both. A train batch whose module names no phase is one phase, ``step``. The peaks are reset at each phase's
-    start, so nobody else can rely on ``torch.cuda.max_memory_allocated`` meanwhile. The printed line covers all
-    batches of the fit.
+    both. A train batch whose module names no phase is one phase, ``step``. The peaks of
+    ``torch.cuda.max_memory_allocated`` are reset at each phase's start.
     """
 
     def __init__(self) -> None:
@@ -111,10 +110,8 @@ class CudaMemorySnapshot(PhaseCallback):
     - ``out_of_memory_in_actor_rank0.pickle``: written when `torch.OutOfMemoryError` ends the fit, with the
       phase it was raised in (``no_phase`` outside of any): what was allocated then, and how it came to be.
 
-    Without CUDA the callback warns once and does nothing.
-
-    Recording goes on for the whole fit, since an out-of-memory error may come at any time; it costs about 2
-    microseconds per allocation and ``max_entries`` events of host memory.
+    Without CUDA the callback warns once and does nothing. Recording goes on for the whole fit, since memory may
+    run out at any time; it costs about 2 microseconds per allocation.
 
     Args:
         folder: Folder of the files; created when needed. None: ``memory/`` in the run's folder.
@@ -123,9 +120,6 @@ class CudaMemorySnapshot(PhaseCallback):
         steps: Number of train batches to record. At least 1.
         max_entries: Number of events kept; older ones are dropped. Each takes a few KB in the file: raise it
             if the recording starts in the middle of a train batch.
-
-    Raises:
-        ValueError: A number is out of its range.
     """
 
     def __init__(
@@ -135,11 +129,9 @@ class CudaMemorySnapshot(PhaseCallback):
         steps: int = 3,
         max_entries: int = 100_000,
     ) -> None:
-        for name, value, least in (
-            ("start_step", start_step, 0),
-            ("steps", steps, 1),
-            ("max_entries", max_entries, 1),
-        ):
+        given = {"start_step": start_step, "steps": steps, "max_entries": max_entries}
+        for name, value in given.items():
+            least = 0 if name == "start_step" else 1
             if value < least:
                 raise ValueError(
                     f"CudaMemorySnapshot({name}={value}): give a number of at least {least}"
@@ -168,7 +160,6 @@ class CudaMemorySnapshot(PhaseCallback):
         # Here and not when a file is due: choosing the run's folder needs all ranks.
         self._into = self.folder or run_folder(trainer) / "memory"
         self._batches = 0
-        self._running = []
         self._record()
 
     def on_train_batch_start(

@@ -37,9 +37,6 @@ class Handover(Callback):
 
     Where a `ModelCheckpoint` watches a measure (``monitor``), the best checkpoint is handed over, else
     the last weights.
-
-    `SFT` and `HydraSFT` write ``RUN/trunk/``, `RewardModel` ``RUN/adapters/reward/``, PPO
-    ``RUN/adapters/{actor,critic}/``.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

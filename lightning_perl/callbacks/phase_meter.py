@@ -17,11 +17,9 @@ def cuda_device(trainer: Trainer) -> torch.device | None:
 
 
 class PhaseMeter(PhaseCallback, ABC):
-    """Measures every phase, and logs the results once per train batch.
+    """Measures every phase of a train batch, itself the phase ``step`` around the others, and logs the results.
 
-    The train batch is a phase of its own, ``step``, around the module's. Phases outside train batches
-    (validation) are not measured. Results go through ``pl_module.log_dict`` into the same row and on the same
-    step axis as the module's own train keys; with several ranks they are rank zero's.
+    Results stand in the row of the module's own train keys; with several ranks they are rank zero's.
     """
 
     def __init__(self) -> None:

@@ -14,14 +14,10 @@ _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 def run_folder(trainer: Trainer) -> Path:
     """Returns the folder of this trainer's run; two runs never share one.
 
-    The first logger decides, as it does for Lightning's checkpoints: ``log_dir`` of a `CSVLogger`
-    or `TensorBoardLogger`; ``save_dir/name/version`` of any other, which for a `WandbLogger` is its
-    project and run id (Lightning's own ``trainer.log_dir`` is the shared ``save_dir`` there).
-    Without a logger that saves, the next free ``default_root_dir/version_N``, which is created
-    here. Every other folder is created by whoever writes into it first.
-
-    The choice is made once per trainer. The first call has to be made on every rank (in ``setup``,
-    say): rank zero chooses and broadcasts.
+    The first logger decides, as it does for Lightning's checkpoints: ``log_dir`` of a `CSVLogger` or
+    `TensorBoardLogger`; ``save_dir/name/version`` of any other, which for a `WandbLogger` is its project and run
+    id. Without a logger that saves it is the next free ``default_root_dir/version_N``, created here. Rank zero
+    chooses and broadcasts at the first call, which has to be made on every rank (in ``setup``, say).
     """
     if trainer not in _FOLDERS:
         folder = _choose(trainer) if trainer.is_global_zero else None

@@ -34,15 +34,9 @@ class Answering(Protocol):
 
 
 class Sample(NamedTuple):
-    """One prompt, answered by the reference and by the policy; the fields are the file's keys.
+    """One prompt, answered by the reference (``before``) and by the policy; the fields are the file's keys.
 
-    Attributes:
-        step: The trainer's ``global_step`` (optimizer steps, as in checkpoints' names).
-        prompt: The prompt.
-        before: The reference's answer.
-        after: The policy's answer at ``step``.
-        score_before: The reward of ``before``; None where it is not finite.
-        score_after: The reward of ``after``; None where it is not finite.
+    ``step`` counts optimizer steps, as in checkpoints' names. A score is None where it is not finite.
     """
 
     step: int
@@ -64,10 +58,6 @@ class SampleWriter(Callback):
 
     Args:
         prompts: Number of prompts; fewer where the validation data has fewer. At least 1.
-
-    Raises:
-        ValueError: ``prompts`` is below 1.
-        MisconfigurationException: The module does not answer prompts, or the validation data holds none.
     """
 
     def __init__(self, prompts: int = 8) -> None:
@@ -153,13 +143,9 @@ class SampleWriter(Callback):
 
 
 def sample_table(samples: list[Sample], width: int | None = None) -> str:
-    """Lays samples out in three columns: prompt, before, after, with the scores above the answers.
+    """Lays samples out in three columns (prompt, before, after), which fill a width or the terminal.
 
     Long texts are cut to 300 characters: prompts at their start, answers at their end.
-
-    Args:
-        samples: The samples, in this order.
-        width: Columns of the terminal; by default as many as it has.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     column = max(16, (width - 6) // 3)

@@ -41,13 +41,8 @@ class CountsFlops(Protocol):
 def matmul_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Measures how fast this machine multiplies square matrices, in TFLOP per second.
 
-    The best of several products, under the process's own threads and precision flags. Sizes are doubled as
-    far as time allows, up to 2048 (8192 on CUDA). Torch's own generators are not used.
-
-    Args:
-        device: Device of the matrices.
-        dtype: Dtype of the matrices.
-        seconds: Time budget. A larger size is left out where it would take longer.
+    The best of several products, under the process's own threads and precision flags. Sizes are doubled as far
+    as the seconds allow, up to 2048 (8192 on CUDA). Torch's own generators are not used.
     """
     largest = 8192 if device.type == "cuda" else 2048
     size, best = 256, 0.0
@@ -91,19 +86,17 @@ class SpeedMonitor(PhaseMeter):
 
     Keys:
 
-    - ``speed/{phase}_seconds``: wall time of the phase, all its runs in the train batch together; lower is
-      better. Time inside a nested phase counts for the nested one alone. A train batch whose module names no
-      phase is one phase, ``step``.
+    - ``speed/{phase}_seconds``: wall time of the phase, all its runs in the train batch together. Time inside a
+      nested phase counts for the nested one alone. A module that names no phase has one, ``step``.
     - ``speed/{rollout,score,update}_tokens_per_second``: the module's own count over the seconds of that phase,
-      for ``update`` over ``actor``, ``critic`` and ``optimizer`` together; higher is better. For a module
-      without phases ``speed/step_tokens_per_second``.
-    - ``speed/seconds_per_episode``: wall time of the whole train batch over its episodes; lower is better.
-      The work of other callbacks at the train batch's start (those after this one) and end (those before it)
-      is included.
-    - ``speed/tflops``: model FLOPs of the train batch, in 10^12, over its wall time; higher is better.
+      for ``update`` over ``actor``, ``critic`` and ``optimizer`` together. For a module without phases
+      ``speed/step_tokens_per_second``.
+    - ``speed/seconds_per_episode``: wall time of the whole train batch over its episodes. Other callbacks' work
+      in it is included.
+    - ``speed/tflops``: model FLOPs of the train batch, in 10^12, over its wall time.
       ``speed/{phase}_tflops``: those of a phase over its seconds.
-    - ``speed/mfu``: ``speed/tflops`` over this machine's peak, from 0 to 1; higher is better. Padding counts as
-      work here, not in tokens per second. Recomputation for activation checkpointing does not count.
+    - ``speed/mfu``: ``speed/tflops`` over this machine's peak, from 0 to 1. Padding counts as work here, not in
+      tokens per second. Recomputation for activation checkpointing does not count.
 
     Tokens and episodes need a ``training_step`` that returns ``{"episodes": int, "tokens": {"rollout": int,
     "score": int, "update": int}}``, as on-policy modules do, or ``{"loss": ..., "tokens": {"step": int}}``.

@@ -46,34 +46,20 @@ SECANTS = 8
 """Runs of a search before it halves what is left."""
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 LORA_SFT = "SFT with LoRA"
-"""The run that others are compared with."""
 NOT_COUNTED = (
     "Not counted: CUDA's context, libraries' buffers and fragmentation, about 1 GiB. A card of 24 GB holds "
     "what fits --budget 23GB."
 )
-SHAPE = {
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-}
-SHAPE |= {"num_key_value_heads", "vocab_size"}
+SHAPE = (
+    *("model_type", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
 """Two trunks take the same memory if these are equal."""
 
 
 @dataclass(frozen=True)
 class LlamaSizes:
-    """The sizes of a Llama, for those who have no configuration file.
-
-    Args:
-        hidden_size: Width of the hidden states.
-        layers: Number of decoder blocks.
-        heads: Attention heads.
-        intermediate_size: Width of the MLP.
-        vocabulary_size: Rows of the embedding and of the LM head, which are two matrices.
-        kv_heads: Heads of keys and values. None: as many as attention heads.
-    """
+    """The sizes of a Llama with an LM head of its own; without ``kv_heads`` it has as many as ``heads``."""
 
     hidden_size: int
     layers: int
@@ -136,11 +122,7 @@ def run(config: Namespace, parser: LightningArgumentParser) -> None:
 
 
 def load_of(config: Namespace) -> Load:
-    """Lengths and sizes as the data and the module state them.
-
-    Raises:
-        ValueError: The module is none of this package.
-    """
+    """Lengths and sizes as the data and the module, which must be one of this package, state them."""
     data, model = config.data.init_args, config.model.init_args
     module_class = resolve_name(config.model.class_path)
     if not (isinstance(module_class, type) and issubclass(module_class, AdapterModule)):
@@ -160,11 +142,7 @@ def load_of(config: Namespace) -> Load:
 
 
 def _make_module(config: Namespace, parser: LightningArgumentParser) -> AdapterModule:
-    """The module alone, without what only a real run reads.
-
-    Raises:
-        ValueError: Several rewards of which some are not there yet, or a reward on a trunk of another shape.
-    """
+    """The module alone, without what only a real run reads; rewards must have the policy's shape."""
     chosen = config.model.clone()
     chosen.init_args.pop("gold", None)
     rewards = chosen.init_args.get("reward")
@@ -178,7 +156,8 @@ def _make_module(config: Namespace, parser: LightningArgumentParser) -> AdapterM
     if missing:
         chosen.init_args["reward"] = None
     for folder in set(folders) - set(missing):
-        _require_same_shape(folder, _architecture(config))
+        if (Path(unpackaged(folder)).expanduser() / "config.json").is_file():  # else an adapter
+            _require_same_shape(folder, _architecture(config))
     with warnings.catch_warnings():
         # A module's own default optimizer is a function, which no config file can hold.
         warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
@@ -188,8 +167,6 @@ def _make_module(config: Namespace, parser: LightningArgumentParser) -> AdapterM
 
 def _require_same_shape(reward: str, policy: PreTrainedConfig) -> None:
     """All trunks are estimated with one architecture."""
-    if not (Path(unpackaged(reward)).expanduser() / "config.json").is_file():
-        return  # an adapter
     ours, theirs = (
         {name: getattr(config, name, None) for name in SHAPE}
         for config in (policy, architecture_from(reward))
@@ -202,11 +179,7 @@ def _require_same_shape(reward: str, policy: PreTrainedConfig) -> None:
 
 
 def _architecture(config: Namespace) -> PreTrainedConfig:
-    """The architecture of the sizes, of ``--architecture``, or of the trunk.
-
-    Raises:
-        ValueError: Some sizes but not all, or nothing that transformers can read.
-    """
+    """The architecture of the sizes (all or none), of ``--architecture``, or of the trunk."""
     sizes = {size.name: config[size.name] for size in fields(LlamaSizes)}
     if all(value is None for value in sizes.values()):
         return architecture_from(config.architecture or config.model.init_args.trunk)
@@ -224,11 +197,7 @@ def _architecture(config: Namespace) -> PreTrainedConfig:
 
 
 def architecture_from(source: str) -> PreTrainedConfig:
-    """The configuration of a model folder, a ``config.json``, or a hub name. No weights are read.
-
-    Raises:
-        ValueError: There is none, transformers does not know it, or it is no decoder's.
-    """
+    """The configuration of a decoder's folder, ``config.json``, or hub name. No weights are read."""
     path = Path(unpackaged(source)).expanduser()
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -246,11 +215,7 @@ def architecture_from(source: str) -> PreTrainedConfig:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of ``24GiB``, ``80 GB`` or ``500MiB``.
-
-    Raises:
-        ValueError: The text is no size.
-    """
+    """Bytes of ``24GiB``, ``80 GB`` or ``500MiB``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"--budget must be a size such as 24GiB or 80GB, got {text!r}.")
@@ -258,13 +223,7 @@ def parse_bytes(text: str) -> int:
 
 
 class Estimate(NamedTuple):
-    """The estimate of one run.
-
-    Attributes:
-        peaks: The peak of each phase.
-        micro_batch_size: The largest that fits the budget; None without a budget.
-        rollout_rows: The most responses sampled at once that fit; None also where nothing is sampled.
-    """
+    """The peaks of one run, and the largest sizes that fit a budget; None without one or without a rollout."""
 
     peaks: Peaks
     micro_batch_size: int | None = None
@@ -284,11 +243,7 @@ class Estimate(NamedTuple):
 def estimate(
     rehearsal: OnPolicyRehearsal | SupervisedRehearsal, budget: int | None = None
 ) -> Estimate:
-    """Peaks of a train batch, and the largest sizes that fit a budget.
-
-    Raises:
-        ValueError: The budget does not hold what there is before the first row.
-    """
+    """Peaks of a train batch, and the largest sizes that fit a budget."""
     peaks = rehearsal.peaks()
     if budget is None:
         return Estimate(peaks)
@@ -299,22 +254,14 @@ def estimate(
             "and optimizer hold before the first row is read. Use a layout with fewer trunks, a smaller "
             "rank, trunk_dtype bfloat16 with LoRA, or a smaller trunk."
         )
-    return Estimate(peaks, **largest_sizes(rehearsal, budget))
-
-
-def largest_sizes(
-    rehearsal: OnPolicyRehearsal | SupervisedRehearsal, budget: int
-) -> dict[str, int]:
-    """The largest of each of the rehearsal's `sizes` whose peak is within the budget."""
-    found = {}
+    largest_sizes = {}
     for name, (own, act) in rehearsal.sizes().items():
 
         def bytes_of(rows: int, act: Callable[[int], None] = act) -> int:
-            return highest(rehearsal.peaks_of(lambda: act(rows)))
+            return highest(rehearsal.peaks(lambda: act(rows)))
 
-        known = {0: rehearsal.ledger.total, own: bytes_of(own)}
-        found[name] = largest(bytes_of, budget, known)
-    return found
+        largest_sizes[name] = largest(bytes_of, budget, {0: held, own: bytes_of(own)})
+    return Estimate(peaks, **largest_sizes)
 
 
 def highest(peaks: Peaks) -> int:
@@ -326,12 +273,7 @@ def largest(bytes_of: Callable[[int], int], budget: int, known: Mapping[int, int
     """The most rows whose peak is within the budget: 0 where not even one fits, `MOST_ROWS` at most.
 
     Peaks grow nearly as ``held + rows * slope``, so secants arrive in three or four runs; the bracket around
-    them keeps the result exact where peaks do not.
-
-    Args:
-        bytes_of: Peak with that many rows; does not fall as rows grow.
-        budget: Bytes.
-        known: Peaks that are known, at least of 0 rows (what is always held) and of one other number.
+    them keeps the result exact where peaks do not. ``known`` are peaks by rows, that of 0 rows among them.
     """
     peaks = dict(known)
     if peaks[0] > budget:
@@ -412,20 +354,7 @@ def report(
     layouts: bool = False,
     as_json: bool = False,
 ) -> str:
-    """What ``python -m lightning_perl estimate`` prints.
-
-    Args:
-        make: Makes the module; called inside `weightless`.
-        config: The trunk's architecture.
-        load: What a train batch holds.
-        budget: Such as ``24GiB``: also look for the largest batches that fit.
-        layouts: Also estimate all layouts and supervised fine-tuning.
-        as_json: One JSON object instead of tables.
-
-    Raises:
-        ValueError: A budget that cannot be read or does not hold the weights, a module that cannot be
-            estimated, or rows longer than the trunk has positions for.
-    """
+    """What ``python -m lightning_perl estimate`` prints of the module that ``make`` makes inside `weightless`."""
     start = time.perf_counter()
     limit = None if budget is None else parse_bytes(budget)
     with weightless(config):

@@ -28,12 +28,7 @@ _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Peak(NamedTuple):
-    """The most that was held at one moment.
-
-    Attributes:
-        total: Bytes.
-        kinds: Bytes of each kind at that moment; they add up to the total.
-    """
+    """The most bytes that were held at one moment, and how many of each kind they were."""
 
     total: int
     kinds: Mapping[Kind, int]
@@ -49,11 +44,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     buffers (some hundred MiB) are not counted.
 
     A tensor is counted as activations until `mark` names another kind, or as logits if its last dimension is
-    the vocabulary. Tensors on `HOST` are not counted.
-
-    Args:
-        vocabulary_size: Size of the trunk's vocabulary. None: nothing is counted as logits.
-        block: Each storage is rounded up to a multiple of this many bytes; 1 as on a CPU.
+    the vocabulary. Tensors on `HOST` are not counted. Each storage is rounded up to a multiple of ``block`` bytes,
+    1 as on a CPU.
     """
 
     def __init__(self, vocabulary_size: int | None = None, block: int = CUDA_BLOCK) -> None:
@@ -92,10 +84,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if tensor.device == HOST or key in self._storages:
             return
-        is_logits = self.vocabulary_size is not None and (
-            tensor.shape[-1:] == (self.vocabulary_size,)
-        )
-        kind: Kind = "logits" if is_logits else "activations"
+        kind: Kind = "logits" if tensor.shape[-1:] == (self.vocabulary_size,) else "activations"
         size = -(-storage.nbytes() // self.block) * self.block
         self._storages[key] = kind, size
         weakref.finalize(storage, self._forget, key).atexit = False
@@ -145,12 +134,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class PhaseLedger(PhaseCallback):
-    """Records the peaks of a module's phases in a ledger.
-
-    Args:
-        ledger: Where peaks are recorded.
-        before: Called with a phase's name before the phase is recorded.
-    """
+    """Records the peaks of a module's phases in a ledger; ``before`` is called as a phase begins."""
 
     def __init__(self, ledger: Ledger, before: Callable[[str], None] = lambda phase: None) -> None:
         self.ledger = ledger

@@ -17,9 +17,8 @@ from lightning_perl.packaged import unpackaged
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
     """A tokenizer of the quickstart's kind: a byte-level BPE with ``<pad>``, ``<bos>`` and ``<eos>``."""
     kind: Any = AutoTokenizer.from_pretrained(unpackaged("packaged:quickstart/trunk"))
-    trained: PreTrainedTokenizerBase = kind.train_new_from_iterator(
-        texts, vocabulary_size, show_progress=False
-    )
+    trained: PreTrainedTokenizerBase
+    trained = kind.train_new_from_iterator(texts, vocabulary_size, show_progress=False)
     return trained
 
 

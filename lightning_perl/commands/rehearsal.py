@@ -43,14 +43,9 @@ Peaks = dict[str, Peak]
 
 
 class Load(NamedTuple):
-    """How much a train batch holds.
+    """How much a train batch holds: its longest prompt and response, and its rows (a pair counts as one).
 
-    Attributes:
-        prompt_tokens: Length of the longest prompt.
-        response_tokens: Length of the longest response.
-        rows: Responses of a rollout batch, or rows of a supervised batch (a pair counts as one).
-        pairs: Whether supervised rows are pairs of answers to one prompt.
-        accumulated: Whether gradients of earlier supervised batches are held already.
+    ``accumulated``: gradients of earlier supervised batches are held already.
     """
 
     prompt_tokens: int
@@ -66,13 +61,8 @@ AnyModule = TypeVar("AnyModule", bound=AdapterModule)
 class Rehearsal(ABC, Generic[AnyModule]):
     """A module of fake tensors and its optimizer, watched by a ledger.
 
-    Args:
-        module: A module that was made inside `weightless`.
-        load: What a train batch holds.
-        block: See `Ledger`. With `CUDA_BLOCK` the optimizer and the losses run as they do on CUDA.
-
-    Raises:
-        ValueError: The rows are longer than the trunk has positions for.
+    The module was made inside `weightless`. With a block of `CUDA_BLOCK` (see `Ledger`) the optimizer and the
+    losses run as they do on CUDA.
     """
 
     def __init__(self, module: AnyModule, load: Load, block: int = CUDA_BLOCK) -> None:
@@ -95,8 +85,10 @@ class Rehearsal(ABC, Generic[AnyModule]):
             materialize(module)
             self._mark_weights()
             self.optimizer = optimizer_of(module)
-            if self._on_cuda:
-                _use_foreach(self.optimizer)
+            for group in self.optimizer.param_groups:
+                # As PyTorch's optimizers run on CUDA by default: one call for all parameters.
+                if self._on_cuda and group.get("foreach", True) is None and not group.get("fused"):
+                    group["foreach"] = True
             if isinstance(self.optimizer, HostAdamW):
                 self.optimizer.host = HOST
             self._first_step()
@@ -112,15 +104,11 @@ class Rehearsal(ABC, Generic[AnyModule]):
     def before(self, phase: str) -> None:
         """Called as a phase begins."""
 
-    def peaks(self) -> Peaks:
-        """The peak of each phase of a train batch that is not the run's first."""
-        return self.peaks_of(self.learn)
-
-    def peaks_of(self, act: Callable[[], None]) -> Peaks:
-        """The peak of each phase of what is run."""
+    def peaks(self, act: Callable[[], None] | None = None) -> Peaks:
+        """The peak of each phase of what is run: by default a train batch that is not the run's first."""
         self.ledger.peaks.clear()
         with self._running():
-            act()
+            (act or self.learn)()
         return dict(self.ledger.peaks)
 
     @contextmanager
@@ -179,12 +167,9 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         """A rollout batch."""
         module, rows = self.module, self.load.rows
         minibatch = min(module.minibatch_size or rows, rows)
+        learned = min(module.micro_batch_size, minibatch)
         self.rollout(self._sampled_rows)
-        self.update(
-            min(module.score_batch_size, rows),
-            min(module.micro_batch_size, minibatch),
-            accumulate=module.micro_batch_size < minibatch,
-        )
+        self.update(min(module.score_batch_size, rows), learned, accumulate=learned < minibatch)
 
     @property
     def _sampled_rows(self) -> int:
@@ -198,7 +183,7 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         if phase == "actor" and self.module.values_come_later:
             self._hold_gradients(group for group in groups if group["name"] != phase)
         if phase == "critic":
-            for parameter in itertools.chain.from_iterable(group["params"] for group in own):
+            for parameter in (weight for group in own for weight in group["params"]):
                 parameter.grad = None
         if self._accumulate:
             self._hold_gradients(own)
@@ -240,23 +225,13 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
                 module.collect(prompts, 0, sampling=spec, early_exit=False)
 
     def update(self, scored_rows: int, learned_rows: int, accumulate: bool) -> None:
-        """Score rows in one pass, and learn from rows in one micro-batch.
-
-        Args:
-            scored_rows: Rows of the scoring pass.
-            learned_rows: Rows of the micro-batch.
-            accumulate: Whether there were micro-batches before this one.
-        """
+        """Score rows in one pass, and learn from rows in one micro-batch; ``accumulate``: not the first one."""
         module, samples = self.module, self.module.samples
         # Whole groups of responses to one prompt.
         rows = -(-max(scored_rows, learned_rows) // samples) * samples
         rollout = self._rollout(rows)
-        sizes = {
-            "score_batch_size": scored_rows,
-            "micro_batch_size": learned_rows,
-            "minibatch_size": None,
-            "epochs": 1,
-        }
+        sizes: dict[str, int | None] = {"minibatch_size": None, "epochs": 1}
+        sizes |= {"score_batch_size": scored_rows, "micro_batch_size": learned_rows}
         kept = {name: getattr(module, name) for name in sizes}
         vars(module).update(sizes)
         self._accumulate = accumulate
@@ -322,11 +297,7 @@ class SupervisedRehearsal(Rehearsal[Supervised]):
 def rehearsal_of(
     module: AdapterModule, load: Load, block: int = CUDA_BLOCK
 ) -> OnPolicyRehearsal | SupervisedRehearsal:
-    """The rehearsal of a module that was made inside `weightless`.
-
-    Raises:
-        ValueError: There is none for this kind of module, or the rows are too long for the trunk.
-    """
+    """The rehearsal of a module that was made inside `weightless`."""
     if isinstance(module, OnPolicy):
         return OnPolicyRehearsal(module, load, block)
     if isinstance(module, Supervised):
@@ -408,10 +379,3 @@ def _keys_and_values(cache: Cache) -> Iterator[Tensor]:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if isinstance(tensor, Tensor):
                 yield tensor
-
-
-def _use_foreach(optimizer: Optimizer) -> None:
-    """Run PyTorch's optimizers as they run on CUDA by default: one call for all parameters."""
-    for group in optimizer.param_groups:
-        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-            group["foreach"] = True

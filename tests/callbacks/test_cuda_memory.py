@@ -19,10 +19,7 @@ DEVICE = torch.device("cuda", 3)
 
 
 class FakeCuda:
-    """An allocator with torch's counters: what is held now, and the most since the last reset.
-
-    Freed memory stays reserved, as in torch's caching allocator, until `empty_cache`.
-    """
+    """An allocator with torch's counters; freed memory stays reserved until `empty_cache`."""
 
     def __init__(self) -> None:
         self.allocated = self.reserved = 0
@@ -185,14 +182,6 @@ def test_resident_memory_without_cuda(
     assert "memory (resident GiB): rollout 1.50 | score 1.50\n" in capsys.readouterr().out
 
 
-def test_resident_memory_is_this_process() -> None:
-    before = cuda_memory.resident_bytes()
-    filled = torch.ones(64 * 1024**2, dtype=torch.uint8)
-    # The tensor's pages are touched, so at least most of its 64 MiB came on top.
-    assert 48 * 1024**2 <= cuda_memory.resident_bytes() - before <= 256 * 1024**2
-    assert filled.numel() == 64 * 1024**2
-
-
 def test_memory_stands_in_the_row_of_the_modules_own_keys(tmp_path: Path, cuda: FakeCuda) -> None:
     def work(module: Phased) -> None:
         with module.phase("rollout"):
@@ -296,8 +285,6 @@ def explode_wrapped(module: Phased) -> None:
 
 
 def explode_outside(module: Phased) -> None:
-    with module.phase("rollout"):
-        pass
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 

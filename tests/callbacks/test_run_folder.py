@@ -11,12 +11,6 @@ from lightning_perl.callbacks import run_folder
 from tests.callbacks.phased import Phased, Rows, quiet_trainer
 
 
-def test_a_csv_loggers_own_folder(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, [], logger=CSVLogger(tmp_path, name="quickstart"))
-    assert run_folder(trainer) == tmp_path / "quickstart" / "version_0"
-    assert run_folder(trainer) == Path(str(trainer.log_dir))
-
-
 def test_without_a_logger_runs_never_share_a_folder(tmp_path: Path) -> None:
     trainers = [quiet_trainer(tmp_path, []) for _ in range(3)]
     folders = [run_folder(trainer) for trainer in trainers]

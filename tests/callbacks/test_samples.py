@@ -167,11 +167,6 @@ def test_a_module_that_cannot_answer_and_data_without_prompts_are_refused(
         trainer.fit(module, Rows(1), loader)
 
 
-def test_no_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"prompts=0\): give a number of at least 1"):
-        SampleWriter(prompts=0)
-
-
 def test_the_printed_table() -> None:
     samples = [
         Sample(7, "User: hi\nAgent:", "a tall latte with milk", "", -0.5, 1.25),

@@ -76,23 +76,6 @@ def test_exact_seconds_and_rates(tmp_path: Path, clock: Clock) -> None:
     }
 
 
-def test_a_nested_phase_takes_its_time_from_the_outer(tmp_path: Path, clock: Clock) -> None:
-    def work(module: Phased) -> dict[str, Any]:
-        with module.phase("actor"):
-            clock.now += 1.0
-            with module.phase("optimizer"):
-                clock.now += 2.0
-            clock.now += 1.0
-        return {"episodes": 1, "tokens": {"update": 8}}
-
-    assert fit(tmp_path, work) == {
-        "speed/actor_seconds": 2.0,
-        "speed/optimizer_seconds": 2.0,
-        "speed/update_tokens_per_second": 2.0,
-        "speed/seconds_per_episode": 4.0,
-    }
-
-
 @pytest.mark.parametrize(
     ("outputs", "rates"),
     [
