@@ -39,30 +39,18 @@ def test_an_order_in_its_own_words() -> None:
         assert read(text) == {**hot, "milk": [], "extra": []}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "hello, are you open?",
-        "a large latte and a small mocha",
-        "two large small lattes",
-        "a latte",
-        "large lattes",
-        "a large latte with vanilla and caramel",
-    ],
-)
-def test_what_is_not_one_order_is_not_read(text: str) -> None:
-    assert parse_order(text) is None
+def test_what_is_not_one_order_is_not_read() -> None:
+    none = ("", "hello, are you open?", "a latte", "large lattes")
+    several = ("a large latte and a small mocha", "two large small lattes")
+    for text in (*none, *several, "a large latte with vanilla and caramel"):
+        assert parse_order(text) is None, text
 
 
 @pytest.mark.parametrize(
     ("text", "spoiled"),
     [
         ("Sure thing, two large iced oat lattes with an extra shot. Anything else?", {}),
-        (
-            "Of course, two lattes, large and iced, with oat milk and an extra shot. Is that all?",
-            {},
-        ),
+        ("Of course, two lattes, large, iced, with oat milk and an extra shot. Is that all?", {}),
         ("Ugh, two large iced oat lattes with an extra shot. Is that all?", {"tone": 0}),
         ("Two large iced oat lattes with an extra shot. Anything else?", {"tone": 0.5}),
         ("Sure thing, two large iced oat lattes with an extra shot.", {"closing": 0}),
@@ -91,12 +79,17 @@ def test_parts_of_hand_written_answers(text: str, spoiled: dict[str, float]) -> 
     assert quality(PLAIN, text) == pytest.approx(1 - lost)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "<eos>", "ĠĠ@@ 77", "Sure thing. Anything else?", "\x00\ufffd" * 50, "a large"],
-)
-def test_garbage_has_no_quality(text: str) -> None:
-    assert quality(PLAIN, text) == 0
+def test_garbage_has_no_quality() -> None:
+    for text in (
+        "",
+        " ",
+        "<eos>",
+        "ĠĠ@@ 77",
+        "Sure thing. Anything else?",
+        "\x00\ufffd" * 50,
+        "a large",
+    ):
+        assert quality(PLAIN, text) == 0, text
 
 
 def test_gold_from_decoded_prompts_equals_the_true_quality() -> None:
