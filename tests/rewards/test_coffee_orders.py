@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from jsonargparse import ArgumentParser
 from transformers import AutoTokenizer
 
 from lightning_perl.data.rows import Turn
 from lightning_perl.data.tokenization import TurnEncoder
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rewards import RewardFunction
 from lightning_perl.rewards.coffee_orders import (
     WEIGHTS,
     CoffeeOrderQuality,
@@ -123,13 +121,3 @@ def test_what_it_cannot_judge_is_refused() -> None:
         CoffeeOrderQuality()(["User: two movie tickets\nAgent:"], ["Sure thing"], [7])
     with pytest.raises(ValueError, match=r"CoffeeOrderQuality\.scale must be above 0, got 0"):
         CoffeeOrderQuality(scale=0)
-
-
-def test_it_is_built_from_a_class_path() -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--gold", type=RewardFunction | None)
-    path = "lightning_perl.rewards.coffee_orders.CoffeeOrderQuality"
-    config = parser.parse_object({"gold": {"class_path": path, "init_args": {"scale": 2.0}}})
-    gold = parser.instantiate(config).gold
-    assert isinstance(gold, CoffeeOrderQuality)
-    assert gold.scale == 2.0
