@@ -227,11 +227,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command line, by default the process's own."""
     given = list(sys.argv[1:] if args is None else args)
     silence_known()
-    if given[:1] == ["new-trunk"]:
-        run_new_trunk(given[1:])
-        return
-    if given[:1] == ["estimate"]:
-        run_estimate(given[1:])
+    own_commands = {"new-trunk": run_new_trunk, "estimate": run_estimate}
+    if given and given[0] in own_commands:
+        own_commands[given[0]](given[1:])
         return
     PerlCLI(
         save_config_callback=SaveRunConfig,

@@ -1,7 +1,4 @@
-"""Measures of a reward model, as a torchmetrics metric, so that they add up over batches and ranks.
-
-Shapes: ``B`` rows, ``K`` pairs, ``N`` rows with a label, ``J`` judgements.
-"""
+"""Measures of a reward model. Shapes: ``B`` rows, ``K`` pairs, ``N`` rows with a label, ``J`` judgements."""
 
 from __future__ import annotations
 
@@ -57,12 +54,7 @@ class Judgements(NamedTuple):
 
     A pair is judged by ``r_w - r_l`` with outcome 1 and by ``r_l - r_w`` with outcome 0, each with half a vote.
     So it does not matter which answer is named first, and calibration is that of "the better-scored answer is
-    the preferred one".
-
-    Attributes:
-        logits: Shape: ``(J,)``, float64.
-        outcomes: 1, 0, or between them for a rating. Shape: ``(J,)``, float64.
-        votes: 1 for a thumb, 0.5 for an order of a pair. Shape: ``(J,)``, float64.
+    the preferred one". Shapes: ``(J,)``, float64.
     """
 
     logits: Tensor
@@ -83,12 +75,11 @@ class RewardMetrics(Metric):
 
     - ``accuracy``: share of pairs whose chosen answer scores higher.
     - ``margin``: mean of ``r_w - r_l``.
-    - ``accuracy_chosen_longer``, ``accuracy_same_length``, ``accuracy_chosen_shorter``: of the pairs
-      whose chosen answer has more, as many or fewer tokens.
-    - ``accuracy_turns_1``, ``accuracy_turns_2_3``, ``accuracy_turns_4_up``: by turns of the prompt.
+    - ``accuracy_{chosen_longer,same_length,chosen_shorter}``: by the answers' tokens.
+    - ``accuracy_{turns_1,turns_2_3,turns_4_up}``: by turns of the prompt.
     - ``longer_wins``: share of pairs whose chosen answer is the longer one.
-    - ``length_accuracy``: ``longer_wins`` or 1 minus it, whichever is higher. The direction is chosen
-      on the very rows it is measured on, so the baseline is rather too high than too low.
+    - ``length_accuracy``: ``longer_wins`` or 1 minus it, whichever is higher on these very rows, so the baseline
+      is rather too high than too low.
 
     Both, over all judgements (see `Judgements`); a probability is ``sigmoid(r)`` of a thumb and
     ``sigmoid(r_w - r_l)`` of a pair, without the training margin:
@@ -133,14 +124,13 @@ class RewardMetrics(Metric):
         chosen, _, chosen_length, turns = pairs[:, 0].unbind(-1)
         rejected, _, rejected_length, _ = pairs[:, 1].unbind(-1)
         judgements = judgements_of(scores, labels, chosen - rejected)
+        all_scores = torch.cat([scores, chosen, rejected])
+        all_lengths = torch.cat([lengths, chosen_length, rejected_length])
         measures = {
             **thumb_measures(scores, labels, lengths),
             **pair_measures(chosen - rejected, chosen_length - rejected_length, turns),
             **calibration_measures(judgements, len(scores) + len(chosen)),
-            **length_measures(
-                torch.cat([scores, chosen, rejected]),
-                torch.cat([lengths, chosen_length, rejected_length]),
-            ),
+            **length_measures(all_scores, all_lengths),
         }
         return RewardMeasures(
             {key: value for key, (value, _) in measures.items()},
@@ -243,8 +233,7 @@ def length_measures(scores: Tensor, lengths: Tensor) -> Measures:
         return {"length_score_correlation": (math.nan, len(scores))}
     if len(scores) < 2 or bool((scores == scores[0]).all()) or bool((lengths == lengths[0]).all()):
         return {}
-    correlation = float(pearson_corrcoef(scores, lengths))
-    return {"length_score_correlation": (correlation, len(scores))}
+    return {"length_score_correlation": (float(pearson_corrcoef(scores, lengths)), len(scores))}
 
 
 def judgements_of(scores: Tensor, labels: Tensor, margins: Tensor) -> Judgements:
@@ -265,12 +254,9 @@ def reliability_of(judgements: Judgements) -> Reliability:
     def total(weights: Tensor) -> Tensor:
         return torch.bincount(bins, weights, BINS)
 
-    counts = total(judgements.votes)
-    return Reliability(
-        counts,
-        total(judgements.votes * probabilities) / counts,
-        total(judgements.votes * judgements.outcomes) / counts,
-    )
+    votes, counts = judgements.votes, total(judgements.votes)
+    predicted, observed = total(votes * probabilities), total(votes * judgements.outcomes)
+    return Reliability(counts, predicted / counts, observed / counts)
 
 
 def fit_temperature(judgements: Judgements) -> float:

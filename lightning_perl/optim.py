@@ -95,10 +95,10 @@ class HostAdamW(Optimizer):
 
     def _to_host(self, parameter: Tensor, host_moments: dict[str, Tensor]) -> None:
         """Copy moments back to the host; those that have no memory there get it."""
+        pinned = parameter.is_cuda
         for name, moment in self._moments(parameter).items():
             on_host = host_moments.get(name)
             if on_host is None:
-                pinned = parameter.is_cuda
                 on_host = torch.empty_like(moment, device=self.host, pin_memory=pinned)
             self.state[parameter][name] = on_host.copy_(moment, non_blocking=True)
 

@@ -97,20 +97,15 @@ def test_a_file_wins_over_a_packaged_config(tmp_path: Path) -> None:
     assert config_source("quickstart.yaml") == "quickstart.yaml"
     assert config_source("quickstart") == str(shipped["quickstart.yaml"])
     # jsonargparse's own kinds of values stay possible.
-    for other in (
-        "{trainer: {max_epochs: 1}}",
-        "trainer:\n  max_epochs: 1\n",
-        "https://a.b/c.yaml",
-    ):
+    for other in ("{trainer: {max_epochs: 1}}", "a:\n  b: 1\n", "https://a.b/c.yaml"):
         assert config_source(other) == other
 
 
-@pytest.mark.parametrize("flags", [["--config", "{}"], ["-c", "{}"], ["--config={}"]])
+@pytest.mark.parametrize("flags", [["-c", "quickstart.yaml"], ["--config=quickstart.yaml"]])
 def test_every_spelling_of_config_finds_the_packaged_quickstart(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [flag.format("quickstart.yaml") for flag in flags]
-    code, printed = exits(capsys, "fit", *given, "--print_config")
+    code, printed = exits(capsys, "fit", *flags, "--print_config")
     assert code == 0
     assert yaml.safe_load(printed)["model"]["class_path"].endswith("HydraPPO")
     assert not list(Path.cwd().iterdir())
@@ -200,10 +195,8 @@ def test_runs_without_a_logger_have_folders_too(trunk: str) -> None:
 
 
 def test_an_optimizer_is_chosen_in_yaml(trunk: str) -> None:
-    optimizer = {
-        "class_path": "lightning_perl.optim.HostAdamW",
-        "init_args": {"lr": 1e-3, "weight_decay": 0.0},
-    }
+    settings = {"lr": 1e-3, "weight_decay": 0.0}
+    optimizer = {"class_path": "lightning_perl.optim.HostAdamW", "init_args": settings}
     fit("--model.trunk", trunk, "--config", f"{{model: {{init_args: {{optimizer: {optimizer}}}}}}}")
     run = Path("runs/tiny/version_0")
     saved = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["optimizer"]
@@ -235,10 +228,9 @@ def test_a_run_is_quiet_about_what_is_known(
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         fit("--model.trunk", trunk)
-    said = " ".join(str(warning.message) for warning in heard)
-    assert "LeafSpec" not in said
-    assert "in eval mode" not in said
-    assert "args parameter" not in said
+    messages = " ".join(str(warning.message) for warning in heard)
+    known = ("LeafSpec", "in eval mode", "args parameter")
+    assert not any(words in messages for words in known)
     assert "Tip:" not in caplog.text
     assert "handed over in" in caplog.text
     printed = capsys.readouterr()
@@ -281,17 +273,6 @@ def test_a_trunk_without_a_reward_head(tmp_path: Path) -> None:
     refused(ValueError, words, "--model.trunk", str(bare))
 
 
-def test_a_layout_that_is_not_the_classes_own(trunk: str) -> None:
-    refused(
-        ValueError,
-        "HydraPPO is PPO with layout hydra; got layout 'perl'. Use the class PPO",
-        "--model.trunk",
-        trunk,
-        "--model.layout",
-        "perl",
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -309,29 +290,37 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(
     assert all(word in error for word in words)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_a_refused_precision(trunk: str, precision: str) -> None:
-    refused(
-        MisconfigurationException,
-        f"trainer.precision must stay 32-true, got '{precision}'.*model.init_args.trunk_dtype: bfloat16",
-        "--model.trunk",
-        trunk,
-        "--trainer.precision",
-        precision,
-    )
+PRECISION = r"trainer.precision must stay 32-true, got '{}'.*model.init_args.trunk_dtype: bfloat16"
+NO_SAMPLES = "{trainer: {callbacks: [{class_path: SampleWriter, init_args: {prompts: 0}}]}}"
 
 
-def test_arguments_out_of_range_reach_the_user_in_their_own_words(trunk: str) -> None:
-    given = ["--model.trunk", trunk]
-    refused(ValueError, "data.batch_size must be at least 1, got 0", *given, "--data.batch_size=0")
-    refused(ValueError, "lora.dropout must be 0 in RL, got 0.1", *given, "--model.lora.dropout=0.1")
-    writer = {"class_path": "SampleWriter", "init_args": {"prompts": 0}}
-    refused(
-        ValueError,
-        r"SampleWriter\(prompts=0\): give a number of at least 1",
-        *given,
-        trainer={**TRAINER, "callbacks": [writer]},
-    )
+@pytest.mark.parametrize(
+    ("kind", "words", "arguments"),
+    [
+        (
+            ValueError,
+            "HydraPPO is PPO with layout hydra; got layout 'perl'. Use the class PPO",
+            "--model.layout=perl",
+        ),
+        (MisconfigurationException, PRECISION.format("bf16-true"), "--trainer.precision=bf16-true"),
+        (
+            MisconfigurationException,
+            PRECISION.format("bf16-mixed"),
+            "--trainer.precision=bf16-mixed",
+        ),
+        (ValueError, "data.batch_size must be at least 1, got 0", "--data.batch_size=0"),
+        (ValueError, "lora.dropout must be 0 in RL, got 0.1", "--model.lora.dropout=0.1"),
+        (
+            ValueError,
+            r"SampleWriter\(prompts=0\): give a number of at least 1",
+            f"--config={NO_SAMPLES}",
+        ),
+    ],
+)
+def test_arguments_are_refused_in_their_own_words(
+    trunk: str, kind: type[Exception], words: str, arguments: str
+) -> None:
+    refused(kind, words, "--model.trunk", trunk, arguments)
 
 
 def own_data(text: str | None, **arguments: Any) -> dict[str, Any]:
@@ -383,14 +372,8 @@ def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path:
     bare = tiny.save_trunk(tmp_path / "bare")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lightning_perl", "fit", "--config", "quickstart.yaml"]
-    run = subprocess.run(
-        [*command, "--model.trunk", str(bare)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command += ["--model.trunk", str(bare)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith(f"ValueError: {bare} has no reward head")
     assert "args parameter" not in run.stderr

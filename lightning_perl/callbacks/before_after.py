@@ -35,9 +35,8 @@ def before_after(measures: dict[str, Tensor]) -> list[str]:
         gain = f"({after - before:+.3f}, {(after - before) / max(spread, 1e-9):+.2f} sd)"
         lines.append(f"  gold      {before:8.3f} -> {after:8.3f}   {gain}")
     if "val/win_rate" in value:
-        lines.append(
-            f"  win rate  {value['val/win_rate']:8.3f}   (against the reference, by score)"
-        )
+        rate = value["val/win_rate"]
+        lines.append(f"  win rate  {rate:8.3f}   (against the reference, by score)")
     if "val/kl" in value:
         lines.append(f"  KL        {value['val/kl']:8.3f}   nats per response")
     if "val/response_tokens" in value:

@@ -162,9 +162,7 @@ class CudaMemorySnapshot(PhaseCallback):
         self._batches = 0
         self._record()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: object) -> None:
         """Drops the events so far where the recorded train batches begin."""
         self._running = []
         if self._into is not None and self._batches == self.start_step:
@@ -179,14 +177,7 @@ class CudaMemorySnapshot(PhaseCallback):
         if self._running and not isinstance(sys.exc_info()[1], torch.OutOfMemoryError):
             self._running.pop()
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Writes the file after the last recorded train batch."""
         self._batches += 1
         if self._batches == self.start_step + self.steps:
@@ -236,11 +227,9 @@ class CudaMemorySnapshot(PhaseCallback):
             return
         self._into.mkdir(parents=True, exist_ok=True)
         name = f"{what}_rank{trainer.global_rank}"
-        path = self._into / f"{name}.pickle"
-        for number in itertools.count(2):
-            if not path.exists():
-                break
-            path = self._into / f"{name}_{number}.pickle"
+        path, numbers = self._into / f"{name}.pickle", itertools.count(2)
+        while path.exists():
+            path = self._into / f"{name}_{next(numbers)}.pickle"
         torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
         print(f"memory snapshot: {path} (open it at https://pytorch.org/memory_viz)", flush=True)
 

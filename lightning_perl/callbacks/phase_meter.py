@@ -68,12 +68,7 @@ class PhaseMeter(PhaseCallback, ABC):
             self.running.pop()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, *_: object
     ) -> None:
         """Logs the train batch."""
         self.read()

@@ -98,12 +98,11 @@ def rated_rows(measures: RewardMeasures) -> str:
 
 def headline(measures: RewardMeasures) -> str:
     """The model beside length alone, in a few words."""
-    parts = [
+    return "; ".join(
         f"{name} {measures.values[key]:.3f}, length alone {measures.values[baseline]:.3f}"
         for key, name, baseline in _LINES
         if baseline and key in measures.values
-    ]
-    return "; ".join(parts)
+    )
 
 
 def reliability_figure(measures: RewardMeasures) -> Figure:
@@ -147,10 +146,8 @@ def score_figure(measures: RewardMeasures) -> Figure:
     from matplotlib.figure import Figure
 
     names = ("chosen or up", "rejected or down")
-    if not measures.thumbs:
-        names = ("chosen", "rejected")
-    elif not measures.pairs:
-        names = ("thumbs up", "thumbs down")
+    if not (measures.thumbs and measures.pairs):
+        names = ("thumbs up", "thumbs down") if measures.thumbs else ("chosen", "rejected")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     good, bad = (list(filter(isfinite, s)) for s in (measures.good_scores, measures.bad_scores))

@@ -53,7 +53,6 @@ def _next_version(folder: Path) -> Path:
         version = folder / f"version_{number}"
         try:
             version.mkdir(parents=True)
+            return version
         except FileExistsError:
             number += 1
-        else:
-            return version

@@ -50,11 +50,10 @@ class Sample(NamedTuple):
 class SampleWriter(Callback):
     """Answers the same held-out prompts before and after training, and writes both with scores.
 
-    The prompts are the first rows of the validation data. ``before`` is the reference's answer, taken once
-    when training starts (so a resumed run has the same one); ``after`` is the policy's, taken at every
-    validation's end (``trainer.val_check_interval``) and when the fit ends. Each time one JSON line per prompt,
-    with the keys of `Sample`, is appended to ``samples.jsonl`` in the run's folder, and every `WandbLogger` gets
-    them as a table, ``samples``. At the fit's end a table of them is printed. Only rank zero writes.
+    The prompts are the first rows of the validation data. The reference answers once, when training starts; the
+    policy at every validation's end (``trainer.val_check_interval``) and when the fit ends. Each time one JSON
+    line per prompt, with the keys of `Sample`, is appended to ``samples.jsonl`` in the run's folder, and every
+    `WandbLogger` gets a table, ``samples``. At the fit's end a table is printed. Only rank zero writes.
 
     Args:
         prompts: Number of prompts; fewer where the validation data has fewer. At least 1.
@@ -72,11 +71,10 @@ class SampleWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a module that cannot answer, and chooses the file."""
         self._before = None
-        if stage != "fit":
-            return
-        _answering(pl_module)
-        self._path = run_folder(trainer) / "samples.jsonl"
-        self._samples = []
+        if stage == "fit":
+            _answering(pl_module)
+            self._path = run_folder(trainer) / "samples.jsonl"
+            self._samples = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the prompts and takes the reference's answers."""
@@ -119,7 +117,6 @@ class SampleWriter(Callback):
         module = _answering(pl_module)
         chunks = (move_data_to_device(chunk, pl_module.device) for chunk in self._chunks)
         answers = [module.answer(chunk, role) for chunk in chunks]
-        # The chunks' lists, field by field, one behind the other.
         return Answers(*(list(chain.from_iterable(parts)) for parts in zip(*answers, strict=True)))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -122,8 +122,7 @@ class SpeedMonitor(PhaseMeter):
         self._seconds: dict[str, float] = {}
         self._flops: dict[str, int] = {}
         # The last reading: when, and at how many FLOPs.
-        self._read_at = 0.0
-        self._read_flops = 0
+        self._read_at, self._read_flops = 0.0, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the device to wait for, and measures its peak."""

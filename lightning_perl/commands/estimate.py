@@ -167,10 +167,8 @@ def _make_module(config: Namespace, parser: LightningArgumentParser) -> AdapterM
 
 def _require_same_shape(reward: str, policy: PreTrainedConfig) -> None:
     """All trunks are estimated with one architecture."""
-    ours, theirs = (
-        {name: getattr(config, name, None) for name in SHAPE}
-        for config in (policy, architecture_from(reward))
-    )
+    both = (policy, architecture_from(reward))
+    ours, theirs = ({name: getattr(config, name, None) for name in SHAPE} for config in both)
     if ours != theirs:
         raise ValueError(
             f"estimate knows one architecture for all trunks; that of the reward in {reward} is another: "
@@ -183,11 +181,8 @@ def _architecture(config: Namespace) -> PreTrainedConfig:
     sizes = {size.name: config[size.name] for size in fields(LlamaSizes)}
     if all(value is None for value in sizes.values()):
         return architecture_from(config.architecture or config.model.init_args.trunk)
-    missing = [
-        f"--{size.name}"
-        for size in fields(LlamaSizes)
-        if size.default is MISSING and sizes[size.name] is None
-    ]
+    needed = (size.name for size in fields(LlamaSizes) if size.default is MISSING)
+    missing = [f"--{name}" for name in needed if sizes[name] is None]
     if missing or config.architecture:
         raise ValueError(
             "estimate: give --architecture, or all sizes of a Llama without it"
@@ -199,10 +194,9 @@ def _architecture(config: Namespace) -> PreTrainedConfig:
 def architecture_from(source: str) -> PreTrainedConfig:
     """The configuration of a decoder's folder, ``config.json``, or hub name. No weights are read."""
     path = Path(unpackaged(source)).expanduser()
+    place = str(path) if path.exists() else source
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(path) if path.exists() else source
-        )
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"estimate: no architecture found in {source!r} ({str(error).splitlines()[0]}). Give "
@@ -435,15 +429,14 @@ def comparison_table(runs: Mapping[str, Estimate | None], fitted: bool) -> str:
 
 def numbers(run: Estimate) -> dict[str, Any]:
     """The JSON object of a run, in GiB."""
+
+    def in_gib(peak: Peak) -> dict[str, Any]:
+        kinds = {kind: size / GIB for kind, size in peak.kinds.items()}
+        return {"peak_gib": peak.total / GIB, "kinds_gib": kinds}
+
     return {
         "peak_gib": run.peak.total / GIB,
-        "phases": {
-            phase: {
-                "peak_gib": peak.total / GIB,
-                "kinds_gib": {kind: size / GIB for kind, size in peak.kinds.items()},
-            }
-            for phase, peak in run.peaks.items()
-        },
+        "phases": {phase: in_gib(peak) for phase, peak in run.peaks.items()},
         "largest_micro_batch_size": run.micro_batch_size,
         "largest_rollout_batch_size": run.rollout_rows,
     }

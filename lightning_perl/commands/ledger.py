@@ -37,11 +37,10 @@ class Peak(NamedTuple):
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that were made inside it and are still alive.
 
-    It counts storages, so views and results written in place cost nothing. It sees what reaches PyTorch's
-    dispatcher: tensors of the program, of autograd and of optimizers, but not what a kernel needs for itself
-    during a call. One such workspace is known and large and is added where ``block`` is `CUDA_BLOCK`: flash and
-    memory-efficient attention on CUDA sum the queries' gradient in fp32. CUDA's context and the libraries' own
-    buffers (some hundred MiB) are not counted.
+    It counts storages, so views and results written in place cost nothing. It does not see CUDA's context, the
+    libraries' own buffers (some hundred MiB), or what a kernel needs for itself during a call. One such workspace
+    is known and large and is added where ``block`` is `CUDA_BLOCK`: flash and memory-efficient attention on CUDA
+    sum the queries' gradient in fp32.
 
     A tensor is counted as activations until `mark` names another kind, or as logits if its last dimension is
     the vocabulary. Tensors on `HOST` are not counted. Each storage is rounded up to a multiple of ``block`` bytes,

@@ -129,11 +129,7 @@ class CoffeeOrderQuality(EachAlone):
         self.scale = scale
 
     def score(self, prompt: str, response: str, row: int) -> float:
-        """Returns the response's quality times ``scale``.
-
-        Raises:
-            ValueError: The prompt's last user turn is no coffee order.
-        """
+        """Returns the response's quality times ``scale``; the prompt's last user turn must be an order."""
         request = prompt.rpartition("User:")[2].removesuffix("Agent:")
         order = parse_order(request)
         if order is None:

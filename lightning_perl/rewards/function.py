@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 
@@ -53,11 +54,7 @@ def checked_scores(
     responses: Sequence[str],
     rows: Sequence[int],
 ) -> list[float]:
-    """Returns what ``function`` gives, one finite number per response; ``argument`` names it in messages.
-
-    Raises:
-        ValueError: It raised, or gave another count, or something that is no finite number.
-    """
+    """Returns what ``function`` gives, one finite number per response; ``argument`` names it in messages."""
     who = f"{argument} ({getattr(function, '__name__', type(function).__name__)})"
     try:
         scores = list(function(prompts, responses, rows))
@@ -76,16 +73,13 @@ def checked_scores(
 
 
 def _finite(score: object, who: str, place: str) -> float:
-    wanted = "it must give a finite number"
-    # float() would read "3" too.
-    if isinstance(score, str | bytes):
-        raise ValueError(f"{who} gave {score!r} for {place}; {wanted}.")
-    try:
-        value = float(score)  # type: ignore[arg-type]  # numpy's and torch's numbers too
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{who} gave {score!r} for {place}; {wanted}.") from error
+    value = math.nan
+    # float() reads numpy's and torch's numbers too, but also "3".
+    if not isinstance(score, str | bytes):
+        with suppress(TypeError, ValueError, RuntimeError):
+            value = float(score)  # type: ignore[arg-type]
     if not math.isfinite(value):
-        raise ValueError(f"{who} gave {value} for {place}; {wanted}.")
+        raise ValueError(f"{who} gave {score!r} for {place}; it must give a finite number.")
     return value
 
 

@@ -72,7 +72,7 @@ class ValidJson(EachAlone):
     """
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
-        self.keys = tuple(keys)
+        self.keys = set(keys)
 
     def score(self, prompt: str, response: str, row: int) -> float:
         """1 where the response is such JSON."""
@@ -81,9 +81,7 @@ class ValidJson(EachAlone):
         # A policy may well open a bracket ten thousand times.
         except (ValueError, RecursionError):
             return False
-        if not self.keys:
-            return True
-        return isinstance(value, dict) and all(key in value for key in self.keys)
+        return not self.keys or (isinstance(value, dict) and value.keys() >= self.keys)
 
 
 class ExactAnswer(EachAlone):
@@ -117,11 +115,7 @@ class ExactAnswer(EachAlone):
             )
 
     def score(self, prompt: str, response: str, row: int) -> float:
-        """1 where the answers are the same.
-
-        Raises:
-            ValueError: No question of the file is in the prompt.
-        """
+        """1 where the answers are the same; a question of the file must be in the prompt."""
         return self._given(response) == self._wanted(prompt, row)
 
     def _wanted(self, prompt: str, row: int) -> str:
@@ -144,7 +138,6 @@ class ExactAnswer(EachAlone):
 class RepeatsPrompt(EachAlone):
     r"""The share of what a pattern finds in the prompt's last lines that the response says again.
 
-    For answers that must keep what was asked for: sizes and drinks of an order, names, numbers.
     Case does not count; a thing asked for twice counts once; 1 where the pattern finds nothing.
 
     Args:

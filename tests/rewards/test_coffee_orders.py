@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from jsonargparse import ArgumentParser
 from transformers import AutoTokenizer
 
 from lightning_perl.data.rows import Turn
 from lightning_perl.data.tokenization import TurnEncoder
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rewards import RewardFunction
 from lightning_perl.rewards.coffee_orders import (
     WEIGHTS,
     CoffeeOrderQuality,
@@ -39,30 +37,18 @@ def test_an_order_in_its_own_words() -> None:
         assert read(text) == {**hot, "milk": [], "extra": []}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "hello, are you open?",
-        "a large latte and a small mocha",
-        "two large small lattes",
-        "a latte",
-        "large lattes",
-        "a large latte with vanilla and caramel",
-    ],
-)
-def test_what_is_not_one_order_is_not_read(text: str) -> None:
-    assert parse_order(text) is None
+def test_what_is_not_one_order_is_not_read() -> None:
+    none = ("", "hello, are you open?", "a latte", "large lattes")
+    several = ("a large latte and a small mocha", "two large small lattes")
+    for text in (*none, *several, "a large latte with vanilla and caramel"):
+        assert parse_order(text) is None, text
 
 
 @pytest.mark.parametrize(
     ("text", "spoiled"),
     [
         ("Sure thing, two large iced oat lattes with an extra shot. Anything else?", {}),
-        (
-            "Of course, two lattes, large and iced, with oat milk and an extra shot. Is that all?",
-            {},
-        ),
+        ("Of course, two lattes, large, iced, with oat milk and an extra shot. Is that all?", {}),
         ("Ugh, two large iced oat lattes with an extra shot. Is that all?", {"tone": 0}),
         ("Two large iced oat lattes with an extra shot. Anything else?", {"tone": 0.5}),
         ("Sure thing, two large iced oat lattes with an extra shot.", {"closing": 0}),
@@ -91,12 +77,17 @@ def test_parts_of_hand_written_answers(text: str, spoiled: dict[str, float]) -> 
     assert quality(PLAIN, text) == pytest.approx(1 - lost)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "<eos>", "ĠĠ@@ 77", "Sure thing. Anything else?", "\x00\ufffd" * 50, "a large"],
-)
-def test_garbage_has_no_quality(text: str) -> None:
-    assert quality(PLAIN, text) == 0
+def test_garbage_has_no_quality() -> None:
+    for text in (
+        "",
+        " ",
+        "<eos>",
+        "ĠĠ@@ 77",
+        "Sure thing. Anything else?",
+        "\x00\ufffd" * 50,
+        "a large",
+    ):
+        assert quality(PLAIN, text) == 0, text
 
 
 def test_gold_from_decoded_prompts_equals_the_true_quality() -> None:
@@ -130,13 +121,3 @@ def test_what_it_cannot_judge_is_refused() -> None:
         CoffeeOrderQuality()(["User: two movie tickets\nAgent:"], ["Sure thing"], [7])
     with pytest.raises(ValueError, match=r"CoffeeOrderQuality\.scale must be above 0, got 0"):
         CoffeeOrderQuality(scale=0)
-
-
-def test_it_is_built_from_a_class_path() -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--gold", type=RewardFunction | None)
-    path = "lightning_perl.rewards.coffee_orders.CoffeeOrderQuality"
-    config = parser.parse_object({"gold": {"class_path": path, "init_args": {"scale": 2.0}}})
-    gold = parser.instantiate(config).gold
-    assert isinstance(gold, CoffeeOrderQuality)
-    assert gold.scale == 2.0
