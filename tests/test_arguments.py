@@ -67,6 +67,7 @@ def test_help_has_type_default_and_text_of_every_key(
     for key, entry in entries.items():
         text, facts = re.split(r"\((?=type: |required, type: )", entry, maxsplit=1)
         assert "default: " in facts or "required, " in facts, entry
+        assert text.endswith(". "), entry
         # The key and what stands for its value come first.
         assert len(text.split()) > 3, f"{kind.__name__}: the help of {key} says nothing: {entry}"
     # A dataclass is listed by its fields: lora.rank.
@@ -76,7 +77,7 @@ def test_help_has_type_default_and_text_of_every_key(
 @each_class
 def test_misspelt_and_mistyped_keys_are_refused_by_name(kind: type) -> None:
     for key, annotation in declared(kind).items():
-        if annotation in ("int", "float", "bool"):
+        if re.match(r"(int|float|bool|Layout|TrunkDtype|Quantization)\b|Literal", annotation):
             assert key in refusal(kind, f"--x.{key}=many")
     assert "sede" in refusal(kind, "--x.sede=1")
 

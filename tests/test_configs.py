@@ -53,12 +53,9 @@ def kind(path: Path) -> str:
 def of_kind(name: str) -> pytest.MarkDecorator:
     """Runs a test on each config of a kind."""
     chosen = [path for path in CONFIGS if kind(path) == name]
-    assert chosen or name == "recipe", (
-        f"no config of the kind {name}: its test would pass on nothing"
-    )
-    return pytest.mark.parametrize(
-        "path", chosen, ids=[path.relative_to(ROOT).as_posix() for path in chosen]
-    )
+    assert chosen, f"no config of the kind {name}: its test would pass on nothing"
+    ids = [path.relative_to(ROOT).as_posix() for path in chosen]
+    return pytest.mark.parametrize("path", chosen, ids=ids)
 
 
 @pytest.fixture(autouse=True)
@@ -80,18 +77,11 @@ def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
     """Arguments that make a config's data small; the tests' tokenizer makes long rows."""
     name = config["data"]["class_path"].rpartition(".")[2]
     arguments = config["data"]["init_args"]
-    copy = {"data_dir": str(corpora), "max_tokens": 300, "max_response_tokens": 128}
-    small: dict[str, dict[str, Any]] = {
-        "TaskmasterDataModule": copy,
-        "HarmlessnessDataModule": copy,
-        "HelpfulnessDataModule": copy,
-        "SummarizationDataModule": copy,
-        "PreferenceDataModule": {
-            "train": str(corpora / Path(arguments.get("train", "")).name),
-            "max_tokens": 300,
-            "max_response_tokens": 128,
-        },
-    }
+    small: dict[str, Any] = {"max_tokens": 300, "max_response_tokens": 128}
+    if name == "PreferenceDataModule":
+        small["train"] = str(corpora / Path(arguments["train"]).name)
+    else:
+        small["data_dir"] = str(corpora)
     for split in ("train", "val", "test"):
         source = str(arguments.get(split, ""))
         if source.startswith("packaged:"):
@@ -99,9 +89,8 @@ def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
             rows = orders(Path(source).name.removesuffix(".jsonl.gz"), count)
             # The first training rows have no thumb.
             more = orders("rated_val", 8) if source.endswith("rated_train.jsonl.gz") else []
-            small[name] |= {split: [*rows, *more], "max_response_tokens": 150}
-    assert name in small, f"no test makes the data of {name} small"
-    return small[name]
+            small |= {split: [*rows, *more], "max_response_tokens": 150}
+    return small
 
 
 def tiny_model(arguments: dict[str, Any], trunk: Path) -> dict[str, Any]:
@@ -116,14 +105,9 @@ def tiny_model(arguments: dict[str, Any], trunk: Path) -> dict[str, Any]:
 
 
 TINY_TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "max_epochs": 1,
-    "limit_train_batches": 2,
-    "limit_val_batches": 1,
-    "val_check_interval": 2,
-    "log_every_n_steps": 1,
-    "enable_progress_bar": False,
-}
+    "accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1,
+    "val_check_interval": 2, "log_every_n_steps": 1, "enable_progress_bar": False,
+}  # fmt: skip
 
 
 def tiny_fit(
@@ -154,13 +138,9 @@ def run_of(config: dict[str, Any], version: int = 0) -> Path:
     return Path(logger["save_dir"], logger["name"], f"version_{version}")
 
 
-def column(run: Path, key: str) -> list[float]:
-    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
-
-
 def assert_finite(run: Path, key: str) -> list[float]:
-    values = column(run, key)
+    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        values = [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
     assert values
     assert all(map(math.isfinite, values))
     return values
@@ -174,14 +154,17 @@ def assert_loads(run: Path, trunk: Path) -> None:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trunk), folder)
         assert model.peft_config["default"].peft_type == "LORA"
     if (run / "trunk").is_dir():
-        assert (
-            load_trunk(str(run / "trunk")).vocabulary_size == load_trunk(str(trunk)).vocabulary_size
-        )
+        written, start = load_trunk(str(run / "trunk")), load_trunk(str(trunk))
+        assert written.vocabulary_size == start.vocabulary_size
+
+
+@pytest.fixture(scope="module")
+def trunk(tiny_trunk: TinyTrunk) -> Path:
+    return tiny_trunk("llama", max_position_embeddings=512)
 
 
 @of_kind("fit")
-def test_fit_config_runs_and_hands_over(path: Path, tiny_trunk: TinyTrunk, corpora: Path) -> None:
-    trunk = tiny_trunk("llama", max_position_embeddings=512)
+def test_fit_config_runs_and_hands_over(path: Path, trunk: Path, corpora: Path) -> None:
     main(tiny_fit(path, trunk, corpora))
     run = run_of(content(path))
     assert_finite(run, "train/loss")
@@ -194,8 +177,7 @@ def test_fit_config_runs_and_hands_over(path: Path, tiny_trunk: TinyTrunk, corpo
 
 
 @of_kind("data")
-def test_data_config_feeds_a_model(path: Path, tiny_trunk: TinyTrunk, corpora: Path) -> None:
-    trunk = tiny_trunk("llama", max_position_embeddings=512)
+def test_data_config_feeds_a_model(path: Path, trunk: Path, corpora: Path) -> None:
     learners = {"tldr": "SFT", "dialogsum": "SFT", "bolt": "PPO"}
     arguments: dict[str, Any] = {"trunk": str(trunk)}
     if path.stem == "bolt":
@@ -208,9 +190,8 @@ def test_data_config_feeds_a_model(path: Path, tiny_trunk: TinyTrunk, corpora: P
 @of_kind("recipe")
 @pytest.mark.parametrize("data", ["hh_harmless", "coffee"])
 def test_recipe_runs_on_pairs_and_on_thumbs(
-    path: Path, data: str, tiny_trunk: TinyTrunk, corpora: Path
+    path: Path, data: str, trunk: Path, corpora: Path
 ) -> None:
-    trunk = tiny_trunk("llama", max_position_embeddings=512)
     main(tiny_fit(path, trunk, corpora, ROOT / f"configs/data/{data}.yaml"))
     run = run_of(content(path))
     assert_finite(run, "train/loss")
@@ -227,15 +208,11 @@ def test_perls_reward_recipe_steps_on_128_rows_of_every_reward_corpus() -> None:
 @of_kind("new-trunk")
 def test_new_trunk_config_runs(path: Path, corpora: Path) -> None:
     config = content(path)
-    tiny = {
-        "vocabulary_size": 300,
-        "hidden_size": 16,
-        "layers": 1,
-        "heads": 2,
-        "data": {"init_args": tiny_data(config, corpora)},
-    }
-    Path("tiny.yaml").write_text(yaml.safe_dump(tiny), encoding="utf-8")
-    main(["new-trunk", "--config", str(path), "--config", "tiny.yaml"])
+    tiny = {"vocabulary_size": 300, "hidden_size": 16, "layers": 1, "heads": 2}
+    data = {"data": {"init_args": tiny_data(config, corpora)}}
+    Path("tiny.yaml").write_text(yaml.safe_dump(tiny | data), encoding="utf-8")
+    command = ["new-trunk", "--config", str(path), "--config", "tiny.yaml"]
+    main(command)
     folder = Path(config["folder"])
     trunk = load_trunk(str(folder))
     assert (trunk.vocabulary_size, trunk.hidden_size) == (300, 16)
@@ -243,7 +220,7 @@ def test_new_trunk_config_runs(path: Path, corpora: Path) -> None:
     # The tokenizer has seen the corpus: a frequent word is fewer tokens than letters.
     assert len(AutoTokenizer.from_pretrained(folder).encode("Agent")) < len("Agent")
     with pytest.raises(FileExistsError, match="exists already; name another folder"):
-        main(["new-trunk", "--config", str(path), "--config", "tiny.yaml"])
+        main(command)
 
 
 def outputs(path: Path) -> set[str]:
@@ -265,21 +242,14 @@ def test_folders_that_a_config_reads_are_what_another_writes(path: Path) -> None
     assert {folder for folder in read if not folder.startswith("packaged:")} <= written
 
 
-def test_hydra_sft_config_hands_a_reward_head_to_hydra_ppo(
-    tiny_trunk: TinyTrunk, corpora: Path
-) -> None:
-    folder = ROOT / "configs" / "taskmaster"
-    main(
-        tiny_fit(
-            folder / "hydra_sft.yaml", tiny_trunk("llama", max_position_embeddings=512), corpora
-        )
-    )
-    trunk = Path(content(folder / "hydra_ppo.yaml")["model"]["init_args"]["trunk"])
-    assert len(load_head(trunk, "reward").weight) == 32
-    main(tiny_fit(folder / "hydra_ppo.yaml", trunk, corpora))
-    run = run_of(content(folder / "hydra_ppo.yaml"))
-    adapter = json.loads((run / "adapters/actor/adapter_config.json").read_text(encoding="utf-8"))
-    assert adapter["base_model_name_or_path"] == str(trunk)
+def test_hydra_sft_config_hands_a_reward_head_to_hydra_ppo(trunk: Path, corpora: Path) -> None:
+    sft, ppo = (ROOT / "configs/taskmaster" / f"hydra_{name}.yaml" for name in ("sft", "ppo"))
+    main(tiny_fit(sft, trunk, corpora))
+    written = Path(content(ppo)["model"]["init_args"]["trunk"])
+    assert len(load_head(written, "reward").weight) == 32
+    main(tiny_fit(ppo, written, corpora))
+    adapter = run_of(content(ppo)) / "adapters/actor/adapter_config.json"
+    assert json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"] == str(written)
 
 
 def test_the_quickstart_in_configs_is_a_relative_link_into_the_package() -> None:
@@ -298,14 +268,10 @@ def test_a_yaml_of_an_unknown_kind_is_an_error(tmp_path: Path) -> None:
 
 @of_kind("logger")
 def test_logger_config_lies_on_top_of_a_run(
-    path: Path, tiny_trunk: TinyTrunk, corpora: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, trunk: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    arguments = tiny_fit(
-        ROOT / "configs" / "quickstart.yaml",
-        tiny_trunk("llama", max_position_embeddings=512),
-        corpora,
-    )
+    arguments = tiny_fit(ROOT / "configs" / "quickstart.yaml", trunk, corpora)
     for _ in range(2):
         main([*arguments, "--config", str(path)])
         # A W&B run lasts as long as its process, and here two share one.
@@ -315,9 +281,8 @@ def test_logger_config_lies_on_top_of_a_run(
     assert len(runs) == 2
     for run in runs:
         assert (run / "adapters/actor/adapter_config.json").is_file()
-        assert content(run / "config.yaml")["trainer"]["logger"]["class_path"].endswith(
-            "WandbLogger"
-        )
+        saved = content(run / "config.yaml")["trainer"]["logger"]
+        assert saved["class_path"].endswith("WandbLogger")
         (logged,) = Path(logger["save_dir"], "wandb").glob(f"offline-run-*-{run.name}")
         tables = sorted(logged.rglob("samples_*.table.json"))
         lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()

@@ -16,13 +16,9 @@ TRUNKS = {"full": 4, "lora": 4, "dynamic_lora": 2, "perl": 1, "hydra": 1, "joint
 class Machine:
     """A trunk takes 100 MB, a row of a micro-batch 10; an iteration 1 second and a tenth per episode."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, int, int]] = []
-
     def __call__(self, command: Sequence[str]) -> dict[str, Any]:
         flags = dict(zip(command[2::2], command[3::2], strict=True))
         layout, batch, micro = flags["--layout"], int(flags["--batch"]), int(flags["--micro"])
-        self.asked.append((layout, batch, micro))
         return {
             "seconds_per_iteration": 1 + 0.1 * batch,
             "peak_rss_mb": 100.0 * TRUNKS[layout] + 10 * micro,
@@ -30,9 +26,9 @@ class Machine:
 
 
 def test_both_tables(script: Script, tmp_path: Path) -> None:
-    machine, report = Machine(), tmp_path / "layouts.md"
+    report = tmp_path / "layouts.md"
     flags = ["--batch", "8", "--micro", "4", "--rounds", "1", "--report", str(report)]
-    found = script("layouts").main(flags, machine)
+    found = script("layouts").main(flags, Machine())
     # LoRA-PPO's 440 MB hold 34 rows where one trunk is enough.
     assert found["budget_mb"] == 440
     assert {layout: (cost["batch"], cost["micro"]) for layout, cost in found["within"].items()} == {
@@ -67,7 +63,9 @@ def test_the_largest_batch_is_the_largest(
     assert len(set(asked)) == len(asked) <= 13
 
 
-def test_no_memory_left_is_too_much(script: Script) -> None:
+def test_layouts_that_do_not_fit_are_left_out(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Small(Machine):
         def __call__(self, command: Sequence[str]) -> dict[str, Any]:
             found = super().__call__(command)
@@ -75,22 +73,13 @@ def test_no_memory_left_is_too_much(script: Script) -> None:
                 raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory.")
             return found
 
-    flags = ["--rounds", "1", "--budget_mb", "900", "--layouts", "lora", "hydra"]
     layouts = script("layouts")
-    args = layouts.arguments(flags)
-    assert layouts.fitting(args, 900.0, Small()) == {"hydra": (20, 20)}
-
-
-def test_a_layout_that_does_not_fit_is_left_out(script: Script) -> None:
     flags = ["--rounds", "1", "--budget_mb", "150", "--layouts", "lora", "hydra"]
-    assert list(script("layouts").main(flags, Machine())["within"]) == ["hydra"]
-
-
-def test_without_the_baseline_there_is_nothing_to_compare(
-    script: Script, capsys: pytest.CaptureFixture[str]
-) -> None:
+    assert layouts.fitting(layouts.arguments(flags), 900.0, Small()) == {"hydra": (20, 20)}
+    assert list(layouts.main(flags, Machine())["within"]) == ["hydra"]
+    # Without the baseline there is nothing to compare.
     with pytest.raises(SystemExit):
-        script("layouts").main(["--layouts", "hydra"], Machine())
+        layouts.main(["--layouts", "hydra"], Machine())
     assert "must have lora" in capsys.readouterr().err
 
 

@@ -15,15 +15,10 @@ def test_exponents_of_known_powers(script: Script) -> None:
 
 
 def test_memory_grows_as_it_should_at_toy_size(script: Script, tmp_path: Path) -> None:
-    report = tmp_path / "scaling.md"
-    axes = ["layers", "batch", "micro"]
-    scaling = script("scaling")
-    found = scaling.main(
-        ["--tiny", "--repeats", "1", "--threads", "1", "--report", str(report), "--axes", *axes]
-    )
-    text = report.read_text()
-    for axis in axes:
-        assert f"\n## {axis}\n" in text
+    report, axes = tmp_path / "scaling.md", ("layers", "batch", "micro")
+    flags = ["--tiny", "--repeats", "1", "--threads", "1", "--report", str(report), "--axes", *axes]
+    found = script("scaling").main(flags)
+    assert all(f"\n## {axis}\n" in report.read_text() for axis in axes)
     # Micro-batches keep an update's memory where it is, however large the batch; keys and values grow.
     assert found["batch"]["update, MB"] < 0.3
     assert found["batch"]["rollout, MB"] > 0.4
@@ -33,16 +28,10 @@ def test_memory_grows_as_it_should_at_toy_size(script: Script, tmp_path: Path) -
 
 def test_a_rollout_is_fitted_against_its_tokens(script: Script) -> None:
     scaling = script("scaling")
-    seconds = {"rollout": 3.0, "score": 1.0, "update": 1.0}
+    ones = dict.fromkeys(("rollout", "score", "update"), 1.0)
     # Four rows; prompts with their first tokens take 7 s, every other token half a second.
     points = [
-        scaling.Point(
-            {**seconds, "rollout": 7 + 0.5 * (tokens - 4)},
-            dict.fromkeys(seconds, 1.0),
-            tokens,
-            7.0,
-            4,
-        )
+        scaling.Point({**ones, "rollout": 7 + 0.5 * (tokens - 4)}, ones, tokens, 7.0, 4)
         for tokens in (68, 20, 8)
     ]
     lines, exponents = scaling.axis_lines("stop", (0, 0.25, 0.5), points)

@@ -10,9 +10,11 @@ import pytest
 
 from tests.benchmarks.conftest import Script
 
-PRINTS = (
-    "import json; print('on the way'); print(json.dumps({'pairs_per_second': 2.0, 'threads': 2}))"
-)
+PRINTS = "print('on the way'); print('{\"pairs_per_second\": 2.0, \"threads\": 2}')"
+SAYS: dict[str, dict[str, Any]] = {
+    "ours": {"peak_rss_mb": 300.0, "trunk_dtype": "torch.bfloat16"},
+    "peer": {"peak_rss_mb": 400.0, "bf16": 2},
+}
 
 
 class Machine:
@@ -25,16 +27,7 @@ class Machine:
     def __call__(self, command: Sequence[str]) -> dict[str, Any]:
         side = command[-1]
         self.asked.append(side)
-        memory = {"ours": 300.0, "peer": 400.0}[side]
-        dtypes: dict[str, dict[str, Any]] = {
-            "ours": {"trunk_dtype": "torch.bfloat16"},
-            "peer": {"bf16": 2},
-        }
-        return {
-            "episodes_per_second": next(self.figures[side]),
-            "peak_rss_mb": memory,
-            **dtypes[side],
-        }
+        return {"episodes_per_second": next(self.figures[side]), **SAYS[side]}
 
 
 def flags(*more: str) -> list[str]:
@@ -55,15 +48,13 @@ def test_medians_and_ratios(script: Script, tmp_path: Path) -> None:
     assert found["peak_rss_mb"]["ratio"] == 0.75
     text = report.read_text()
     assert text.startswith("# Side by side\n\n## PPO, bf16\n\n")
-    assert (
-        "| episodes_per_second | 4 (2 to 6) | 2 (1 to 9) | **2.00** (rounds 0.44 to 6.00) |" in text
-    )
-    assert (
-        "| peak_rss_mb | 300 (300 to 300) | 400 (400 to 400) | **0.75** (rounds 0.75 to 0.75) |"
-        in text
-    )
-    assert "- ours: `run ours`: trunk_dtype bfloat16" in text
-    assert "- peer: `run peer`: bf16 2" in text
+    for line in (
+        "| episodes_per_second | 4 (2 to 6) | 2 (1 to 9) | **2.00** (rounds 0.44 to 6.00) |",
+        "| peak_rss_mb | 300 (300 to 300) | 400 (400 to 400) | **0.75** (rounds 0.75 to 0.75) |",
+        "- ours: `run ours`: trunk_dtype bfloat16",
+        "- peer: `run peer`: bf16 2",
+    ):
+        assert line in text
 
 
 def test_comparisons_live_side_by_side_in_a_report(script: Script, tmp_path: Path) -> None:
@@ -75,28 +66,24 @@ def test_comparisons_live_side_by_side_in_a_report(script: Script, tmp_path: Pat
     assert report.read_text() == "# All\n\n## first\n\none\n1\n\n## second\n\n2\n\n| a |\n"
 
 
-def test_what_is_not_printed_is_named(script: Script) -> None:
-    side_by_side = script("side_by_side")
-    arguments = [word if word != "episodes_per_second" else "pairs_per_second" for word in flags()]
+def test_unprinted_figures_and_two_rounds_are_refused(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = script("side_by_side").main
     with pytest.raises(KeyError, match=r"ours prints no 'pairs_per_second'; it prints \['episodes"):
-        side_by_side.main(arguments, Machine([1.0] * 3, [1.0] * 3))
-
-
-def test_two_rounds_are_refused(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+        main(flags("--key", "pairs_per_second"), Machine([1.0] * 3, [1.0] * 3))
     with pytest.raises(SystemExit):
-        script("side_by_side").main(flags("--rounds", "2"))
+        main(flags("--rounds", "2"))
     assert "--rounds 2: a median needs at least 3" in capsys.readouterr().err
 
 
-def test_a_child_is_read_by_its_last_line(script: Script) -> None:
-    found = script("record").run_json(["python", "-c", PRINTS])
-    assert found == {"pairs_per_second": 2.0, "threads": 2}
-
-
-@pytest.mark.parametrize("code", ["print('no JSON')", "print('{}'); raise SystemExit(3)", ""])
-def test_a_child_that_fails_is_quoted(script: Script, code: str) -> None:
-    with pytest.raises(RuntimeError, match=r"python -c .* ended with status \d and without a JSON"):
-        script("record").run_json(["python", "-c", code])
+def test_a_child_is_read_by_its_last_line_or_quoted(script: Script) -> None:
+    run_json = script("record").run_json
+    assert run_json(["python", "-c", PRINTS]) == {"pairs_per_second": 2.0, "threads": 2}
+    for code in ("print('no JSON')", "print('{}'); raise SystemExit(3)", ""):
+        words = r"python -c .* ended with status \d and without a JSON"
+        with pytest.raises(RuntimeError, match=words):
+            run_json(["python", "-c", code])
 
 
 def test_no_machine_path_gets_into_a_report(script: Script) -> None:

@@ -45,6 +45,9 @@ def build(tmp_path: Path, tokenizer_dir: Path) -> Build:
     return make
 
 
+UTTERANCE = {"speaker": "user", "text": "x"}
+
+
 def single(items: Iterable[Item]) -> list[Row]:
     return [item for item in items if not isinstance(item, Pair)]
 
@@ -301,30 +304,6 @@ def test_linearised_ticketing_turns(build: Build, tmp_path: Path) -> None:
     assert [row.dialog for row in (first, second, third)] == ["dlg-1", "dlg-2", "dlg-3"]
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("<U>hi\t[A]x", "expected 3 columns"),
-        ("hi<U>\t[A]x\td", "text before the first tag: 'hi'"),
-        ("<U>hi<PAV>x\t[A]x\td", "<PAV> without the name"),
-        ("<U>hi\t[U]x\td", "a turn that is not the agent's"),
-        ('<U>hi\t[A]x\t"d\r\n<U>hi\t[A]x\td', r"broken table \(unexpected end of data\)"),
-    ],
-)
-def test_broken_ticketing_rows_name_file_and_row(
-    build: Build, tmp_path: Path, line: str, words: str
-) -> None:
-    file = tmp_path / "taskmaster-ticketing/sft/train-bc.tsv"
-    file.parent.mkdir(parents=True)
-    file.write_text(f"<U>hi\t[A]x\td\r\n{line}\r\n", newline="")
-    with pytest.raises(ValueError, match=f"train-bc.tsv:2: .*{words}"):
-        build(task="ticketing", thumbs=False, on_bad_row="raise").read()
-    if "broken table" not in words:
-        module = build(task="ticketing", thumbs=False)
-        assert len(read_all(module)) == 1
-        assert module.report.rejected.total() == 1
-
-
 @pytest.mark.parametrize("task", ["coffee", "ticketing"])
 def test_a_missing_file_says_what_to_download(build: Build, tmp_path: Path, task: str) -> None:
     release = {"coffee": "TM-4-2024", "ticketing": "TM-3-2020"}[task]
@@ -348,53 +327,44 @@ def test_a_file_and_its_gzip_are_read_once_and_the_folder_itself_will_do(
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("name", "bad", "words"),
     [
-        ([3], "reward_00.json:1: expected an object, got int"),
-        ([*thumbs(1), {"context": "[]"}], r"reward_00.json:3: no key 'generation'; got \['con"),
-        ([{**thumbs(1)[0], "context": "[{"}], "reward_00.json:1: 'context' holds broken JSON"),
-        ([{**thumbs(1)[0], "context": []}], "reward_00.json:1: 'context' must be JSON in a string"),
-        ([{**thumbs(1)[0], "context": "{}"}], "reward_00.json:1: 'context' must hold a list"),
-        ([rated([], agent("x"), 0.5)], "reward_00.json:1: 'reward' must be 0.0 or 1.0, got 0.5"),
-        ([rated([], {"role": "cook", "text": ""})], "reward_00.json:1: not a turn: .*cook"),
+        ("reward", 3, "expected an object, got int"),
+        ("reward", {"context": "[]"}, r"no key 'generation'; got \['con"),
+        ("reward", {**thumbs(1)[0], "context": "[{"}, "'context' holds broken JSON"),
+        ("reward", {**thumbs(1)[0], "context": []}, "'context' must be JSON in a string"),
+        ("reward", {**thumbs(1)[0], "context": "{}"}, "'context' must hold a list"),
+        ("reward", rated([], agent("x"), 0.5), "'reward' must be 0.0 or 1.0, got 0.5"),
+        ("reward", rated([], {"role": "cook", "text": ""}), "not a turn: .*cook"),
+        ("data", "hello", "'utterances' must be a list, got 'hello'"),
+        ("data", [{"speaker": "cook", "text": "x"}], "not a spoken utterance: .*cook"),
+        ("data", [{**UTTERANCE, "annotations": [{"name": 1}]}], "not a named annotation"),
+        ("data", [{**UTTERANCE, "annotations": 1}], "'apis' and 'annotations' must be"),
+        ("data", [{**UTTERANCE, "apis": [{"name": "book"}]}], "not a call of an API: .*book"),
+        ("sft", "<U>hi\t[A]x", "expected 3 columns"),
+        ("sft", "hi<U>\t[A]x\td", "text before the first tag: 'hi'"),
+        ("sft", "<U>hi<PAV>x\t[A]x\td", "<PAV> without the name"),
+        ("sft", "<U>hi\t[U]x\td", "a turn that is not the agent's"),
+        ("sft", '<U>hi\t[A]x\t"d\r\n<U>hi\t[A]x\td', r"broken table \(unexpected end of data\)"),
     ],
 )
-def test_rows_that_are_not_the_corpus_name_file_and_row(
-    build: Build, tmp_path: Path, rows: list[object], words: str
+def test_what_is_not_the_corpus_names_file_and_row(
+    build: Build, tmp_path: Path, name: str, bad: object, words: str
 ) -> None:
-    write(tmp_path / "taskmaster-coffee/reward/reward_00.json", rows)
-    with pytest.raises(ValueError, match=words):
-        build(demonstrations=False, on_bad_row="raise").read()
-    module = build(demonstrations=False)
-    # Two good rows of three, or none of one.
-    assert len(read_all(module)) == len(rows) - 1
-    assert module.report.rejected.total() == 1
-
-
-@pytest.mark.parametrize(
-    ("utterances", "words"),
-    [
-        ("hello", "'utterances' must be a list, got 'hello'"),
-        ([{"speaker": "cook", "text": "x"}], "not a spoken utterance: .*cook"),
-        (
-            [{"speaker": "user", "text": "x", "annotations": [{"name": 1}]}],
-            "not a named annotation",
-        ),
-        ([{"speaker": "user", "text": "x", "annotations": 1}], "'apis' and 'annotations' must be"),
-        (
-            [{"speaker": "user", "text": "x", "apis": [{"name": "book"}]}],
-            "not a call of an API: .*book",
-        ),
-    ],
-)
-def test_dialogs_that_are_not_the_corpus_name_file_and_row(
-    build: Build, tmp_path: Path, utterances: object, words: str
-) -> None:
-    rows = [dialog(0), {"utterances": utterances}]
-    write(tmp_path / "taskmaster-coffee/data/data_00.json", rows)
-    with pytest.raises(ValueError, match=f"data_00.json:2: {words}"):
-        build(thumbs=False, on_bad_row="raise").read()
-    module = build(thumbs=False)
+    task, file = "coffee", tmp_path / f"taskmaster-coffee/{name}/{name}_00.json"
+    if name == "reward":
+        write(file, [thumbs(1)[0], bad])
+    elif name == "data":
+        write(file, [dialog(0), {"utterances": bad}])
+    else:
+        task, file = "ticketing", tmp_path / "taskmaster-ticketing/sft/train-bc.tsv"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"<U>hi\t[A]x\td\r\n{bad}\r\n", newline="")
+    read: dict[str, Any] = {"task": task, "thumbs": name == "reward"}
+    read["demonstrations"] = not read["thumbs"]
+    with pytest.raises(ValueError, match=f"{file.name}:2: .*{words}"):
+        build(on_bad_row="raise", **read).read()
+    module = build(**read)
     assert len(read_all(module)) == 1
     assert module.report.rejected.total() == 1
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.batches import RatedBatch
 from lightning_perl.callbacks import SpeedMonitor
 from lightning_perl.functional.packing import plan
 from lightning_perl.models.adapters import OFF, LoraSpec
@@ -179,27 +179,20 @@ def test_the_closed_form_of_llama_is_the_papers(plain_trunk: Path) -> None:
     assert module.flops == (1 + 3) * (2 * ids.numel() * sum(matrices) + attention)
 
 
-def logged_speed(
-    module: AdapterModule, batch: PromptBatch | RatedBatch, root: Path
-) -> dict[str, float]:
-    run = tiny.fit(module, root, [batch], SpeedMonitor(peak_tflops=0.5))
-    return {key: float(value) for key, value in run.trainer.logged_metrics.items()}
-
-
 def test_throughput_in_the_log(hydra_trunk: Path, tmp_path: Path) -> None:
-    module: AdapterModule = Reinforce(
-        str(hydra_trunk), "hydra", lora=tiny.LORA, sampling=tiny.SAMPLING
-    )
-    logged = logged_speed(module, tiny.prompts(4), tmp_path)
+    rl = Reinforce(str(hydra_trunk), "hydra", lora=tiny.LORA, sampling=tiny.SAMPLING)
+    monitor = SpeedMonitor(peak_tflops=0.5)
+    logged = tiny.fit(rl, tmp_path, [tiny.prompts(4)], monitor).trainer.logged_metrics
     tokens = {f"speed/{phase}_tokens_per_second" for phase in ("rollout", "score", "update")}
     tflops = {f"speed/{phase}_tflops" for phase in ("rollout", "score", "actor", "critic")}
     assert all(logged[key] > 0 for key in tokens | tflops)
     whole = logged["speed/seconds_per_episode"] * 4
-    assert logged["speed/tflops"] == pytest.approx(module.flops / whole / 1e12, rel=1e-5)
-    assert logged["speed/mfu"] == pytest.approx(logged["speed/tflops"] / 0.5)
+    assert logged["speed/tflops"] == pytest.approx(float(rl.flops / whole / 1e12), rel=1e-5)
+    assert logged["speed/mfu"] == pytest.approx(float(logged["speed/tflops"]) / 0.5)
 
     module, batch = SFT(str(hydra_trunk), lora=tiny.LORA), tiny.rated(4)
-    logged = logged_speed(module, batch, tmp_path)
-    steps = logged["speed/step_tokens_per_second"] * logged["speed/step_seconds"]
-    assert steps == pytest.approx(int(batch.attention_mask.sum()), rel=1e-5)
+    monitor = SpeedMonitor(peak_tflops=0.5)
+    logged = tiny.fit(module, tmp_path, [batch], monitor).trainer.logged_metrics
+    read = logged["speed/step_tokens_per_second"] * logged["speed/step_seconds"]
+    assert float(read) == pytest.approx(int(batch.attention_mask.sum()), rel=1e-5)
     assert 0 < logged["speed/mfu"] < 1

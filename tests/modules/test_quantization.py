@@ -170,36 +170,6 @@ def test_moments_in_8_bits_resume_bit_for_bit(kind: str, hydra_trunk: Path, tmp_
     tiny.assert_equal_moments(resumed, straight)
 
 
-def test_moments_of_large_weights_take_a_quarter(hydra_trunk: Path) -> None:
-    module = EIGHT_BIT["HydraPPO"](str(hydra_trunk))
-    optimizer = tiny.one_optimizer(module)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    sizes = {True: [0, 0], False: [0, 0]}
-    for parameter, state in optimizer.state.items():
-        moments = [state["state1"], state["state2"]]
-        large = parameter.numel() >= 4096
-        assert {moment.dtype for moment in moments} == {torch.uint8 if large else torch.float32}
-        own = [*moments, state["absmax1"], state["absmax2"]] if large else moments
-        sizes[large][0] += sum(one.numel() * one.element_size() for one in own)
-        sizes[large][1] += 8 * parameter.numel()
-    assert sizes[True][0] < 0.26 * sizes[True][1]
-    assert sizes[False][0] == sizes[False][1] > 0
-
-
-def test_8_bit_adam_learns_as_32_bit_adam_does(plain_trunk: Path) -> None:
-    def losses(optimizer: Callable[[Any], Optimizer]) -> list[float]:
-        module = SFT(str(plain_trunk), WIDE, quantization="nf4", optimizer=optimizer)
-        return tiny.steps_of(module, [tiny.rated(6, imitate=True)] * 12)
-
-    eight = losses(rate_8bit)
-    full = losses(lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-8, weight_decay=0.0))
-    assert eight[-1] < 0.8 * eight[0]
-    assert eight[-1] == pytest.approx(full[-1], rel=0.05)
-
-
 def test_both_are_chosen_in_yaml(
     tiny_trunk: TinyTrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
