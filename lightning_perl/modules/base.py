@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_perl.batches import Bounded
-from lightning_perl.callbacks.handover import Handover
+from lightning_perl.callbacks.run_folder import Handover
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import agree_on_template
