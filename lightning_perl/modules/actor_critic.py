@@ -48,14 +48,11 @@ class ActorCritic(OnPolicy):
         head_learning_rate: float | None = None,
         **settings: Any,
     ) -> None:
+        ranges = {"value_coef": (value_coef, 0.0, math.inf)}
+        if critic_max_grad_norm is not None:
+            ranges["critic_max_grad_norm"] = (critic_max_grad_norm, POSITIVE, math.inf)
+        require_in_range(ranges)
         norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
-        least = -math.inf if critic_max_grad_norm is None else POSITIVE
-        require_in_range(
-            {
-                "value_coef": (value_coef, 0.0, math.inf),
-                "critic_max_grad_norm": (norm, least, math.inf),
-            }
-        )
         super().__init__(trunk, max_grad_norm=max_grad_norm, **settings)
         self.value_coef = value_coef
         self.max_grad_norms |= {"critic": norm, "head": norm}

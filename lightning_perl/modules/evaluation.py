@@ -94,6 +94,12 @@ class Evaluation(AdapterModule):
                 "learned_reward_weight is 0 and there is no reward_function with a weight, so every "
                 "score would be 0. Give one of them."
             )
+        named = self.checkpointing if isinstance(self.checkpointing, list) else []
+        if untrained := [role for role in named if role not in self.trained_roles]:
+            raise ValueError(
+                f"checkpointing: {untrained} are no trained roles of {type(self).__name__}, which trains "
+                f"{list(self.trained_roles)}. Give true, false, or some of those."
+            )
         self.roles = Roles(
             layout,
             unpackaged(trunk),

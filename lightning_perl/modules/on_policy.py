@@ -289,7 +289,15 @@ class OnPolicy(Evaluation):
         return {f"grad_norm_{name}": norm for name, norm in norms.items()}
 
     def _minibatches(self, episodes: int, epoch: int) -> Iterator[Tensor]:
-        """Rows of each minibatch: prompts are shuffled, the responses to one stay together."""
+        """Rows of each minibatch: prompts are shuffled, the responses to one stay together.
+
+        Raises:
+            ValueError: Some prompt has not all of its responses.
+        """
+        if episodes % self.samples:
+            raise ValueError(
+                f"An update needs all {self.samples} responses to each prompt, got {episodes} responses."
+            )
         generator = torch.Generator().manual_seed(
             hash((self.seed, self.rollout_index, epoch)) & 0x7FFFFFFF
         )
@@ -350,7 +358,9 @@ class OnPolicy(Evaluation):
         scores, parts = self.rewarded(rollout, scored.scores)
         baseline = None
         if self.baseline_sampling is not None:
-            other = self.collect(batch, self.rollout_index, sampling=self.baseline_sampling)
+            # Noise of its own, which neither a rollout nor validation (-1) has.
+            index = -2 - self.rollout_index
+            other = self.collect(batch, index, sampling=self.baseline_sampling)
             baseline = self.shaped_scores(self.scores(other), other.stopped)
         return scored._replace(scores=scores, baseline=baseline), parts
 
@@ -368,8 +378,8 @@ class OnPolicy(Evaluation):
     def _learn(self, experience: Experience, first_value_stats: Stats | None) -> Stats:
         optimizer = self.optimizers()
         targets = experience.advantages
-        if experience.returns is not None:
-            targets = targets + experience.returns
+        for other in (experience.returns, experience.reference):
+            targets = targets if other is None else targets + other
         targets = torch.where(experience.sequences.response_mask, targets, 0.0)
         if not bool(torch.isfinite(targets).all()):
             # Every epoch would fail on it again; one count for the whole rollout.

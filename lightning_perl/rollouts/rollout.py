@@ -93,7 +93,7 @@ class Scored(NamedTuple):
     Attributes:
         logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
         reference: Log-probabilities of the reference. Shape: ``(B, R)``.
-        values: Of the critic; 0 where there is none, or where `ActorCritic.first_value_pass` gives them
+        values: Values of the critic; 0 where there is none, or where `ActorCritic.first_value_pass` gives them
             later. Shape: ``(B, R)``.
         scores: What each response earns, before clipping and missing-EOS rules. Shape: ``(B,)``.
         baseline: Shaped scores of a second rollout of the same prompts, where a method wants one; one per

@@ -79,7 +79,7 @@ def row_uniforms(seed: int, rollout: int, row: Tensor, count: int, samples: int 
     that no generator state has to be kept, sharded or resumed.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         rollout: Index of the rollout.
         row: Shape: ``(B,)``, int64.
         count: Numbers per response.

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_perl.data.loaders import BucketBatches, ResumableLoader
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.modules import PPO, SFT, HydraPPO, HydraSFT, Reinforce, RewardModel
+from lightning_perl.modules import PPO, RLOO, SFT, HydraPPO, HydraSFT, Reinforce, RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.optim import HostAdamW
@@ -47,6 +47,14 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     ),
     "PPO lora": lambda trunk: PPO(trunk, "lora", **RL),
     "PPO full": lambda trunk: PPO(trunk, "full", **RL),
+    "RLOO": lambda trunk: RLOO(
+        trunk,
+        samples=2,
+        lora=tiny.LORA,
+        sampling=tiny.SAMPLING,
+        micro_batch_size=3,
+        scheduler=halving,
+    ),
     "Reinforce": lambda trunk: Reinforce(
         trunk, lora=tiny.LORA, sampling=tiny.SAMPLING, micro_batch_size=2, scheduler=halving
     ),

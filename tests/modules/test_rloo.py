@@ -68,6 +68,10 @@ def test_advantages_by_hand(hydra_trunk: Path) -> None:
     ("options", "words"),
     [
         ({"samples": 1}, r"samples must be in \[2, inf\], got 1"),
+        (
+            {"checkpointing": ["value"]},
+            r"\['value'\] are no trained roles of RLOO, which trains \['policy'\]",
+        ),
         ({"kl_coef": -0.1}, r"kl_coef must be in \[0, inf\], got -0.1"),
         ({"value_coef": 1.0}, "unexpected keyword argument 'value_coef'"),
         ({"critic_learning_rate": 1.0}, "unexpected keyword argument 'critic_learning_rate'"),
@@ -184,6 +188,15 @@ def test_nothing_is_kept_for_a_critic(layout: Layout, hydra_trunk: Path, tmp_pat
     assert not {key for key in logged if "value" in key or "critic" in key}
 
 
+def test_a_prompt_without_all_of_its_responses_is_refused(hydra_trunk: Path) -> None:
+    module = rloo(hydra_trunk)
+    rollout = module.collect(tiny.prompts(4), 0, samples=3)
+    experience, _ = module.experience(rollout, module.score(rollout, samples=3))
+    some = experience.rows(torch.arange(7))
+    with pytest.raises(ValueError, match="needs all 3 responses to each prompt, got 7 responses"):
+        module.update(some, tiny.one_optimizer(module))
+
+
 def test_a_second_rollout_is_scored_for_a_leaf_that_wants_one(hydra_trunk: Path) -> None:
     module = rloo(hydra_trunk, score_clip=0.1)
     prompts = tiny.prompts(4)
@@ -195,3 +208,9 @@ def test_a_second_rollout_is_scored_for_a_leaf_that_wants_one(hydra_trunk: Path)
     expected = module.score(greedy, values=False).scores.clamp(-0.1, 0.1)
     assert scored.baseline is not None
     assert_close(scored.baseline, expected)
+    # A sampled one has noise of its own: it is not the first response again.
+    module.baseline_sampling = module.sampling
+    module.score_clip = None
+    sampled = module._scored(prompts, rollout)[0].baseline
+    assert sampled is not None
+    assert not torch.equal(sampled, module.score(rollout, samples=3).scores[::3])
