@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,13 +20,10 @@ from lightning_perl.functional.packing import (
     Lines,
     Packing,
     attention_bias,
-    common_prefix,
     pack,
-    packed_tokens,
     places,
     plan,
     plan_samples,
-    saves_work,
     unpack,
 )
 from lightning_perl.functional.sequences import pad_left, pad_right
@@ -120,19 +117,6 @@ def check_unpack(function: Callable[[Tensor, Packing, int], Tensor]) -> None:
     assert back[0, :2, 0].tolist() == [0, 2]
     assert back[1, :, 0].tolist() == [10, 12, 14, 16]
     assert back[2, :3, 1].tolist() == [11, 13, 19]
-
-
-CHECKS: dict[Callable[..., Any], Callable[[Callable[..., Any]], None]] = {
-    common_prefix: check_common_prefix,
-    packed_tokens: check_packed_tokens,
-    plan: check_plan,
-    plan_samples: check_plan_samples,
-    saves_work: check_saves_work,
-    places: check_places,
-    pack: check_pack,
-    attention_bias: check_attention_bias,
-    unpack: check_unpack,
-}
 
 
 def random_groups(seed: int) -> list[list[list[int]]]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.losses.reinforce import baseline_loss, policy_gradient
 from tests.functional.test_masked import GARBAGE, check_hidden, random_mask, random_values
 
 Loss = Callable[..., Tensor]
@@ -53,11 +52,3 @@ def check_policy_gradient(fn: Loss) -> None:
 
 def check_baseline_loss(fn: Loss) -> None:
     check_against_terms(fn, lambda value, wanted: ((wanted - value) ** 2, 2 * (value - wanted)))
-
-
-def test_policy_gradient() -> None:
-    check_policy_gradient(policy_gradient)
-
-
-def test_baseline_loss() -> None:
-    check_baseline_loss(baseline_loss)

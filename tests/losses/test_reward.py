@@ -103,94 +103,47 @@ def check_thumbs(fn: Callable[..., tuple[Tensor, ThumbStats]]) -> None:
         assert_close(other, flat(scores)[0], rtol=0, atol=0)
 
 
-def test_bradley_terry() -> None:
-    check_bradley_terry(bradley_terry)
-
-
-def test_thumbs() -> None:
-    check_thumbs(thumbs)
-
-
-def test_centering() -> None:
-    check_centering(centering)
-
-
 def test_centering_is_least_where_a_pair_lies_around_zero() -> None:
     # Bradley-Terry is blind to a shift, centering sees nothing else.
     chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, -0.5])
     assert centering(chosen, rejected) == 0
     assert centering(chosen + 3, rejected + 3) == 36
+    shifted = bradley_terry(chosen + 50, rejected + 50)[0]
+    assert_close(shifted, bradley_terry(chosen, rejected)[0])
 
 
-def test_bradley_terry_is_log_two_before_training() -> None:
-    scores = torch.full((4,), 3.0)
-    loss, stats = bradley_terry(scores, scores)
-    assert loss.item() == pytest.approx(math.log(2))
-    assert stats.accuracy.item() == 0.5
-    assert stats.margin.item() == 0
+@pytest.mark.parametrize(
+    ("won", "lost", "loss", "accuracy"),
+    [
+        (3.0, 3.0, math.log(2), 0.5),  # before training
+        # PERL prints a ratio: sigmoid(a - b) = e^a / (e^a + e^b)
+        (0.8, -0.4, -math.log(math.exp(0.8) / (math.exp(0.8) + math.exp(-0.4))), 1.0),
+        (-500.0, 500.0, 1000.0, 0.0),  # hopeless: its distance
+    ],
+)
+def test_bradley_terry_by_hand(won: float, lost: float, loss: float, accuracy: float) -> None:
+    found, stats = bradley_terry(torch.tensor([won]), torch.tensor([lost]))
+    assert found.item() == pytest.approx(loss, rel=1e-6)
+    assert stats.accuracy.item() == accuracy
+    assert stats.margin.item() == pytest.approx(won - lost)
 
 
-def test_bradley_terry_sees_differences_only() -> None:
-    chosen, rejected = random_values(0, 6), random_values(1, 6)
-    assert_close(bradley_terry(chosen + 50, rejected + 50)[0], bradley_terry(chosen, rejected)[0])
-
-
-def test_bradley_terry_is_perls_printed_ratio_of_exponentials() -> None:
-    # sigmoid(a - b) = e^a / (e^a + e^b)
-    won, lost = 0.8, -0.4
-    loss, _ = bradley_terry(torch.tensor([won]), torch.tensor([lost]))
-    assert loss.item() == pytest.approx(
-        -math.log(math.exp(won) / (math.exp(won) + math.exp(lost))), rel=1e-6
-    )
-
-
-def test_bradley_terry_of_a_hopeless_pair_is_its_distance() -> None:
-    loss, _ = bradley_terry(torch.tensor([-500.0]), torch.tensor([500.0]))
-    assert loss.item() == 1000.0
-
-
-def test_thumbs_is_log_two_before_training() -> None:
-    labels, labelled = torch.tensor([1, 0, 1]), torch.ones(3, dtype=torch.bool)
-    loss, stats = thumbs(torch.zeros(3), labels, labelled)
-    assert loss.item() == pytest.approx(math.log(2))
-    assert stats.score.item() == 0
-
-
-def test_thumbs_of_hopeless_scores_is_their_size() -> None:
-    labels, labelled = torch.tensor([1, 0]), torch.ones(2, dtype=torch.bool)
-    loss, stats = thumbs(torch.tensor([-1000.0, 1000.0]), labels, labelled)
-    assert loss.item() == 1000.0
-    assert stats.accuracy.item() == 0
-
-
-def test_thumbs_up_and_down_are_mirror_images() -> None:
-    scores, labels, labelled = random_values(0, 8), random_mask(1, 8).long(), random_mask(2, 8)
-    loss, stats = thumbs(scores, labels, labelled)
-    mirrored, mirrored_stats = thumbs(-scores, 1 - labels, labelled)
-    assert_close(mirrored, loss)
-    assert_close(mirrored_stats.accuracy, stats.accuracy)
-    assert_close(mirrored_stats.score, -stats.score)
-
-
-def test_positive_weight_repeats_the_thumbs_up() -> None:
-    # weight 3 on an up and a down = three ups and a down, over two labelled rows instead of four
-    weighted, _ = thumbs(
-        torch.tensor([0.3, -0.9]), torch.tensor([1, 0]), torch.tensor([True, True]), 3.0
-    )
-    repeated, _ = thumbs(
-        torch.tensor([0.3, 0.3, 0.3, -0.9]),
-        torch.tensor([1, 1, 1, 0]),
-        torch.ones(4, dtype=torch.bool),
-    )
-    assert weighted.item() == pytest.approx(2 * repeated.item())
-
-
-def test_labels_may_be_floats_or_booleans() -> None:
-    scores, labels = random_values(0, 4), torch.tensor([1, 0, 0, 1])
-    labelled = torch.ones(4, dtype=torch.bool)
-    expected = thumbs(scores, labels, labelled)[0]
-    for same in (labels.bool(), labels.float(), labels.double()):
-        assert_close(thumbs(scores, same, labelled)[0], expected)
+@pytest.mark.parametrize(
+    ("scores", "labels", "loss", "accuracy"),
+    [
+        ([0.0, 0.0, 0.0], [1, 0, 1], math.log(2), 1 / 3),  # before training: 0 is no thumb up
+        ([-1000.0, 1000.0], [1, 0], 1000.0, 0.0),  # hopeless: their size
+    ],
+)
+def test_thumbs_by_hand(
+    scores: list[float], labels: list[int], loss: float, accuracy: float
+) -> None:
+    everyone = torch.ones(len(scores), dtype=torch.bool)
+    for given in (torch.tensor(labels), torch.tensor(labels).bool(), torch.tensor(labels).double()):
+        found, stats = thumbs(torch.tensor(scores), given, everyone)
+        assert found.item() == pytest.approx(loss)
+        assert stats.accuracy.item() == pytest.approx(accuracy)
+        assert stats.score.item() == 0
 
 
 def test_no_thumbs_no_loss() -> None:

@@ -21,10 +21,6 @@ def check_leave_one_out(fn: Callable[[Tensor, int], Tensor]) -> None:
     assert_close(fn(rewards, 2), torch.tensor([-1.0, 1, 1, -1, 0, 0], dtype=torch.float64))
 
 
-def test_leave_one_out() -> None:
-    check_leave_one_out(leave_one_out)
-
-
 @pytest.mark.parametrize("samples", [2, 3])
 def test_the_gradient_is_unbiased(samples: int) -> None:
     """Over all k-tuples of one-token responses the expected estimate is the gradient of ``E[r] - beta KL``."""
