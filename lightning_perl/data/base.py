@@ -13,15 +13,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_perl.data.collate import (
-    PromptExample,
-    RatedExample,
-    RatedRow,
-    collate_prompts,
-    collate_rated,
-)
 from lightning_perl.data.loaders import (
-    BucketBatches,
     Collate,
     FixedLoader,
     FixedStream,
@@ -30,8 +22,17 @@ from lightning_perl.data.loaders import (
     mixture,
 )
 from lightning_perl.data.report import DataReport, SplitReport
-from lightning_perl.data.rows import BadRow, Item, Pair, Splits, conflicting, first_row, judgement
-from lightning_perl.data.tokenization import TurnEncoder, template_of
+from lightning_perl.data.rows import (
+    BadRow,
+    Item,
+    Splits,
+    collate_prompts,
+    collate_rated,
+    conflicting,
+    first_row,
+    judgement,
+)
+from lightning_perl.data.tokenization import TurnEncoder, example_of, template_of
 from lightning_perl.packaged import unpackaged
 
 
@@ -246,49 +247,32 @@ class ConversationDataModule(LightningDataModule, ABC):
         return TurnEncoder(self.tokenizer, self.chat_template)
 
     def _encode(
-        self, encoder: TurnEncoder, items: Iterable[Item], report: SplitReport
+        self, encoder: TurnEncoder, items: list[Item], report: SplitReport
     ) -> tuple[list[Any], list[int]]:
         """Returns the examples of a split, and the numbers of their sources."""
-        examples: list[Any] = []
-        sources: list[int] = []
-        prompts: set[tuple[int, ...]] = set()
-        number = 0
-        for item in items:
-            report.rows += 1
-            try:
-                example, cut_turns = self.encode_item(encoder, item, number)
-            except BadRow as error:
-                self.bad_row(error.reason, f"{first_row(item).where}: {error}")
-                report.rejected[error.reason] += 1
-                continue
-            if isinstance(example, PromptExample):
-                if tuple(example.ids) in prompts:
-                    report.duplicates += 1
-                    continue
-                prompts.add(tuple(example.ids))
-            number += len(example.rows) if isinstance(example, RatedExample) else 1
-            report.keep(example, cut_turns)
-            examples.append(example)
-            sources.append(first_row(item).source)
-        return examples, sources
 
-    def encode_item(
-        self, encoder: TurnEncoder, item: Item, number: int
-    ) -> tuple[RatedExample | PromptExample, int]:
-        """Returns what a loader yields of a row or a pair, its first row's number given, and the turns cut."""
-        if self.rows == "prompts":
-            row = first_row(item)
-            limit = self.max_tokens - self.max_response_tokens
-            prompt = encoder.encode_prompt(row.context, limit)
-            return PromptExample(prompt.ids, number), prompt.cut_turns
-        sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+        def bad_row(reason: str, message: str) -> None:
+            self.bad_row(reason, message)
+            report.rejected[reason] += 1
+
+        prompts = self.rows == "prompts"
         limits = self.max_tokens, self.max_response_tokens
-        encoded = [encoder.encode(side, *limits) for side in sides]
-        rows = tuple(
-            RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
-            for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
-        )
-        return RatedExample(rows), sum(row.cut_turns for row in encoded)
+        sourced = [(first_row(item).source, item) for item in items]
+        encoded = list(encoder.encode_all(sourced, *limits, prompts, bad_row))
+        if prompts:
+            first: dict[tuple[int, ...], Any] = {}
+            for entry in encoded:
+                first.setdefault(tuple(entry[2][0].ids), entry)
+            report.duplicates = len(encoded) - len(first)
+            encoded = list(first.values())
+        examples: list[Any] = []
+        number = 0
+        for _, item, rows in encoded:
+            examples.append(example_of(item, rows, number, prompts))
+            number += len(rows)
+        for example in examples:
+            report.keep(example)
+        return examples, [source for source, *_ in encoded]
 
     @property
     def collate(self) -> Collate:
@@ -298,11 +282,15 @@ class ConversationDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
-        examples = self._examples["train"]
-        lengths = [example.tokens for example in examples]
-        parts = None if self.weights is None else mixture(self._sources["train"], self.weights)
-        sampler = BucketBatches(lengths, self.batch_size, self.seed, self.bucket, parts)
-        return ResumableLoader(examples, sampler, self.collate, self.num_workers)
+        return ResumableLoader(
+            self._examples["train"],
+            self.batch_size,
+            self.collate,
+            self.num_workers,
+            self.seed,
+            self.bucket,
+            None if self.weights is None else mixture(self._sources["train"], self.weights),
+        )
 
     def val_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the validation rows in their order."""

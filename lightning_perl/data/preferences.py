@@ -13,13 +13,23 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.collate import PromptExample, RatedExample
-from lightning_perl.data.files import BadRowHook, parse_json
 from lightning_perl.data.folds import hold_out, stable_hash
 from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
+from lightning_perl.data.reading import Source, Sources, parse_json, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
-from lightning_perl.data.rows import BadRow, Item, Pair, Row, Splits, Turn, first_row
-from lightning_perl.data.sources import Source, Sources, shuffled_stream, sources_of
+from lightning_perl.data.rows import (
+    BadRow,
+    BadRowHook,
+    Item,
+    Pair,
+    PromptExample,
+    RatedExample,
+    Row,
+    Splits,
+    Turn,
+    first_row,
+)
+from lightning_perl.data.tokenization import example_of
 
 _KINDS = (
     ("prompt", "chosen", "rejected"),
@@ -179,11 +189,10 @@ class PreferenceDataModule(ConversationDataModule):
         return Splits(train, val, test)
 
     def _all(self, sources: list[Source]) -> list[Item]:
-        return self.distinct(
-            item
-            for number, source in enumerate(sources)
-            for item in self._items(number, source, self.bad_row)
-        )
+        items: list[Item] = []
+        for number, source in enumerate(sources):
+            items += self._items(number, source, self.bad_row)
+        return self.distinct(items)
 
     def _items(
         self, number: int, source: Source, bad_row: BadRowHook, streaming: bool = False
@@ -255,22 +264,26 @@ class PreferenceDataModule(ConversationDataModule):
         bad_row: BadRowHook,
     ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
         """Yields the rows of a stream that are held out for validation, or the others."""
-        encoder = self.encoder
-        for position, (number, item) in rows:
-            share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
-            if held != (self._holds_out and share < self.val_fraction):
-                counted = split is self.report.splits["train"]
-                self.report.left_out["held out for validation"] += counted
-                continue
-            split.rows += 1
-            try:
-                example, cut_turns = self.encode_item(encoder, item, number)
-            except BadRow as error:
-                bad_row(error.reason, f"{first_row(item).where}: {error}")
-                split.rejected[error.reason] += 1
-                continue
-            split.keep(example, cut_turns)
-            yield position, example
+
+        def of_the_split() -> Iterator[tuple[tuple[int, int], Item]]:
+            for place, (number, item) in rows:
+                share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
+                if held == (self._holds_out and share < self.val_fraction):
+                    yield (place, number), item
+                elif split is self.report.splits["train"]:
+                    self.report.left_out["held out for validation"] += 1
+
+        def reject(reason: str, message: str) -> None:
+            bad_row(reason, message)
+            split.rejected[reason] += 1
+
+        prompts = self.rows == "prompts"
+        limits = self.max_tokens, self.max_response_tokens
+        encoded = self.encoder.encode_all(of_the_split(), *limits, prompts, reject)
+        for (place, number), item, sides in encoded:
+            example = example_of(item, sides, number, prompts)
+            split.keep(example)
+            yield place, example
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
         """Yields an epoch's rows of all streams, shuffled."""

@@ -21,16 +21,26 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 # What apply_chat_template renders with and raises; torch brings it.
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lightning_perl.data.rows import BadRow as BadRow
-from lightning_perl.data.rows import Row, Turn
+from lightning_perl.data.rows import (
+    BadRow,
+    BadRowHook,
+    Item,
+    Pair,
+    PromptExample,
+    RatedExample,
+    RatedRow,
+    Row,
+    Turn,
+)
 
+T = TypeVar("T")
 #: The name of the plain turn template. A change of a single id of it needs a new number.
 PLAIN = "plain-1"
 #: Characters of text whose ids an encoder remembers.
@@ -51,6 +61,21 @@ class Encoded(NamedTuple):
     ids: list[int]
     response_mask: list[bool]
     cut_turns: int
+
+
+def example_of(
+    item: Item, encoded: Sequence[Encoded], number: int, prompts: bool
+) -> RatedExample | PromptExample:
+    """Returns what a loader yields of a row or a pair whose first row has this number."""
+    cut_turns = sum(row.cut_turns for row in encoded)
+    if prompts:
+        return PromptExample(encoded[0].ids, number, cut_turns)
+    sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+    rows = tuple(
+        RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
+        for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
+    )
+    return RatedExample(rows, cut_turns)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -212,6 +237,28 @@ class TurnEncoder:
             )
         mask = prompt.response_mask + [True] * len(content)
         return Encoded([*prompt.ids, *content], mask, prompt.cut_turns)
+
+    def encode_all(
+        self,
+        items: Iterable[tuple[T, Item]],
+        max_tokens: int,
+        max_response_tokens: int,
+        prompts: bool,
+        bad_row: BadRowHook,
+    ) -> Iterator[tuple[T, Item, list[Encoded]]]:
+        """Yields what stands beside an item, the item, and its rows, or its prompt alone, as tokens."""
+        for beside, item in items:
+            sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+            try:
+                if prompts:
+                    limit = max_tokens - max_response_tokens
+                    encoded = [self.encode_prompt(sides[0].context, limit)]
+                else:
+                    encoded = [self.encode(row, max_tokens, max_response_tokens) for row in sides]
+            except BadRow as error:
+                bad_row(error.reason, f"{sides[0].where}: {error}")
+            else:
+                yield beside, item, encoded
 
     def _encode_dialog(self, row: Row, prompt: Encoded, max_tokens: int) -> Encoded:
         if self.chat_template:

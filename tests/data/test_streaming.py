@@ -13,7 +13,7 @@ import pytest
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule, tokenization
-from lightning_perl.data.files import jsonl_rows
+from lightning_perl.data.reading import jsonl_rows
 from tests.data.counts import check_counts
 
 Build = Callable[..., PreferenceDataModule]

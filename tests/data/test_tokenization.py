@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_perl.data import tokenization
-from lightning_perl.data.rows import Row, Turn
-from lightning_perl.data.tokenization import PLAIN, BadRow, Encoded, TurnEncoder, template_of
+from lightning_perl.data.rows import BadRow, Row, Turn
+from lightning_perl.data.tokenization import PLAIN, Encoded, TurnEncoder, template_of
 
 USER = Turn("user", "an espresso please")
 CALL = Turn("agent", 'call get_menu_items {"query": "espresso"}')
