@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
@@ -39,9 +40,9 @@ from lightning_perl.packaged import unpackaged
 class ConversationDataModule(LightningDataModule, ABC):
     """Encodes the conversations that a subclass reads, and yields rated rows or prompts.
 
-    Subclasses implement :meth:`read`. After :meth:`setup`, ``splits`` holds the rows and ``report``
-    says what was read, rejected and cut, how long the rows are and how they are labelled. It is
-    printed once, and its numbers go to the trainer's loggers (``data/train_rows`` and so on).
+    Subclasses implement :meth:`read`. After :meth:`setup`, ``splits`` holds the rows and ``report`` what was read,
+    rejected and cut, how long the rows are and how they are labelled. It is printed once, and its numbers go to
+    the trainer's loggers (``data/train_rows`` and so on).
 
     Args:
         tokenizer: The folder of a trunk or tokenizer, or a name of the Hugging Face hub. From
@@ -96,6 +97,7 @@ class ConversationDataModule(LightningDataModule, ABC):
             )
         self.tokenizer_source = tokenizer
         self.rows = rows
+        self.collate: Collate = collate_prompts if rows == "prompts" else collate_rated
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.max_tokens = max_tokens
@@ -134,12 +136,10 @@ class ConversationDataModule(LightningDataModule, ABC):
         if isinstance(source, PreTrainedTokenizerBase):
             return source
         try:
-            name = unpackaged(str(source))
-            if name.startswith("~"):
-                name = str(Path(name).expanduser())
+            # No Path, which would rewrite hub names on Windows.
+            name = os.path.expanduser(unpackaged(str(source)))  # noqa: PTH111
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-        # A RuntimeError: the ~ of a user that the machine does not know.
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
                 "the trunk's folder (it holds tokenizer.json) or a hub name."
@@ -155,12 +155,10 @@ class ConversationDataModule(LightningDataModule, ABC):
     def distinct(self, items: Iterable[Item]) -> list[Item]:
         """Drops rows that repeat another, and counts those whose labels contradict each other.
 
-        Subclasses call this once, with every row they read, before they divide them: otherwise a
-        row and its duplicate could lie on two sides of a split.
-
-        Two rows are duplicates where context, answers and label are the same. An answer with both
-        thumbs, or a pair that is there in both orders, is a conflict: with ``keep_conflicts`` it
-        stays (people disagree, and the loss takes the mean), without, each of its rows is a bad row.
+        Subclasses call this once, with every row they read, before they divide them: otherwise a row and its
+        duplicate could lie on two sides of a split. Two rows are duplicates where context, answers and label are
+        the same. An answer with both thumbs, or a pair that is there in both orders, is a conflict: with
+        ``keep_conflicts`` it stays (people disagree, and the loss takes the mean), else its rows are bad rows.
         """
         known: dict[object, dict[object, Item]] = defaultdict(dict)
         kept: list[tuple[object, Item]] = []
@@ -224,11 +222,8 @@ class ConversationDataModule(LightningDataModule, ABC):
             )
 
     def log_report(self) -> None:
-        """Sends the report's numbers to the trainer's loggers, once for each trainer.
-
-        When loaders are asked for, not in :meth:`setup`: a run that the module refuses leaves
-        nothing in its folder.
-        """
+        """Sends the report's numbers to the trainer's loggers, once for each trainer."""
+        # Called for loaders, not by setup: a run that the module refuses leaves nothing in its folder.
         trainer = self.trainer
         if trainer is None or trainer is self._reported_to or not self.announced:
             return
@@ -250,15 +245,10 @@ class ConversationDataModule(LightningDataModule, ABC):
         self, encoder: TurnEncoder, items: list[Item], report: SplitReport
     ) -> tuple[list[Any], list[int]]:
         """Returns the examples of a split, and the numbers of their sources."""
-
-        def bad_row(reason: str, message: str) -> None:
-            self.bad_row(reason, message)
-            report.rejected[reason] += 1
-
         prompts = self.rows == "prompts"
         limits = self.max_tokens, self.max_response_tokens
         sourced = [(first_row(item).source, item) for item in items]
-        encoded = list(encoder.encode_all(sourced, *limits, prompts, bad_row))
+        encoded = list(encoder.encode_all(sourced, *limits, prompts, self.bad_row, report.rejected))
         if prompts:
             first: dict[tuple[int, ...], Any] = {}
             for entry in encoded:
@@ -273,11 +263,6 @@ class ConversationDataModule(LightningDataModule, ABC):
         for example in examples:
             report.keep(example)
         return examples, [source for source, *_ in encoded]
-
-    @property
-    def collate(self) -> Collate:
-        """Makes a batch of what a loader yields."""
-        return collate_prompts if self.rows == "prompts" else collate_rated
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
@@ -300,9 +285,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         """Returns the test rows in their order."""
         return self._fixed("test")
 
-    def predict_dataloader(self) -> FixedLoader | FixedStream:
-        """Returns the test rows in their order."""
-        return self._fixed("test")
+    predict_dataloader = test_dataloader
 
     def _fixed(self, split: str) -> FixedLoader | FixedStream:
         self.log_report()

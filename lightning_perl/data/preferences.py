@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.folds import hold_out, stable_hash
+from lightning_perl.data.folds import held_out, stable_hash
 from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
 from lightning_perl.data.reading import Source, Sources, parse_json, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
@@ -177,9 +177,7 @@ class PreferenceDataModule(ConversationDataModule):
         if self.val_sources is not None:
             val = self._all(self.val_sources)
         else:
-            held = hold_out((first_row(item).dialog for item in train), self.val_fraction)
-            val = [item for item in train if first_row(item).dialog in held]
-            train = [item for item in train if first_row(item).dialog not in held]
+            train, val = held_out(train, self.val_fraction)
         test = val if self.test_sources is None else self._all(self.test_sources)
         trained = {first_row(item).dialog for item in train}
         for name, items in (("validation", val), ("test", test)):
@@ -273,13 +271,9 @@ class PreferenceDataModule(ConversationDataModule):
                 elif split is self.report.splits["train"]:
                     self.report.left_out["held out for validation"] += 1
 
-        def reject(reason: str, message: str) -> None:
-            bad_row(reason, message)
-            split.rejected[reason] += 1
-
         prompts = self.rows == "prompts"
         limits = self.max_tokens, self.max_response_tokens
-        encoded = self.encoder.encode_all(of_the_split(), *limits, prompts, reject)
+        encoded = self.encoder.encode_all(of_the_split(), *limits, prompts, bad_row, split.rejected)
         for (place, number), item, sides in encoded:
             example = example_of(item, sides, number, prompts)
             split.keep(example)

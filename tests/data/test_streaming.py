@@ -200,7 +200,7 @@ def test_a_file_that_is_not_there_stops_before_training(build: Build, tmp_path: 
 def test_memory_does_not_grow_with_the_file(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenization, "MOST_CACHED", 10_000)
+    monkeypatch.setattr(tokenization, "MOST_CACHED", 10)
     row = {"response": "yes", "label": 1}
     file = write(
         tmp_path / "rows.jsonl", ({**row, "prompt": f"{n} {'espresso ' * 40}"} for n in range(1000))
