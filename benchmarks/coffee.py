@@ -31,10 +31,9 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from lightning_perl.batches import PromptBatch, RatedBatch
-from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
-from lightning_perl.data.rows import Row
+from lightning_perl.data.rows import BadRow, RatedExample, RatedRow, Row, collate_rated
 from lightning_perl.data.taskmaster import TaskmasterDataModule
-from lightning_perl.data.tokenization import BadRow, TurnEncoder
+from lightning_perl.data.tokenization import TurnEncoder
 from lightning_perl.functional.logprobs import chunked_logprobs
 from lightning_perl.functional.sequences import Sequences, at_last_response, pad_left, predicting
 from lightning_perl.models.adapters import OFF

@@ -25,8 +25,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
-from lightning_perl.data.loaders import BucketBatches, ResumableLoader
+from lightning_perl.data.loaders import ResumableLoader
+from lightning_perl.data.rows import RatedExample, RatedRow, collate_rated
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import RewardModel
 
@@ -130,11 +130,7 @@ class Clock(Callback):
 
 def fit(module: RewardModel, pairs: list[RatedExample], args: argparse.Namespace) -> float:
     """Train one epoch; seconds from its first batch to its last."""
-    loader = ResumableLoader(
-        pairs,
-        BucketBatches([pair.tokens for pair in pairs], args.micro),
-        collate_rated,
-    )
+    loader = ResumableLoader(pairs, args.micro, collate_rated)
     clock = Clock()
     trainer = Trainer(
         callbacks=[clock],

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.commands.ledger import CUDA_BLOCK, HOST, Ledger, Peak, PhaseLedger
-from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
+from lightning_perl.data.rows import RatedExample, RatedRow, collate_rated
 from lightning_perl.functional import logprobs
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import materialize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,15 +14,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_perl.data.collate import (
-    PromptExample,
-    RatedExample,
-    RatedRow,
-    collate_prompts,
-    collate_rated,
-)
 from lightning_perl.data.loaders import (
-    BucketBatches,
     Collate,
     FixedLoader,
     FixedStream,
@@ -30,17 +23,26 @@ from lightning_perl.data.loaders import (
     mixture,
 )
 from lightning_perl.data.report import DataReport, SplitReport
-from lightning_perl.data.rows import BadRow, Item, Pair, Splits, conflicting, first_row, judgement
-from lightning_perl.data.tokenization import TurnEncoder, template_of
+from lightning_perl.data.rows import (
+    BadRow,
+    Item,
+    Splits,
+    collate_prompts,
+    collate_rated,
+    conflicting,
+    first_row,
+    judgement,
+)
+from lightning_perl.data.tokenization import TurnEncoder, example_of, template_of
 from lightning_perl.packaged import unpackaged
 
 
 class ConversationDataModule(LightningDataModule, ABC):
     """Encodes the conversations that a subclass reads, and yields rated rows or prompts.
 
-    Subclasses implement :meth:`read`. After :meth:`setup`, ``splits`` holds the rows and ``report``
-    says what was read, rejected and cut, how long the rows are and how they are labelled. It is
-    printed once, and its numbers go to the trainer's loggers (``data/train_rows`` and so on).
+    Subclasses implement :meth:`read`. After :meth:`setup`, ``splits`` holds the rows and ``report`` what was read,
+    rejected and cut, how long the rows are and how they are labelled. It is printed once, and its numbers go to
+    the trainer's loggers (``data/train_rows`` and so on).
 
     Args:
         tokenizer: The folder of a trunk or tokenizer, or a name of the Hugging Face hub. From
@@ -95,6 +97,7 @@ class ConversationDataModule(LightningDataModule, ABC):
             )
         self.tokenizer_source = tokenizer
         self.rows = rows
+        self.collate: Collate = collate_prompts if rows == "prompts" else collate_rated
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.max_tokens = max_tokens
@@ -133,12 +136,10 @@ class ConversationDataModule(LightningDataModule, ABC):
         if isinstance(source, PreTrainedTokenizerBase):
             return source
         try:
-            name = unpackaged(str(source))
-            if name.startswith("~"):
-                name = str(Path(name).expanduser())
+            # No Path, which would rewrite hub names on Windows.
+            name = os.path.expanduser(unpackaged(str(source)))  # noqa: PTH111
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-        # A RuntimeError: the ~ of a user that the machine does not know.
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
                 "the trunk's folder (it holds tokenizer.json) or a hub name."
@@ -154,12 +155,10 @@ class ConversationDataModule(LightningDataModule, ABC):
     def distinct(self, items: Iterable[Item]) -> list[Item]:
         """Drops rows that repeat another, and counts those whose labels contradict each other.
 
-        Subclasses call this once, with every row they read, before they divide them: otherwise a
-        row and its duplicate could lie on two sides of a split.
-
-        Two rows are duplicates where context, answers and label are the same. An answer with both
-        thumbs, or a pair that is there in both orders, is a conflict: with ``keep_conflicts`` it
-        stays (people disagree, and the loss takes the mean), without, each of its rows is a bad row.
+        Subclasses call this once, with every row they read, before they divide them: otherwise a row and its
+        duplicate could lie on two sides of a split. Two rows are duplicates where context, answers and label are
+        the same. An answer with both thumbs, or a pair that is there in both orders, is a conflict: with
+        ``keep_conflicts`` it stays (people disagree, and the loss takes the mean), else its rows are bad rows.
         """
         known: dict[object, dict[object, Item]] = defaultdict(dict)
         kept: list[tuple[object, Item]] = []
@@ -223,11 +222,8 @@ class ConversationDataModule(LightningDataModule, ABC):
             )
 
     def log_report(self) -> None:
-        """Sends the report's numbers to the trainer's loggers, once for each trainer.
-
-        When loaders are asked for, not in :meth:`setup`: a run that the module refuses leaves
-        nothing in its folder.
-        """
+        """Sends the report's numbers to the trainer's loggers, once for each trainer."""
+        # Called for loaders, not by setup: a run that the module refuses leaves nothing in its folder.
         trainer = self.trainer
         if trainer is None or trainer is self._reported_to or not self.announced:
             return
@@ -246,63 +242,40 @@ class ConversationDataModule(LightningDataModule, ABC):
         return TurnEncoder(self.tokenizer, self.chat_template)
 
     def _encode(
-        self, encoder: TurnEncoder, items: Iterable[Item], report: SplitReport
+        self, encoder: TurnEncoder, items: list[Item], report: SplitReport
     ) -> tuple[list[Any], list[int]]:
         """Returns the examples of a split, and the numbers of their sources."""
-        examples: list[Any] = []
-        sources: list[int] = []
-        prompts: set[tuple[int, ...]] = set()
-        number = 0
-        for item in items:
-            report.rows += 1
-            try:
-                example, cut_turns = self.encode_item(encoder, item, number)
-            except BadRow as error:
-                self.bad_row(error.reason, f"{first_row(item).where}: {error}")
-                report.rejected[error.reason] += 1
-                continue
-            if isinstance(example, PromptExample):
-                if tuple(example.ids) in prompts:
-                    report.duplicates += 1
-                    continue
-                prompts.add(tuple(example.ids))
-            number += len(example.rows) if isinstance(example, RatedExample) else 1
-            report.keep(example, cut_turns)
-            examples.append(example)
-            sources.append(first_row(item).source)
-        return examples, sources
-
-    def encode_item(
-        self, encoder: TurnEncoder, item: Item, number: int
-    ) -> tuple[RatedExample | PromptExample, int]:
-        """Returns what a loader yields of a row or a pair, its first row's number given, and the turns cut."""
-        if self.rows == "prompts":
-            row = first_row(item)
-            limit = self.max_tokens - self.max_response_tokens
-            prompt = encoder.encode_prompt(row.context, limit)
-            return PromptExample(prompt.ids, number), prompt.cut_turns
-        sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+        prompts = self.rows == "prompts"
         limits = self.max_tokens, self.max_response_tokens
-        encoded = [encoder.encode(side, *limits) for side in sides]
-        rows = tuple(
-            RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
-            for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
-        )
-        return RatedExample(rows), sum(row.cut_turns for row in encoded)
-
-    @property
-    def collate(self) -> Collate:
-        """Makes a batch of what a loader yields."""
-        return collate_prompts if self.rows == "prompts" else collate_rated
+        sourced = [(first_row(item).source, item) for item in items]
+        encoded = list(encoder.encode_all(sourced, *limits, prompts, self.bad_row, report.rejected))
+        if prompts:
+            first: dict[tuple[int, ...], Any] = {}
+            for entry in encoded:
+                first.setdefault(tuple(entry[2][0].ids), entry)
+            report.duplicates = len(encoded) - len(first)
+            encoded = list(first.values())
+        examples: list[Any] = []
+        number = 0
+        for _, item, rows in encoded:
+            examples.append(example_of(item, rows, number, prompts))
+            number += len(rows)
+        for example in examples:
+            report.keep(example)
+        return examples, [source for source, *_ in encoded]
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
-        examples = self._examples["train"]
-        lengths = [example.tokens for example in examples]
-        parts = None if self.weights is None else mixture(self._sources["train"], self.weights)
-        sampler = BucketBatches(lengths, self.batch_size, self.seed, self.bucket, parts)
-        return ResumableLoader(examples, sampler, self.collate, self.num_workers)
+        return ResumableLoader(
+            self._examples["train"],
+            self.batch_size,
+            self.collate,
+            self.num_workers,
+            self.seed,
+            self.bucket,
+            None if self.weights is None else mixture(self._sources["train"], self.weights),
+        )
 
     def val_dataloader(self) -> FixedLoader | FixedStream:
         """Returns the validation rows in their order."""
@@ -312,9 +285,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         """Returns the test rows in their order."""
         return self._fixed("test")
 
-    def predict_dataloader(self) -> FixedLoader | FixedStream:
-        """Returns the test rows in their order."""
-        return self._fixed("test")
+    predict_dataloader = test_dataloader
 
     def _fixed(self, split: str) -> FixedLoader | FixedStream:
         self.log_report()

@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.download import Remote, fetch_all
-from lightning_perl.data.files import BadRowHook, csv_rows, jsonl_rows
 from lightning_perl.data.folds import held_out
-from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn, first_row
-from lightning_perl.data.tokenization import BadRow
+from lightning_perl.data.reading import csv_rows, jsonl_rows
+from lightning_perl.data.rows import BadRow, BadRowHook, Item, Pair, Row, Splits, Turn, first_row
 
 Part: TypeAlias = Literal["train", "val", "test"]
 _PARTS: tuple[Part, ...] = ("train", "val", "test")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_perl.data.files import is_html
+from lightning_perl.data.reading import is_html
 
 _SECONDS = 30.0
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, preference, text_of
 from lightning_perl.data.download import Remote
-from lightning_perl.data.rows import Item, Pair, Turn
-from lightning_perl.data.tokenization import BadRow
+from lightning_perl.data.rows import BadRow, Item, Pair, Turn
 
 # A revision, so that the files behind the checksums stay.
 _HUB = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"

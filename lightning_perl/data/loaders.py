@@ -23,15 +23,15 @@ MEGA_BATCHES = 16
 
 
 def shuffled(
-    rows: list[int], lengths: Sequence[int], batch_size: int, order: random.Random, bucket: bool
+    rows: list[int], lengths: Sequence[int] | None, batch_size: int, order: random.Random
 ) -> list[list[int]]:
     """Returns the rows in shuffled batches, rows of similar length together.
 
-    The rows are shuffled, sorted by length inside mega-batches of 16 batches (unless ``bucket`` is
-    false) and cut into batches, which are shuffled. ``lengths`` are those of the whole corpus.
+    The rows are shuffled, sorted by length inside mega-batches of 16 batches (unless ``lengths``, those of the
+    whole corpus, are None) and cut into batches, which are shuffled.
     """
     order.shuffle(rows)
-    if bucket:
+    if lengths is not None:
         mega = batch_size * MEGA_BATCHES
         rows = [
             row
@@ -43,15 +43,8 @@ def shuffled(
     return batches
 
 
-class Part(NamedTuple):
-    """The row numbers of one source, and how many rows an epoch draws of them, at least all."""
-
-    rows: list[int]
-    drawn: int
-
-
-def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
-    """Returns how many rows of each source an epoch draws, in proportion to the weights.
+def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[tuple[list[int], int]]:
+    """Returns the rows of each source, and how many of them an epoch draws, in proportion to the weights.
 
     An epoch ends when every row was drawn: the source that has the most rows for its weight is
     drawn once through, the others begin again. ``sources`` has the number of each row's source.
@@ -67,70 +60,9 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[Part]:
         )
     epoch = max(len(members) / weight for members, weight in zip(rows, weights, strict=True))
     return [
-        Part(members, max(len(members), round(epoch * weight)))
+        (members, max(len(members), round(epoch * weight)))
         for members, weight in zip(rows, weights, strict=True)
     ]
-
-
-class BucketBatches:
-    """Shuffled batches of rows of similar length: a function of (seed, epoch), and a place in them.
-
-    ``parts`` says what an epoch draws of which rows (see :func:`mixture`); None draws every row once.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        seed: int = 0,
-        bucket: bool = True,
-        parts: Sequence[Part] | None = None,
-    ) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.bucket = bucket
-        self.parts = parts
-        self.epoch = 0
-        self.batch = 0
-
-    def batches(self, epoch: int) -> list[list[int]]:
-        """Returns the row numbers of every batch of an epoch."""
-        order = random.Random(f"{self.seed}/{epoch}")
-        return shuffled(self._drawn(order), self.lengths, self.batch_size, order, self.bucket)
-
-    def _drawn(self, order: random.Random) -> list[int]:
-        if self.parts is None:
-            return list(range(len(self.lengths)))
-        drawn: list[int] = []
-        for rows, count in self.parts:
-            times, more = divmod(count, len(rows))
-            drawn += rows * times + order.sample(rows, more)
-        return drawn
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of a later epoch; an epoch that has begun is left where it is.
-
-        Lightning calls this before every epoch, which ends a pass that ``limit_train_batches``
-        stopped early in a resumed run exactly as in an uninterrupted one.
-        """
-        if epoch > self.epoch:
-            self.epoch, self.batch = epoch, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Returns the position of the next batch, and what its order depends on."""
-        return {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "seed": self.seed,
-            "rows": len(self.lengths) if self.parts is None else sum(n for _, n in self.parts),
-            "batch_size": self.batch_size,
-        }
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position; refuses one of other rows, batch size or seed."""
-        _refuse_other_data(state, self.state_dict(), ("seed", "rows", "batch_size"))
-        self.epoch, self.batch = state["epoch"], state["batch"]
 
 
 def _refuse_other_data(
@@ -195,36 +127,78 @@ class ResumableLoader(FixedLoader):
     """Yields shuffled batches from where it stands; its position can be saved and loaded.
 
     An iteration continues where the last one stopped and ends with the epoch; the one after it begins the next
-    epoch. The sampler alone decides the order, so a resumed run and an uninterrupted one see the same batches.
+    epoch. The order is a function of (seed, epoch), so a resumed run sees the batches of an uninterrupted one.
+    ``parts`` says what an epoch draws of which rows (see :func:`mixture`); None draws every row once.
     """
 
     def __init__(
         self,
         examples: Sequence[Any],
-        sampler: BucketBatches,
+        batch_size: int,
         collate: Collate,
         num_workers: int = 0,
+        seed: int = 0,
+        bucket: bool = True,
+        parts: Sequence[tuple[list[int], int]] | None = None,
     ) -> None:
-        super().__init__(examples, sampler.batch_size, collate, num_workers)
-        # Lightning looks for `sampler.set_epoch` under this name.
-        self.sampler = sampler
-        self.state_dict = sampler.state_dict
-        self.load_state_dict = sampler.load_state_dict
+        super().__init__(examples, batch_size, collate, num_workers)
+        self.seed = seed
+        self.parts = parts
+        self.lengths = [example.tokens for example in examples] if bucket else None
+        self.epoch = 0
+        self.batch = 0
+
+    @property
+    def sampler(self) -> ResumableLoader:
+        """Itself: Lightning looks for ``sampler.set_epoch`` under this name."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of a later epoch; an epoch that has begun is left where it is.
+
+        Lightning calls this before every epoch, which ends a pass that ``limit_train_batches``
+        stopped early in a resumed run exactly as in an uninterrupted one.
+        """
+        if epoch > self.epoch:
+            self.epoch, self.batch = epoch, 0
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Returns the row numbers of every batch of an epoch, of all ranks."""
+        order = random.Random(f"{self.seed}/{epoch}")
+        drawn = list(range(len(self.examples))) if self.parts is None else []
+        for rows, count in self.parts or ():
+            times, more = divmod(count, len(rows))
+            drawn += rows * times + order.sample(rows, more)
+        return shuffled(drawn, self.lengths, self.batch_size, order)
 
     def _batches(self) -> list[list[int]]:
-        return shard(self.sampler.batches(self.sampler.epoch))
+        return shard(self.batches(self.epoch))
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the rest of the epoch, or the next epoch where none is left."""
-        sampler = self.sampler
-        if sampler.batch >= len(self):
-            sampler.set_epoch(sampler.epoch + 1)
-        epoch, start = sampler.epoch, sampler.batch
+        if self.batch >= len(self):
+            self.set_epoch(self.epoch + 1)
+        epoch, start = self.epoch, self.batch
         for number, batch in enumerate(self._load(self._batches()[start:]), start=start):
             # Before the yield: a checkpoint taken while this batch is in use resumes after it, and
             # Lightning never asks a loader of known length for the end of its pass.
-            sampler.epoch, sampler.batch = epoch, number + 1
+            self.epoch, self.batch = epoch, number + 1
             yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the position of the next batch, and what its order depends on."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seed": self.seed,
+            "rows": len(self.examples) if self.parts is None else sum(n for _, n in self.parts),
+            "batch_size": self.batch_size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to a saved position; refuses one of other rows, batch size or seed."""
+        _refuse_other_data(state, self.state_dict(), ("seed", "rows", "batch_size"))
+        self.epoch, self.batch = state["epoch"], state["batch"]
 
 
 class Place(NamedTuple):
@@ -239,7 +213,7 @@ class StreamingLoader:
     """Batches of rows that are read as they come; no more than one block of them is in memory.
 
     The stream is cut into blocks of about ``block`` rows, and each goes through :func:`shuffled` as
-    a whole corpus does in :class:`BucketBatches`. A stream has no length. To go to a saved position,
+    a whole corpus does in :class:`ResumableLoader`. A stream has no length. To go to a saved position,
     the rows before its block are read past, not encoded, and the block is made again.
 
     ``read(epoch, row)`` yields from this row on the epoch's rows that can be used, each with its number. ``ahead``
@@ -271,7 +245,7 @@ class StreamingLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of a later epoch; see :meth:`BucketBatches.set_epoch`."""
+        """Goes to the start of a later epoch; see :meth:`ResumableLoader.set_epoch`."""
         if epoch > self._places[-1].epoch:
             self._go_to(Place(epoch, 0, 0))
 
@@ -287,10 +261,10 @@ class StreamingLoader:
         stream = self.read(epoch, rows)
         while block := list(islice(stream, self.block)):
             examples = [example for _, example in block]
-            lengths = [example.tokens for example in examples]
+            lengths = [example.tokens for example in examples] if self.bucket else None
             order = random.Random(f"{self.seed}/{epoch}/{rows}")
             numbers = list(range(len(examples)))
-            batches = shard(shuffled(numbers, lengths, self.batch_size, order, self.bucket))
+            batches = shard(shuffled(numbers, lengths, self.batch_size, order))
             for number, members in enumerate(batches[batch:], start=batch + 1):
                 self._places.append(Place(epoch, rows, number))
                 yield self.collate([examples[member] for member in members])

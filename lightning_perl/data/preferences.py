@@ -13,13 +13,23 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.collate import PromptExample, RatedExample
-from lightning_perl.data.files import BadRowHook, parse_json
-from lightning_perl.data.folds import hold_out, stable_hash
+from lightning_perl.data.folds import held_out, stable_hash
 from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
+from lightning_perl.data.reading import Source, Sources, parse_json, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
-from lightning_perl.data.rows import BadRow, Item, Pair, Row, Splits, Turn, first_row
-from lightning_perl.data.sources import Source, Sources, shuffled_stream, sources_of
+from lightning_perl.data.rows import (
+    BadRow,
+    BadRowHook,
+    Item,
+    Pair,
+    PromptExample,
+    RatedExample,
+    Row,
+    Splits,
+    Turn,
+    first_row,
+)
+from lightning_perl.data.tokenization import example_of
 
 _KINDS = (
     ("prompt", "chosen", "rejected"),
@@ -167,9 +177,7 @@ class PreferenceDataModule(ConversationDataModule):
         if self.val_sources is not None:
             val = self._all(self.val_sources)
         else:
-            held = hold_out((first_row(item).dialog for item in train), self.val_fraction)
-            val = [item for item in train if first_row(item).dialog in held]
-            train = [item for item in train if first_row(item).dialog not in held]
+            train, val = held_out(train, self.val_fraction)
         test = val if self.test_sources is None else self._all(self.test_sources)
         trained = {first_row(item).dialog for item in train}
         for name, items in (("validation", val), ("test", test)):
@@ -179,11 +187,10 @@ class PreferenceDataModule(ConversationDataModule):
         return Splits(train, val, test)
 
     def _all(self, sources: list[Source]) -> list[Item]:
-        return self.distinct(
-            item
-            for number, source in enumerate(sources)
-            for item in self._items(number, source, self.bad_row)
-        )
+        items: list[Item] = []
+        for number, source in enumerate(sources):
+            items += self._items(number, source, self.bad_row)
+        return self.distinct(items)
 
     def _items(
         self, number: int, source: Source, bad_row: BadRowHook, streaming: bool = False
@@ -255,22 +262,22 @@ class PreferenceDataModule(ConversationDataModule):
         bad_row: BadRowHook,
     ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
         """Yields the rows of a stream that are held out for validation, or the others."""
-        encoder = self.encoder
-        for position, (number, item) in rows:
-            share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
-            if held != (self._holds_out and share < self.val_fraction):
-                counted = split is self.report.splits["train"]
-                self.report.left_out["held out for validation"] += counted
-                continue
-            split.rows += 1
-            try:
-                example, cut_turns = self.encode_item(encoder, item, number)
-            except BadRow as error:
-                bad_row(error.reason, f"{first_row(item).where}: {error}")
-                split.rejected[error.reason] += 1
-                continue
-            split.keep(example, cut_turns)
-            yield position, example
+
+        def of_the_split() -> Iterator[tuple[tuple[int, int], Item]]:
+            for place, (number, item) in rows:
+                share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
+                if held == (self._holds_out and share < self.val_fraction):
+                    yield (place, number), item
+                elif split is self.report.splits["train"]:
+                    self.report.left_out["held out for validation"] += 1
+
+        prompts = self.rows == "prompts"
+        limits = self.max_tokens, self.max_response_tokens
+        encoded = self.encoder.encode_all(of_the_split(), *limits, prompts, bad_row, split.rejected)
+        for (place, number), item, sides in encoded:
+            example = example_of(item, sides, number, prompts)
+            split.keep(example)
+            yield place, example
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
         """Yields an epoch's rows of all streams, shuffled."""

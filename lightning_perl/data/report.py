@@ -7,23 +7,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_perl.data.collate import PromptExample, RatedExample
+from lightning_perl.data.rows import PromptExample, RatedExample
 from lightning_perl.metrics import auroc
 
 
 @dataclass
 class SplitReport:
-    """What became of one split; ``rows = kept + rejected + duplicates``.
+    """What became of the rows of one split; a pair is one row.
 
-    A pair is one row. ``up``, ``down`` and ``even`` count the kept rows with a label above, below and
-    in the middle (0.5), ``unlabelled`` demonstrations and prompts; ``duplicates`` are repeated
-    prompts (``rows: prompts``), ``cut_turns`` turns that did not fit the window.
-
-    Lengths are histograms, from tokens to how many prompts or answers have them, so a stream of any length takes
-    no memory. Of ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts half.
+    ``up``, ``down`` and ``even`` count the kept rows with a label above, below and in the middle (0.5),
+    ``unlabelled`` demonstrations and prompts; ``duplicates`` are repeated prompts (``rows: prompts``), and
+    ``cut_turns`` turns that did not fit the window. Lengths are histograms, so a stream of any length takes no
+    memory. Of ``longer_chosen`` pairs the chosen answer has more tokens; a tie counts half.
     """
 
-    rows: int = 0
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
@@ -39,26 +36,27 @@ class SplitReport:
     down_tokens: Counter[int] = field(default_factory=Counter)
     longer_chosen: float = 0.0
 
-    def keep(self, example: RatedExample | PromptExample, cut_turns: int) -> None:
+    @property
+    def rows(self) -> int:
+        """Rows that came into the split."""
+        return self.kept + self.rejected.total() + self.duplicates
+
+    def keep(self, example: RatedExample | PromptExample) -> None:
         """Counts a row, a pair or a prompt that is kept."""
         self.kept += 1
-        self.cut_turns += cut_turns
+        self.cut_turns += example.cut_turns
         if isinstance(example, PromptExample):
             self.unlabelled += 1
-            self.prompt_tokens[example.tokens] += 1
+            self.prompt_tokens[len(example.ids)] += 1
             return
-        rows = example.rows
-        self.prompt_tokens[rows[0].response_mask.index(True)] += 1
-        lengths = [sum(row.response_mask) for row in rows]
+        self.prompt_tokens[example.rows[0].response_mask.index(True)] += 1
+        lengths = [sum(row.response_mask) for row in example.rows]
         self.response_tokens.update(lengths)
-        if len(rows) == 2:
+        label, length = example.rows[0].label, lengths[0]
+        if len(lengths) == 2:
             self.pairs += 1
-            self.longer_chosen += (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
-        else:
-            self._keep_label(rows[0].label, lengths[0])
-
-    def _keep_label(self, label: float | None, length: int) -> None:
-        if label is None:
+            self.longer_chosen += (length > lengths[1]) + 0.5 * (length == lengths[1])
+        elif label is None:
             self.unlabelled += 1
         elif label > 0.5:
             self.up += 1
@@ -76,18 +74,20 @@ class SplitReport:
 
     @property
     def length_auroc(self) -> float | None:
-        """AUROC of an answer's length as a predictor of its thumb; None without both thumbs.
-
-        Above 0.5, longer answers are liked more.
-        """
+        """AUROC of an answer's length as a predictor of its thumb; None without both thumbs."""
         if not (self.up and self.down):
             return None
         lengths = [*self.up_tokens.elements(), *self.down_tokens.elements()]
         return auroc(torch.tensor(lengths), torch.arange(len(lengths)) < self.up)
 
-    def _lengths(self) -> list[tuple[str, Counter[int]]]:
-        lengths = (("prompt", self.prompt_tokens), ("response", self.response_tokens))
-        return [(name, counts) for name, counts in lengths if counts]
+    def _lengths(self) -> dict[str, tuple[int, int, int]]:
+        """Median, 95% quantile and maximum of the tokens."""
+        lengths = {"prompt": self.prompt_tokens, "response": self.response_tokens}
+        return {
+            name: (quantile(counts, 0.5), quantile(counts, 0.95), max(counts))
+            for name, counts in lengths.items()
+            if counts
+        }
 
     def numbers(self) -> dict[str, float]:
         """Returns what a logger can draw, by name."""
@@ -97,10 +97,9 @@ class SplitReport:
         for name in ("chosen_longer", "length_auroc"):
             if getattr(self, name) is not None:
                 numbers[name] = getattr(self, name)
-        for name, counts in self._lengths():
-            numbers[f"{name}_tokens_median"] = float(quantile(counts, 0.5))
-            numbers[f"{name}_tokens_95"] = float(quantile(counts, 0.95))
-            numbers[f"{name}_tokens_max"] = float(max(counts))
+        for name, values in self._lengths().items():
+            for suffix, value in zip(("median", "95", "max"), values, strict=True):
+                numbers[f"{name}_tokens_{suffix}"] = float(value)
         return numbers
 
     def __str__(self) -> str:
@@ -125,8 +124,8 @@ class SplitReport:
         if self.length_auroc is not None:
             parts.append(f"AUROC of the length alone {self.length_auroc:.3f}")
         parts += [
-            f"{name} tokens median {quantile(counts, 0.5)}, 95% {quantile(counts, 0.95)}, max {max(counts)}"
-            for name, counts in self._lengths()
+            f"{name} tokens median {median}, 95% {most}, max {longest}"
+            for name, (median, most, longest) in self._lengths().items()
         ]
         return "; ".join([*parts, f"{self.cut_turns} turns cut"])
 
@@ -135,13 +134,9 @@ class SplitReport:
 class DataReport:
     """What was read, and what became of it.
 
-    Every row read is in one split, rejected, a duplicate or left out::
-
-        rows = sum of kept + sum of rejected + duplicates + sum of left_out
-
-    where ``duplicates`` are those of the whole corpus, dropped before the splits were made, and of each split. A
-    test split that is the validation split counts once. ``conflicts`` are answers with both thumbs, and pairs in
-    both orders; they are counted, not dropped. ``left_out`` are good rows that belong to no split.
+    Every row read is kept in one split, rejected (``rejected`` has those of the splits, too), a duplicate (here of
+    the whole corpus, dropped before it was divided) or left out, since it belongs to no split. A test split that
+    is the validation split counts once. ``conflicts`` are answers with both thumbs, and pairs in both orders.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
@@ -155,7 +150,7 @@ class DataReport:
     def rows(self) -> int:
         """Rows read; a pair is one."""
         splits = {id(split): split for split in self.splits.values()}.values()
-        divided = sum(split.rows - split.rejected.total() for split in splits)
+        divided = sum(split.kept + split.duplicates for split in splits)
         return divided + self.rejected.total() + self.duplicates + self.left_out.total()
 
     def numbers(self) -> dict[str, float]:

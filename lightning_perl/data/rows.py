@@ -1,10 +1,19 @@
-"""What a corpus is read into, before any token: turns, rows, pairs and the three splits."""
+"""What a corpus is read into (turns, rows, pairs, splits), its rows as tokens, and batches of these."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+
+from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.functional.packing import packed_tokens, plan
+from lightning_perl.functional.sequences import pad_left, pad_right
+
+# A padded position is False in every mask, so the id does not matter.
+_PAD = 0
 
 
 class BadRow(ValueError):
@@ -13,6 +22,10 @@ class BadRow(ValueError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+BadRowHook: TypeAlias = Callable[[str, str], None]
+"""Takes a few words to count by and the whole message of a bad row. May raise."""
 
 
 class Turn(NamedTuple):
@@ -92,3 +105,76 @@ def conflicting(verdicts: Iterable[object]) -> bool:
         if verdict is not None and verdict != 0.5
     }
     return len(sides) > 1
+
+
+class RatedRow(NamedTuple):
+    """A :class:`Row` as tokens.
+
+    ``response_mask`` is True on the response tokens that count, ``row`` the row's number in its
+    split, and ``turns`` are the turns of the prompt.
+    """
+
+    ids: list[int]
+    response_mask: list[bool]
+    imitate: bool
+    label: float | None
+    row: int
+    turns: int = 1
+
+
+class RatedExample(NamedTuple):
+    """One row, or the chosen and the rejected row of a pair; ``cut_turns`` did not fit the window."""
+
+    rows: tuple[RatedRow, ...]
+    cut_turns: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a trunk reads: of a pair the prompt once, and both answers."""
+        return packed_tokens([row.ids for row in self.rows])
+
+
+class PromptExample(NamedTuple):
+    """A prompt as tokens and its number in its split; ``cut_turns`` did not fit the window."""
+
+    ids: list[int]
+    row: int
+    cut_turns: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.ids)
+
+
+def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
+    """Pads rows on the right; a pair becomes two consecutive rows that ``pairs`` names."""
+    rows: list[RatedRow] = []
+    pairs: list[tuple[int, int]] = []
+    for example in examples:
+        if len(example.rows) == 2:
+            pairs.append((len(rows), len(rows) + 1))
+        rows.extend(example.rows)
+    ids, attention_mask = pad_right([row.ids for row in rows], _PAD)
+    counted, _ = pad_right([row.response_mask for row in rows], _PAD)
+    return RatedBatch(
+        ids=ids,
+        attention_mask=attention_mask,
+        response_mask=counted.bool(),
+        prompt_tokens=max(1, min(row.response_mask.index(True) for row in rows)),
+        imitate=torch.tensor([row.imitate for row in rows]),
+        label=torch.tensor([row.label or 0.0 for row in rows], dtype=torch.float32),
+        labelled=torch.tensor([row.label is not None for row in rows]),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        row=torch.tensor([row.row for row in rows]),
+        turns=torch.tensor([row.turns for row in rows]),
+        packing=plan([[row.ids for row in example.rows] for example in examples])
+        if pairs
+        else None,
+    )
+
+
+def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:
+    """Pads prompts on the left, so that every row ends at the last column."""
+    ids, mask = pad_left([example.ids for example in examples], _PAD)
+    return PromptBatch(ids, mask, torch.tensor([example.row for example in examples]))

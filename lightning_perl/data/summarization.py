@@ -26,8 +26,7 @@ from lightning_perl.data.corpus import (
     wrong_type,
 )
 from lightning_perl.data.download import Remote
-from lightning_perl.data.rows import Item, Pair, Row, Turn
-from lightning_perl.data.tokenization import BadRow
+from lightning_perl.data.rows import BadRow, Item, Pair, Row, Turn
 
 Corpora: TypeAlias = Literal["tldr", "tldr_judged", "tldr_human", "comparisons", "dialogsum"]
 _OPENAI = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"

@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.corpus import checked_share, matching, usable, value_of, wrong_type
 from lightning_perl.data.download import Remote, fetch_all
-from lightning_perl.data.files import json_rows, parse_json, tsv_rows
 from lightning_perl.data.folds import assign_folds, held_out, hold_out, stable_hash
-from lightning_perl.data.rows import Item, Row, Splits, Turn, first_row
-from lightning_perl.data.tokenization import BadRow
+from lightning_perl.data.reading import json_rows, parse_json, tsv_rows
+from lightning_perl.data.rows import BadRow, Item, Row, Splits, Turn, first_row
 
 _FOLDERS = {
     "coffee": ("taskmaster-coffee", "TM-4-2024"),

@@ -10,31 +10,41 @@ The plain turn template, the same for every corpus (``<bos>`` only where the tok
 Every agent turn ends with EOS, in contexts too, so a context is exactly what a demonstration trained on. No
 newline follows an EOS. Each segment (a user or API turn with its tag, the header ``Agent:``, the content of an
 agent turn) is encoded alone and the ids are joined, so the border between prompt and answer never depends on the
-text on its other side. Text that spells a special token stays text.
-
-A prompt is ``context turns + Agent:``; a response is ``content + EOS``. Prompts may take
-``max_tokens - max_response_tokens`` tokens, in rated rows and in prompts alike, so that a policy is
-asked exactly what the reward model was shown.
+text on its other side. Text that spells a special token stays text. A prompt is ``context turns + Agent:``, a
+response ``content + EOS``. Prompts may take ``max_tokens - max_response_tokens`` tokens, in rated rows too, so
+that a policy is asked exactly what the reward model was shown.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple, TypeVar
 
 # What apply_chat_template renders with and raises; torch brings it.
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lightning_perl.data.rows import BadRow as BadRow
-from lightning_perl.data.rows import Row, Turn
+from lightning_perl.data.rows import (
+    BadRow,
+    BadRowHook,
+    Item,
+    Pair,
+    PromptExample,
+    RatedExample,
+    RatedRow,
+    Row,
+    Turn,
+)
 
+T = TypeVar("T")
 #: The name of the plain turn template. A change of a single id of it needs a new number.
 PLAIN = "plain-1"
-#: Characters of text whose ids an encoder remembers.
-MOST_CACHED = 1 << 24
+#: Texts whose ids an encoder remembers.
+MOST_CACHED = 1 << 14
 _TAGS = {"system": "System", "user": "User", "api": "API"}
 # Stands for a special token that a text spells while a chat template renders that text.
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
@@ -44,8 +54,7 @@ _CHAT_ROLES = {"system": "system", "user": "user", "agent": "assistant"}
 class Encoded(NamedTuple):
     """A row, or a prompt alone, as tokens.
 
-    ``response_mask`` is True on the tokens that the assistant wrote and that count, EOS included;
-    ``cut_turns`` did not fit and were left out.
+    ``response_mask`` is True on the tokens of answers that count, EOS included; ``cut_turns`` did not fit.
     """
 
     ids: list[int]
@@ -53,11 +62,26 @@ class Encoded(NamedTuple):
     cut_turns: int
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Names how turns become text and answers end: stored in manifests, compared when loaded.
+def example_of(
+    item: Item, encoded: Sequence[Encoded], number: int, prompts: bool
+) -> RatedExample | PromptExample:
+    """Returns what a loader yields of a row or a pair whose first row has this number."""
+    cut_turns = sum(row.cut_turns for row in encoded)
+    if prompts:
+        return PromptExample(encoded[0].ids, number, cut_turns)
+    sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+    rows = tuple(
+        RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
+        for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
+    )
+    return RatedExample(rows, cut_turns)
 
-    The name is ``plain-1`` for the plain turn template (None), else ``chat-`` and eight hex digits of
-    the SHA-256 of the tokenizer's chat template. Another rule for EOS would need another name.
+
+def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Names how turns become text and answers end; manifests store the name.
+
+    ``plain-1`` for the plain turn template (None), else ``chat-`` and the start of the SHA-256 of the tokenizer's
+    chat template. Another rule for EOS would need another name.
     """
     if tokenizer is None:
         return PLAIN
@@ -74,7 +98,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
 class TurnEncoder:
     """Encodes turns by the plain template, or prompts by the tokenizer's own chat template.
 
-    With ``chat_template`` the response is still the bare content and EOS, and must be a single agent turn.
+    With ``chat_template`` the response is still the bare content and EOS, of a single agent turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> None:
@@ -91,25 +115,13 @@ class TurnEncoder:
         bos = tokenizer.bos_token_id
         self._start: list[int] = [] if bos is None else [int(bos)]
         # Dialogs share most of their turns: each rated row repeats the rows before it.
-        self._cache: dict[str, list[int]] = {}
-        self._cached = 0
+        self._text: Callable[[str], list[int]] = lru_cache(MOST_CACHED)(
+            partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+        )
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         # The longest first: one may begin like another. A text may spell a stand-in, too.
         names = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self._spelled = re.compile("|".join([*map(re.escape, names), _STAND_IN.pattern]))
-
-    def _text(self, text: str) -> list[int]:
-        ids = self._cache.get(text)
-        if ids is None:
-            ids = list(
-                self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            )
-            self._cached += len(text)
-            if self._cached > MOST_CACHED:
-                self._cache.clear()
-                self._cached = len(text)
-            self._cache[text] = ids
-        return ids
 
     def _content(self, turn: Turn) -> list[int]:
         # A chat template ends its generation prompt where the answer's first letter belongs.
@@ -212,6 +224,33 @@ class TurnEncoder:
             )
         mask = prompt.response_mask + [True] * len(content)
         return Encoded([*prompt.ids, *content], mask, prompt.cut_turns)
+
+    def encode_all(
+        self,
+        items: Iterable[tuple[T, Item]],
+        max_tokens: int,
+        max_response_tokens: int,
+        prompts: bool,
+        bad_row: BadRowHook,
+        rejected: Counter[str],
+    ) -> Iterator[tuple[T, Item, list[Encoded]]]:
+        """Yields what stands beside an item, the item, and its rows, or its prompt alone, as tokens.
+
+        Rows that do not fit or cannot be said go to ``bad_row``, and are counted in ``rejected``.
+        """
+        for beside, item in items:
+            sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+            try:
+                if prompts:
+                    limit = max_tokens - max_response_tokens
+                    encoded = [self.encode_prompt(sides[0].context, limit)]
+                else:
+                    encoded = [self.encode(row, max_tokens, max_response_tokens) for row in sides]
+            except BadRow as error:
+                rejected[error.reason] += 1
+                bad_row(error.reason, f"{sides[0].where}: {error}")
+            else:
+                yield beside, item, encoded
 
     def _encode_dialog(self, row: Row, prompt: Encoded, max_tokens: int) -> Encoded:
         if self.chat_template:

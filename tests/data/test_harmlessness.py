@@ -19,8 +19,7 @@ from lightning_perl.data import (
 )
 from lightning_perl.data.download import Remote
 from lightning_perl.data.harmlessness import parse_transcript, transcript_pair
-from lightning_perl.data.rows import Item, Pair, Turn, first_row
-from lightning_perl.data.tokenization import BadRow
+from lightning_perl.data.rows import BadRow, Item, Pair, Turn, first_row
 from tests.data.corpus_files import hh, transcript, write_lines
 from tests.data.counts import check_counts
 from tests.data.golden import assert_golden, rejected_lines

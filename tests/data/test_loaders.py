@@ -10,9 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_perl.data.collate import PromptExample, collate_prompts
 from lightning_perl.data.loaders import (
-    BucketBatches,
     FixedLoader,
     FixedStream,
     ResumableLoader,
@@ -20,14 +18,16 @@ from lightning_perl.data.loaders import (
     mixture,
     shard,
 )
+from lightning_perl.data.rows import PromptExample, collate_prompts
 
 LENGTHS = [1 + (37 * number) % 50 for number in range(103)]
 
 
-def loader(batch_size: int = 4, seed: int = 0, num_workers: int = 0) -> ResumableLoader:
+def loader(
+    batch_size: int = 4, seed: int = 0, num_workers: int = 0, bucket: bool = True
+) -> ResumableLoader:
     examples = [PromptExample([1] * length, row) for row, length in enumerate(LENGTHS)]
-    sampler = BucketBatches(LENGTHS, batch_size, seed)
-    return ResumableLoader(examples, sampler, collate_prompts, num_workers)
+    return ResumableLoader(examples, batch_size, collate_prompts, num_workers, seed, bucket)
 
 
 def read(epoch: int, start: int) -> Iterator[tuple[int, PromptExample]]:
@@ -52,18 +52,18 @@ def rows(batches: ResumableLoader | StreamingLoader) -> list[list[int]]:
 
 @pytest.mark.parametrize("bucket", [True, False])
 def test_every_row_exactly_once_in_an_order_of_seed_and_epoch(bucket: bool) -> None:
-    sampler = BucketBatches(LENGTHS, 4, seed=3, bucket=bucket)
+    sampler = loader(seed=3, bucket=bucket)
     for epoch in range(3):
         batches = sampler.batches(epoch)
         assert sorted(row for batch in batches for row in batch) == list(range(len(LENGTHS)))
         assert sorted(map(len, batches)) == [3, *[4] * 25]
-        assert batches == BucketBatches(LENGTHS, 4, seed=3, bucket=bucket).batches(epoch)
+        assert batches == loader(seed=3, bucket=bucket).batches(epoch)
         assert batches != sampler.batches(epoch + 1)
-        assert batches != BucketBatches(LENGTHS, 4, seed=4, bucket=bucket).batches(epoch)
+        assert batches != loader(seed=4, bucket=bucket).batches(epoch)
 
 
 def test_buckets_pad_less_and_do_not_sort_the_epoch() -> None:
-    bucketed, shuffled = (BucketBatches(LENGTHS, 4, bucket=b).batches(0) for b in (True, False))
+    bucketed, shuffled = (loader(bucket=b).batches(0) for b in (True, False))
     widths = [[max(LENGTHS[row] for row in batch) for batch in b] for b in (bucketed, shuffled)]
     paid = [
         sum(w * len(batch) for w, batch in zip(*pair, strict=True)) - sum(LENGTHS)
@@ -76,7 +76,7 @@ def test_buckets_pad_less_and_do_not_sort_the_epoch() -> None:
 @pytest.mark.parametrize("stop", [1, 7, 25, 26])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_loaded_position_continues_at_the_next_batch(stop: int, num_workers: int) -> None:
-    order = BucketBatches(LENGTHS, 4)
+    order = loader()
     straight = order.batches(0) + order.batches(1)
     first = loader(num_workers=num_workers)
     seen = [batch.row.tolist() for _, batch in zip(range(stop), first, strict=False)]
@@ -222,10 +222,10 @@ def test_a_stream_reads_past_what_it_has_seen() -> None:
 
 def test_a_mixture_draws_every_row_and_keeps_the_proportions() -> None:
     parts = mixture([0, 1, 1, 1, 0, 1, 1, 1], [1.0, 1.0])
-    assert [(part.rows, part.drawn) for part in parts] == [([0, 4], 6), ([1, 2, 3, 5, 6, 7], 6)]
+    assert parts == [([0, 4], 6), ([1, 2, 3, 5, 6, 7], 6)]
     # As many rows for their weight: everything once.
-    assert [part.drawn for part in mixture([0, 1, 1, 1], [0.2, 0.6])] == [1, 3]
-    assert [part.drawn for part in mixture([0, 1, 1, 1], [4.0, 1.0])] == [12, 3]
+    assert [drawn for _, drawn in mixture([0, 1, 1, 1], [0.2, 0.6])] == [1, 3]
+    assert [drawn for _, drawn in mixture([0, 1, 1, 1], [4.0, 1.0])] == [12, 3]
     with pytest.raises(ValueError, match=r"sources \[2\]"):
         mixture([0, 0], [1.0, 1.0])
 

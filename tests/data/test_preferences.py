@@ -13,8 +13,8 @@ import pytest
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule
+from lightning_perl.data.reading import Sources
 from lightning_perl.data.rows import Item, Pair, Row, Turn, first_row
-from lightning_perl.data.sources import Sources
 from tests.data.counts import check_counts
 
 Build = Callable[..., PreferenceDataModule]

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule, TaskmasterDataModule
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.collate import PromptExample, RatedExample, RatedRow
 from lightning_perl.data.report import DataReport, SplitReport, quantile
+from lightning_perl.data.rows import PromptExample, RatedExample, RatedRow
 from tests.data.counts import check_counts
 from tests.data.taskmaster_files import save_corpora
 
@@ -53,9 +53,9 @@ def rated(prompt: int, response: int, label: float | None = None) -> RatedRow:
 def test_a_split_in_numbers() -> None:
     report = SplitReport()
     for chosen, rejected in ((5, 3), (3, 5), (4, 4), (6, 1)):
-        report.keep(RatedExample((rated(7, chosen), rated(7, rejected))), 0)
+        report.keep(RatedExample((rated(7, chosen), rated(7, rejected))))
     for response, label in ((9, 1.0), (2, 1.0), (2, 0.0), (8, 0.25), (8, 0.5), (1, None)):
-        report.keep(RatedExample((rated(2, response, label),)), 1)
+        report.keep(RatedExample((rated(2, response, label),), 1))
     assert report.kept == 10
     assert (report.pairs, report.up, report.down, report.even, report.unlabelled) == (4, 2, 2, 1, 1)
     assert report.chosen_longer == 2.5 / 4
@@ -69,17 +69,17 @@ def test_a_split_in_numbers() -> None:
     assert numbers["prompt_tokens_median"] == 2
     assert "chosen is the longer in 62.5%; AUROC of the length alone 0.625" in str(report)
     prompts = SplitReport()
-    prompts.keep(PromptExample([1] * 4, 0), 2)
+    prompts.keep(PromptExample([1] * 4, 0, 2))
     assert prompts.numbers()["prompt_tokens_95"] == 4
     assert not {"chosen_longer", "length_auroc", "response_tokens_max"} & set(prompts.numbers())
-    assert str(SplitReport(rows=3, rejected=Counter(bad=2), duplicates=1)) == (
+    assert str(SplitReport(rejected=Counter(bad=2), duplicates=1)) == (
         "3 rows, 0 kept, 2 rejected, 1 repeated"
     )
 
 
 def test_a_split_that_is_another_counts_once() -> None:
-    val = SplitReport(rows=2, kept=2)
-    report = DataReport({"train": SplitReport(rows=3, kept=3), "val": val, "test": val})
+    val = SplitReport(kept=2)
+    report = DataReport({"train": SplitReport(kept=3), "val": val, "test": val})
     report.rejected["broken JSON"] = 1
     report.left_out["not asked for"] = 4
     assert report.rows == 10

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.data import PreferenceDataModule
-from lightning_perl.data.sources import HubName, shuffled_stream, sources_of
+from lightning_perl.data.reading import shuffled_stream, sources_of
 
 Build = Callable[..., PreferenceDataModule]
 
@@ -167,9 +167,9 @@ def test_a_stream_is_shuffled_by_seed_and_epoch() -> None:
 @pytest.mark.parametrize(
     ("place", "hub"),
     [
-        ("owner/name", HubName("owner/name", None, "train")),
-        ("owner/name:test", HubName("owner/name", None, "test")),
-        ("owner/na.me/config:train[:9]", HubName("owner/na.me", "config", "train[:9]")),
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name:test", ("owner/name", None, "test")),
+        ("owner/na.me/config:train[:9]", ("owner/na.me", "config", "train[:9]")),
         ("owner/name.jsonl", None),
         ("owner/name.csv.gz", None),
         ("./owner/name", None),
@@ -178,7 +178,10 @@ def test_a_stream_is_shuffled_by_seed_and_epoch() -> None:
     ],
 )
 def test_names_of_the_hub_are_no_paths(
-    place: str, hub: HubName | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    hub: tuple[str, str | None, str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule, tokenization
-from lightning_perl.data.files import jsonl_rows
+from lightning_perl.data.reading import jsonl_rows
 from tests.data.counts import check_counts
 
 Build = Callable[..., PreferenceDataModule]
@@ -200,7 +200,7 @@ def test_a_file_that_is_not_there_stops_before_training(build: Build, tmp_path: 
 def test_memory_does_not_grow_with_the_file(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenization, "MOST_CACHED", 10_000)
+    monkeypatch.setattr(tokenization, "MOST_CACHED", 10)
     row = {"response": "yes", "label": 1}
     file = write(
         tmp_path / "rows.jsonl", ({**row, "prompt": f"{n} {'espresso ' * 40}"} for n in range(1000))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.data.collate import RatedExample, RatedRow, collate_rated
+from lightning_perl.data.rows import RatedExample, RatedRow, collate_rated
 from lightning_perl.modules import HydraSFT, RewardModel
 from lightning_perl.modules.supervised import Supervised
 from tests.modules.tiny import LORA, WORDS, gradients_of, train_adapters

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lightning_perl.batches import RatedBatch
-from lightning_perl.data.collate import collate_rated
+from lightning_perl.data.rows import collate_rated
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.supervised import Supervised
 from tests.modules import tiny

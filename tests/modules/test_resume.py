@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_perl.data.loaders import BucketBatches, ResumableLoader
+from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import PPO, RLOO, SFT, HydraPPO, HydraSFT, Reinforce, RewardModel
 from lightning_perl.modules.base import AdapterModule
@@ -65,8 +65,7 @@ BATCHES = 4
 def loader_for(module: AdapterModule) -> ResumableLoader:
     """Four batches in an order that changes with the epoch."""
     batches = tiny.batches_for(module, BATCHES)
-    sampler = BucketBatches([1] * BATCHES, 1, seed=3, bucket=False)
-    return ResumableLoader(batches, sampler, itemgetter(0))
+    return ResumableLoader(batches, 1, itemgetter(0), seed=3, bucket=False)
 
 
 class KilledError(Exception):

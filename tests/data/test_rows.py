@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_perl.data.collate import (
+from lightning_perl.data.rows import (
     PromptExample,
     RatedExample,
     RatedRow,

@@ -14,15 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lightning_perl.data.files import (
+from lightning_perl.data.reading import (
     csv_rows,
     json_rows,
     jsonl_rows,
     parquet_rows,
-    read_text,
     tsv_rows,
 )
-from lightning_perl.data.tokenization import BadRow
+from lightning_perl.data.rows import BadRow
 
 PAGE = b"\n <!DOCTYPE html>\n<html><body>404</body></html>\n"
 Reader = Callable[..., Iterator[tuple[str, Any]]]
@@ -214,11 +213,6 @@ def test_lines_are_read_one_by_one(tmp_path: Path, reader: Reader) -> None:
     file = save(tmp_path / "rows.gz", good * 200_000)
     file.write_bytes(file.read_bytes()[:-20])
     assert len(list(itertools.islice(reader(file, Bad()), 10))) == 10
-
-
-def test_whole_texts(tmp_path: Path, ending: str) -> None:
-    file = save(tmp_path / f"text.xml{ending}", b"\xef\xbb\xbf<a>\r\n\xc3\xa9</a>")
-    assert read_text(file) == "<a>\r\né</a>"
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)

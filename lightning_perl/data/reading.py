@@ -1,14 +1,11 @@
-"""Readers of files, plain or gzip-compressed; every corpus is read through one of them.
+"""Where rows come from: files (plain or gzip-compressed), data sets of the hub, lists, several of them.
 
-Each reader yields ``(where, row)``, where ``where`` is ``file:line`` (``file:row`` in a JSON array or
-Parquet). A broken row goes to ``bad_row(reason, message)`` and is skipped. So does, as one row, a file
-that cannot be read, or the rest of a file that cannot be read to its end: a gzip that breaks off, an
-open quote, a web page saved in place of data, an empty file.
+Readers of files yield ``(where, row)``, with ``where`` as ``file:line`` (``file:row`` in a JSON array or Parquet).
+A broken row goes to ``bad_row(reason, message)`` and is skipped. So does, as one row, what cannot be read of a
+file: a gzip that breaks off, an open quote, a web page saved in place of data, an empty file.
 
-JSON lines, tables and Parquet are read piece by piece, so a file may be larger than memory. They are
-not read by ``datasets``: it gives up a whole JSONL file for one broken line, its CSV reader turns the
-text ``NA`` into null, fills short rows with nulls and renames columns that the header names twice, and
-it needs a cache folder that it can write even for a local Parquet file.
+``datasets`` does not read the files: it gives up a whole JSONL file for one broken line, its CSV reader turns the
+text ``NA`` into null, fills short rows with nulls and renames columns that the header names twice.
 """
 
 from __future__ import annotations
@@ -16,10 +13,13 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
+import pickle
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
@@ -28,14 +28,18 @@ from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar
 import pyarrow
 import pyarrow.parquet
 
-from lightning_perl.data.rows import BadRow
+from lightning_perl.data.rows import BadRow, BadRowHook
+from lightning_perl.packaged import unpackaged
 
-BadRowHook: TypeAlias = Callable[[str, str], None]
-"""Takes a few words to count by and the whole message of a bad row. May raise."""
+Rows: TypeAlias = Iterator[tuple[str, Mapping[str, Any]]]
+Sources: TypeAlias = list[Any] | dict[str, float] | str | Path
+"""A file (``packaged:NAME`` for one of this package), a name of the hub, a list of rows, a list of files
+and names, or a mapping from files and names to weights."""
 
-_Row = TypeVar("_Row")
-_Reader: TypeAlias = Callable[[Path, BadRowHook], Iterator[tuple[str, _Row]]]
+T = TypeVar("T")
+_Reader: TypeAlias = Callable[[Path, BadRowHook], Iterator[tuple[str, T]]]
 _HTML = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?::([^/]+))?")
 
 
 class UnreadableFile(BadRow):
@@ -46,11 +50,11 @@ def _unreadable(reason: str, message: str) -> None:
     raise UnreadableFile(reason, message)
 
 
-def _counts_unreadable(reader: _Reader[_Row]) -> _Reader[_Row]:
+def _counts_unreadable(reader: _Reader[T]) -> _Reader[T]:
     """Lets ``bad_row`` take what makes a file, or the rest of it, unreadable."""
 
     @wraps(reader)
-    def rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, _Row]]:
+    def rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, T]]:
         try:
             yield from reader(file, bad_row)
         except UnreadableFile as error:
@@ -61,34 +65,26 @@ def _counts_unreadable(reader: _Reader[_Row]) -> _Reader[_Row]:
 
 def parse_json(text: str) -> object:
     """Returns the value of a JSON text; what only Python refuses is a JSONDecodeError, too."""
+
+    def longest(pattern: str) -> re.Match[str]:
+        return max(re.finditer(pattern, text), key=lambda match: len(match[0]))
+
     try:
         value: object = json.loads(text)
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        innermost = _longest(r"[\[{]+", text).end() - 1
-        raise json.JSONDecodeError("nested too deeply", text, innermost) from None
+        end = longest(r"[\[{]+").end()
+        raise json.JSONDecodeError("nested too deeply", text, end - 1) from None
     except ValueError:
-        integer = _longest(r"\d+", text).start()
-        raise json.JSONDecodeError("too long an integer", text, integer) from None
+        start = longest(r"\d+").start()
+        raise json.JSONDecodeError("too long an integer", text, start) from None
     return value
-
-
-def _longest(pattern: str, text: str) -> re.Match[str]:
-    return max(re.finditer(pattern, text), key=lambda match: len(match[0]))
 
 
 def is_html(head: bytes) -> bool:
     """Whether the first bytes of a file are those of a web page, such as a server's error page."""
     return bool(_HTML.match(head.removeprefix(b"\xef\xbb\xbf")))
-
-
-def read_text(file: Path) -> str:
-    """Returns the whole text of a file; raises :class:`UnreadableFile`."""
-    lines = _lines(file, "\n")
-    return "".join(
-        line for number, line in lines if _is_utf8(line, f"{file}:{number}", _unreadable)
-    )
 
 
 @_counts_unreadable
@@ -117,8 +113,10 @@ def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str,
 @_counts_unreadable
 def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the objects of a file that is one JSON array; ``where`` counts them from 1."""
+    lines = _lines(file, "\n")
+    text = "".join(line for n, line in lines if _is_utf8(line, f"{file}:{n}", _unreadable))
     try:
-        rows = parse_json(read_text(file))
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         raise UnreadableFile(
             "broken JSON",
@@ -280,3 +278,156 @@ def _table(file: Path, dialect: str, name: str) -> Iterator[tuple[str, list[str]
             f"{file}:{line}: broken {name} ({error}) in the row that begins here. Close its quotes, "
             'and write a quote inside a quoted cell twice: "".',
         ) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that rows come from: a path, a name of the hub, or the rows themselves.
+
+    ``argument`` is the one that named it, for error messages; ``weight`` its share in a mixture.
+    """
+
+    argument: str
+    place: str | Sequence[Mapping[str, Any]]
+    weight: float | None = None
+
+    def rows(self, bad_row: BadRowHook, streaming: bool = False) -> Rows:
+        """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched."""
+        if not isinstance(self.place, str):
+            return _listed(self.argument, self.place, bad_row)
+        if self.hub is not None:
+            name = f"{self.hub[0]}:{self.hub[2]}"
+            table = self._load(*self.hub, streaming).with_format("arrow")
+            rows = arrow_rows(table.iter(batch_size=1024), name, bad_row)
+            return ((f"{name}:{number}", row) for number, row in rows)
+        file = Path(self.place).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"No file {str(file)!r} ({self.argument}; looked from {Path.cwd()}). Give the path "
+                "of a .jsonl, .json, .csv or .parquet file, or owner/name of a data set of the hub."
+            )
+        suffix = _suffix(file)
+        if suffix not in _READERS or file.name.endswith(".parquet.gz"):
+            raise ValueError(
+                f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .json, .csv "
+                "(also with .gz) or .parquet."
+            )
+        return _READERS[suffix](file, bad_row)
+
+    @property
+    def hub(self) -> tuple[str, str | None, str] | None:
+        """Name, config and split of a data set of the hub; None where it is a file, or should be one."""
+        if not isinstance(self.place, str):
+            return None
+        path = Path(self.place).expanduser()
+        name = _HUB.fullmatch(self.place)
+        # As with models: where OWNER is a folder here, or the end says so, a path was meant.
+        if name is None or path.exists() or path.parent.is_dir() or _suffix(path) in _READERS:
+            return None
+        return name[1], name[2], name[3] or "train"
+
+    def fetch(self) -> None:
+        """Fetches a data set of the hub into its cache; does nothing for files and lists."""
+        if self.hub is not None:
+            self._load(*self.hub, streaming=False)
+
+    # ANN401: datasets has no types.
+    def _load(self, name: str, config: str | None, split: str, streaming: bool) -> Any:  # noqa: ANN401
+        # Imported where it is needed: it takes seconds, and most runs read files.
+        import datasets
+
+        try:
+            return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        # An OSError: no network, offline mode, no such data set; a ValueError: no such config, split.
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise FileNotFoundError(
+                f"{self.argument}: {self.place!r} is no file here (looked from {Path.cwd()}), and the hub did "
+                f"not give it: {reason}. With a network, check the name, config and split at "
+                f"https://huggingface.co/datasets/{name}. Without one, download its .parquet, .jsonl or .csv "
+                f"files from there elsewhere, copy them here, and set {self.argument} to their path."
+            ) from error
+
+
+def sources_of(value: Sources, argument: str) -> list[Source]:
+    """Returns the sources that an argument names; see :data:`Sources`."""
+    if isinstance(value, str | Path):
+        value = [value]
+    # An element that is no row is a bad row, with its number.
+    if value and isinstance(value, list) and not any(isinstance(p, str | Path) for p in value):
+        return [Source(argument, value)]
+    weights = value if isinstance(value, dict) else {}
+    for place, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"{argument}: the weight of {place!r} must be above 0, got {weight}. Leave out "
+                "what is not wanted."
+            )
+    if not value or not all(isinstance(place, str | Path) for place in value):
+        raise ValueError(
+            f"{argument} must be a file, a name of the hub, a list of rows (mappings), a list of files "
+            f"and names, or a mapping from files and names to weights; got {str(value)[:80]!r}."
+        )
+    return [Source(argument, unpackaged(str(place)), weights.get(place)) for place in value]
+
+
+def shuffled_stream(
+    read: Sequence[Callable[[], Iterator[T]]],
+    weights: Sequence[float] | None,
+    buffer: int,
+    seed: int,
+    epoch: int,
+) -> Iterator[T]:
+    """Yields from several streams, shuffled by ``datasets``: a function of (seed, epoch).
+
+    ``read`` opens each stream at its start; none is empty. With ``weights`` the streams are drawn from in these
+    proportions until each was read through, and one that is through before begins again; without, each is read
+    once. ``buffer`` elements are in memory to be shuffled.
+    """
+    if not read:
+        return
+    import datasets
+    from datasets.iterable_dataset import ExamplesIterable
+
+    def examples(number: int) -> Iterator[tuple[object, dict[str, bytes]]]:
+        # Pickled: datasets would cast all rows to the columns and types of the first one.
+        for place, element in enumerate(read[number]()):
+            yield (0, place), {"element": pickle.dumps(element)}
+
+    info = datasets.DatasetInfo(features=datasets.Features({"element": datasets.Value("binary")}))
+    streams = [
+        datasets.IterableDataset(ExamplesIterable(examples, {"number": number}), info=info)
+        for number in range(len(read))
+    ]
+    if weights is None:
+        mixture = datasets.concatenate_datasets(streams)
+    else:
+        shares = [weight / sum(weights) for weight in weights]
+        mixture = datasets.interleave_datasets(
+            streams, shares, seed=seed, stopping_strategy="all_exhausted"
+        )
+    mixture = mixture.shuffle(seed=seed, buffer_size=buffer)
+    mixture.set_epoch(epoch)
+    for example in mixture:
+        yield pickle.loads(example["element"])
+
+
+_READERS: dict[str, Callable[[Path, BadRowHook], Rows]] = {
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+}
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
+def _listed(argument: str, rows: Sequence[Mapping[str, Any]], bad_row: BadRowHook) -> Rows:
+    for number, row in enumerate(rows, start=1):
+        where = f"{argument}:{number}"
+        if isinstance(row, Mapping):
+            yield where, row
+        else:
+            bad_row("wrong type", f"{where}: expected a mapping, got {type(row).__name__}.")
