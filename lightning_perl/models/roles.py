@@ -8,6 +8,7 @@ Shapes: ``B`` rows, ``R`` response tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +33,7 @@ Layout = Literal["full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra"]
 
 
 class Seat(NamedTuple):
-    """Who answers a role.
-
-    Attributes:
-        trunk: Number of the trunk.
-        adapter: Its adapter, or `OFF`.
-    """
+    """Who answers a role: the number of a trunk, and one of its adapters or `OFF`."""
 
     trunk: int
     adapter: str = OFF
@@ -104,11 +100,11 @@ class Roles(nn.Module):
         trunk: Folder or hub name of the SFT or Hydra-SFT trunk.
         lora: Shape of the actor and critic adapters.
         reward: Where the reward model is, see `Evaluation`.
-        dtype: Dtype of the trunks.
+        dtype: See `load_trunk`.
         checkpointing: Recompute activations in training passes: of all roles, or of those named.
-        attention: See `AdapterModule`.
-        quantization: See `AdapterModule`.
-        shortcuts: Which work is saved where the result is the same.
+        attention: See `load_trunk`.
+        quantization: See `load_trunk`.
+        shortcuts: See `load_trunk`.
         seed: Seed of the fresh adapters.
         ensemble: How several reward adapters, each with the head it was trained with, make one score. The
             critic starts as a copy of the first of them, or of their average; so values are scores at
@@ -120,10 +116,6 @@ class Roles(nn.Module):
     Attributes:
         value_head: The critic's head; absent without a critic.
         judges: Names of what answers the reward role: of reward adapters, or ``reward`` alone.
-
-    Raises:
-        ValueError: The layout is unknown, there is no reward head where it needs one, or the rewards
-            do not go with the layout.
     """
 
     def __init__(
@@ -336,11 +328,10 @@ class Roles(nn.Module):
 
 def _first_value_head(heads: list[ScalarHead], hidden_size: int) -> ScalarHead:
     """A copy of the (first) reward head where there is one, else all zeros."""
-    head = ScalarHead(hidden_size)
-    with torch.no_grad():
-        head.weight.zero_()
     if heads:
-        head.clone_from(heads[0])
+        return copy.deepcopy(heads[0])
+    head = ScalarHead(hidden_size)
+    nn.init.zeros_(head.weight)
     return head
 
 

@@ -32,18 +32,6 @@ def test_initial_weights_are_small_and_follow_from_the_seed() -> None:
     assert not head.bias.any()
 
 
-def test_cloned_heads_are_two_tensors() -> None:
-    reward, value = ScalarHead(4, 0), ScalarHead(4, 1)
-    reward.bias.data.fill_(2.0)
-    value.clone_from(reward)
-    assert torch.equal(value.weight, reward.weight)
-    assert value.bias.item() == 2
-    value.weight.data += 1
-    value.bias.data += 1
-    assert torch.equal(reward.weight, ScalarHead(4, 0).weight)
-    assert reward.bias.item() == 2
-
-
 def test_heads_come_back_by_name(tmp_path: Path) -> None:
     heads = {"reward": ScalarHead(4, 0), "value": ScalarHead(4, 1)}
     heads["value"].bias.data.fill_(-1.5)
