@@ -32,7 +32,7 @@ WORTH = 4
 
 
 def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> Ended:
-    """Returns what tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
+    """What tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
 
     def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
         by_token = until_stop(tokens.unsqueeze(-1), trunk.stop_ids)[1]
@@ -71,15 +71,9 @@ class Responses:
         self.stopped = torch.zeros_like(self.mask[:, 0])
 
     def draw(self, logits: Tensor, rows: Tensor, column: int | Tensor) -> Tensor:
-        """Draw a token for each of some rows.
+        """Draw a token for each of some rows. Shape: ``(b, V)`` to ``(b,)``.
 
-        Args:
-            logits: Shape: ``(b, V)``.
-            rows: Numbers of these rows. Shape: ``(b,)``.
-            column: Column of the token. As a tensor of shape ``(1,)`` its value is not read.
-
-        Returns:
-            Shape: ``(b,)``.
+        The value of a ``column`` that is a tensor, shape ``(1,)``, is not read.
         """
         tokens, chosen = draw(logits, self.uniforms[rows, column], self.spec)
         self.ids[rows, column] = tokens
@@ -125,12 +119,8 @@ def sample(
         spec: How tokens are drawn.
         uniforms: Shape: ``(B, spec.max_new_tokens)``.
         early_exit: Finished rows leave the batch, and the loop ends with the last of them. False: the loop
-            reads no tensor's value, as fake tensors need it; the responses are the same. Stop strings need
-            early exit.
-
-    Returns:
-        The rollout with its log-probabilities; ``R`` is the longest response, or ``max_new_tokens``
-        without early exit.
+            reads no tensor's value, as fake tensors need it; the responses are the same, padded to
+            ``max_new_tokens``. Stop strings need early exit.
     """
     if spec.stop and not early_exit:
         raise ValueError("stop strings are found by decoding text, which needs early_exit=True.")
@@ -166,15 +156,7 @@ def _read_prompts(trunk: Trunk, cache: Cache, prompts: PromptBatch, share: bool)
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds equal rows.
-
-    Args:
-        rows: Shape: ``(B, N)``.
-
-    Returns:
-        Numbers of the rows that stand first among their equals, shape ``(b,)``; and for every row the place
-        of its equal among those, shape ``(B,)``.
-    """
+    """The rows that stand first among their equals, shape ``(b,)``; and each row's equal among them, ``(B,)``."""
     distinct, which = torch.unique(rows, dim=0, return_inverse=True)
     numbers = torch.arange(len(rows), device=rows.device)
     first = torch.full_like(distinct[:, 0], len(rows)).scatter_reduce_(0, which, numbers, "amin")
