@@ -81,12 +81,12 @@ class Responses:
         return tokens
 
     def end(self, rows: Tensor, length: int) -> None:
-        """Marks rows as ended, with ``length`` tokens each."""
+        """Mark rows as ended, with ``length`` tokens each."""
         self.mask[rows, length:] = False
         self.stopped[rows] = True
 
     def end_by(self, stop_ids: tuple[int, ...]) -> None:
-        """Ends every row at its first stop token and masks what was drawn after it."""
+        """End every row at its first stop token and mask what was drawn after it."""
         self.mask, self.stopped = until_stop(self.ids, stop_ids)
 
     def rollout(self, prompts: PromptBatch, pad_id: int, longest: int) -> Rollout:
@@ -111,7 +111,7 @@ def sample(
     uniforms: Tensor,
     early_exit: bool = True,
 ) -> Rollout:
-    """Samples a response to every prompt, with the adapter that is switched on.
+    """Sample a response to every prompt, with the adapter that is switched on.
 
     Args:
         trunk: The trunk, inside a role.
@@ -134,11 +134,10 @@ def sample(
     tokens = responses.draw(logits, everybody, 0)
     if record is not None:
         _play(trunk, cache, mask, tokens, responses, record)
-        responses.end_by(trunk.stop_ids)
-    elif early_exit:
-        _step(trunk, cache, mask, tokens, responses, ends_of(trunk, responses, spec.stop))
     else:
-        _step(trunk, cache, mask, tokens, responses, None)
+        ends = ends_of(trunk, responses, spec.stop) if early_exit else None
+        _step(trunk, cache, mask, tokens, responses, ends)
+    if not spec.stop:
         responses.end_by(trunk.stop_ids)
     longest = int(responses.mask.sum(1).max()) if early_exit else spec.max_new_tokens
     return responses.rollout(prompts, trunk.pad_id, longest)
@@ -171,7 +170,7 @@ def _step(
     responses: Responses,
     ends: Ended | None,
 ) -> None:
-    """Decodes token by token behind the first ``tokens``. With ``ends``, rows leave the batch as they end."""
+    """Decode token by token behind the first ``tokens``. With ``ends``, rows leave the batch as they end."""
     running = torch.arange(len(tokens), device=tokens.device)
     longest = responses.ids.shape[1]
     prompt_tokens = mask.shape[1] - longest
@@ -198,7 +197,7 @@ def _play(
     responses: Responses,
     record: Recorder,
 ) -> None:
-    """Decodes like `_step`, by replaying recorded steps.
+    """Decode like `_step`, by replaying recorded steps.
 
     A recording is used until half of its rows have ended or its key and value columns are full. Rows that have
     ended go on until then; `Responses.end_by` masks what they draw.
