@@ -80,10 +80,7 @@ class Adapters:
     Args:
         model: The bare model. It is changed in place, and adding an adapter freezes its own weights.
         switch: Says which adapter applies.
-        fused: Compute a frozen linear layer and its adapter as one operation of autograd.
-
-    Attributes:
-        quantized: Quantized layers by name.
+        fused: See `adapted_linear`.
     """
 
     def __init__(self, model: nn.Module, switch: AdapterSwitch, fused: bool = True) -> None:
@@ -145,11 +142,8 @@ class Adapters:
             up.data = torch.zeros_like(up, dtype=dtype)
 
     def _name_what_is_left_out(self) -> None:
-        left = {
-            name.rsplit(".", 1)[-1]
-            for name in self._linear_names
-            if not set(_ends(name)) & set(self._every)
-        }
+        names = [name for name in self._linear_names if not set(_ends(name)) & set(self._every)]
+        left = {name.rsplit(".", 1)[-1] for name in names}
         if left:
             rank_zero_info(
                 f"LoRA on all linear layers leaves out {', '.join(sorted(left))} of some blocks: PEFT has no "
@@ -230,10 +224,9 @@ class Adapters:
     ) -> None:
         """Add one adapter that is the exact mean of the adapters of several PEFT folders.
 
-        The mean of ``k`` products ``s_i B_i A_i`` has a higher rank than each of them, and the product of
-        a mean ``B`` and a mean ``A`` is another matrix. So they are concatenated,
-        ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter whose rank is the sum of the ranks
-        and whose scale is 1, on every layer that one of them has.
+        The product of a mean ``B`` and a mean ``A`` is no mean of the ``s_i B_i A_i``. So they
+        are concatenated, ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter whose rank is the sum of
+        the ranks and whose scale is 1, on every layer that one of them has.
         """
         specs = [self._spec_of(folder) for folder in folders]
         rank = sum(spec.rank for spec in specs)

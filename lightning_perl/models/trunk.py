@@ -158,15 +158,12 @@ class Trunk(nn.Module):
         return self.model.config.get_text_config(decoder=True)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """Last hidden states, which LM head and scalar heads read.
+        """Last hidden states, which LM head and scalar heads read. Shape: ``(B, T, H)``, in the trunk's dtype.
 
         Args:
             ids: Shape: ``(B, T)``, or ``(B, 1)`` for the next token if ``cache`` holds the others.
             attention_mask: True on real tokens, the cached ones included. Shape: ``(B, T_total)``.
             cache: Keys and values of earlier tokens; the new tokens' are added.
-
-        Returns:
-            Shape: ``(B, T, H)``, in the trunk's dtype.
         """
         # Raises outside a role, also where there are no adapters.
         adapter = self.switch.current
@@ -302,11 +299,8 @@ class Trunk(nn.Module):
 
         Whoever runs or replays it calls `count_step`.
 
-        Args:
-            ids: Each row's newest token. Shape: ``(B, 1)``.
-            bias: Added to attention scores. Shape: ``(B, 1, 1, K)`` for the ``K`` tokens that ``cache`` shows.
-            positions: Position of the token in its row. Shape: ``(B, 1)``.
-            cache: Keys and values.
+        ``ids`` are each row's newest tokens and ``positions`` theirs, shape ``(B, 1)``; ``bias`` is added to
+        attention scores, shape ``(B, 1, 1, K)`` for the ``K`` tokens that ``cache`` shows.
         """
         return self._logits(self._read(ids, bias, positions, cache)[:, -1])
 
@@ -318,18 +312,10 @@ class Trunk(nn.Module):
     def logprobs(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of tokens and entropies of their distributions, in nats.
+        """Log-probabilities of ``targets`` and, if asked for, entropies, in nats, from states that predict them.
 
-        At most `LOGITS_AT_ONCE` logits exist at a time.
-
-        Args:
-            states: Hidden states that predict the targets. Shape: ``(B, R, H)``.
-            targets: Shape: ``(B, R)``, int64.
-            temperature: Divides the logits.
-            entropy: False: None instead of entropies.
-
-        Returns:
-            Shape: ``(B, R)`` each, at least fp32. Under a frozen LM head the entropies have no gradient.
+        At most `LOGITS_AT_ONCE` logits exist at a time. Under a frozen LM head the entropies have no gradient.
+        Shape: ``(B, R, H)`` and ``(B, R)`` to ``(B, R)`` each, at least fp32.
         """
         chunk_tokens = max(1, LOGITS_AT_ONCE // self.vocabulary_size)
         trained = any(parameter.requires_grad for parameter in self.lm_head.parameters())

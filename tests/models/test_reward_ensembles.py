@@ -46,7 +46,7 @@ def adapters(tiny_trunk: TinyTrunk, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def perl(trunk: Path, reward: str | list[str], ensemble: RewardEnsemble = "mean") -> Roles:
-    return Roles("perl", str(trunk), SPEC, reward, "float64", ensemble=ensemble)
+    return Roles("perl", str(trunk), SPEC, reward, dtype="float64", ensemble=ensemble)
 
 
 @torch.no_grad()

@@ -404,7 +404,7 @@ def test_a_reward_adapter_goes_on_its_own_trunk_wherever_that_lies(
 ) -> None:
     moved = shutil.copytree(tiny_trunk(), tmp_path / "moved")
     for trunk in (tiny_trunk(), moved):
-        roles = Roles("perl", str(trunk), SPEC, str(named_adapter), dtype)
+        roles = Roles("perl", str(trunk), SPEC, str(named_adapter), dtype=dtype)
         stored = load_file(named_adapter / "adapter_model.safetensors")
         for key, value in roles.trunk("reward").adapters.tensors("reward").items():
             assert torch.equal(value, stored[f"base_model.model.{key}"])
