@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_perl.models.heads import ScalarHead, average, has_head, load_head, save_heads
+from lightning_perl.models.heads import ScalarHead, has_head, load_head, save_heads
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -40,6 +40,9 @@ def test_heads_come_back_by_name(tmp_path: Path) -> None:
         found = load_head(tmp_path / "new", name)
         assert torch.equal(found.weight, head.weight)
         assert torch.equal(found.bias, head.bias)
+    assert has_head(tmp_path / "new", "reward")
+    assert not has_head(tmp_path, "reward")
+    assert not has_head(tmp_path / "new", "judge")
 
 
 def test_a_missing_head_is_refused_with_what_there_is(tmp_path: Path) -> None:
@@ -48,16 +51,3 @@ def test_a_missing_head_is_refused_with_what_there_is(tmp_path: Path) -> None:
     save_heads(tmp_path, {"value": ScalarHead(4)})
     with pytest.raises(ValueError, match=r"has no reward head \(found: \['value'\]\)"):
         load_head(tmp_path, "reward")
-
-
-def test_average_is_the_mean_of_the_values(tmp_path: Path) -> None:
-    heads = [ScalarHead(4, seed) for seed in range(3)]
-    for number, head in enumerate(heads):
-        head.bias.data.fill_(float(number))
-    mean = average(heads)
-    assert_close(mean.weight, (heads[0].weight + heads[1].weight + heads[2].weight) / 3)
-    assert mean.bias.item() == 1.0
-    assert not has_head(tmp_path, "reward")
-    save_heads(tmp_path, {"reward": mean})
-    assert has_head(tmp_path, "reward")
-    assert not has_head(tmp_path, "value")
