@@ -31,6 +31,7 @@ from tests.models.rows import (
     loss,
     padded,
     texts,
+    write_reward,
 )
 
 every_layout = pytest.mark.parametrize("layout", get_args(Layout))
@@ -234,16 +235,8 @@ def test_a_role_s_step_touches_its_own_weights_only(
 def reward_adapter(tiny_trunk: TinyTrunk, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `RewardModel` writes: a trained adapter of another rank, on fewer layers, and a head."""
     folder = tmp_path_factory.mktemp("reward")
-    trunk = load_trunk(str(tiny_trunk()))
-    trunk.requires_grad_(False)
-    trunk.adapters.add("reward", LoraSpec(2, 1.0, ("q_proj", "v_proj", "down_proj")), 4)
-    generator = torch.Generator().manual_seed(8)
-    for parameter in trunk.adapters.parameters("reward"):
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
-    trunk.adapters.save("reward", folder, trunk.source)
-    head = ScalarHead(32, seed=5)
-    head.bias.data.fill_(-0.4)
-    save_heads(folder, {"reward": head})
+    spec = LoraSpec(2, 1.0, ("q_proj", "v_proj", "down_proj"))
+    write_reward(folder, tiny_trunk(), spec, seed=4, bias=-0.4)
     return folder
 
 
