@@ -24,14 +24,11 @@ def token_rewards(
     Differs from TRL, which pays the score one position later.
 
     Args:
-        scores: One per response. Shape: ``(B,)``.
+        scores: Shape: ``(B,)``.
         logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
-        reference_logprobs: Log-probabilities of the reference. Shape: ``(B, R)``.
-        response_mask: Shape: ``(B, R)``, bool.
+        reference_logprobs: Shape: ``(B, R)``.
+        response_mask: Where it is False, rewards are 0. Shape: ``(B, R)``, bool.
         kl_coef: The papers' beta.
-
-    Returns:
-        Shape: ``(B, R)``; 0 where the mask is False.
     """
     columns = torch.arange(response_mask.shape[1], device=response_mask.device)
     is_last = (columns == last_true(response_mask).unsqueeze(-1)) & response_mask
@@ -59,8 +56,7 @@ def generalized_advantages(
         gae_lambda: In [0, 1]; 1 is the Monte Carlo return minus the value, 0 the one-step error.
 
     Returns:
-        Advantages and returns (advantages + values). Shape: ``(B, R)`` each; advantages are 0 where
-        the mask is False.
+        Advantages, 0 where the mask is False, and returns (advantages + values). Shape: ``(B, R)`` each.
     """
     counted = response_mask.to(values.dtype)
     values_seen = torch.where(response_mask, values, torch.zeros_like(values))

@@ -62,18 +62,14 @@ def chunked_logprobs(
     Args:
         hidden: Hidden states that *predict* the targets. Shape: ``(B, R, H)``.
         targets: Shape: ``(B, R)``, int64.
-        project: See `chosen_logprobs`.
-        temperature: See `chosen_logprobs`.
+        project: See `chosen_logprobs`, like ``temperature`` and ``entropy``.
+        temperature: Divides the logits.
         chunk_tokens: Positions projected at once.
-        entropy: See `chosen_logprobs`.
+        entropy: False: None instead of entropies.
     """
-    flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     logprobs, entropies = [], []
-    for start in range(0, flat_targets.shape[0], chunk_tokens):
-        chunk = (
-            flat_hidden[start : start + chunk_tokens],
-            flat_targets[start : start + chunk_tokens],
-        )
+    chunks = torch.split(hidden.flatten(0, 1), chunk_tokens)
+    for chunk in zip(chunks, torch.split(targets.flatten(), chunk_tokens), strict=True):
         inputs = (*chunk, project, temperature, entropy)
         if torch.is_grad_enabled():
             results = checkpoint(chosen_logprobs, *inputs, use_reentrant=False)
@@ -81,8 +77,10 @@ def chunked_logprobs(
             results = chosen_logprobs(*inputs)
         logprobs.append(results[0])
         entropies.append(results[1])
-    entropies_of_all = torch.cat(entropies).view_as(targets) if entropy else None
-    return torch.cat(logprobs).view_as(targets), entropies_of_all
+    return (
+        torch.cat(logprobs).view_as(targets),
+        torch.cat(entropies).view_as(targets) if entropy else None,
+    )
 
 
 def logprobs_and_directions(
@@ -93,10 +91,7 @@ def logprobs_and_directions(
     directions: bool,
     entropy: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What `chosen_logprobs` gives under a frozen LM head, and if ``directions``, ``d logprob / d hidden``.
-
-    The latter has the shape ``(C, H)`` and the dtype of ``hidden``.
-    """
+    """What `chosen_logprobs` gives under a frozen LM head, and if ``directions``, ``d logprob / d hidden``."""
     hidden = hidden.detach().requires_grad_(directions)
     with torch.set_grad_enabled(directions):
         logits = project(hidden)
@@ -139,14 +134,12 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Shapes: hidden ``(N, H)``, targets ``(N,)``."""
         directions = ctx.needs_input_grad[0]
-        chunks = zip(
-            torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True
-        )
-        parts = [
+        parts = (torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens))
+        results = [
             logprobs_and_directions(*chunk, project, temperature, directions, entropy)
-            for chunk in chunks
+            for chunk in zip(*parts, strict=True)
         ]
-        logprobs, entropies, gradients = zip(*parts, strict=True)
+        logprobs, entropies, gradients = zip(*results, strict=True)
         if directions:
             ctx.save_for_backward(torch.cat(gradients))
         if not entropy:
@@ -158,7 +151,7 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """Each token's gradient in the hidden states, scaled."""
+        """The directions, scaled."""
         (directions,) = ctx.saved_tensors
         scaled = directions * d_logprobs.unsqueeze(-1).to(directions.dtype)
         return scaled, None, None, None, None, None
@@ -174,9 +167,8 @@ def frozen_head_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunked_logprobs` under a head that is not trained: its logits are computed once.
 
-    ``d log p(y) / d h = W^T (onehot(y) - p)`` does not depend on what the loss does with the
-    log-probability, so it is taken in forward, while the chunk's logits are there, and scaled in backward.
-    The arguments are those of `chunked_logprobs`; the entropies have no gradient.
+    ``d log p(y) / d h = W^T (onehot(y) - p)`` does not depend on what the loss does with the log-probability, so
+    it is taken in forward, while the chunk's logits are there, and scaled in backward. Entropies have no gradient.
     """
     logprobs, entropies = _FrozenHeadLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, 1), targets.flatten(), project, temperature, chunk_tokens, entropy
@@ -187,19 +179,13 @@ def frozen_head_logprobs(
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """``d = log pi(y) - log ref(y)``, in nats: an estimate of KL(pi || ref) where ``y`` is sampled from ``pi``.
 
-    Of the three estimators (Schulman, "Approximating KL divergence") k1 and k3 are unbiased, k2 and k3 never
-    negative. As a reward, without a gradient, k1 is right. As a loss on the policy's own samples the gradient of
-    k1 averages to zero, that of k2 is the gradient of KL(pi || ref) and that of k3 of KL(ref || pi).
+    Like `k3` (Schulman, "Approximating KL divergence") it is unbiased. As a reward, without a gradient, it is
+    right; as a loss on the policy's own samples its gradient averages to zero, and that of k3 is KL(ref || pi)'s.
     """
     return logprobs - reference_logprobs
 
 
-def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """``d^2 / 2``."""
-    return (logprobs - reference_logprobs) ** 2 / 2
-
-
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """``exp(-d) - 1 + d``, computed with ``expm1`` so that small differences keep their digits."""
+    """``exp(-d) - 1 + d``, never negative; ``expm1`` keeps the digits of small differences."""
     difference = logprobs - reference_logprobs
     return torch.expm1(-difference) + difference

@@ -20,16 +20,10 @@ def masked_row_sums(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Mean of the values that count.
+    """Mean of the values that count, 0 where none does. Shape: ``()``.
 
-    Args:
-        values: Any shape.
-        mask: Same shape, bool.
-        denominator: Divides the sum instead of the number of values that count. A micro-batch passes the
-            count of its whole minibatch, so that its micro-batches' losses add up to the token mean.
-
-    Returns:
-        Shape: ``()``; 0 where nothing counts.
+    ``denominator`` divides the sum instead of the number of values that count: a micro-batch passes the count of
+    its whole minibatch, so that its micro-batches' losses add up to the token mean.
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
@@ -37,13 +31,7 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None
 
 
 def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """Values shifted to mean 0 and scaled to variance 1 over what counts; 0 elsewhere.
-
-    The variance is the biased one, as in the N+ implementation details of 2403.17031.
-
-    Returns:
-        Shape of ``values``.
-    """
+    """Values shifted to mean 0 and scaled to (biased, 2403.17031) variance 1 over what counts; 0 elsewhere."""
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
     return torch.where(

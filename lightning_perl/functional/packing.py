@@ -27,9 +27,9 @@ class Packing(NamedTuple):
     """Where each row's tokens go: token ``t`` to column ``t``, from ``shared`` on to ``start + t - shared``.
 
     Attributes:
-        line: Shape: ``(B,)``, int64.
-        shared: Number of columns that the row shares with all others of its line. Shape: ``(B,)``, int64.
-        start: Column of the row's first own token. Shape: ``(B,)``, int64.
+        line: Shape: ``(B,)``, int64, like ``shared`` and ``start``.
+        shared: Number of columns that the row shares with all others of its line.
+        start: Column of the row's first own token.
         lines: ``L``.
         columns: ``C``.
     """
@@ -42,12 +42,9 @@ class Packing(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Packed rows.
+    """Packed rows: ids, positions of tokens in their own rows, and owners. Shape: ``(L, C)`` each, int64.
 
-    Attributes:
-        ids: Shape: ``(L, C)``, int64.
-        position_ids: Each token's position in its own row. Shape: ``(L, C)``, int64.
-        owner: `SHARED`, `NOBODY`, or 1 + the row that the token belongs to. Shape: ``(L, C)``, int64.
+    The owner of a token is `SHARED`, `NOBODY`, or 1 + the row that it belongs to.
     """
 
     ids: Tensor
@@ -70,12 +67,7 @@ def packed_tokens(rows: Sequence[Sequence[int]]) -> int:
 
 
 def plan(groups: Sequence[Sequence[Sequence[int]]], device: torch.device | None = None) -> Packing:
-    """One line per group. Rows are numbered through in the order given, and padded on the right.
-
-    Args:
-        groups: Groups of rows of token ids, none of them empty.
-        device: Device of the plan; None for the CPU.
-    """
+    """One line per group of rows of token ids. Rows are numbered in the order given, and padded on the right."""
     lines, shares, starts, columns = [], [], [], 1
     for line, rows in enumerate(groups):
         shared = start = common_prefix(rows)
@@ -99,14 +91,8 @@ def plan_samples(
 ) -> Packing:
     """A plan for several responses to each prompt, from shapes alone: no tensor's value is read.
 
-    Rows of a prompt are adjacent. Prompts are padded on the left, responses on the right.
-
-    Args:
-        rows: ``B``, a multiple of ``samples``.
-        tokens: ``T``.
-        prompt_tokens: Columns of the prompts.
-        samples: Responses to each prompt.
-        device: Device of the plan; None for the CPU.
+    Rows of a prompt are adjacent. Prompts are padded on the left to ``prompt_tokens`` columns, responses on the
+    right to ``tokens`` columns in all.
     """
     row, response_tokens = torch.arange(rows, device=device), tokens - prompt_tokens
     return Packing(
@@ -122,12 +108,6 @@ def saves_work(packing: Packing, rows: int, tokens: int, hidden_size: int) -> bo
     """Whether lines cost a decoder less than rows: there are fewer tokens, but each attends to more columns.
 
     Per token a block costs about ``24 H^2`` FLOPs in its linear layers and ``4 H`` per column in attention.
-
-    Args:
-        packing: The plan.
-        rows: ``B``.
-        tokens: ``T``.
-        hidden_size: ``H``.
     """
     packed = packing.lines * packing.columns * (6 * hidden_size + packing.columns)
     return packed < rows * tokens * (6 * hidden_size + tokens)
@@ -165,14 +145,7 @@ def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
 
     A token attends to the shared tokens and to those of its own row, never to later ones; padding attends to
     itself, so that no softmax is empty. Additive and not boolean: transformers' eager attention adds a boolean
-    mask as 0 and 1.
-
-    Args:
-        owner: `Lines.owner`.
-        dtype: The model's dtype.
-
-    Returns:
-        Shape: ``(L, 1, C, C)``: line, head, query, key.
+    mask as 0 and 1. Shape: `Lines.owner` to ``(L, 1, C, C)``, queries by keys.
     """
     query, key = owner[:, :, None], owner[:, None, :]
     columns = torch.arange(owner.shape[1], device=owner.device)

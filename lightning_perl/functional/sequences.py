@@ -73,7 +73,7 @@ def cuts(
 
     Args:
         sequences: ``B`` rows.
-        size: Rows of a micro-batch at most.
+        size: Most rows of a micro-batch.
         by_length: Rows of similar length go together, the longest first, without the columns that none
             of them uses. This reads tensors' values, once. Off: rows as they come, all columns.
         samples: Neighbouring rows that have one prompt. A micro-batch holds whole groups of them, or a
@@ -105,27 +105,18 @@ def cuts(
 
 
 def predicting(hidden: Tensor, response_tokens: int) -> Tensor:
-    """Hidden states that predict the last ``R`` columns, and give their values: the one place that shifts by one.
-
-    Shape: ``(B, T, H)`` to ``(B, R, H)``, where ``R < T``.
-    """
+    """Hidden states that predict the last ``R`` columns; only here is shifted by one. Shape: ``(B, R, H)``."""
     return hidden[:, -response_tokens - 1 : -1]
 
 
 def at_last_response(hidden: Tensor, response_mask: Tensor) -> Tensor:
-    """Hidden state at each row's last response token (EOS where there is one), where the score is read.
-
-    Shape: ``(B, T, H)`` and ``(B, R)`` to ``(B, H)``.
-    """
+    """Hidden state at each row's last response token (EOS if any), where the score is read. Shape: ``(B, H)``."""
     prompt_tokens = hidden.shape[1] - response_mask.shape[1]
     return at_columns(hidden, last_true(response_mask) + prompt_tokens)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions counted from each row's first real token, whichever side the padding is on. Shape kept, int64.
-
-    Padding gets the position of the last real token before it, or 0; no token attends to it.
-    """
+    """Positions counted from each row's first real token; at padding those of the last one before, or 0. int64."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

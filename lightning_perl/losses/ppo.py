@@ -15,23 +15,14 @@ from lightning_perl.functional.masked import masked_mean
 
 
 class PolicyStats(NamedTuple):
-    """Statistics of a policy step, each over the same tokens and denominator as the loss.
-
-    Attributes:
-        clip_fraction: Share of tokens whose clipped term is the one that counts.
-        approx_kl: k3 estimate of KL(old || new) per token, in nats.
-    """
+    """Share of tokens whose clipped term is the one that counts, and k3 estimate of KL(old || new) per token."""
 
     clip_fraction: Tensor
     approx_kl: Tensor
 
 
 class ValueStats(NamedTuple):
-    """Statistics of a critic step.
-
-    Attributes:
-        value_clip_fraction: Share of tokens whose clipped term is the one that counts.
-    """
+    """Share of tokens whose clipped term is the one that counts."""
 
     value_clip_fraction: Tensor
 

@@ -37,15 +37,8 @@ def baseline_loss(
     response_mask: Tensor,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """``sum_t (Z_t - V(s_t))^2``, divided; not halved and not clipped.
+    """``sum_t (Z_t - V(s_t))^2``, divided as in `policy_gradient`; not halved and not clipped.
 
-    Args:
-        values: Values of the critic being trained. Shape: ``(B, R)``.
-        returns: ``Z_t``; no gradient flows into them. Shape: ``(B, R)``.
-        response_mask: Shape: ``(B, R)``, bool.
-        denominator: Divides the sum, see `policy_gradient`.
-
-    Returns:
-        Shape: ``()``.
+    No gradient flows into the returns ``Z_t``. Shape: ``(B, R)`` each to ``()``.
     """
     return masked_mean((returns.detach() - values) ** 2, response_mask, denominator)

@@ -2,8 +2,7 @@
 
 PEFT builds the layers and defines the file format. Its ``set_adapter`` and ``disable_adapter`` are not used:
 they set ``requires_grad`` of the other adapters to False, so that a second role's gradient is lost without an
-error. Here the layers ask one `AdapterSwitch` which adapter to apply. Nothing else changes with the role: no
-flag on any layer, no ``requires_grad``, no train or eval mode.
+error. Here the layers ask one `AdapterSwitch` which adapter to apply, and no flag or mode changes with the role.
 """
 
 from __future__ import annotations
@@ -81,10 +80,7 @@ class Adapters:
     Args:
         model: The bare model. It is changed in place, and adding an adapter freezes its own weights.
         switch: Says which adapter applies.
-        fused: Compute a frozen linear layer and its adapter as one operation of autograd.
-
-    Attributes:
-        quantized: Quantized layers by name.
+        fused: See `adapted_linear`.
     """
 
     def __init__(self, model: nn.Module, switch: AdapterSwitch, fused: bool = True) -> None:
@@ -92,12 +88,11 @@ class Adapters:
         self.fused = fused
         self.switch = switch
         self.specs: dict[str, LoraSpec] = {}
-        # Found once, on the bare model: later PEFT's own layers would match too.
+        # Found on the bare model: later PEFT's own layers would match too.
         self.quantized = {n: layer for n, layer in model.named_modules() if quantization_of(layer)}
         self._linear_names = linear_layers_in_blocks(model)
         called = [name for name in self._linear_names if not _weight_read_directly(model, name)]
         self._every = _taken_by_peft(model, shortest_ends(model, called))
-        # GPT-2 stores its weights as (in, out); PEFT wants to be told.
         self._transposed = any(stored_transposed(module) for module in model.modules())
 
     def add(self, name: str, spec: LoraSpec, seed: int, trainable: bool = True) -> None:
@@ -108,8 +103,8 @@ class Adapters:
         targets = self._resolve(spec.targets)
         if not spec.targets and not self.specs:
             self._name_what_is_left_out()
-        weights = [weight for other in self.specs for weight in self.parameters(other)]
-        trained = {id(weight) for weight in weights if weight.requires_grad}
+        others = [weight for other in self.specs for weight in self.parameters(other)]
+        trained = {id(weight) for weight in others if weight.requires_grad}
         with warnings.catch_warnings():
             # Several adapters on one trunk is what this class is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -137,7 +132,6 @@ class Adapters:
         for _, layer in self.layers():
             cast(Any, layer).forward = partial(adapted_linear, layer, self.switch, self.fused)
             if name not in layer.lora_A:
-                # A layer of an earlier adapter, which this one's targets leave out.
                 continue
             down, up = _weights(layer, name)
             base = cast(Tensor, layer.get_base_layer().weight)
@@ -148,11 +142,8 @@ class Adapters:
             up.data = torch.zeros_like(up, dtype=dtype)
 
     def _name_what_is_left_out(self) -> None:
-        left = {
-            name.rsplit(".", 1)[-1]
-            for name in self._linear_names
-            if not any(_ends_so(name, end) for end in self._every)
-        }
+        names = [name for name in self._linear_names if not set(_ends(name)) & set(self._every)]
+        left = {name.rsplit(".", 1)[-1] for name in names}
         if left:
             rank_zero_info(
                 f"LoRA on all linear layers leaves out {', '.join(sorted(left))} of some blocks: PEFT has no "
@@ -175,7 +166,7 @@ class Adapters:
     def _ends_of(self, target: str) -> list[str]:
         """The ends of layer names that a target stands for; none where it matches no layer."""
         if target != ATTENTION:
-            return [target] if any(_ends_so(name, target) for name in self._linear_names) else []
+            return [target] if any(target in _ends(name) for name in self._linear_names) else []
         # The last two parts of the name: GPT-2's mlp.c_proj is no attention.
         ends = {
             ".".join(name.rsplit(".", 2)[-2:])
@@ -186,9 +177,8 @@ class Adapters:
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """Name and layer of every linear layer that carries adapters."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, LoraLayer):
-                yield name, module
+        named = self.model.named_modules()
+        return ((name, module) for name, module in named if isinstance(module, LoraLayer))
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's weights under the keys of PEFT's files, without its prefix."""
@@ -204,14 +194,15 @@ class Adapters:
         return list(self.tensors(name).values())
 
     def copy(self, source: str, target: str) -> None:
-        """Overwrite the weights of ``target`` with the values of ``source``."""
+        """Overwrite the weights of ``target`` with the values of ``source``, whose layers are the same."""
         with torch.no_grad():
-            values = self.tensors(source)
-            for key, parameter in self.tensors(target).items():
-                parameter.copy_(values[key])
+            for values, parameter in zip(
+                self.parameters(source), self.parameters(target), strict=True
+            ):
+                parameter.copy_(values)
 
     def save(self, name: str, folder: Path, base: str) -> None:
-        """Write a plain PEFT folder whose ``base_model_name_or_path`` is ``base``, and read it back."""
+        """Write a plain PEFT folder whose ``base_model_name_or_path`` is ``base``."""
         folder.mkdir(parents=True, exist_ok=True)
         spec = self.specs[name]
         about = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
@@ -222,9 +213,6 @@ class Adapters:
             for key, parameter in self.tensors(name).items()
         }
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        stored = load_file(folder / WEIGHTS_FILE)
-        if any(not torch.equal(stored[key], tensor) for key, tensor in tensors.items()):
-            raise RuntimeError(f"{folder} was written but does not read back as adapter {name}.")
 
     def load(self, name: str, folder: Path, seed: int = 0, trainable: bool = True) -> None:
         """Add an adapter from a PEFT folder; one that is none or does not fit this trunk is refused."""
@@ -236,10 +224,9 @@ class Adapters:
     ) -> None:
         """Add one adapter that is the exact mean of the adapters of several PEFT folders.
 
-        The mean of ``k`` products ``s_i B_i A_i`` has a higher rank than each of them, and the product of
-        a mean ``B`` and a mean ``A`` is another matrix. So they are concatenated,
-        ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter whose rank is the sum of the ranks
-        and whose scale is 1, on every layer that one of them has.
+        The product of a mean ``B`` and a mean ``A`` is no mean of the ``s_i B_i A_i``. So they
+        are concatenated, ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter whose rank is the sum of
+        the ranks and whose scale is 1, on every layer that one of them has.
         """
         specs = [self._spec_of(folder) for folder in folders]
         rank = sum(spec.rank for spec in specs)
@@ -256,28 +243,28 @@ class Adapters:
         blocks = {}
         for key, weight in self.tensors(name).items():
             layer, _, part = key.removesuffix(".weight").rpartition(".lora_")
-            if any(_ends_so(layer, target) for target in targets):
+            if set(_ends(layer)) & set(targets):
                 blocks[key] = weight[ranks] if part == "A" else weight[:, ranks]
         return blocks
 
     def _spec_of(self, folder: Path) -> LoraSpec:
         """Rank, scale and targets of a stored adapter."""
-        config_path = folder / "adapter_config.json"
-        if not config_path.is_file():
+        path = folder / "adapter_config.json"
+        if not path.is_file():
             raise FileNotFoundError(
                 f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
                 "a run wrote, for example RUN/adapters/reward."
             )
-        config = json.loads(config_path.read_text())
+        config = json.loads(path.read_text())
         unknown = [key for key in NOT_PLAIN if config.get(key)]
         if config.get("peft_type") != "LORA" or unknown:
             raise ValueError(
-                f"{config_path}: only plain LoRA adapters can be loaded, got peft_type "
+                f"{path}: only plain LoRA adapters can be loaded, got peft_type "
                 f"{config.get('peft_type')!r} with {unknown}."
             )
         if isinstance(config["target_modules"], str):
             raise ValueError(
-                f"{config_path}: target_modules is the pattern {config['target_modules']!r}; write it "
+                f"{path}: target_modules is the pattern {config['target_modules']!r}; write it "
                 "as a list of layer names, as this library's own adapters have it."
             )
         # PEFT keeps the targets as a set and writes it in any order.
@@ -304,11 +291,10 @@ class Adapters:
         return {k: v for k, v in bare.items() if k.endswith(kept) or not k.startswith(quantized)}
 
     def merged(self, name: str | None) -> dict[str, Tensor]:
-        """The model's weights under their bare names, ``name`` added in at least fp32.
+        """The model's weights under their bare names, with adapter ``name``, if any, added in at least fp32.
 
-        The model does not change. None: the weights as they are. Quantized weights are made dense, so
-        that the sum is what was trained; merged into the weights before quantization it would be another
-        model.
+        Quantized weights are made dense, so that the sum is what was trained; merged into the weights before
+        quantization it would be another model.
         """
         deltas = {
             f"{layer_name}.weight": cast(Any, layer).get_delta_weight(name)
@@ -328,30 +314,22 @@ class Adapters:
 
 
 def _read(folder: Path, tensors: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """Copy an adapter folder's weights into tensors with the same keys, every ``B`` times ``scale``.
-
-    Raises:
-        ValueError: The folder has other tensors or shapes.
-    """
+    """Copy an adapter folder's weights into tensors with the same keys and shapes, every ``B`` times ``scale``."""
     if architecture() is not None:
         return
     stored = load_file(folder / WEIGHTS_FILE)
     wanted = {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
-    wrong = [
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    misshapen = [
         f"{key} {tuple(stored[key].shape)} instead of {tuple(tensor.shape)}"
         for key, tensor in wanted.items()
         if key in stored and stored[key].shape != tensor.shape
     ]
-    if wrong:
-        raise ValueError(
-            f"{folder} does not fit this trunk: {len(wrong)} tensors have another shape "
-            f"({wrong[0]}). Was it trained on another model?"
-        )
-    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    if missing or extra:
+    if missing or extra or misshapen:
         raise ValueError(
             f"{folder} does not fit this trunk: {len(missing)} tensors missing ({missing[:3]}), {len(extra)} "
-            f"unknown ({extra[:3]}). Was it trained on another model?"
+            f"unknown ({extra[:3]}), {len(misshapen)} of another shape ({misshapen[:1]}). Was it trained on "
+            "another model?"
         )
     with torch.no_grad():
         for key, tensor in wanted.items():
@@ -366,10 +344,6 @@ def shortest_ends(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(
         {next((end for end in _ends(name) if end not in others), name) for name in wanted}
     )
-
-
-def _ends_so(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
 
 
 def _ends(name: str) -> list[str]:
@@ -407,10 +381,7 @@ def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the repeated decoder blocks (no embedding, no LM head).
-
-    A block's layers have a number in their name: ``model.layers.3.self_attn.q_proj``.
-    """
+    """Names of the linear layers in decoder blocks: those with a number, as in ``model.layers.3.mlp.up_proj``."""
     return [
         name
         for name, module in model.named_modules()

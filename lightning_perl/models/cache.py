@@ -1,8 +1,4 @@
-"""Key-value caches that allocate their memory once.
-
-transformers' dynamic cache concatenates every layer anew for each sampled token: a copy of the whole cache per
-token, and twice a layer's memory meanwhile.
-"""
+"""Key-value caches that allocate their memory once; transformers' own is copied whole for each sampled token."""
 
 from __future__ import annotations
 
@@ -17,16 +13,9 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-CACHE_ARGUMENTS = ("cache", "cache_params")
-"""Names of the cache in a decoder's forward: since transformers 5.24, and of Mamba's families before."""
-
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer's keys and values in two buffers of their final length.
-
-    Args:
-        tokens: The final length. More tokens are refused.
-    """
+    """A layer's keys and values in two buffers of their final length of ``tokens`` tokens."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -112,8 +101,8 @@ def keep_rows(cache: Cache, rows: Tensor) -> None:
 
 
 def _only_grows(layer: object, tokens: int) -> bool:
+    # A window that no row is longer than never slides.
     if type(layer) is DynamicSlidingWindowLayer:
-        # A window that no row is longer than never slides.
         return bool(layer.sliding_window >= tokens)
     return type(layer) is DynamicLayer
 
@@ -124,9 +113,9 @@ def all_preallocated(layers: list[Any]) -> TypeGuard[list[PreallocatedLayer]]:
 
 
 def cache_argument(body: nn.Module) -> str:
-    """What a decoder's forward calls its cache; transformers renamed it in 5.24."""
-    accepted = inspect.signature(body.forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in accepted), "past_key_values")
+    """What a decoder's forward calls its cache: ``cache`` since transformers 5.24, and another name before."""
+    accepted, names = inspect.signature(body.forward).parameters, ("cache", "cache_params")
+    return next((name for name in names if name in accepted), "past_key_values")
 
 
 def only_states(cache: Cache) -> bool:

@@ -21,12 +21,7 @@ from lightning_perl.models.adapters import OFF, Adapters
 
 
 class FlopCount:
-    """Counts the model FLOPs of a trunk's passes in ``total``.
-
-    Args:
-        model: The decoder before any adapter.
-        adapters: Its adapters, those added later included.
-    """
+    """Counts the model FLOPs of the passes of ``model`` and of its adapters, also later ones, in ``total``."""
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters) -> None:
         self.total = 0

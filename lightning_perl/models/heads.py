@@ -23,11 +23,7 @@ HEADS_FILE = "heads.safetensors"
 class ScalarHead(nn.Module):
     """One number per hidden state, computed and kept in at least fp32.
 
-    Weights are drawn from N(0, 1 / (H + 1)), the bias starts at 0 (2403.17031, detail 11).
-
-    Args:
-        hidden_size: ``H``.
-        seed: Seed of the initial weights.
+    Weights are drawn from N(0, 1 / (H + 1)) by ``seed``, the bias starts at 0 (2403.17031, detail 11).
     """
 
     def __init__(self, hidden_size: int, seed: int = 0) -> None:
@@ -48,19 +44,12 @@ class ScalarHead(nn.Module):
         values = torch.cat([self.weight.detach(), self.bias.detach().reshape(1)])
         return hashlib.sha256(values.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
-    def clone_from(self, other: ScalarHead) -> None:
-        """Copy the values of another head."""
-        with torch.no_grad():
-            self.weight.copy_(other.weight)
-            self.bias.copy_(other.bias)
-
 
 def average(heads: Sequence[ScalarHead]) -> ScalarHead:
     """A head whose values are the mean of those of the heads."""
     mean = ScalarHead(len(heads[0].weight))
-    with torch.no_grad():
-        mean.weight.copy_(torch.stack([head.weight for head in heads]).mean(0))
-        mean.bias.copy_(torch.stack([head.bias for head in heads]).mean(0))
+    states = [head.state_dict() for head in heads]
+    mean.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in states[0]})
     return mean
 
 
@@ -86,11 +75,7 @@ def has_head(folder: Path, name: str) -> bool:
 
 
 def load_head(folder: Path, name: str) -> ScalarHead:
-    """The head ``name`` of a folder that `save_heads` wrote.
-
-    Raises:
-        ValueError: The folder has no such head.
-    """
+    """The head ``name`` of a folder that `save_heads` wrote; a folder without it is refused."""
     shapes = architecture()
     if shapes is not None:
         return ScalarHead(shapes.get_text_config(decoder=True).hidden_size)
@@ -102,6 +87,6 @@ def load_head(folder: Path, name: str) -> ScalarHead:
             "RUN/trunk and `RewardModel` writes RUN/adapters/reward, both with a reward head beside "
             "the weights."
         )
-    head = ScalarHead(tensors[f"{name}.weight"].shape[0])
+    head = ScalarHead(len(tensors[f"{name}.weight"]))
     head.load_state_dict({key: tensors[f"{name}.{key}"] for key in ("weight", "bias")})
     return head

@@ -2,12 +2,10 @@
 
 *Linear layers.* PEFT's own forward casts the input to the adapter's fp32 and keeps that copy for backward: 15-20%
 of time and memory on a bf16 trunk. Here the products run in the input's dtype; the adapter's weights stay fp32.
-The layers ask one `AdapterSwitch` which adapter to apply.
 
-*Norms and gated MLPs.* What autograd keeps of a block is mostly what costs least to compute again: a norm written
-out in fp32 keeps twice the bytes of its input, and a gated MLP keeps the activation beside gate and up. With a
-frozen trunk nothing else needs them. Recomputing them saves a fifth to a quarter of a block's activations; the
-results are equal bit for bit.
+*Norms and gated MLPs.* A norm written out in fp32 keeps twice the bytes of its input, and a gated MLP keeps the
+activation beside gate and up. With a frozen trunk nothing else needs them. Recomputing them saves a fifth to a
+quarter of a block's activations; the results are equal bit for bit.
 
 Shapes: ``N`` tokens, ``I`` inputs, ``O`` outputs, ``r`` rank.
 """
@@ -31,7 +29,7 @@ Elementwise = Callable[..., Tensor]
 OFF = "off"
 """Name of no adapter: the trunk alone."""
 GATED_MLP = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
-"""The forward of most families' MLP, whatever they call ``x``; some clamp or sparsify on the way."""
+"""The forward of most families' MLP; some clamp or sparsify on the way."""
 FUSED_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """torch's own norms, which keep their input and two numbers a row already."""
 
@@ -53,11 +51,7 @@ class AdapterSwitch:
 
     @property
     def current(self) -> str:
-        """Name of the adapter in use, or `OFF`.
-
-        Raises:
-            NoRoleError: None was chosen.
-        """
+        """Name of the adapter in use, or `OFF`; outside any role an error."""
         if self._current is None:
             raise NoRoleError(
                 "The trunk was run outside any role, so it is undefined which adapter should "
@@ -68,8 +62,7 @@ class AdapterSwitch:
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
         """Apply ``adapter`` (or none: `OFF`) inside the block."""
-        before = self._current
-        self._current = adapter
+        before, self._current = self._current, adapter
         try:
             yield
         finally:
@@ -77,10 +70,7 @@ class AdapterSwitch:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside the block no weight changes, so each adapter is cast to the trunk's dtype only once.
-
-        It speeds up passes without a gradient, above all decoding steps.
-        """
+        """Inside the block no weight changes: passes without a gradient cast each adapter only once."""
         before = self.rested
         self.rested = {} if before is None else before
         try:
@@ -97,12 +87,9 @@ class AdapterSwitch:
 
 
 class Factors(NamedTuple):
-    """An adapter's two matrices on one layer, in the input's dtype.
+    """An adapter on one layer, in the input's dtype: ``A``, shape ``(r, I)``; ``B`` times its scale, ``(O, r)``.
 
-    Attributes:
-        down: ``A``. Shape: ``(r, I)``.
-        up: ``B`` times the adapter's scale. Shape: ``(O, r)``.
-        fusible: Whether `FrozenLinearWithAdapter` may compute the layer.
+    ``fusible``: whether `FrozenLinearWithAdapter` may compute the layer.
     """
 
     down: Tensor
@@ -164,10 +151,9 @@ def fusible(base: nn.Module, dropout: nn.Module, x: Tensor) -> bool:
 def fused_product(
     rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``x W^T + bias + x A^T B^T``, the low-rank part added in place; and ``x A^T``.
+    """``x W^T + bias + x A^T B^T``, the low-rank part added in place, ``(N, O)``; and ``x A^T``, ``(N, r)``.
 
-    Shapes: rows ``(N, I)``, weight ``(O, I)``, bias ``(O,)``, down ``(r, I)``, up ``(O, r)``; the
-    results ``(N, O)`` and ``(N, r)``.
+    Shapes: rows ``(N, I)``, weight ``(O, I)``, bias ``(O,)``, down ``(r, I)``, up ``(O, r)``.
     """
     inner = rows @ down.T
     return F.linear(rows, weight, bias).addmm_(inner, up.T), inner
@@ -189,7 +175,7 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
     ) -> Tensor:
-        """Shapes: x ``(..., I)``, weight ``(O, I)``, bias ``(O,)``, down ``(r, I)``, up ``(O, r)``."""
+        """Shape: ``(..., I)`` to ``(..., O)``; the others as in `fused_product`."""
         rows = x.reshape(-1, x.shape[-1])
         y, inner = fused_product(rows, weight, bias, down, up)
         ctx.save_for_backward(rows, weight, down, up, inner)
@@ -222,16 +208,13 @@ class Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Compute it again with a graph, and go backward through that."""
-        needed = ctx.needs_input_grad[1:]
-        inputs = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        inputs = [tensor.detach() for tensor in ctx.saved_tensors]
+        for tensor, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True):
+            tensor.requires_grad_(needed)
         with torch.enable_grad():
             output = ctx.function(*inputs)
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        gradients = iter(torch.autograd.grad(output, wanted, d_output))
-        return None, *(next(gradients) if need else None for need in needed)
+        torch.autograd.backward(output, d_output)
+        return None, *(tensor.grad for tensor in inputs)
 
 
 def recomputed(function: Elementwise, *inputs: Tensor) -> Tensor:
@@ -250,31 +233,27 @@ def _norm(module: nn.Module, forward: Elementwise, *inputs: Tensor, **named: Ten
     return recomputed(forward, *inputs)
 
 
-def _gated(act: Elementwise, gate: Tensor, up: Tensor) -> Tensor:
-    return act(gate) * up
-
-
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:  # noqa: ANN401 (a family's own class)
-    inner = recomputed(partial(_gated, module.act_fn), module.gate_proj(x), module.up_proj(x))
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        return cast(Tensor, module.act_fn(gate) * up)
+
+    inner = recomputed(gated, module.gate_proj(x), module.up_proj(x))
     result: Tensor = module.down_proj(inner)
     return result
 
 
 def make_lean(model: nn.Module) -> None:
     """Replace the forward of written-out norms and gated MLPs, before any adapter is added."""
-    gated: dict[type[nn.Module], bool] = {}
     for module in model.modules():
-        kind = type(module)
+        # A forward that was replaced before (by offloading or a kernel) stays.
         if "forward" in vars(module):
-            # It was replaced before (by offloading or a kernel).
             continue
         if _is_written_out_norm(module):
             module.forward = partial(_norm, module, module.forward)
-            continue
-        if kind not in gated:
-            gated[kind] = _is_gated_mlp(kind)
         # An activation with weights of its own could be trained.
-        if gated[kind] and not any(True for _ in cast(Any, module).act_fn.parameters()):
+        activation = getattr(module, "act_fn", None)
+        weights = list(activation.parameters()) if isinstance(activation, nn.Module) else []
+        if activation is not None and not weights and _is_gated_mlp(type(module)):
             module.forward = partial(_gated_mlp, module)
 
 
@@ -283,7 +262,7 @@ def _is_written_out_norm(module: nn.Module) -> bool:
     return (
         type(module).__name__.endswith("Norm")
         and not isinstance(module, FUSED_NORMS)
-        and not any(True for _ in module.children())
+        and not list(module.children())
         and len(inspect.signature(module.forward).parameters) == 1
     )
 

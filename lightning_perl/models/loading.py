@@ -54,11 +54,6 @@ def load_trunk(
         quantization: Keep the linear layers in 4 bits (nf4, double quantization) or 8 bits (int8), by
             bitsandbytes; LM head and embeddings stay in ``dtype``. The CPU quantizes. None: all in ``dtype``.
         shortcuts: Save work whose result is known or not needed. False: save none, for comparison.
-
-    Raises:
-        ValueError: fp16, an unknown dtype or quantization, or weights that are stored quantized.
-        ImportError: bitsandbytes is asked for and not installed.
-        FileNotFoundError: A path that is no model folder.
     """
     _require_known(dtype, quantization)
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
@@ -74,13 +69,8 @@ def load_trunk(
 
 
 def model_source(source: str) -> str:
-    """What transformers should be asked for: an existing folder's path, or a hub name.
-
-    Raises:
-        FileNotFoundError: A path that is no model folder.
-    """
+    """What transformers should be asked for: an existing folder's path, or a hub name."""
     if architecture() is not None:
-        # The folder may not exist yet; it is not read.
         return source
     path = Path(source).expanduser()
     # A hub name is OWNER/NAME; where OWNER is a folder here, a path was meant.

@@ -18,11 +18,8 @@ MANIFEST_FILE = "manifest.json"
 def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str, Any]) -> None:
     """Write a transformers folder with tokenizer and manifest, an adapter merged into the weights.
 
-    Merging happens here only, in full precision; the model itself is not changed. A quantized trunk is
-    written dense, as a folder that loads anywhere (see `Adapters.merged`).
-
     Args:
-        trunk: The trunk.
+        trunk: The trunk, which is not changed. A quantized one is written dense (see `Adapters.merged`).
         folder: Made if missing.
         adapter: Name of the adapter; None writes the trunk's own weights.
         about: Further entries of the manifest.
@@ -54,11 +51,7 @@ def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
 
 
 def require_trunk_of(folder: Path, trunk: Trunk) -> None:
-    """Refuse an adapter that its manifest says was trained on other weights.
-
-    Raises:
-        ValueError: The fingerprints differ, or the tokens that end a response or the templates do.
-    """
+    """Refuse an adapter that its manifest says was trained on other weights, stop tokens or templates."""
     path = folder / MANIFEST_FILE
     if not path.is_file() or trunk.weightless:
         return
@@ -89,11 +82,7 @@ def note_template(folder: Path, trunk: Trunk) -> None:
 
 
 def agree_on_template(trunk: Trunk, template: str, named_by: str) -> None:
-    """Note the chat template (such as ``plain-1``) that a folder's manifest or ``data`` names for a trunk.
-
-    Raises:
-        ValueError: Another template was named before.
-    """
+    """Note the chat template (such as ``plain-1``) that a folder or ``data`` names; refuse a second one."""
     for other, earlier in trunk.templates.items():
         if earlier != template:
             raise ValueError(

@@ -1,14 +1,13 @@
 """Linear layers kept in 4 or 8 bits by bitsandbytes, for trunks that stay frozen (QLoRA, 2305.14314).
 
 transformers quantizes while it loads. The products are computed here, from the dense values, in forward and again
-in backward. In RL a row's result must not depend on the other rows of its batch, nor on train or eval mode, or the
-first ratio is not 1. The products of bitsandbytes depend on them:
+in backward. In RL a row's result must not depend on its batch mates, nor on train or eval mode, or the first ratio
+is not 1. The products of bitsandbytes depend on them, but for ``nf4`` on a GPU, where they are used:
 
 - ``int8``: LLM.int8() (2208.07339) rounds activations to 8 bits too, except in columns where *any* row of the
-  batch has an outlier, and on a CPU in eval mode only. Here only its weights are used.
+  batch has an outlier, and on a CPU in eval mode only.
 - ``nf4`` on a CPU with AVX512-BF16 rounds scales and activations to bfloat16, in eval mode only; with AVX512 it
-  uses other blocks' scales where the inputs are a multiple of 16 but not of 64 (0.50). On a GPU the products of
-  bitsandbytes are used.
+  uses other blocks' scales where the inputs are a multiple of 16 but not of 64 (0.50).
 
 Shapes: ``I`` inputs, ``O`` outputs.
 """
@@ -56,7 +55,7 @@ def require_quantizable(quantization: Quantization, dtype: str) -> None:
 
 
 def loading_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The options for transformers. LM head and embeddings are not quantized, tied or not."""
+    """The options for transformers, which quantizes neither LM head nor embeddings, tied or not."""
     if quantization == "nf4":
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
@@ -80,12 +79,11 @@ def stored_transposed(layer: nn.Module) -> bool:
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> int:
     """Give the quantized layers of a loaded model the products of this file. Returns their number."""
-    quantized = [module for module in model.modules() if quantization_of(module)]
-    for module in quantized:
-        layer = cast(Any, module)
+    quantized: list[Any] = [layer for layer in model.modules() if quantization_of(layer)]
+    for layer in quantized:
         layer.compute_dtype = dtype
         layer.forward = partial(_product, layer)
-        if quantization_of(module) == "int8":
+        if quantization_of(layer) == "int8":
             # A copy of the weights for the unused products, which would not move with the module.
             layer.weight.CB = None
     return len(quantized)

@@ -1,9 +1,8 @@
 """A decoding step that is recorded as a CUDA graph and replayed for every token.
 
-A step of a large model is some thousand small kernels, and Python takes longer to launch them than a GPU to
-run them. A CUDA graph launches all of them at once. It replays the same kernels on the same memory, so a step may
-depend only on tensors that stay in place; `GrowingRows` is written so. Whether a family's own code depends on more
-is tried before the first rollout.
+Python takes longer to launch a step's thousand small kernels than a GPU to run them; a CUDA graph launches all at
+once. It replays the same kernels on the same memory, so a step may depend only on tensors that stay in place.
+`GrowingRows` is written so; whether a family's own code depends on more is tried before the first rollout.
 
 Shapes: ``B`` rows, ``T`` tokens of the longest row there will be, ``V`` vocabulary.
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -47,11 +46,7 @@ class CudaGraphs:
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, step: Step) -> Step:
-        """Record a step.
-
-        Raises:
-            RuntimeError: The step does something that a graph cannot record.
-        """
+        """Record a step; one that a graph cannot record is refused."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
@@ -70,8 +65,7 @@ class CudaGraphs:
                 f"false}} and run again; this process is not to be trusted any more. {error}"
             ) from error
         self._graphs.append(graph)
-        replay: Step = graph.replay
-        return replay
+        return graph.replay
 
 
 @cache
@@ -86,12 +80,11 @@ def recorder_on(device: torch.device) -> Recorder | None:
 
 
 def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
-    """A recorder for the decoding steps of a rollout with rows of up to ``tokens`` tokens.
+    """A recorder for a rollout with rows of up to ``tokens`` tokens. None, with a warning, where none works.
 
-    None, with a warning, where they cannot be recorded: the trunk must take a 4-D mask (no ALiBi, no window
-    that is shorter than the rows) and keep keys and values only, and a recorded step must give what the
-    step itself gives, which is tried once. A step that waits for the GPU (say, routing to experts in a
-    loop) fails there.
+    The trunk must take a 4-D mask (no ALiBi, no window that is shorter than the rows) and keep keys and values
+    only. A recorded step must give what the step itself gives, which is tried once; a step that waits for the
+    GPU (say, routing to experts in a loop) fails there.
     """
     device = trunk.model.device
     record = recorder_on(device) if trunk.shortcuts.recorded_decoding else None
@@ -105,8 +98,8 @@ def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
         trunk.recordable = fault is None
     if fault is not None:
         rank_zero_warn(
-            f"{trunk.source or 'The trunk'} ({type(trunk.model).__name__}): decoding steps are not recorded "
-            f"as a CUDA graph, so rollouts take longer than they might: {fault}."
+            f"{trunk.named}: decoding steps are not recorded as a CUDA graph, so rollouts take longer than they "
+            f"might: {fault}."
         )
     return record if fault is None and trunk.recordable else None
 
@@ -184,33 +177,21 @@ def _fault(trunk: Trunk, record: Recorder) -> str | None:
             return "it keeps more than keys and values"
         try:
             whole = trunk.project(trunk(ids, mask))[:, PROMPT:]
-            stepped = _read(trunk, ids, mask, partial(_not_waiting, ids.device))
+            stepped = _read(trunk, ids, mask)
         except REFUSALS as error:
             return str(error).splitlines()[0]
         # Here other kernels are compared, below the same ones: rounding, and less of it.
         if not same_logits(stepped, whole, trunk.rounding, 0.5):
             return "steps over a preallocated cache have other logits"
         played = _read(trunk, ids, mask, record)
-    return (
-        None
-        if same_logits(played, stepped, trunk.rounding, 0.75)
-        else "a recorded step has other logits"
-    )
-
-
-def _not_waiting(device: torch.device, step: Step) -> Step:
-    """The step itself, but waiting for the GPU raises: it would break a recording."""
-
-    def checked() -> None:
-        with refusing_to_wait(device):
-            step()
-
-    return checked
+    if not same_logits(played, stepped, trunk.rounding, 0.75):
+        return "a recorded step has other logits"
+    return None
 
 
 @contextmanager
 def refusing_to_wait(device: torch.device) -> Iterator[None]:
-    """Waiting for the GPU raises inside the block."""
+    """Waiting for the GPU, which would break a recording, raises inside the block."""
     if device.type != "cuda":
         yield
         return
@@ -222,8 +203,8 @@ def refusing_to_wait(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def _read(trunk: Trunk, ids: Tensor, mask: Tensor, record: Recorder) -> Tensor:
-    """Logits at the last `STEPS` tokens, read one by one. Shape: ``(B, STEPS, V)``."""
+def _read(trunk: Trunk, ids: Tensor, mask: Tensor, record: Recorder | None = None) -> Tensor:
+    """Logits at the last `STEPS` tokens, read one by one, in recorded steps or not. Shape: ``(B, STEPS, V)``."""
     cache = trunk.empty_cache(ids.shape[1])
     trunk(ids[:, :PROMPT], mask[:, :PROMPT], cache)
     rows = GrowingRows(trunk, cache, mask, ids[:, PROMPT], PROMPT, ids.shape[1], POISON)
@@ -236,8 +217,9 @@ def _read(trunk: Trunk, ids: Tensor, mask: Tensor, record: Recorder) -> Tensor:
         rows.grow(following.index_select(1, rows.place + 1).squeeze(1))
 
     step()
-    steps, replay = [logits.clone()], record(step)
+    steps, replay = [logits.clone()], step if record is None else record(step)
     for _ in range(STEPS - 1):
-        replay()
+        with refusing_to_wait(ids.device):
+            replay()
         steps.append(logits.clone())
     return torch.stack(steps, 1)

@@ -1,17 +1,18 @@
 """Four roles and who answers them.
 
-A role is answered by a *(trunk, adapter, head)*. An algorithm asks for roles and never learns how
-many trunks there are; roles that name the same trunk and adapter are answered by one forward.
+A role is answered by a *(trunk, adapter, head)*; roles that name the same trunk and adapter by one forward. An
+algorithm asks for roles and never learns how many trunks there are.
 
 Shapes: ``B`` rows, ``R`` response tokens.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from lightning_perl.models.heads import ScalarHead, average, has_head, load_head
 from lightning_perl.models.loading import NO_BF16_TUNING, TrunkDtype, load_trunk, model_source
 from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
-from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
 
 Role = Literal["policy", "value", "reference", "reward"]
@@ -32,12 +32,7 @@ Layout = Literal["full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra"]
 
 
 class Seat(NamedTuple):
-    """Who answers a role.
-
-    Attributes:
-        trunk: Number of the trunk.
-        adapter: Its adapter, or `OFF`.
-    """
+    """Who answers a role: the number of a trunk, and one of its adapters or `OFF`."""
 
     trunk: int
     adapter: str = OFF
@@ -64,7 +59,6 @@ LAYOUTS: dict[Layout, dict[Role, Seat]] = {
     "joint_hydra": _seated((0, "actor"), (0, "actor"), (0, OFF), (0, OFF)),
 }
 REWARD_TRUNK_LAYOUTS: tuple[Layout, ...] = ("full", "lora", "dynamic_lora")
-
 RewardEnsemble = Literal["mean", "minimum", "weight_average"]
 # What several reward adapters say together, of their scores. Shape: (k, B) to (B,).
 REDUCTIONS: dict[RewardEnsemble, Callable[[Tensor], Tensor]] = {
@@ -82,8 +76,7 @@ class RoleAnswers(NamedTuple):
 
     Attributes:
         policy: The policy's log-probabilities of the response tokens. Shape: ``(B, R)``.
-        entropy: Entropies of the policy's distributions, in nats; under a frozen LM head they have no
-            gradient. Shape: ``(B, R)``.
+        entropy: Entropies of the policy's distributions, in nats (see `Trunk.logprobs`). Shape: ``(B, R)``.
         value: The critic's values. Shape: ``(B, R)``.
         reference: The reference's log-probabilities. Shape: ``(B, R)``.
         reward: Score of each row, read at its last response token. Shape: ``(B,)``.
@@ -104,11 +97,7 @@ class Roles(nn.Module):
         trunk: Folder or hub name of the SFT or Hydra-SFT trunk.
         lora: Shape of the actor and critic adapters.
         reward: Where the reward model is, see `Evaluation`.
-        dtype: Dtype of the trunks.
         checkpointing: Recompute activations in training passes: of all roles, or of those named.
-        attention: See `AdapterModule`.
-        quantization: See `AdapterModule`.
-        shortcuts: Which work is saved where the result is the same.
         seed: Seed of the fresh adapters.
         ensemble: How several reward adapters, each with the head it was trained with, make one score. The
             critic starts as a copy of the first of them, or of their average; so values are scores at
@@ -116,14 +105,11 @@ class Roles(nn.Module):
         learned_reward: False: there is no reward role, and the trunk needs no reward head. The value head
             then starts as a copy of the trunk's reward head where there is one, else at 0.
         critic: False: there is no value role, and nothing is kept for it.
+        **loading: The other arguments of `load_trunk`.
 
     Attributes:
         value_head: The critic's head; absent without a critic.
         judges: Names of what answers the reward role: of reward adapters, or ``reward`` alone.
-
-    Raises:
-        ValueError: The layout is unknown, there is no reward head where it needs one, or the rewards
-            do not go with the layout.
     """
 
     def __init__(
@@ -132,21 +118,18 @@ class Roles(nn.Module):
         trunk: str,
         lora: LoraSpec,
         reward: str | list[str] | None = None,
-        dtype: TrunkDtype = "float32",
         checkpointing: bool | Sequence[TrainedRole] = False,
-        attention: str | None = None,
-        quantization: Quantization | None = None,
-        shortcuts: Shortcuts = Shortcuts(),
         seed: int = 0,
         ensemble: RewardEnsemble = "mean",
         learned_reward: bool = True,
         critic: bool = True,
+        **loading: Any,
     ) -> None:
         super().__init__()
         rewards = [reward] if isinstance(reward, str) else list(reward or [])
         _require_known(layout, ensemble)
         _require_fitting_rewards(layout, rewards, learned_reward)
-        _require_trainable(layout, lora, dtype, quantization)
+        _require_trainable(layout, lora, **loading)
         self.checkpointed = _checkpointed(checkpointing)
         self.layout: Layout = layout
         self.ensemble: RewardEnsemble = ensemble
@@ -163,9 +146,9 @@ class Roles(nn.Module):
         self.seats = _seats(layout, self.judges, critic)
         reward_trunk = rewards[0] if layout in REWARD_TRUNK_LAYOUTS and rewards else trunk
         judged = {self.seats[name].trunk for name in (*self.judges, "value") if name in self.seats}
-        options = (dtype, bool(self.checkpointed), attention, quantization, shortcuts)
+        loading["checkpointing"] = bool(self.checkpointed)
         trunks = [
-            load_trunk(reward_trunk if number in judged else trunk, *options)
+            load_trunk(reward_trunk if number in judged else trunk, **loading)
             for number in range(1 + max(seat.trunk for seat in self.seats.values()))
         ]
         judging = trunks[max(judged, default=0)]
@@ -275,7 +258,7 @@ class Roles(nn.Module):
             samples: Neighbouring rows that have one prompt, which is then read once for all of them where
                 that saves work and the trunk packs rows. A batch of fewer rows has one prompt.
         """
-        asked = [name for role in roles for name in self._answerers(role)]
+        asked = [name for role in roles for name in (self.judges if role == "reward" else (role,))]
         found: dict[str, Tensor] = {}
         for group in self.groups(asked):
             with self(group[0]) as trunk:
@@ -297,9 +280,6 @@ class Roles(nn.Module):
                 return trunk.packed(ids, mask, packing)
         hidden: Tensor = trunk(ids, mask)
         return hidden
-
-    def _answerers(self, role: Role) -> tuple[str, ...]:
-        return self.judges if role == "reward" else (role,)
 
     def _read(
         self, name: str, trunk: Trunk, hidden: Tensor, sequences: Sequences, temperature: float
@@ -336,11 +316,10 @@ class Roles(nn.Module):
 
 def _first_value_head(heads: list[ScalarHead], hidden_size: int) -> ScalarHead:
     """A copy of the (first) reward head where there is one, else all zeros."""
-    head = ScalarHead(hidden_size)
-    with torch.no_grad():
-        head.weight.zero_()
     if heads:
-        head.clone_from(heads[0])
+        return copy.deepcopy(heads[0])
+    head = ScalarHead(hidden_size)
+    nn.init.zeros_(head.weight)
     return head
 
 
@@ -393,7 +372,11 @@ def _require_known(layout: Layout, ensemble: RewardEnsemble) -> None:
 
 
 def _require_trainable(
-    layout: Layout, lora: LoraSpec, dtype: TrunkDtype, quantization: Quantization | None
+    layout: Layout,
+    lora: LoraSpec,
+    dtype: TrunkDtype = "float32",
+    quantization: Quantization | None = None,
+    **_: object,
 ) -> None:
     if lora.dropout > 0:
         raise ValueError(

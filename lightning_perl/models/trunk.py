@@ -48,15 +48,12 @@ class Trunk(nn.Module):
         tokenizer: Its tokenizer.
         checkpointing: Recompute each block's activations in backward, in training passes only.
         source: Folder or hub name of the model, for messages and manifests.
-        shortcuts: Save work whose result is known or not needed. False: save none, for comparison.
+        shortcuts: See `load_trunk`.
 
     Attributes:
-        passes: Forward passes so far; tests and benchmarks compare them.
+        passes: Forward passes so far.
         templates: Name of the chat template, by the folder (or ``data``) that names it.
         recordable: Whether decoding steps can be recorded as a CUDA graph; None before the first rollout.
-
-    Raises:
-        ValueError: Trunk and LM head together do not give the model's own logits.
     """
 
     def __init__(
@@ -107,7 +104,7 @@ class Trunk(nn.Module):
 
     @property
     def vocabulary_size(self) -> int:
-        """``V``, the number of rows of the LM head."""
+        """``V``."""
         return self.lm_head.weight.shape[0]
 
     @property
@@ -153,22 +150,20 @@ class Trunk(nn.Module):
         return next((quantization_of(layer) for layer in self.adapters.quantized.values()), None)
 
     @property
-    def _named(self) -> str:
-        return f"{self.source or 'The model'} ({type(self.model).__name__})"
+    def named(self) -> str:
+        """Source and class of the model, for messages."""
+        return f"{self.source or 'The trunk'} ({type(self.model).__name__})"
 
     def _text_config(self) -> PreTrainedConfig:
         return self.model.config.get_text_config(decoder=True)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """Last hidden states, which LM head and scalar heads read.
+        """Last hidden states, which LM head and scalar heads read. Shape: ``(B, T, H)``, in the trunk's dtype.
 
         Args:
             ids: Shape: ``(B, T)``, or ``(B, 1)`` for the next token if ``cache`` holds the others.
             attention_mask: True on real tokens, the cached ones included. Shape: ``(B, T_total)``.
             cache: Keys and values of earlier tokens; the new tokens' are added.
-
-        Returns:
-            Shape: ``(B, T, H)``, in the trunk's dtype.
         """
         # Raises outside a role, also where there are no adapters.
         adapter = self.switch.current
@@ -176,17 +171,23 @@ class Trunk(nn.Module):
         if cache is not None and ids.shape[1] == 1 and only_states(cache):
             # Mamba would lay the whole mask over the one token. Padding has entered no state.
             mask = None
+        hidden = self._read(ids, mask, position_ids(attention_mask)[:, -ids.shape[1] :], cache)
+        self._count(ids.numel(), attention_mask.shape[1], adapter, hidden.requires_grad)
+        return hidden
+
+    def _read(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None = None
+    ) -> Tensor:
         # Positions are always passed: without them GPT-2 with left padding is off by several nats.
         output = self.model.base_model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=position_ids(attention_mask)[:, -ids.shape[1] :],
+            position_ids=positions,
             use_cache=cache is not None,
             **{self._cache_argument: cache},
         )
         # Mamba-2 gives fp32 whatever its weights are, and casts before its head.
         hidden: Tensor = output.last_hidden_state.to(self.dtype)
-        self._count(ids.numel(), attention_mask.shape[1], adapter, hidden.requires_grad)
         return hidden
 
     def _count(self, tokens: int, keys: int, adapter: str, backward: bool) -> None:
@@ -203,10 +204,9 @@ class Trunk(nn.Module):
             self.passes, self.flops.total = passes, flops
 
     def packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
-        """What `forward` gives for these rows, with the prompt that rows share computed once.
+        """What `forward` gives for these rows; a prompt that rows share is computed once if the trunk `packs`.
 
-        Where that is not exact for this trunk (see `packs`), each row is computed by itself. Values at
-        padding mean nothing. Shape: ``(B, T)`` to ``(B, T, H)``.
+        Values at padding mean nothing. Shape: ``(B, T)`` to ``(B, T, H)``.
         """
         if not self.packs(ids.shape[1]):
             separate: Tensor = self(ids, attention_mask)
@@ -216,13 +216,7 @@ class Trunk(nn.Module):
     def _packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         adapter = self.switch.current
         lines = pack(ids, attention_mask, packing)
-        output = self.model.base_model(
-            input_ids=lines.ids,
-            attention_mask=attention_bias(lines.owner, self.dtype),
-            position_ids=lines.position_ids,
-            use_cache=False,
-        )
-        hidden: Tensor = output.last_hidden_state
+        hidden = self._read(lines.ids, attention_bias(lines.owner, self.dtype), lines.position_ids)
         self._count(lines.ids.numel(), packing.columns, adapter, hidden.requires_grad)
         return unpack(hidden, packing, ids.shape[1])
 
@@ -263,9 +257,8 @@ class Trunk(nn.Module):
         return min((span for span in spans if span), default=math.inf)
 
     def _packs_exactly(self, tokens: int) -> bool:
-        """Compute two rows that share half their tokens packed and separately."""
+        """Compute two rows that share half their tokens packed and separately; without weights assume the best."""
         if self.weightless:
-            # Nothing can be tried; the configuration allows it.
             return True
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(self.vocabulary_size, (2, tokens), generator=generator)
@@ -299,28 +292,17 @@ class Trunk(nn.Module):
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden)
-        return self._transform(logits)
+        return self._transform(self.lm_head(hidden))
 
     def step(self, ids: Tensor, bias: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of each row's next token, shape ``(B, V)``, from tensors alone: the step can be recorded.
 
         Whoever runs or replays it calls `count_step`.
 
-        Args:
-            ids: Each row's newest token. Shape: ``(B, 1)``.
-            bias: Added to attention scores. Shape: ``(B, 1, 1, K)``.
-            positions: Position of the token in its row. Shape: ``(B, 1)``.
-            cache: Shows ``K`` tokens, this one included.
+        ``ids`` are each row's newest tokens and ``positions`` theirs, shape ``(B, 1)``; ``bias`` is added to
+        attention scores, shape ``(B, 1, 1, K)`` for the ``K`` tokens that ``cache`` shows.
         """
-        output = self.model.base_model(
-            input_ids=ids,
-            attention_mask=bias,
-            position_ids=positions,
-            use_cache=True,
-            **{self._cache_argument: cache},
-        )
-        return self._logits(output.last_hidden_state[:, -1])
+        return self._logits(self._read(ids, bias, positions, cache)[:, -1])
 
     def count_step(self, rows: int, keys: int) -> None:
         """Count a `step` of ``rows`` rows, each attending to ``keys`` tokens."""
@@ -330,18 +312,10 @@ class Trunk(nn.Module):
     def logprobs(
         self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of tokens and entropies of their distributions, in nats.
+        """Log-probabilities of ``targets`` and, if asked for, entropies, in nats, from states that predict them.
 
-        At most `LOGITS_AT_ONCE` logits exist at a time.
-
-        Args:
-            states: Hidden states that predict the targets. Shape: ``(B, R, H)``.
-            targets: Shape: ``(B, R)``, int64.
-            temperature: Divides the logits.
-            entropy: False: entropies are not computed, and None.
-
-        Returns:
-            Shape: ``(B, R)`` each, at least fp32. Under a frozen LM head the entropies have no gradient.
+        At most `LOGITS_AT_ONCE` logits exist at a time. Under a frozen LM head the entropies have no gradient.
+        Shape: ``(B, R, H)`` and ``(B, R)`` to ``(B, R)`` each, at least fp32.
         """
         chunk_tokens = max(1, LOGITS_AT_ONCE // self.vocabulary_size)
         trained = any(parameter.requires_grad for parameter in self.lm_head.parameters())
@@ -361,12 +335,7 @@ class Trunk(nn.Module):
         return cache_argument(self.model.base_model)
 
     def require_cache(self) -> None:
-        """Compare the logits of two rows with and without a cache.
-
-        Raises:
-            ValueError: They differ, so that tokens would be sampled from another distribution than the
-                one that is scored.
-        """
+        """Refuse a trunk whose logits differ with a cache: it would not score the distribution it samples from."""
         if self.weightless:
             return
         ids, mask = self._two_rows()
@@ -379,17 +348,13 @@ class Trunk(nn.Module):
         # One token uses other kernels than many do, and recurrences round a lot.
         if not same_logits(cached, whole, self.rounding, 0.4):
             raise ValueError(
-                f"{self._named}: its logits differ when a row is read token by token with a cache, so it cannot "
+                f"{self.named}: its logits differ when a row is read token by token with a cache, so it cannot "
                 "be sampled from. It can be tuned by SFT, HydraSFT and RewardModel."
             )
 
     @contextmanager
     def training_pass(self, checkpointed: bool = True) -> Iterator[None]:
-        """Train mode inside the block: transformers checkpoints activations in train mode only.
-
-        Args:
-            checkpointed: False: stay in eval mode, which keeps all activations.
-        """
+        """Train mode if ``checkpointed``: only there does transformers recompute activations in backward."""
         was_training = self.model.training
         self.model.train(checkpointed)
         try:
@@ -398,7 +363,7 @@ class Trunk(nn.Module):
             self.model.train(was_training)
 
     def _two_rows(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask of two rows of 8 tokens, the second one padded on the left."""
+        """Ids and mask, the second row padded on the left. Shape: ``(2, 8)`` each."""
         ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, :3] = False
@@ -414,7 +379,7 @@ class Trunk(nn.Module):
         own = output.logits[mask].double()
         if not bool(own.isfinite().all()):
             raise ValueError(
-                f"{self._named}: its own logits in {self.dtype} are not finite on a row with padding on the "
+                f"{self.named}: its own logits in {self.dtype} are not finite on a row with padding on the "
                 "left. Are its weights finite? Gemma 2 can do float32 and bfloat16 only: transformers masks it "
                 "in fp32."
             )
@@ -423,7 +388,7 @@ class Trunk(nn.Module):
         allowed = 8 * torch.finfo(self.dtype).eps * max(1.0, float(own.abs().max()))
         if not difference <= allowed:
             raise ValueError(
-                f"{self._named}: trunk + LM head differ from the model's own logits by {difference:.3g} (allowed "
+                f"{self.named}: trunk + LM head differ from the model's own logits by {difference:.3g} (allowed "
                 f"{allowed:.3g}). This family changes its logits in a way that LogitTransform does not know; "
                 "add it there."
             )

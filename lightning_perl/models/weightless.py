@@ -18,10 +18,10 @@ _architecture: ContextVar[PreTrainedConfig | None] = ContextVar("architecture", 
 
 @contextmanager
 def weightless(config: PreTrainedConfig) -> Iterator[None]:
-    """Build every trunk inside the block from ``config``, on the meta device.
+    """Build every trunk inside the block from ``config``, on the meta device, until `materialize` gives it memory.
 
-    No weights, tokenizers and head files are read; their folders need not exist. Nothing is compared (a
-    trunk with its own forward, an adapter with its trunk). `materialize` gives the module memory later.
+    No folder is read, nor need it exist. Nothing is compared: no trunk with its own forward, no adapter with its
+    trunk.
     """
     token = _architecture.set(config)
     try:
@@ -57,9 +57,8 @@ def materialize(module: nn.Module) -> None:
     def allocated(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-            trained = tensor.requires_grad
             parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, trained) if parameter else empty
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
         return made[id(tensor)]
 
     for part in module.modules():

@@ -32,7 +32,7 @@ WORTH = 4
 
 
 def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> Ended:
-    """Returns what tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
+    """What tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
 
     def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
         by_token = until_stop(tokens.unsqueeze(-1), trunk.stop_ids)[1]
@@ -71,15 +71,9 @@ class Responses:
         self.stopped = torch.zeros_like(self.mask[:, 0])
 
     def draw(self, logits: Tensor, rows: Tensor, column: int | Tensor) -> Tensor:
-        """Draw a token for each of some rows.
+        """Draw a token for each of some rows. Shape: ``(b, V)`` to ``(b,)``.
 
-        Args:
-            logits: Shape: ``(b, V)``.
-            rows: Numbers of these rows. Shape: ``(b,)``.
-            column: Column of the token. As a tensor of shape ``(1,)`` its value is not read.
-
-        Returns:
-            Shape: ``(b,)``.
+        The value of a ``column`` that is a tensor, shape ``(1,)``, is not read.
         """
         tokens, chosen = draw(logits, self.uniforms[rows, column], self.spec)
         self.ids[rows, column] = tokens
@@ -87,12 +81,12 @@ class Responses:
         return tokens
 
     def end(self, rows: Tensor, length: int) -> None:
-        """Marks rows as ended, with ``length`` tokens each."""
+        """Mark rows as ended, with ``length`` tokens each."""
         self.mask[rows, length:] = False
         self.stopped[rows] = True
 
     def end_by(self, stop_ids: tuple[int, ...]) -> None:
-        """Ends every row at its first stop token and masks what was drawn after it."""
+        """End every row at its first stop token and mask what was drawn after it."""
         self.mask, self.stopped = until_stop(self.ids, stop_ids)
 
     def rollout(self, prompts: PromptBatch, pad_id: int, longest: int) -> Rollout:
@@ -117,7 +111,7 @@ def sample(
     uniforms: Tensor,
     early_exit: bool = True,
 ) -> Rollout:
-    """Samples a response to every prompt, with the adapter that is switched on.
+    """Sample a response to every prompt, with the adapter that is switched on.
 
     Args:
         trunk: The trunk, inside a role.
@@ -125,12 +119,8 @@ def sample(
         spec: How tokens are drawn.
         uniforms: Shape: ``(B, spec.max_new_tokens)``.
         early_exit: Finished rows leave the batch, and the loop ends with the last of them. False: the loop
-            reads no tensor's value, as fake tensors need it; the responses are the same. Stop strings need
-            early exit.
-
-    Returns:
-        The rollout with its log-probabilities; ``R`` is the longest response, or ``max_new_tokens``
-        without early exit.
+            reads no tensor's value, as fake tensors need it; the responses are the same, padded to
+            ``max_new_tokens``. Stop strings need early exit.
     """
     if spec.stop and not early_exit:
         raise ValueError("stop strings are found by decoding text, which needs early_exit=True.")
@@ -144,11 +134,10 @@ def sample(
     tokens = responses.draw(logits, everybody, 0)
     if record is not None:
         _play(trunk, cache, mask, tokens, responses, record)
-        responses.end_by(trunk.stop_ids)
-    elif early_exit:
-        _step(trunk, cache, mask, tokens, responses, ends_of(trunk, responses, spec.stop))
     else:
-        _step(trunk, cache, mask, tokens, responses, None)
+        ends = ends_of(trunk, responses, spec.stop) if early_exit else None
+        _step(trunk, cache, mask, tokens, responses, ends)
+    if not spec.stop:
         responses.end_by(trunk.stop_ids)
     longest = int(responses.mask.sum(1).max()) if early_exit else spec.max_new_tokens
     return responses.rollout(prompts, trunk.pad_id, longest)
@@ -166,15 +155,7 @@ def _read_prompts(trunk: Trunk, cache: Cache, prompts: PromptBatch, share: bool)
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds equal rows.
-
-    Args:
-        rows: Shape: ``(B, N)``.
-
-    Returns:
-        Numbers of the rows that stand first among their equals, shape ``(b,)``; and for every row the place
-        of its equal among those, shape ``(B,)``.
-    """
+    """The rows that stand first among their equals, shape ``(b,)``; and each row's equal among them, ``(B,)``."""
     distinct, which = torch.unique(rows, dim=0, return_inverse=True)
     numbers = torch.arange(len(rows), device=rows.device)
     first = torch.full_like(distinct[:, 0], len(rows)).scatter_reduce_(0, which, numbers, "amin")
@@ -189,7 +170,7 @@ def _step(
     responses: Responses,
     ends: Ended | None,
 ) -> None:
-    """Decodes token by token behind the first ``tokens``. With ``ends``, rows leave the batch as they end."""
+    """Decode token by token behind the first ``tokens``. With ``ends``, rows leave the batch as they end."""
     running = torch.arange(len(tokens), device=tokens.device)
     longest = responses.ids.shape[1]
     prompt_tokens = mask.shape[1] - longest
@@ -216,7 +197,7 @@ def _play(
     responses: Responses,
     record: Recorder,
 ) -> None:
-    """Decodes like `_step`, by replaying recorded steps.
+    """Decode like `_step`, by replaying recorded steps.
 
     A recording is used until half of its rows have ended or its key and value columns are full. Rows that have
     ended go on until then; `Responses.end_by` masks what they draw.

@@ -1,4 +1,4 @@
-"""A rollout, its scores, and the experience that an update learns from: all immutable; and measures of them.
+"""A rollout, its scores, and the experience that an update learns from; and measures of them.
 
 Shapes: ``B`` rollouts, ``P`` prompt tokens, ``R`` response tokens.
 """
@@ -27,8 +27,7 @@ class Rollout(NamedTuple):
         response_mask: True up to and including the stop token. Shape: ``(B, R)``, bool.
         stopped: False where the length limit cut the response. Shape: ``(B,)``, bool.
         row: The prompts' numbers in their corpus. Shape: ``(B,)``, int64.
-        logprobs: Of the response tokens, in the distribution they were drawn from; None where nobody
-            kept them. Shape: ``(B, R)``.
+        logprobs: Of the response tokens, in the distribution they were drawn from, if kept. Shape: ``(B, R)``.
     """
 
     prompt_ids: Tensor
@@ -163,13 +162,7 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain; 1 is all. Shape: ``()``.
-
-    Args:
-        values: Shape: ``(B, R)``.
-        returns: Shape: ``(B, R)``.
-        mask: Shape: ``(B, R)``, bool.
-    """
+    """Share of the returns' variance that the values explain; 1 is all. Shape: ``(B, R)`` each to ``()``."""
     unexplained = masked_mean((returns - values) ** 2, mask)
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return 1 - unexplained / spread.clamp(min=1e-8)

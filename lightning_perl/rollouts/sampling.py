@@ -59,11 +59,7 @@ class SamplingSpec:
         return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
 
     def refuse_unscored(self) -> None:
-        """Refuse what training cannot score.
-
-        Raises:
-            ValueError: The sampled distribution would not be the scored one.
-        """
+        """Refuse what training cannot score."""
         if not self.scored_as_sampled:
             raise ValueError(
                 f"sampling for training must be the distribution that is scored, got temperature "
@@ -117,8 +113,7 @@ def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> tuple[Tensor, 
         spec: Temperature, top-p and top-k.
 
     Returns:
-        The tokens, int64, and their log-probabilities in the distribution that was drawn from, at
-        least fp32. Shape: ``(B,)`` each.
+        Tokens, and their log-probabilities in the distribution drawn from, at least fp32. Shape: ``(B,)`` each.
     """
     logits = at_least_fp32(logits)
     if spec.temperature == 0:

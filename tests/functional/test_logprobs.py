@@ -112,19 +112,16 @@ def check_at_least_fp32(fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def check_half_precision(fn: Callable[[Tensor, Tensor, Head, float], Pair]) -> None:
-    """The head multiplies in bf16; from its logits on everything is fp32."""
-    hidden, targets, weight = hidden_targets_weight(torch.bfloat16)
-    logits = Head(weight)(hidden).double() / 0.7
-    logprobs = logits.log_softmax(-1)
-    results = fn(hidden, targets, Head(weight), 0.7)
-    assert [result.dtype for result in results] == [torch.float32, torch.float32]
-    assert_close(
-        results[0].double(),
-        logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1),
-        rtol=1e-5,
-        atol=1e-5,
-    )
-    assert_close(results[1].double(), -(logprobs.exp() * logprobs).sum(-1), rtol=1e-5, atol=1e-5)
+    """The head multiplies in bf16; from its logits on, temperature included, everything is fp32."""
+    for temperature in (1.0, 0.7):
+        hidden, targets, weight = hidden_targets_weight(torch.bfloat16)
+        logprobs = (Head(weight)(hidden).double() / temperature).log_softmax(-1)
+        results = fn(hidden, targets, Head(weight), temperature)
+        assert [result.dtype for result in results] == [torch.float32, torch.float32]
+        chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        for result, expected in zip(results, (chosen, entropies), strict=True):
+            assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def check_chosen_logprobs(fn: Callable[..., Pair]) -> None:
@@ -149,7 +146,7 @@ def check_chunked_logprobs(fn: Callable[..., Pair]) -> None:
             check_against_whole(in_chunks, temperature)
         check_half_precision(in_chunks)
         check_projected_rows(fn, chunk_tokens)
-    check_memory(fn)
+    check_memory(fn, frozen=False)
 
 
 def check_projected_rows(fn: Callable[..., Pair], chunk_tokens: int) -> None:
@@ -165,8 +162,8 @@ def check_projected_rows(fn: Callable[..., Pair], chunk_tokens: int) -> None:
         assert max(rows) <= chunk_tokens
 
 
-def check_memory(fn: Callable[..., Pair]) -> None:
-    """No operation makes more than a chunk of logits; forward keeps its inputs only."""
+def check_memory(fn: Callable[..., Pair], frozen: bool) -> None:
+    """No operation makes more than a chunk of logits; forward keeps its inputs, or directions in their place."""
     chunk_tokens, vocabulary = 2, 50
     hidden, targets, weight = hidden_targets_weight(rows=8, vocabulary=vocabulary)
     kept: list[int] = []
@@ -175,15 +172,20 @@ def check_memory(fn: Callable[..., Pair]) -> None:
         kept.append(tensor.numel())
         return tensor
 
+    head = Head(weight.detach() if frozen else weight)
     with LargestTensor() as forward, saved_tensors_hooks(remember, lambda tensor: tensor):
-        logprobs, entropies = fn(hidden, targets, Head(weight), 1.0, chunk_tokens)
-        loss = (logprobs + entropies).sum()
+        logprobs, entropies = fn(hidden, targets, head, 1.0, chunk_tokens)
+        loss = logprobs.sum() if frozen else (logprobs + entropies).sum()
     with LargestTensor() as backward:
-        torch.autograd.grad(loss, [hidden, weight])
+        torch.autograd.grad(loss, [hidden] if frozen else [hidden, weight])
     allowed = max(chunk_tokens * vocabulary, weight.numel(), hidden.numel())
     assert forward.numel <= allowed
-    assert backward.numel <= allowed
-    assert sum(kept) <= hidden.numel() + targets.numel()
+    assert backward.numel <= (hidden.numel() if frozen else allowed)
+    if frozen:
+        # The chunk's own graph is used up inside; only directions are left.
+        assert kept.count(hidden.numel()) == 1
+    else:
+        assert sum(kept) <= hidden.numel() + targets.numel()
 
 
 def check_logprobs_and_directions(fn: Callable[..., tuple[Tensor, Any, Tensor | None]]) -> None:
@@ -207,19 +209,14 @@ def check_logprobs_and_directions(fn: Callable[..., tuple[Tensor, Any, Tensor | 
                 assert not any(part.requires_grad for part in without[:2])
     finally:
         room.CACHED = cached
-    hidden, targets, weight = hidden_targets_weight(torch.bfloat16)
-    half = fn(hidden.flatten(0, 1), targets.flatten(), Head(weight.detach()), 1.0, True)
-    assert [part.dtype for part in half if part is not None] == [
-        torch.float32,
-        torch.float32,
-        torch.bfloat16,
-    ]
-    for temperature in (1.0, 0.7):
-        # The head multiplies in bf16; temperature and all that follows are fp32.
-        logits = Head(weight)(hidden).double() / temperature
-        expected = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
-        flat = (hidden.flatten(0, 1), targets.flatten(), Head(weight.detach()), temperature)
-        assert_close(fn(*flat, True)[0].double(), expected.flatten(), rtol=1e-5, atol=1e-5)
+
+    def in_batch(hidden: Tensor, targets: Tensor, head: Head, temperature: float) -> Pair:
+        found = fn(hidden.flatten(0, 1), targets.flatten(), head, temperature, True)
+        assert found[2] is not None
+        assert found[2].dtype == hidden.dtype
+        return found[0].view_as(targets), found[1].view_as(targets)
+
+    check_half_precision(in_batch)
 
 
 def check_frozen_head_logprobs(fn: Callable[..., Pair]) -> None:
@@ -240,28 +237,7 @@ def check_frozen_head_logprobs(fn: Callable[..., Pair]) -> None:
             assert sum(head.rows) == ROWS * COLUMNS
             assert max(head.rows) <= chunk_tokens
             assert not results[1].requires_grad
-    check_frozen_memory(fn)
-
-
-def check_frozen_memory(fn: Callable[..., Pair]) -> None:
-    """No operation makes more than a chunk of logits; what is kept has the shape of ``hidden``."""
-    chunk_tokens, vocabulary = 2, 50
-    hidden, targets, weight = hidden_targets_weight(rows=8, vocabulary=vocabulary)
-    kept: list[int] = []
-
-    def remember(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
-        return tensor
-
-    head = Head(weight.detach())
-    with LargestTensor() as forward, saved_tensors_hooks(remember, lambda tensor: tensor):
-        loss = fn(hidden, targets, head, 1.0, chunk_tokens)[0].sum()
-    assert forward.numel <= max(chunk_tokens * vocabulary, weight.numel(), hidden.numel())
-    # The chunk's own graph is used up inside; only directions are left.
-    assert kept.count(hidden.numel()) == 1
-    with LargestTensor() as backward:
-        torch.autograd.grad(loss, hidden)
-    assert backward.numel <= hidden.numel()
+    check_memory(fn, frozen=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

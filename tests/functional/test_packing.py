@@ -119,19 +119,6 @@ def check_unpack(function: Callable[[Tensor, Packing, int], Tensor]) -> None:
     assert back[2, :3, 1].tolist() == [11, 13, 19]
 
 
-def random_groups(seed: int) -> list[list[list[int]]]:
-    draw = random.Random(seed)
-    groups = []
-    for _ in range(draw.randint(1, 4)):
-        prompt = [draw.randrange(1, 5) for _ in range(draw.randint(0, 6))]
-        answers = [
-            [draw.randrange(1, 5) for _ in range(draw.randint(1, 5))]
-            for _ in range(draw.randint(1, 3))
-        ]
-        groups.append([[*prompt, *answer] for answer in answers])
-    return groups
-
-
 class Packed(NamedTuple):
     """Rows, and how they are packed."""
 
@@ -142,7 +129,14 @@ class Packed(NamedTuple):
 
 
 def random_pack(seed: int) -> Packed:
-    groups = random_groups(seed)
+    draw, groups = random.Random(seed), []
+    for _ in range(draw.randint(1, 4)):
+        prompt = [draw.randrange(1, 5) for _ in range(draw.randint(0, 6))]
+        answers = [
+            [draw.randrange(1, 5) for _ in range(draw.randint(1, 5))]
+            for _ in range(draw.randint(1, 3))
+        ]
+        groups.append([[*prompt, *answer] for answer in answers])
     rows = [row for group in groups for row in group]
     return Packed(rows, *pad_right(rows, 0), plan(groups))
 

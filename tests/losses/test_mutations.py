@@ -178,10 +178,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "k1": [
         ("sign", "logprobs - reference_logprobs", "reference_logprobs - logprobs"),
     ],
-    "k2": [
-        ("not halved", " / 2", ""),
-        ("absolute value", "(logprobs - reference_logprobs) ** 2", "(logprobs - reference_logprobs).abs()"),
-    ],
     "k3": [
         ("sign of the exponent", "expm1(-difference)", "expm1(difference)"),
         ("sign of the line", ") + difference", ") - difference"),
@@ -235,7 +231,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
          "project, 1.0 if torch.is_grad_enabled() else temperature, entropy)"),
         ("everything in one chunk", "logprobs, entropies = ([], [])",
          "logprobs, entropies, chunk_tokens = ([], [], 10 ** 9)"),
-        ("first chunk again and again", "flat_hidden[start:start + chunk_tokens]", "flat_hidden[:chunk_tokens]"),
+        ("first chunk again and again", "torch.split(hidden.flatten(0, 1), chunk_tokens)",
+         "[hidden.flatten(0, 1)[:len(part)] for part in torch.split(targets.flatten(), chunk_tokens)]"),
         ("outputs swapped", "logprobs.append(results[0])", "logprobs.append(results[1])"),
         ("entropy from the log-probability", "entropies.append(results[1])", "entropies.append(-results[0])"),
     ],

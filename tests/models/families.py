@@ -108,18 +108,29 @@ RECURRENT: dict[str, Settings] = {
 }  # fmt: skip
 """Families with states that are neither keys nor values, experts, or layers that PEFT cannot adapt."""
 
-TARGETS: dict[str, tuple[str, ...]] = {
-    "gpt2": ("c_attn", "c_fc", "c_proj"),
-    "opt": ("fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"),
-    "gpt_neox": ("dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"),
-    "falcon": ("dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"),
-    "falcon_new": ("dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"),
-    "phi3": ("down_proj", "gate_up_proj", "o_proj", "qkv_proj"),
-}
-"""Every linear layer of a block, by its last name; the others have Llama's seven."""
 LLAMA_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-LAYERS_PER_BLOCK = {"gpt2": 4, "opt": 6, "gpt_neox": 4, "falcon": 4, "falcon_new": 4, "phi3": 4}
-"""Linear layers of a block (GPT-2 has two of the name c_proj); the others have Llama's seven."""
+_NEOX_TARGETS = "dense dense_4h_to_h dense_h_to_4h query_key_value"
+_TARGETS = {
+    "gpt2": "c_attn c_fc c_proj",
+    "opt": "fc1 fc2 k_proj out_proj q_proj v_proj",
+    "gpt_neox": _NEOX_TARGETS,
+    "falcon": _NEOX_TARGETS,
+    "falcon_new": _NEOX_TARGETS,
+    "phi3": "down_proj gate_up_proj o_proj qkv_proj",
+    # Mamba's kernels read all weights but in_proj's past their layers; PEFT takes gate_proj for experts.
+    "falcon_h1": "down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj",
+    "lfm2": "in_proj k_proj out_proj q_proj v_proj w1 w2 w3",
+    "qwen3_next": "in_proj_ba in_proj_qkvz k_proj o_proj out_proj q_proj shared_expert_gate v_proj",
+    "mamba2": "in_proj",
+    "mamba": "in_proj",
+    "bamba": "down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj",
+    # Parts that a list of modules shares the name of are named with what stands before them.
+    "zamba2": "0.0 0.1 down_proj gate_up_proj in_proj k_proj linear o_proj q_proj v_proj",
+}
+TARGETS = {family: tuple(ends.split()) for family, ends in _TARGETS.items()}
+"""Ends of the names of all adapted layers of a block; the others have Llama's seven."""
+LAYERS = {"gpt2": 8, "opt": 12, "gpt_neox": 8, "falcon": 8, "falcon_new": 8, "phi3": 8}
+"""Linear layers of both blocks (GPT-2 has two of the name c_proj); the other `FAMILIES` have Llama's fourteen."""
 
 FLOAT64_THROUGHOUT = ("gpt2", "opt")
 """Families that stay in float64 if loaded so; the others compute norms or rotary angles in fp32."""

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.roles import Layout, Role, Roles
+from lightning_perl.models.trunk import Trunk
 
 ROLES: tuple[Role, ...] = ("policy", "value", "reference", "reward")
 SPEC = LoraSpec(rank=3, alpha=6.0)
@@ -71,6 +74,20 @@ def train(roles: Roles, seed: int = 9, size: float = 0.2) -> None:
             if parameter.requires_grad and ("lora_" in name or "head" in name):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(size * noise.to(parameter.dtype))
+
+
+def write_reward(folder: Path, trunk: Path, spec: LoraSpec, seed: int, bias: float) -> Trunk:
+    """Write what `RewardModel` writes, but for the manifest: a trained adapter and its head. Returns its trunk."""
+    judge = load_trunk(str(trunk))
+    judge.adapters.add("reward", spec, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in judge.adapters.parameters("reward"):
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
+    judge.adapters.save("reward", folder, judge.source)
+    head = ScalarHead(judge.hidden_size, seed)
+    head.bias.data.fill_(bias)
+    save_heads(folder, {"reward": head})
+    return judge
 
 
 def own_weights(roles: Roles) -> dict[str, Tensor]:

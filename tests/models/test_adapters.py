@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -388,15 +387,6 @@ def test_the_folder_is_a_plain_peft_folder(tiny_trunk: TinyTrunk, tmp_path: Path
     assert len(tensors) == 28
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert all(key.startswith("base_model.model.model.layers.") for key in tensors)
-
-
-def test_gpt2_adapters_say_that_its_weights_are_transposed(
-    tiny_trunk: TinyTrunk, tmp_path: Path
-) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="fan_in_fan_out")
-        saved(tiny_trunk, tmp_path, "gpt2")
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
 Spoil = Callable[[dict[str, Any], dict[str, Tensor]], object]

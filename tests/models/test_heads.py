@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_perl.models.heads import ScalarHead, average, has_head, load_head, save_heads
+from lightning_perl.models.heads import ScalarHead, has_head, load_head, save_heads
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -32,18 +32,6 @@ def test_initial_weights_are_small_and_follow_from_the_seed() -> None:
     assert not head.bias.any()
 
 
-def test_cloned_heads_are_two_tensors() -> None:
-    reward, value = ScalarHead(4, 0), ScalarHead(4, 1)
-    reward.bias.data.fill_(2.0)
-    value.clone_from(reward)
-    assert torch.equal(value.weight, reward.weight)
-    assert value.bias.item() == 2
-    value.weight.data += 1
-    value.bias.data += 1
-    assert torch.equal(reward.weight, ScalarHead(4, 0).weight)
-    assert reward.bias.item() == 2
-
-
 def test_heads_come_back_by_name(tmp_path: Path) -> None:
     heads = {"reward": ScalarHead(4, 0), "value": ScalarHead(4, 1)}
     heads["value"].bias.data.fill_(-1.5)
@@ -52,6 +40,9 @@ def test_heads_come_back_by_name(tmp_path: Path) -> None:
         found = load_head(tmp_path / "new", name)
         assert torch.equal(found.weight, head.weight)
         assert torch.equal(found.bias, head.bias)
+    assert has_head(tmp_path / "new", "reward")
+    assert not has_head(tmp_path, "reward")
+    assert not has_head(tmp_path / "new", "judge")
 
 
 def test_a_missing_head_is_refused_with_what_there_is(tmp_path: Path) -> None:
@@ -60,16 +51,3 @@ def test_a_missing_head_is_refused_with_what_there_is(tmp_path: Path) -> None:
     save_heads(tmp_path, {"value": ScalarHead(4)})
     with pytest.raises(ValueError, match=r"has no reward head \(found: \['value'\]\)"):
         load_head(tmp_path, "reward")
-
-
-def test_average_is_the_mean_of_the_values(tmp_path: Path) -> None:
-    heads = [ScalarHead(4, seed) for seed in range(3)]
-    for number, head in enumerate(heads):
-        head.bias.data.fill_(float(number))
-    mean = average(heads)
-    assert_close(mean.weight, (heads[0].weight + heads[1].weight + heads[2].weight) / 3)
-    assert mean.bias.item() == 1.0
-    assert not has_head(tmp_path, "reward")
-    save_heads(tmp_path, {"reward": mean})
-    assert has_head(tmp_path, "reward")
-    assert not has_head(tmp_path, "value")

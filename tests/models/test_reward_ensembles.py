@@ -11,11 +11,10 @@ from torch.testing import assert_close
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, load_head, save_heads
-from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.manifest import write_adapter_manifest
 from lightning_perl.models.roles import REDUCTIONS, RewardEnsemble, RoleAnswers, Roles
 from tests.conftest import TinyTrunk
-from tests.models.rows import ROLES, SPEC, backward, gradients, loss, padded
+from tests.models.rows import ROLES, SPEC, backward, gradients, loss, padded, write_reward
 
 # Ranks, scales and layers differ, as those of adapters from different runs may.
 SHAPES = (
@@ -31,22 +30,14 @@ def adapters(tiny_trunk: TinyTrunk, tmp_path_factory: pytest.TempPathFactory) ->
     folders = []
     for number, spec in enumerate(SHAPES):
         folder = tmp_path_factory.mktemp(f"reward_{number}")
-        trunk = load_trunk(str(tiny_trunk()))
-        trunk.adapters.add("reward", spec, number)
-        generator = torch.Generator().manual_seed(number)
-        for parameter in trunk.adapters.parameters("reward"):
-            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
-        trunk.adapters.save("reward", folder, trunk.source)
-        head = ScalarHead(32, seed=number)
-        head.bias.data.fill_(0.3 * number - 0.2)
-        save_heads(folder, {"reward": head})
+        trunk = write_reward(folder, tiny_trunk(), spec, number, bias=0.3 * number - 0.2)
         write_adapter_manifest(folder, trunk)
         folders.append(str(folder))
     return folders
 
 
 def perl(trunk: Path, reward: str | list[str], ensemble: RewardEnsemble = "mean") -> Roles:
-    return Roles("perl", str(trunk), SPEC, reward, "float64", ensemble=ensemble)
+    return Roles("perl", str(trunk), SPEC, reward, dtype="float64", ensemble=ensemble)
 
 
 @torch.no_grad()
@@ -156,10 +147,7 @@ def test_critic_starts_from_the_first_or_from_the_average(
 def test_every_member_must_fit_the_trunk(
     tiny_trunk: TinyTrunk, adapters: list[str], ensemble: RewardEnsemble, tmp_path: Path
 ) -> None:
-    other = load_trunk(str(tiny_trunk(seed=1)))
-    other.adapters.add("reward", SHAPES[0], 0)
-    other.adapters.save("reward", tmp_path, other.source)
-    save_heads(tmp_path, {"reward": ScalarHead(32)})
+    other = write_reward(tmp_path, tiny_trunk(seed=1), SHAPES[0], 0, bias=0.0)
     write_adapter_manifest(tmp_path, other)
     with pytest.raises(ValueError, match=rf"{tmp_path} was trained on another trunk"):
         perl(tiny_trunk(), [adapters[0], str(tmp_path)], ensemble)
