@@ -205,21 +205,14 @@ def test_everybody_ends_at_once(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"spec": replace(SPEC, stop=("q",))},
-        {"early_exit": False},
-    ],
+    ("recorded", "options"),
+    [(True, {"spec": replace(SPEC, stop=("q",))}), (True, {"early_exit": False}), (False, {})],
+    ids=["stop strings", "no early exit", "turned off"],
 )
-def test_not_with_stop_strings_nor_without_early_exit(
-    folder: Path, recordings: Recordings, options: dict[str, Any]
+def test_not_where_nothing_is_gained(
+    folder: Path, recordings: Recordings, recorded: bool, options: dict[str, Any]
 ) -> None:
-    answered(build(folder), **options)
-    assert recordings.made == 0
-
-
-def test_not_where_it_is_turned_off(folder: Path, recordings: Recordings) -> None:
-    answered(build(folder, shortcuts=Shortcuts(recorded_decoding=False)))
+    answered(build(folder, shortcuts=Shortcuts(recorded_decoding=recorded)), **options)
     assert recordings.made == 0
 
 
