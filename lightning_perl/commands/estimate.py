@@ -297,7 +297,9 @@ def comparisons(module: AdapterModule, load: Load) -> dict[str, Comparison]:
     # A pair is two rows to those that know no pairs.
     rows = load.rows * (2 if load.pairs else 1)
     load = load._replace(rows=rows, pairs=False, accumulated=False)
-    micro = module.micro_batch_size if isinstance(module, OnPolicy) else rows
+    micro, sampling = rows, SamplingSpec(load.response_tokens)
+    if isinstance(module, OnPolicy):
+        micro, sampling = module.micro_batch_size, module.sampling
     shared: dict[str, Any] = {
         "trunk": "trunk",
         "attention": own["attention"],
@@ -310,7 +312,7 @@ def comparisons(module: AdapterModule, load: Load) -> dict[str, Comparison]:
     sft = shared | {"checkpointing": bool(own["checkpointing"])}
     ppo = shared | {
         "checkpointing": own["checkpointing"],
-        "sampling": SamplingSpec(load.response_tokens),
+        "sampling": sampling,
         "lora": lora,
         "micro_batch_size": micro,
         "minibatch_size": own.get("minibatch_size"),

@@ -237,7 +237,7 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         self._accumulate = accumulate
         try:
             with module.phase("score"):
-                scored = module.score(rollout, by_length=False, samples=samples)
+                scored = module.score(rollout, by_length=False)
             experience, _ = module.experience(rollout, scored)
             piece = experience.rows(torch.arange(-(-learned_rows // samples) * samples))
             module.update(piece, self.optimizer, by_length=False)
@@ -256,6 +256,7 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
             torch.ones(rows, dtype=torch.bool),
             prompts.row,
             torch.zeros_like(responses.ids, dtype=torch.float32) if sampled_logprobs else None,
+            self.module.samples,
         )
 
 

@@ -22,11 +22,13 @@ class Sequences(NamedTuple):
         ids: Shape: ``(B, T)``, int64.
         attention_mask: True on real tokens, padding may be on either side. Shape: ``(B, T)``, bool.
         response_mask: True on the response tokens that count. Shape: ``(B, R)``, bool.
+        samples: Neighbouring rows that have one prompt.
     """
 
     ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    samples: int = 1
 
     @property
     def prompt_tokens(self) -> int:
@@ -39,8 +41,9 @@ class Sequences(NamedTuple):
         return self.ids[:, self.prompt_tokens :]
 
     def rows(self, rows: Tensor | slice) -> Sequences:
-        """The named rows only."""
-        return Sequences(self.ids[rows], self.attention_mask[rows], self.response_mask[rows])
+        """The named rows only; all that have one prompt, or ``samples`` is no longer right."""
+        ids, attention_mask, response_mask, samples = self
+        return Sequences(ids[rows], attention_mask[rows], response_mask[rows], samples)
 
     def cut(self, cut: Cut) -> Sequences:
         """Some rows without the columns that none of them uses."""
@@ -49,6 +52,7 @@ class Sequences(NamedTuple):
             self.ids[cut.rows, columns],
             self.attention_mask[cut.rows, columns],
             self.response_mask[cut.rows, : cut.responses],
+            self.samples,
         )
 
 
@@ -66,19 +70,19 @@ class Cut(NamedTuple):
     responses: int
 
 
-def cuts(
-    sequences: Sequences, size: int, by_length: bool = True, samples: int = 1
-) -> Iterator[Cut]:
+def cuts(sequences: Sequences, size: int, by_length: bool = True) -> Iterator[Cut]:
     """Micro-batches of up to ``size`` rows.
+
+    Each holds all rows of one or more prompts, or, where ``size`` is below ``sequences.samples``, a part of
+    the rows of one prompt.
 
     Args:
         sequences: ``B`` rows.
         size: Most rows of a micro-batch.
         by_length: Rows of similar length go together, the longest first, without the columns that none
             of them uses. This reads tensors' values, once. Off: rows as they come, all columns.
-        samples: Neighbouring rows that have one prompt. A micro-batch holds whole groups of them, or a
-            part of one group where ``size`` is smaller.
     """
+    samples = sequences.samples
     count, responses = sequences.response_mask.shape
     order, spans = torch.arange(count, device=sequences.ids.device), [(0, responses)] * count
     if by_length:

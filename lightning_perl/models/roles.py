@@ -247,22 +247,22 @@ class Roles(nn.Module):
         sequences: Sequences,
         roles: Iterable[Role],
         temperature: float = 1.0,
-        samples: int = 1,
     ) -> RoleAnswers:
         """The roles' answers about these rows: one forward per distinct (trunk, adapter).
+
+        The prompt of ``sequences.samples`` neighbouring rows is read once for all of them where that saves work
+        and the trunk packs rows. A batch of fewer rows has one prompt.
 
         Args:
             sequences: Rows with their responses.
             roles: Who is asked. The reward is None where there is no learned one.
             temperature: Divides the logits of policy and reference, as in sampling.
-            samples: Neighbouring rows that have one prompt, which is then read once for all of them where
-                that saves work and the trunk packs rows. A batch of fewer rows has one prompt.
         """
         asked = [name for role in roles for name in (self.judges if role == "reward" else (role,))]
         found: dict[str, Tensor] = {}
         for group in self.groups(asked):
             with self(group[0]) as trunk:
-                hidden = self._hidden(trunk, sequences, min(samples, len(sequences.ids)))
+                hidden = self._hidden(trunk, sequences)
                 for name in group:
                     found.update(self._read(name, trunk, hidden, sequences, temperature))
         scores = [found.pop(judge) for judge in self.judges if judge in found]
@@ -270,9 +270,10 @@ class Roles(nn.Module):
             found["reward"] = REDUCTIONS[self.ensemble](torch.stack(scores))
         return RoleAnswers(**found)
 
-    def _hidden(self, trunk: Trunk, sequences: Sequences, samples: int) -> Tensor:
+    def _hidden(self, trunk: Trunk, sequences: Sequences) -> Tensor:
         """Last hidden states. Shape: ``(B, T, H)``."""
         ids, mask, prompt_tokens = sequences.ids, sequences.attention_mask, sequences.prompt_tokens
+        samples = min(sequences.samples, len(ids))
         if samples > 1 and trunk.shortcuts.shared_prompts:
             rows, tokens = ids.shape
             packing = plan_samples(rows, tokens, prompt_tokens, samples, ids.device)

@@ -112,30 +112,28 @@ class ActorCritic(OnPolicy):
 
         Args:
             rollout: What was sampled.
-            scored: Without values, the scores final.
+            scored: Without values, the scores as `experience` wants them.
             backward: ``loss.backward()``, or Lightning's.
             by_length: Micro-batches are of rows of similar length, which looks at tensors' values.
 
         Returns:
             ``scored`` with values; and the statistics of the value loss, for `update`.
         """
-        first, *later = (
-            rows.to(rollout.row.device) for rows in self._minibatches(len(rollout.row), 0)
-        )
+        minibatches = self._minibatches(len(rollout.row), rollout.samples, 0)
+        first, *later = (rows.to(rollout.row.device) for rows in minibatches)
         values = torch.zeros_like(scored.values)
         if later:
             rest = torch.cat(later)
-            temperature = self.sampling.temperature
-            others = self.ask(rollout.rows(rest), ["value"], temperature, by_length, self.samples)
+            others = self.ask(rollout.rows(rest), ["value"], by_length=by_length)
             values[rest] = given(others.value)
         sequences = rollout.sequences().rows(first)
         size = size_of(sequences)
         by_length = by_length and self.shortcuts.length_buckets
         sums: Stats = {}
-        for cut in cuts(sequences, self.micro_batch_size, by_length, self.samples):
+        for cut in cuts(sequences, self.micro_batch_size, by_length):
             rows = first[cut.rows]
             with self.roles.training_pass(("value",)):
-                answers = self.roles.answer(sequences.cut(cut), ("value",), samples=self.samples)
+                answers = self.roles.answer(sequences.cut(cut), ("value",))
                 values[rows, : cut.responses] = given(answers.value).detach()
                 piece = scored._replace(values=values).rows(rows)
                 experience, _ = self.experience(rollout.rows(rows), piece)

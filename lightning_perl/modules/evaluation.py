@@ -94,6 +94,11 @@ class Evaluation(AdapterModule):
                 "learned_reward_weight is 0 and there is no reward_function with a weight, so every "
                 "score would be 0. Give one of them."
             )
+        if layout == "joint_hydra" and "value" not in self.trained_roles:
+            raise ValueError(
+                f"layout joint_hydra is one adapter for actor and critic, and {type(self).__name__} trains no "
+                "critic. Use layout hydra, which is the same without one."
+            )
         named = self.checkpointing if isinstance(self.checkpointing, list) else []
         if untrained := [role for role in named if role not in self.trained_roles]:
             raise ValueError(
@@ -169,7 +174,7 @@ class Evaluation(AdapterModule):
                 )
                 for rows in slices
             ]
-            rollout = joined(parts, trunk.pad_id)
+            rollout = joined(parts, trunk.pad_id)._replace(samples=samples)
         kept = (
             role == "policy"
             and spec.scored_as_sampled
@@ -183,7 +188,6 @@ class Evaluation(AdapterModule):
         rollout: Rollout,
         by_length: bool = True,
         values: bool = True,
-        samples: int = 1,
         temperature: float | None = None,
     ) -> Scored:
         """What the roles say of a rollout, one forward pass per distinct (trunk, adapter).
@@ -195,7 +199,6 @@ class Evaluation(AdapterModule):
             rollout: What was sampled.
             by_length: Read rows of similar length together, which looks at tensors' values.
             values: Ask the critic; else its values are 0.
-            samples: Responses per prompt, which stand next to each other.
             temperature: Divides the logits. None: the temperature of ``sampling``.
         """
         roles: list[Role] = ["reference", "reward"]
@@ -204,7 +207,7 @@ class Evaluation(AdapterModule):
         if rollout.logprobs is None:
             roles.insert(0, "policy")
         temperature = self.sampling.temperature if temperature is None else temperature
-        answers = self.ask(rollout, roles, temperature, by_length, samples)
+        answers = self.ask(rollout, roles, temperature, by_length)
         reference = given(answers.reference)
         return Scored(
             given(answers.policy if rollout.logprobs is None else rollout.logprobs),
@@ -220,14 +223,13 @@ class Evaluation(AdapterModule):
         roles: Sequence[Role],
         temperature: float = 1.0,
         by_length: bool = True,
-        samples: int = 1,
     ) -> RoleAnswers:
         """The roles' answers about a rollout, micro-batch by micro-batch; 0 in columns that were cut off."""
         sequences = rollout.sequences()
         by_length = by_length and self.shortcuts.length_buckets
         whole: dict[str, Tensor] = {}
-        for cut in cuts(sequences, self.score_batch_size, by_length, samples):
-            answers = self.roles.answer(sequences.cut(cut), roles, temperature, samples)
+        for cut in cuts(sequences, self.score_batch_size, by_length):
+            answers = self.roles.answer(sequences.cut(cut), roles, temperature)
             for name, part in answers._asdict().items():
                 if part is None:
                     continue

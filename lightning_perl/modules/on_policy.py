@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +39,6 @@ from lightning_perl.modules.safety import (
     require_unmoved,
 )
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe
-from lightning_perl.rollouts.sampling import SamplingSpec
 
 Accept = Callable[[Mapping[str, Tensor]], bool]
 """Called with the gradient norms before a step; False leaves the step out."""
@@ -61,14 +61,14 @@ class MinibatchSize(NamedTuple):
 class OnPolicy(Evaluation):
     """Learns from its own samples. Leaves fill `experience` and `policy_loss`.
 
-    A leaf that goes over each rollout several times, or in minibatches, calls `learn_in`; one that needs a
-    second rollout of the same prompts (ReMax's greedy one) sets ``baseline_sampling``, and finds that rollout's
-    scores in ``scored.baseline``.
+    A leaf that goes over each rollout several times, or in minibatches, calls `learn_in`; one that sets
+    ``greedy_baseline`` finds in ``scored.baseline`` what the policy's greedy responses earn.
 
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt; a rollout batch has ``data.batch_size * samples`` episodes.
-        micro_batch_size: Episodes per forward and backward pass: less memory, the same result.
+        micro_batch_size: Episodes per forward and backward pass: less memory, the same result. Where it
+            holds several prompts, it is cut to a multiple of ``samples``.
         score_batch_size: Episodes per scoring pass. None: as ``micro_batch_size``.
         max_grad_norm: Clips the norm of the actor's gradient.
         max_episodes: Training stops once this many episodes were learned from. None: no limit.
@@ -79,6 +79,7 @@ class OnPolicy(Evaluation):
     """
 
     automatic_optimization: bool
+    greedy_baseline: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -117,7 +118,6 @@ class OnPolicy(Evaluation):
         self.missing_eos_penalty = missing_eos_penalty
         self.epochs = 1
         self.minibatch_size: int | None = None
-        self.baseline_sampling: SamplingSpec | None = None
         self.guard = FiniteGuard()
         self.rollout_index = 0
         self.episodes = 0
@@ -223,7 +223,8 @@ class OnPolicy(Evaluation):
         sums: Stats = {}
         steps = 0
         for epoch in range(self.epochs):
-            for rows in self._minibatches(len(experience.old_logprobs), epoch):
+            episodes, samples = len(experience.old_logprobs), experience.sequences.samples
+            for rows in self._minibatches(episodes, samples, epoch):
                 minibatch = experience.rows(rows.to(experience.old_logprobs.device))
                 groups = self.roles.groups(self.trained_roles)
                 if first_value_stats is not None:
@@ -248,7 +249,7 @@ class OnPolicy(Evaluation):
         sums: Stats = {}
         size = size_of(minibatch.sequences)
         by_length = by_length and self.shortcuts.length_buckets
-        micro = list(cuts(minibatch.sequences, self.micro_batch_size, by_length, self.samples))
+        micro = list(cuts(minibatch.sequences, self.micro_batch_size, by_length))
         for group in groups:
             check = first_read if "policy" in group else None
             with self.phase("actor" if "policy" in group else "critic"):
@@ -268,9 +269,7 @@ class OnPolicy(Evaluation):
         """A forward and a backward pass per micro-batch; the statistics of each role of the group."""
         for piece in pieces:
             with self.roles.training_pass(group):
-                answers = self.roles.answer(
-                    piece.sequences, group, self.sampling.temperature, self.samples
-                )
+                answers = self.roles.answer(piece.sequences, group, self.sampling.temperature)
                 if check is not None:
                     check(answers, piece)
                 parts = [self.role_loss(role, answers, piece, size) for role in group]
@@ -288,21 +287,21 @@ class OnPolicy(Evaluation):
             optimizer.zero_grad(set_to_none=True)
         return {f"grad_norm_{name}": norm for name, norm in norms.items()}
 
-    def _minibatches(self, episodes: int, epoch: int) -> Iterator[Tensor]:
+    def _minibatches(self, episodes: int, samples: int, epoch: int) -> Iterator[Tensor]:
         """Rows of each minibatch: prompts are shuffled, the responses to one stay together.
 
         Raises:
             ValueError: Some prompt has not all of its responses.
         """
-        if episodes % self.samples:
+        if episodes % samples:
             raise ValueError(
-                f"An update needs all {self.samples} responses to each prompt, got {episodes} responses."
+                f"An update needs all {samples} responses to each prompt, got {episodes} responses."
             )
         generator = torch.Generator().manual_seed(
             hash((self.seed, self.rollout_index, epoch)) & 0x7FFFFFFF
         )
-        prompts = torch.randperm(episodes // self.samples, generator=generator)
-        order = (prompts.unsqueeze(1) * self.samples + torch.arange(self.samples)).flatten()
+        prompts = torch.randperm(episodes // samples, generator=generator)
+        order = (prompts.unsqueeze(1) * samples + torch.arange(samples)).flatten()
         size = self.minibatch_size or episodes
         yield from (order[start : start + size] for start in range(0, episodes, size))
 
@@ -340,8 +339,15 @@ class OnPolicy(Evaluation):
         """One rollout batch, learned from and forgotten."""
         with self.phase("rollout"):
             rollout = self.collect(batch, self.rollout_index, samples=self.samples)
+            greedy = self._greedy(batch) if self.greedy_baseline else None
         with self.phase("score"):
-            scored, parts = self._scored(batch, rollout)
+            scored = self.score(rollout, values=not self.values_come_later)
+            scores, parts = self.rewarded(rollout, scored.scores)
+            described = {**describe(rollout, scored._replace(scores=scores)), **parts}
+            scored = scored._replace(scores=self.shaped_scores(scores, rollout.stopped))
+            if greedy is not None:
+                baseline = self.shaped_scores(self.scores(greedy), greedy.stopped)
+                scored = scored._replace(baseline=baseline.repeat_interleave(self.samples))
         if self.rollout_index == 0:
             self._require_fresh_start(rollout, scored)
         scored, first_value_stats = self.values_of(rollout, scored, self.manual_backward)
@@ -349,20 +355,14 @@ class OnPolicy(Evaluation):
         trained = self._learn(experience, first_value_stats)
         if self._make_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
-        described = {**describe(rollout, scored), **parts}
-        return self._account(rollout, described, {**stats, **trained})
+        return self._account(
+            [rollout, *([greedy] if greedy else [])], described, {**stats, **trained}
+        )
 
-    def _scored(self, batch: PromptBatch, rollout: Rollout) -> tuple[Scored, Stats]:
-        """The rollout with final scores, and those of the baseline rollout where a leaf wants one."""
-        scored = self.score(rollout, values=not self.values_come_later, samples=self.samples)
-        scores, parts = self.rewarded(rollout, scored.scores)
-        baseline = None
-        if self.baseline_sampling is not None:
-            # Noise of its own, which neither a rollout nor validation (-1) has.
-            index = -2 - self.rollout_index
-            other = self.collect(batch, index, sampling=self.baseline_sampling)
-            baseline = self.shaped_scores(self.scores(other), other.stopped)
-        return scored._replace(scores=scores, baseline=baseline), parts
+    def _greedy(self, prompts: PromptBatch) -> Rollout:
+        """The policy's likeliest responses, one per prompt."""
+        likeliest = replace(self.sampling, temperature=0.0)
+        return self.collect(prompts, self.rollout_index, sampling=likeliest)
 
     @property
     def values_come_later(self) -> bool:
@@ -395,13 +395,15 @@ class OnPolicy(Evaluation):
             first_value_stats=first_value_stats,
         )
 
-    def _account(self, rollout: Rollout, described: Stats, stats: Stats) -> dict[str, Any]:
-        """Count and log one rollout batch."""
-        episodes, generated = len(rollout.row), int(rollout.response_mask.sum())
-        whole = int(rollout.prompt_mask.sum()) + generated
+    def _account(self, rollouts: list[Rollout], described: Stats, stats: Stats) -> dict[str, Any]:
+        """Count and log one rollout batch; of several rollouts the first is learned from."""
+        rollout = rollouts[0]
+        generated = [int(drawn.response_mask.sum()) for drawn in rollouts]
+        read = [int(drawn.prompt_mask.sum()) for drawn in rollouts]
+        episodes, learned = len(rollout.row), read[0] + generated[0]
         self.rollout_index += 1
         self.episodes += episodes
-        self.tokens += generated
+        self.tokens += generated[0]
         self.log_stats({f"train/{key}": value for key, value in stats.items()}, episodes)
         counts = {
             "train/episodes": self.episodes,
@@ -416,7 +418,8 @@ class OnPolicy(Evaluation):
             shown = key in ("score", "kl")
             self.log(f"rollout/{key}", value, batch_size=episodes, prog_bar=shown)
         self._stop_when_done()
-        tokens = {"rollout": generated, "score": whole, "update": whole * self.epochs}
+        drawn = sum(generated)
+        tokens = {"rollout": drawn, "score": sum(read) + drawn, "update": learned * self.epochs}
         return {"episodes": episodes, "tokens": tokens}
 
     def _require_fresh_start(self, rollout: Rollout, scored: Scored) -> None:

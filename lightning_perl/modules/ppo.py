@@ -93,8 +93,9 @@ class PPO(ActorCritic):
     def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
         """KL-shaped token rewards, GAE, whitening."""
         mask = rollout.response_mask
-        scores = self.shaped_scores(scored.scores, rollout.stopped)
-        rewards = token_rewards(scores, scored.logprobs, scored.reference, mask, self.kl_coef)
+        rewards = token_rewards(
+            scored.scores, scored.logprobs, scored.reference, mask, self.kl_coef
+        )
         advantages, returns = generalized_advantages(
             rewards, scored.values, mask, self.discount, self.gae_lambda
         )

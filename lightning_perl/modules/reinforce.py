@@ -48,7 +48,7 @@ class Reinforce(ActorCritic):
     def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
         """Undiscounted returns of the objective, and their distance from the baseline."""
         mask = rollout.response_mask
-        scores = (1 - self.beta) * self.shaped_scores(scored.scores, rollout.stopped)
+        scores = (1 - self.beta) * scored.scores
         rewards = token_rewards(scores, scored.logprobs, scored.reference, mask, self.beta)
         # With lambda 1 this is no estimate: returns are the plain sums of what follows.
         advantages, returns = generalized_advantages(

@@ -41,8 +41,8 @@ class RLOO(OnPolicy):
         """One advantage per response, the same on all of its tokens."""
         mask = rollout.response_mask
         kl = masked_row_sums(k1(scored.logprobs, scored.reference), mask)
-        rewards = self.shaped_scores(scored.scores, rollout.stopped) - self.kl_coef * kl
-        advantages = leave_one_out(rewards, self.samples).unsqueeze(1) * mask
+        rewards = scored.scores - self.kl_coef * kl
+        advantages = leave_one_out(rewards, rollout.samples).unsqueeze(1) * mask
         experience = Experience(rollout.sequences(), scored.logprobs, advantages)
         return experience, {"reward": rewards.mean()}
 

@@ -28,6 +28,7 @@ class Rollout(NamedTuple):
         stopped: False where the length limit cut the response. Shape: ``(B,)``, bool.
         row: The prompts' numbers in their corpus. Shape: ``(B,)``, int64.
         logprobs: Of the response tokens, in the distribution they were drawn from, if kept. Shape: ``(B, R)``.
+        samples: Responses per prompt, which stand next to each other.
     """
 
     prompt_ids: Tensor
@@ -37,10 +38,12 @@ class Rollout(NamedTuple):
     stopped: Tensor
     row: Tensor
     logprobs: Tensor | None = None
+    samples: int = 1
 
     def rows(self, rows: Tensor) -> Rollout:
-        """The named rows only."""
-        return Rollout(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+        """The named rows only; all that have one prompt, or ``samples`` is no longer right."""
+        parts = [None if part is None else part[rows] for part in self[:-1]]
+        return Rollout(*parts)._replace(samples=self.samples)  # type: ignore[arg-type]
 
     def sequences(self) -> Sequences:
         """Prompt and response as whole rows."""
@@ -48,6 +51,7 @@ class Rollout(NamedTuple):
             ids=torch.cat([self.prompt_ids, self.response_ids], dim=1),
             attention_mask=torch.cat([self.prompt_mask, self.response_mask], dim=1),
             response_mask=self.response_mask,
+            samples=self.samples,
         )
 
     def widened(self, response_tokens: int, pad_id: int) -> Rollout:
@@ -71,7 +75,7 @@ def joined(parts: Sequence[Rollout], pad_id: int) -> Rollout:
         return parts[0]
     width = max(part.response_ids.shape[1] for part in parts)
     widened = [part.widened(width, pad_id) for part in parts]
-    columns = zip(*widened, strict=True)
+    columns = zip(*(part[:-1] for part in widened), strict=True)
     return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
@@ -94,9 +98,10 @@ class Scored(NamedTuple):
         reference: Log-probabilities of the reference. Shape: ``(B, R)``.
         values: Values of the critic; 0 where there is none, or where `ActorCritic.first_value_pass` gives them
             later. Shape: ``(B, R)``.
-        scores: What each response earns, before clipping and missing-EOS rules. Shape: ``(B,)``.
-        baseline: Shaped scores of a second rollout of the same prompts, where a method wants one; one per
-            prompt. Shape: ``(B / samples,)``.
+        scores: What each response earns; by the time of `OnPolicy.experience` clipped and changed by the
+            missing-EOS rules. Shape: ``(B,)``.
+        baseline: What the greedy response to the same prompt earns, by the same rules, where a method wants
+            it. Shape: ``(B,)``.
     """
 
     logprobs: Tensor
@@ -106,8 +111,8 @@ class Scored(NamedTuple):
     baseline: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Scored:
-        """The named rows only, without a baseline."""
-        return Scored(*(part[rows] for part in self[:4]))
+        """The named rows only."""
+        return Scored(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
 
 class Experience(NamedTuple):

@@ -156,7 +156,7 @@ def test_sequences_know_where_their_responses_are() -> None:
     assert sequences.response_ids.tolist() == [[3, 4], [8, 9], [13, 14]]
     for rows in (torch.tensor([2, 1]), torch.tensor([False, True, True]), slice(1, 3)):
         picked = sequences.rows(rows)
-        for one, whole in zip(picked, sequences, strict=True):
+        for one, whole in zip(picked[:3], sequences[:3], strict=True):
             assert_close(one, whole[rows])
 
 
@@ -175,7 +175,7 @@ def test_cuts_keep_the_responses_to_a_prompt_together(by_length: bool) -> None:
     ids = torch.arange(12).unsqueeze(1).expand(12, 7)
     rows = Sequences(ids, torch.cat([torch.ones(12, 1, dtype=torch.bool), mask], 1), mask)
     for size, most in ((1, 1), (2, 2), (3, 3), (4, 3), (7, 6), (100, 12)):
-        pieces = [cut.rows.tolist() for cut in cuts(rows, size, by_length, samples=3)]
+        pieces = [cut.rows.tolist() for cut in cuts(rows._replace(samples=3), size, by_length)]
         assert sorted(row for piece in pieces for row in piece) == list(range(12))
         assert max(len(piece) for piece in pieces) == most
         for piece in pieces:

@@ -127,6 +127,7 @@ def test_score_rules(
         **options,
     )
     rollout, scored = two_rows()  # the first response was cut, the second has its EOS
+    scored = scored._replace(scores=module.shaped_scores(scored.scores, rollout.stopped))
     experience, _ = module.experience(rollout, scored)
     expected, _, _ = by_hand(paid)
     mask = rollout.response_mask
@@ -268,15 +269,15 @@ def test_micro_batches_and_padding_change_nothing(layout: Layout, hydra_trunk: P
 
 def test_minibatches_cover_every_episode_once_per_epoch(hydra_trunk: Path) -> None:
     module = tiny.hydra(hydra_trunk, ppo_epochs=3, minibatch_size=3)
-    orders = [[rows.tolist() for rows in module._minibatches(8, epoch)] for epoch in range(3)]
+    orders = [[rows.tolist() for rows in module._minibatches(8, 1, epoch)] for epoch in range(3)]
     for order in orders:
         assert [len(rows) for rows in order] == [3, 3, 2]
         assert sorted(row for rows in order for row in rows) == list(range(8))
     assert orders[0] != orders[1]
-    again = [rows.tolist() for rows in module._minibatches(8, 0)]
+    again = [rows.tolist() for rows in module._minibatches(8, 1, 0)]
     assert again == orders[0]
     module.rollout_index = 1
-    assert [rows.tolist() for rows in module._minibatches(8, 0)] != orders[0]
+    assert [rows.tolist() for rows in module._minibatches(8, 1, 0)] != orders[0]
     rollout = module.collect(tiny.prompts(8), 0)
     experience, _ = module.experience(rollout, module.score(rollout))
     _, steps = tiny.rehearse(module, experience)

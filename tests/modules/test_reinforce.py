@@ -68,14 +68,6 @@ def test_returns_by_hand(beta: float, hydra_trunk: Path) -> None:
     assert stats["explained_variance"].item() == pytest.approx(explained)
 
 
-def test_scores_are_shaped_before_beta(hydra_trunk: Path) -> None:
-    module = perl(hydra_trunk, beta=0.5, score_clip=2.0, missing_eos_penalty=1.0)
-    rollout, scored = two_rows()  # the first response was cut
-    experience, _ = module.experience(rollout, scored)
-    last = given(experience.returns)[rollout.response_mask][2]
-    assert last.item() == pytest.approx(0.5 * (2.0 - 1.0))
-
-
 def test_losses_are_sums_over_tokens_and_means_over_episodes(hydra_trunk: Path) -> None:
     module = perl(hydra_trunk, value_coef=0.5)
     tiny.train_adapters(module)
