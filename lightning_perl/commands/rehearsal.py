@@ -227,9 +227,9 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
     def update(self, scored_rows: int, learned_rows: int, accumulate: bool) -> None:
         """Score rows in one pass, and learn from rows in one micro-batch; ``accumulate``: not the first one."""
         module, samples = self.module, self.module.samples
-        # Whole groups of responses to one prompt.
-        rows = -(-max(scored_rows, learned_rows) // samples) * samples
-        rollout = self._rollout(rows)
+        # Whole groups of responses to one prompt, of which some may be learned from.
+        groups = max(-(-scored_rows // samples), -(-learned_rows // module.samples_learned))
+        rollout = self._rollout(groups * samples)
         sizes: dict[str, int | None] = {"minibatch_size": None, "epochs": 1}
         sizes |= {"score_batch_size": scored_rows, "micro_batch_size": learned_rows}
         kept = {name: getattr(module, name) for name in sizes}
@@ -239,7 +239,8 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
             with module.phase("score"):
                 scored = module.score(rollout, by_length=False)
             experience, _ = module.experience(rollout, scored)
-            piece = experience.rows(torch.arange(-(-learned_rows // samples) * samples))
+            learned = -(-learned_rows // module.samples_learned) * module.samples_learned
+            piece = experience.rows(torch.arange(learned))
             module.update(piece, self.optimizer, by_length=False)
         finally:
             vars(module).update(kept)

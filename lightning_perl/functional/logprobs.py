@@ -119,6 +119,52 @@ def logprobs_and_directions(
     return torch.cat(chosen), torch.cat(entropies) if entropy else None, gradients
 
 
+def chunk_divergence(
+    hidden: Tensor,
+    other_hidden: Tensor,
+    project: Project,
+    other_project: Project,
+    temperature: float,
+) -> Tensor:
+    """KL(other || own) of whole distributions, all positions at once. Shape: ``(C, H)`` each to ``(C,)``."""
+    own, other = (
+        torch.log_softmax(at_least_fp32(head(states)) / temperature, -1)
+        for head, states in ((project, hidden), (other_project, other_hidden))
+    )
+    return (other.exp() * (other - own)).sum(-1)
+
+
+def chunked_divergence(
+    hidden: Tensor,
+    other_hidden: Tensor,
+    project: Project,
+    other_project: Project,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """KL(other || own) over the whole vocabulary, in nats, at least fp32; logits as in `chunked_logprobs`.
+
+    Args:
+        hidden: Hidden states of the own model, which the gradient reaches. Shape: ``(B, R, H)``.
+        other_hidden: Of the other model. Shape: ``(B, R, H)``.
+        project: LM head of the own model.
+        other_project: LM head of the other model.
+        temperature: Divides both models' logits.
+        chunk_tokens: Positions projected at once.
+
+    Returns:
+        Shape: ``(B, R)``.
+    """
+    chunks = (torch.split(states.flatten(0, 1), chunk_tokens) for states in (hidden, other_hidden))
+    divergences = [
+        checkpoint(
+            chunk_divergence, *pair, project, other_project, temperature, use_reentrant=False
+        )
+        for pair in zip(*chunks, strict=True)
+    ]
+    return torch.cat(divergences).view(hidden.shape[:2])
+
+
 class _FrozenHeadLogprobs(torch.autograd.Function):
     """Chunks of `logprobs_and_directions`; what is kept for backward has the shape of ``hidden``."""
 

@@ -79,6 +79,7 @@ class RoleAnswers(NamedTuple):
         entropy: Entropies of the policy's distributions, in nats (see `Trunk.logprobs`). Shape: ``(B, R)``.
         value: The critic's values. Shape: ``(B, R)``.
         reference: The reference's log-probabilities. Shape: ``(B, R)``.
+        divergence: KL(reference || policy) over the whole vocabulary, in nats. Shape: ``(B, R)``.
         reward: Score of each row, read at its last response token. Shape: ``(B,)``.
     """
 
@@ -86,6 +87,7 @@ class RoleAnswers(NamedTuple):
     entropy: Tensor | None = None
     value: Tensor | None = None
     reference: Tensor | None = None
+    divergence: Tensor | None = None
     reward: Tensor | None = None
 
 
@@ -247,6 +249,8 @@ class Roles(nn.Module):
         sequences: Sequences,
         roles: Iterable[Role],
         temperature: float = 1.0,
+        entropy_gradient: bool = False,
+        divergence: bool = False,
     ) -> RoleAnswers:
         """The roles' answers about these rows: one forward per distinct (trunk, adapter).
 
@@ -257,6 +261,8 @@ class Roles(nn.Module):
             sequences: Rows with their responses.
             roles: Who is asked. The reward is None where there is no learned one.
             temperature: Divides the logits of policy and reference, as in sampling.
+            entropy_gradient: The policy's entropies have a gradient, whatever the LM head.
+            divergence: Answer also the policy's ``divergence`` from the reference, which costs a forward.
         """
         asked = [name for role in roles for name in (self.judges if role == "reward" else (role,))]
         found: dict[str, Tensor] = {}
@@ -264,7 +270,11 @@ class Roles(nn.Module):
             with self(group[0]) as trunk:
                 hidden = self._hidden(trunk, sequences)
                 for name in group:
-                    found.update(self._read(name, trunk, hidden, sequences, temperature))
+                    found.update(
+                        self._read(name, trunk, hidden, sequences, temperature, entropy_gradient)
+                    )
+            if divergence and "policy" in group:
+                found["divergence"] = self._divergence(trunk, hidden, sequences, temperature)
         scores = [found.pop(judge) for judge in self.judges if judge in found]
         if scores:
             found["reward"] = REDUCTIONS[self.ensemble](torch.stack(scores))
@@ -283,7 +293,13 @@ class Roles(nn.Module):
         return hidden
 
     def _read(
-        self, name: str, trunk: Trunk, hidden: Tensor, sequences: Sequences, temperature: float
+        self,
+        name: str,
+        trunk: Trunk,
+        hidden: Tensor,
+        sequences: Sequences,
+        temperature: float,
+        entropy_gradient: bool,
     ) -> dict[str, Tensor]:
         if name in self.judges:
             last = at_last_response(hidden, sequences.response_mask)
@@ -291,10 +307,21 @@ class Roles(nn.Module):
         states = predicting(hidden, sequences.response_mask.shape[1])
         if name == "value":
             return {"value": self.value_head(states)}
+        # Only an update reads entropies.
+        wanted = name == "policy" and torch.is_grad_enabled()
         logprobs, entropy = trunk.logprobs(
-            states, sequences.response_ids, temperature, entropy=name == "policy"
+            states, sequences.response_ids, temperature, wanted, entropy_gradient
         )
         return {name: logprobs} if entropy is None else {name: logprobs, "entropy": entropy}
+
+    def _divergence(
+        self, trunk: Trunk, hidden: Tensor, sequences: Sequences, temperature: float
+    ) -> Tensor:
+        with torch.no_grad(), self("reference") as reference:
+            other = self._hidden(reference, sequences)
+        tokens = sequences.response_mask.shape[1]
+        states = predicting(hidden, tokens)
+        return trunk.divergence(states, reference, predicting(other, tokens), temperature)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """What the policy's gradient trains (in ``joint_hydra`` the critic's too)."""

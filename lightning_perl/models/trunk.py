@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from lightning_perl.functional.logprobs import chunked_logprobs, frozen_head_logprobs
+from lightning_perl.functional.logprobs import (
+    chunked_divergence,
+    chunked_logprobs,
+    frozen_head_logprobs,
+)
 from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters
@@ -310,19 +314,41 @@ class Trunk(nn.Module):
         self.flops.project(rows, self.lm_head.weight.detach(), self.lm_head.weight)
 
     def logprobs(
-        self, states: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = True
+        self,
+        states: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = True,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of ``targets`` and, if asked for, entropies, in nats, from states that predict them.
 
-        At most `LOGITS_AT_ONCE` logits exist at a time. Under a frozen LM head the entropies have no gradient.
+        At most `LOGITS_AT_ONCE` logits exist at a time. Under a frozen LM head the entropies have a gradient only
+        with ``entropy_gradient``, for which the logits are computed again in backward.
         Shape: ``(B, R, H)`` and ``(B, R)`` to ``(B, R)`` each, at least fp32.
         """
-        chunk_tokens = max(1, LOGITS_AT_ONCE // self.vocabulary_size)
         trained = any(parameter.requires_grad for parameter in self.lm_head.parameters())
-        once = self.shortcuts.frozen_head and not (trained and torch.is_grad_enabled())
+        again = (trained or entropy_gradient) and torch.is_grad_enabled()
+        once = self.shortcuts.frozen_head and not again
         of_chunks = frozen_head_logprobs if once else chunked_logprobs
         self.flops.project(targets.numel(), states, self.lm_head.weight)
-        return of_chunks(states, targets, self._logits, temperature, chunk_tokens, entropy)
+        return of_chunks(states, targets, self._logits, temperature, self._chunk_tokens, entropy)
+
+    def divergence(
+        self, states: Tensor, other: Trunk, other_states: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """KL(other || this trunk) of the distributions that states predict, in nats, at least fp32.
+
+        Shape: ``(B, R, H)`` each to ``(B, R)``.
+        """
+        for trunk, hidden in ((self, states), (other, other_states)):
+            self.flops.project(hidden[..., 0].numel(), hidden, trunk.lm_head.weight)
+        heads = (self._logits, other._logits)
+        return chunked_divergence(states, other_states, *heads, temperature, self._chunk_tokens)
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return max(1, LOGITS_AT_ONCE // self.vocabulary_size)
 
     def empty_cache(self, tokens: int) -> Cache:
         """An empty cache for rows of up to ``tokens`` tokens; sliding-window layers keep their window only."""

@@ -46,6 +46,21 @@ FirstRead = Callable[[RoleAnswers, Experience], None]
 """Called with the policy's first answers of a rollout, before anything was updated."""
 
 
+class PolicyAnswers(NamedTuple):
+    """What the policy being trained says of a micro-batch.
+
+    Attributes:
+        logprobs: Log-probabilities of the response tokens. Shape: ``(B, R)``.
+        entropy: Entropies in nats; with a gradient where the leaf sets ``entropy_gradient``. Shape: ``(B, R)``.
+        divergence: KL(reference || policy) over the whole vocabulary in nats, where the leaf sets ``full_kl``.
+            Shape: ``(B, R)``.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    divergence: Tensor | None = None
+
+
 class MinibatchSize(NamedTuple):
     """How much a whole minibatch holds; what a micro-batch's sums are divided by.
 
@@ -62,7 +77,8 @@ class OnPolicy(Evaluation):
     """Learns from its own samples. Leaves fill `experience` and `policy_loss`.
 
     A leaf that goes over each rollout several times, or in minibatches, calls `learn_in`; one that sets
-    ``greedy_baseline`` finds in ``scored.baseline`` what the policy's greedy responses earn.
+    ``greedy_baseline`` finds in ``scored.baseline`` what the policy's greedy responses earn; see `PolicyAnswers`
+    for ``entropy_gradient`` and ``full_kl``.
 
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
@@ -80,6 +96,8 @@ class OnPolicy(Evaluation):
 
     automatic_optimization: bool
     greedy_baseline: ClassVar[bool] = False
+    full_kl: ClassVar[bool] = False
+    entropy_gradient: bool = False
 
     def __init__(
         self,
@@ -116,31 +134,32 @@ class OnPolicy(Evaluation):
         self.score_clip = score_clip
         self.missing_eos_score = missing_eos_score
         self.missing_eos_penalty = missing_eos_penalty
-        self.epochs = 1
-        self.minibatch_size: int | None = None
+        self.learn_in(1, None)
         self.guard = FiniteGuard()
         self.rollout_index = 0
         self.episodes = 0
         self.tokens = 0
         self._fingerprints: dict[str, str] | None = None
 
-    def learn_in(self, epochs: int, minibatch_size: int | None) -> None:
+    def learn_in(self, epochs: int, minibatch_size: int | None, kept: int | None = None) -> None:
         """Go over each rollout several times, in minibatches that keep the responses to a prompt together.
 
         Args:
             epochs: Passes over each rollout batch.
             minibatch_size: Episodes per optimizer step. None: the whole rollout batch.
+            kept: Responses per prompt that are learned from. None: all ``samples``.
 
         Raises:
             ValueError: One below 1, or a minibatch that would cut the responses to a prompt apart.
         """
         require_counts(epochs=epochs, minibatch_size=minibatch_size)
-        if minibatch_size is not None and minibatch_size % self.samples:
+        kept = kept or self.samples
+        if minibatch_size is not None and minibatch_size % kept:
             raise ValueError(
-                f"minibatch_size must be a multiple of samples ({self.samples}), so that the responses to one "
-                f"prompt stay in one minibatch; got {minibatch_size}."
+                f"minibatch_size must be a multiple of {'samples' if kept == self.samples else 'the kept'} "
+                f"({kept}), so that the responses to one prompt stay in one minibatch; got {minibatch_size}."
             )
-        self.epochs, self.minibatch_size = epochs, minibatch_size
+        self.epochs, self.minibatch_size, self.samples_learned = epochs, minibatch_size, kept
 
     # ---- holes -----------------------------------------------------------------------------------
 
@@ -154,12 +173,12 @@ class OnPolicy(Evaluation):
 
     @abstractmethod
     def policy_loss(
-        self, logprobs: Tensor, experience: Experience, size: MinibatchSize
+        self, answers: PolicyAnswers, experience: Experience, size: MinibatchSize
     ) -> tuple[Tensor, Stats]:
         """The policy's loss on a micro-batch as its share of the minibatch's mean, and statistics.
 
         Args:
-            logprobs: Log-probabilities of the policy being trained. Shape: ``(B, R)``.
+            answers: What the policy being trained says of it.
             experience: The micro-batch.
             size: How much the whole minibatch holds. Divided by it, losses and statistics of the
                 micro-batches add up to the minibatch's mean over tokens or episodes, as the leaf chooses.
@@ -174,7 +193,8 @@ class OnPolicy(Evaluation):
                 f"{type(self).__name__} trains {' and '.join(self.trained_roles)}, was asked for the loss of "
                 f"{role}."
             )
-        loss, stats = self.policy_loss(answers.policy, experience, size)
+        said = PolicyAnswers(answers.policy, answers.entropy, answers.divergence)
+        loss, stats = self.policy_loss(said, experience, size)
         mask = experience.sequences.response_mask
         entropy = masked_mean(answers.entropy.detach(), mask, size.tokens)
         named = {"policy_loss": loss.detach(), "entropy": entropy, "loss": loss.detach()}
@@ -269,7 +289,13 @@ class OnPolicy(Evaluation):
         """A forward and a backward pass per micro-batch; the statistics of each role of the group."""
         for piece in pieces:
             with self.roles.training_pass(group):
-                answers = self.roles.answer(piece.sequences, group, self.sampling.temperature)
+                answers = self.roles.answer(
+                    piece.sequences,
+                    group,
+                    self.sampling.temperature,
+                    self.entropy_gradient,
+                    self.full_kl,
+                )
                 if check is not None:
                     check(answers, piece)
                 parts = [self.role_loss(role, answers, piece, size) for role in group]
@@ -355,9 +381,9 @@ class OnPolicy(Evaluation):
         trained = self._learn(experience, first_value_stats)
         if self._make_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
-        return self._account(
-            [rollout, *([greedy] if greedy else [])], described, {**stats, **trained}
-        )
+        learned = int(experience.sequences.attention_mask.sum()) * self.epochs
+        rollouts = [rollout, greedy] if greedy else [rollout]
+        return self._account(rollouts, learned, described, {**stats, **trained})
 
     def _greedy(self, prompts: PromptBatch) -> Rollout:
         """The policy's likeliest responses, one per prompt."""
@@ -395,12 +421,14 @@ class OnPolicy(Evaluation):
             first_value_stats=first_value_stats,
         )
 
-    def _account(self, rollouts: list[Rollout], described: Stats, stats: Stats) -> dict[str, Any]:
-        """Count and log one rollout batch; of several rollouts the first is learned from."""
+    def _account(
+        self, rollouts: list[Rollout], learned: int, described: Stats, stats: Stats
+    ) -> dict[str, Any]:
+        """Count and log one rollout batch: the first of the rollouts; ``learned`` tokens went into its update."""
         rollout = rollouts[0]
         generated = [int(drawn.response_mask.sum()) for drawn in rollouts]
         read = [int(drawn.prompt_mask.sum()) for drawn in rollouts]
-        episodes, learned = len(rollout.row), read[0] + generated[0]
+        episodes = len(rollout.row)
         self.rollout_index += 1
         self.episodes += episodes
         self.tokens += generated[0]
@@ -419,7 +447,7 @@ class OnPolicy(Evaluation):
             self.log(f"rollout/{key}", value, batch_size=episodes, prog_bar=shown)
         self._stop_when_done()
         drawn = sum(generated)
-        tokens = {"rollout": drawn, "score": sum(read) + drawn, "update": learned * self.epochs}
+        tokens = {"rollout": drawn, "score": sum(read) + drawn, "update": learned}
         return {"episodes": episodes, "tokens": tokens}
 
     def _require_fresh_start(self, rollout: Rollout, scored: Scored) -> None:

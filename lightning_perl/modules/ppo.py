@@ -14,7 +14,7 @@ from lightning_perl.models.roles import Layout
 from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.on_policy import MinibatchSize
+from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
 from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 
@@ -111,11 +111,11 @@ class PPO(ActorCritic):
         return experience, stats
 
     def policy_loss(
-        self, logprobs: Tensor, experience: Experience, size: MinibatchSize
+        self, answers: PolicyAnswers, experience: Experience, size: MinibatchSize
     ) -> tuple[Tensor, Stats]:
         """Clipped surrogate, a mean over tokens."""
         loss, stats = clipped_surrogate(
-            logprobs,
+            answers.logprobs,
             experience.old_logprobs,
             experience.advantages,
             experience.sequences.response_mask,

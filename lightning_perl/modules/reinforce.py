@@ -12,7 +12,7 @@ from lightning_perl.models.roles import Layout
 from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.on_policy import MinibatchSize
+from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
 from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 
@@ -64,11 +64,11 @@ class Reinforce(ActorCritic):
         return experience, stats
 
     def policy_loss(
-        self, logprobs: Tensor, experience: Experience, size: MinibatchSize
+        self, answers: PolicyAnswers, experience: Experience, size: MinibatchSize
     ) -> tuple[Tensor, Stats]:
         """Policy gradient, a mean over episodes."""
         mask = experience.sequences.response_mask
-        return policy_gradient(logprobs, experience.advantages, mask, size.episodes), {}
+        return policy_gradient(answers.logprobs, experience.advantages, mask, size.episodes), {}
 
     def value_loss(
         self, values: Tensor, experience: Experience, size: MinibatchSize

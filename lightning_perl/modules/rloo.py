@@ -12,7 +12,7 @@ from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.rloo import leave_one_out
 from lightning_perl.modules.base import Stats
-from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy
+from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, PolicyAnswers
 from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
@@ -47,8 +47,8 @@ class RLOO(OnPolicy):
         return experience, {"reward": rewards.mean()}
 
     def policy_loss(
-        self, logprobs: Tensor, experience: Experience, size: MinibatchSize
+        self, answers: PolicyAnswers, experience: Experience, size: MinibatchSize
     ) -> tuple[Tensor, Stats]:
         """Policy gradient, a mean over episodes."""
         mask = experience.sequences.response_mask
-        return policy_gradient(logprobs, experience.advantages, mask, size.episodes), {}
+        return policy_gradient(answers.logprobs, experience.advantages, mask, size.episodes), {}
