@@ -34,8 +34,8 @@ from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT
 from lightning_perl.modules.base import AdapterModule
+from lightning_perl.modules.judging import Judging
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.modules.reward_model import Scoring
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.sampling import SamplingSpec
 
@@ -136,7 +136,7 @@ def load_of(config: Namespace) -> Load:
     pairs = config.pairs
     if pairs is None:
         data_class = resolve_name(config.data.class_path)
-        pairs = issubclass(module_class, Scoring) and getattr(data_class, "pairs", True)
+        pairs = issubclass(module_class, Judging) and getattr(data_class, "pairs", True)
     accumulated = (config.trainer.accumulate_grad_batches or 1) > 1
     return Load(prompt, data.max_response_tokens, data.batch_size, pairs, accumulated)
 

@@ -108,6 +108,30 @@ def cuts(sequences: Sequences, size: int, by_length: bool = True) -> Iterator[Cu
         )
 
 
+def mismatched(rows: Sequences) -> Sequences:
+    """Every prompt with the response of the next row, the last one with the first row's.
+
+    A response that does not fit into the ``T`` columns behind its new prompt loses its end. No tensor's value is
+    read.
+
+    Args:
+        rows: Padded on the right, each response the end of its row. ``response_mask`` covers all ``T`` columns.
+    """
+    ids, mask, response_mask, _ = rows
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    starts = response_mask.long().argmax(1, keepdim=True)
+    # Where each column's token comes from: the row itself, or behind the start of the next row's response.
+    shifted = (columns - starts + starts.roll(-1, 0)).clamp(0, ids.shape[1] - 1)
+    inside = columns - starts + starts.roll(-1, 0) < mask.sum(1, keepdim=True).roll(-1, 0)
+    is_prompt = columns < starts
+    answer = ids.roll(-1, 0).gather(1, shifted)
+    return Sequences(
+        torch.where(is_prompt, ids, torch.where(inside, answer, torch.zeros_like(ids))),
+        is_prompt | inside,
+        ~is_prompt & inside,
+    )
+
+
 def predicting(hidden: Tensor, response_tokens: int) -> Tensor:
     """Hidden states that predict the last ``R`` columns; only here is shifted by one. Shape: ``(B, R, H)``."""
     return hidden[:, -response_tokens - 1 : -1]

@@ -34,6 +34,7 @@ def clipped_surrogate(
     response_mask: Tensor,
     clip_range: float,
     denominator: Tensor | float | None = None,
+    clip_range_high: float | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``, Eq. 7, as a token mean.
 
@@ -44,14 +45,16 @@ def clipped_surrogate(
         response_mask: Shape: ``(B, R)``, bool.
         clip_range: The paper's epsilon.
         denominator: Tokens of the whole minibatch (see `masked_mean`).
+        clip_range_high: How far above 1, where that differs ("clip-higher", 2503.14476).
 
     Returns:
         Loss, shape ``()``, and statistics.
     """
+    high = clip_range if clip_range_high is None else clip_range_high
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = torch.exp(log_ratio)
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     with torch.no_grad():
         stats = PolicyStats(
             masked_mean((clipped > plain).to(ratio.dtype), response_mask, denominator),

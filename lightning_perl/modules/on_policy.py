@@ -65,12 +65,12 @@ class MinibatchSize(NamedTuple):
     """How much a whole minibatch holds; what a micro-batch's sums are divided by.
 
     Attributes:
-        episodes: Responses.
         tokens: Response tokens, at least 1. Shape: ``()``, int64.
+        episodes: Responses.
     """
 
-    episodes: int
     tokens: Tensor
+    episodes: int
 
 
 class OnPolicy(Evaluation):
@@ -525,7 +525,7 @@ class OnPolicy(Evaluation):
 def size_of(sequences: Sequences) -> MinibatchSize:
     """Episodes and response tokens of a minibatch."""
     mask = sequences.response_mask
-    return MinibatchSize(len(mask), mask.sum().clamp(min=1))
+    return MinibatchSize(mask.sum().clamp(min=1), len(mask))
 
 
 def require_counts(**counts: int | None) -> None:

@@ -10,33 +10,27 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_perl.batches import RatedBatch
-from lightning_perl.callbacks.reward_report import RewardReport
 from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.losses.reward import bradley_terry, centering, thumbs
-from lightning_perl.metrics import RewardMeasures, RewardMetrics
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.manifest import MANIFEST_FILE
 from lightning_perl.modules.base import Stats
+from lightning_perl.modules.judging import Judging
 from lightning_perl.modules.sft import imitation_loss
-from lightning_perl.modules.supervised import Supervised, sequences_of
-
-# Measures that validation logs; a test logs all of them.
-WATCHED = ("auroc", "balanced_accuracy", "accuracy", "margin", "ece", "brier")
+from lightning_perl.modules.supervised import sequences_of
 
 
-class Scoring(Supervised):
+class Scoring(Judging):
     """``L = lm_weight * xent(y_w) + reward_weight * L_RM``; leaves differ in the two weights.
 
     ``L_RM`` is Bradley-Terry on the batch's pairs and binary cross-entropy on its thumbs, a mean over both: a
-    pair weighs as much as a thumb, and a row in a pair carries no thumb. After a test ``measures`` holds the
-    results, for the report.
+    pair weighs as much as a thumb, and a row in a pair carries no thumb.
 
     Args:
         trunk: Folder or hub name of a decoder.
@@ -51,7 +45,7 @@ class Scoring(Supervised):
             deviation 1. No comparison changes; but a thumb's threshold moves away from 0, so leave it off where
             a score is read as a logit (probabilities, ``balanced_accuracy``, ``ece``, ``brier``).
         head_learning_rate: Learning rate of the reward head. None: the optimizer's.
-        settings: Arguments of `Supervised` and `AdapterModule`.
+        settings: Arguments of `Judging`, `Supervised` and `AdapterModule`.
     """
 
     lm_weight: float = 1.0
@@ -77,8 +71,6 @@ class Scoring(Supervised):
         self.positive_weight = positive_weight
         self.center_coef = center_coef
         self.normalize_scores = normalize_scores
-        self.metrics = RewardMetrics()
-        self.measures: RewardMeasures | None = None
         # By default NaN is left out, and a diverged model would have the best loss of all.
         self.mean_lm = MeanMetric(nan_strategy=float("nan"))
         self.mean_reward = MeanMetric(nan_strategy=float("nan"))
@@ -140,10 +132,6 @@ class Scoring(Supervised):
 
     # ---- Lightning -------------------------------------------------------------------------------
 
-    def configure_callbacks(self) -> list[Callback]:
-        """A test ends with a report."""
-        return [*super().configure_callbacks(), RewardReport()]
-
     def setup(self, stage: str) -> None:
         """Balance the thumbs by the training data's, where that was asked for.
 
@@ -186,8 +174,7 @@ class Scoring(Supervised):
         if rated:
             self.log(f"{self.held_out}/reward_loss", reward_loss, batch_size=rated, on_epoch=True)
             self.mean_reward.update(reward_loss, rated)
-        lengths = batch.response_mask.sum(1)
-        self.metrics.update(scores, batch.label, batch.labelled, batch.pairs, lengths, batch.turns)
+        self.measure(scores, batch)
 
     test_step = validation_step
 
@@ -201,25 +188,15 @@ class Scoring(Supervised):
             )
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss of all rows and the measures: a few in validation, all in a test."""
+        """Log the loss of all rows, and the measures."""
         means = (self.mean_lm, self.mean_reward)
         parts = zip((self.lm_weight, self.reward_weight), means, strict=True)
         losses = [weight * mean.compute() for weight, mean in parts if mean.update_called]
         if losses:
             self.log(f"{self.held_out}/loss", torch.stack(losses).sum(), prog_bar=True)
-        if self.metrics.update_called:
-            self.measures = self.metrics.compute()
-            for key, value in self.measures.values.items():
-                if key in WATCHED or self.trainer.testing:
-                    self.log(f"{self.held_out}/{key}", value, prog_bar=key in ("auroc", "accuracy"))
-        for metric in (*means, self.metrics):
-            metric.reset()
-
-    on_test_epoch_end = on_validation_epoch_end
-
-    def predict_step(self, batch: RatedBatch, batch_idx: int) -> dict[str, Any]:
-        """Row numbers and scores."""
-        return {"row": batch.row, "score": self.scores(batch)}
+        for mean in means:
+            mean.reset()
+        super().on_validation_epoch_end()
 
     # ---- handing over ----------------------------------------------------------------------------
 

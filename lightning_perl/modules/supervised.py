@@ -39,7 +39,7 @@ class Supervised(AdapterModule):
 
     A leaf names its adapter in ``adapter_name``. What it hands over is the trunk with the adapter merged in, or
     with ``keeps_adapter`` the adapter alone. With ``needs_ratings`` (pairwise methods) a step without `ratings`
-    moves nothing and is counted, and an epoch without any is refused.
+    moves nothing and is counted, and an epoch without any is refused; ``rating_columns`` says what rows need.
 
     Args:
         trunk: Folder or hub name of a decoder.
@@ -55,6 +55,7 @@ class Supervised(AdapterModule):
     adapter_name: ClassVar[str] = "sft"
     keeps_adapter: ClassVar[bool] = False
     needs_ratings: ClassVar[bool] = False
+    rating_columns: ClassVar[str] = "`label`, or with `chosen` and `rejected`"
 
     def __init__(
         self,
@@ -174,8 +175,8 @@ class Supervised(AdapterModule):
         if (self.needs_ratings or self.heads()) and self.rated == 0 and not dry:
             outcome = "its reward head is still random" if self.heads() else "it learned nothing"
             raise ValueError(
-                f"{type(self).__name__} saw no thumb and no pair in a whole epoch, so {outcome}. Give rows "
-                "with `label` or with `chosen` and `rejected`; for demonstrations alone use SFT."
+                f"{type(self).__name__} saw no row to learn a preference from in a whole epoch, so {outcome}. "
+                f"Give rows with {self.rating_columns}; for demonstrations alone use SFT."
             )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_perl.functional import logprobs as room
 from lightning_perl.functional.logprobs import (
+    chunk_divergence,
     chunked_logprobs,
     frozen_head_logprobs,
 )
@@ -147,6 +148,37 @@ def check_chunked_logprobs(fn: Callable[..., Pair]) -> None:
         check_half_precision(in_chunks)
         check_projected_rows(fn, chunk_tokens)
     check_memory(fn, frozen=False)
+
+
+def check_chunk_divergence(fn: Callable[..., Tensor]) -> None:
+    hidden, _, weight = hidden_targets_weight()
+    own, other = hidden.flatten(0, 1), (hidden.detach() ** 2 - 0.3).flatten(0, 1)
+    heads = Head(weight), Head(weight.detach() * 1.5)
+    for temperature in (1.0, 0.7):
+        found = fn(own, other, *heads, temperature)
+        log_own, log_other = (
+            (head(part) / temperature).log_softmax(-1)
+            for head, part in zip(heads, (own, other), strict=True)
+        )
+        expected = torch.nn.functional.kl_div(log_own, log_other, reduction="none", log_target=True)
+        assert_close(found, expected.sum(-1), rtol=1e-12, atol=1e-12)
+        assert found.min() >= 0
+
+
+def check_chunked_divergence(fn: Callable[..., Tensor]) -> None:
+    hidden, _, weight = hidden_targets_weight()
+    other = hidden.detach() ** 2 - 0.3
+    own = Head(weight), Head(weight.detach() * 1.5)
+    for chunk_tokens in (1, 4, 1000):
+        heads = Head(weight), Head(weight.detach() * 1.5)
+        found = fn(hidden, other, *heads, 0.7, chunk_tokens)
+        expected = chunk_divergence(hidden, other, *own, 0.7)
+        assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        ours, whole = (torch.autograd.grad(part.sum(), hidden)[0] for part in (found, expected))
+        assert_close(ours, whole, rtol=1e-11, atol=1e-12)
+        # Projected again in backward, and never more than a chunk.
+        assert max(heads[0].rows) <= chunk_tokens
+        assert sum(heads[0].rows) == 2 * ROWS * COLUMNS
 
 
 def check_projected_rows(fn: Callable[..., Pair], chunk_tokens: int) -> None:

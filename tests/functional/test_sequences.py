@@ -64,6 +64,19 @@ def check_cuts(fn: Callable[..., Iterator[Cut]]) -> None:
         assert {(cut.unused, cut.responses) for cut in plain} == {(0, 5)}
 
 
+def check_mismatched(fn: Callable[[Sequences], Sequences]) -> None:
+    prompts, answers = ([1, 2], [3], [4, 5, 6]), ([11], [13, 14, 15], [16, 17])
+    ids, mask = pad_right([[*pair[0], *pair[1]] for pair in zip(prompts, answers, strict=True)], 0)
+    response_mask = mask & (ids > 10)
+    rows = fn(Sequences(ids, mask, response_mask))
+    assert rows.ids.shape == ids.shape
+    for row, prompt in enumerate(prompts):
+        # What does not fit behind the longer prompt is cut off.
+        answer = answers[(row + 1) % 3][: ids.shape[1] - len(prompt)]
+        assert rows.ids[row][rows.attention_mask[row]].tolist() == [*prompt, *answer]
+        assert rows.ids[row][rows.response_mask[row]].tolist() == answer
+
+
 def check_position_ids(fn: Callable[[Tensor], Tensor]) -> None:
     mask = every_mask(5)
     expected = [

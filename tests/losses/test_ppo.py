@@ -114,12 +114,18 @@ def check_clipped_surrogate(fn: SurrogateLoss) -> None:
     loss, stats = fn(*same, mask, 0.0)
     assert_close(loss, -same[2][mask].mean())
     assert [one.item() for one in stats] == [0.0, 0.0]
+    # Above 1 another range, where one is given: a ratio of 1.25 is inside it, one of 0.7 is clipped.
+    one = torch.ones(1, 2, dtype=torch.bool)
+    ratios, advantages = torch.tensor([[1.25, 0.7]]).double(), torch.tensor([[1.0, -1.0]]).double()
+    loss, stats = fn(ratios.log(), torch.zeros(1, 2).double(), advantages, one, 0.2, None, 0.3)
+    assert loss.item() == pytest.approx((-1.25 + 0.8) / 2)
+    assert stats.clip_fraction.item() == 0.5
 
 
 def check_clipped_value_loss(fn: ValueLoss) -> None:
     for seed in range(3):
         inputs, mask = value_inputs(seed), random_mask(seed, 5, 7)
-        for value_clip_range in (0.125, 0.5, 2.0):
+        for value_clip_range in (0.13, 0.55, 2.1):
             check_against_slow(fn, slow_value_loss, inputs, mask, value_clip_range)
 
         def flat(*tensors: Tensor, mask: Tensor = mask) -> tuple[Tensor, ...]:

@@ -1,0 +1,43 @@
+"""Kahneman-Tversky optimization (KTO, 2402.01306): thumbs instead of pairs.
+
+Shapes: ``B`` rows, ``M`` mismatched rows. A log-ratio is ``log pi(y|x) - log ref(y|x)``, summed over tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kto(
+    ratios: Tensor,
+    desirable: Tensor,
+    undesirable: Tensor,
+    anchor: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """``w_y (1 - sigmoid(+-beta (ratio - z)))``, Eq. 8, a mean over the judged rows.
+
+    Args:
+        ratios: Shape: ``(B,)``.
+        desirable: True on thumbs up. Shape: ``(B,)``, bool.
+        undesirable: True on thumbs down. Shape: ``(B,)``, bool.
+        anchor: The paper's ``z``, see `kl_anchor`. Shape: ``()``.
+        beta: How fast a gain or loss saturates.
+        desirable_weight: Weight of thumbs up, the paper's lambda_D.
+        undesirable_weight: Weight of thumbs down, lambda_U.
+
+    Returns:
+        Shape: ``()``; 0 where nothing is judged.
+    """
+    gains = beta * (ratios - anchor)
+    losses = desirable_weight * desirable * torch.sigmoid(-gains)
+    losses = losses + undesirable_weight * undesirable * torch.sigmoid(gains)
+    return losses.sum() / (desirable | undesirable).sum().clamp(min=1)
+
+
+def kl_anchor(mismatched_ratios: Tensor) -> Tensor:
+    """KL(pi || ref) estimated on prompts with the responses of other prompts, at least 0. ``(M,)`` to ``()``."""
+    return mismatched_ratios.detach().mean().clamp(min=0)

@@ -1,0 +1,113 @@
+"""The skeleton of methods that draw many responses to a prompt and learn from few of them.
+
+Shapes: ``B`` prompts, ``k`` responses to each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.functional.logprobs import k1
+from lightning_perl.functional.masked import masked_row_sums
+from lightning_perl.modules.base import Stats
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.safety import require_in_range
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
+
+KEPT_FILE = "kept.jsonl"
+
+
+class Selecting(OnPolicy):
+    """Learns from the best response to each prompt, or with ``keeps_worst`` from the best and the worst.
+
+    Leaves fill `policy_loss`. Scores of different prompts are never compared. What was kept is appended to
+    ``kept.jsonl`` in the run's folder, to be looked at.
+
+    Args:
+        trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
+        samples: Responses per prompt that are drawn and ranked; at least 2.
+        rank_kl_coef: Responses are ranked by their score less this times ``log pi - log ref``, summed over tokens.
+        epochs: Passes over the kept responses of each rollout batch.
+        minibatch_size: Kept responses per optimizer step. None: all of a rollout batch.
+        settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
+    """
+
+    keeps_worst: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        trunk: str,
+        samples: int = 8,
+        rank_kl_coef: float = 0.0,
+        epochs: int = 1,
+        minibatch_size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        ranges = {"samples": (samples, 2, math.inf), "rank_kl_coef": (rank_kl_coef, 0.0, math.inf)}
+        require_in_range(ranges)
+        super().__init__(trunk, samples=samples, **settings)
+        kept = 2 if self.keeps_worst else 1
+        if self.micro_batch_size < kept:
+            raise ValueError(
+                f"{type(self).__name__} compares two responses to a prompt, so micro_batch_size must be at least "
+                f"2; got {self.micro_batch_size}."
+            )
+        self.learn_in(epochs, minibatch_size, kept)
+        self.rank_kl_coef = rank_kl_coef
+        self._kept: tuple[Rollout, Tensor] | None = None
+
+    def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
+        """The kept responses; a row's advantages are what it was ranked by."""
+        kl = masked_row_sums(k1(scored.logprobs, scored.reference), rollout.response_mask)
+        ranks = scored.scores - self.rank_kl_coef * kl
+        rows = kept_rows(ranks, rollout.samples, self.keeps_worst)
+        kept = rollout.rows(rows)._replace(samples=self.samples_learned)
+        self._kept = (kept, scored.scores[rows])
+        experience = Experience(
+            kept.sequences(),
+            scored.logprobs[rows],
+            ranks[rows].unsqueeze(1) * kept.response_mask,
+            reference=scored.reference[rows],
+        )
+        best = rows[:: self.samples_learned]
+        return experience, {"best_score": scored.scores[best].mean()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 (Lightning's)
+        """Append what was kept to a file."""
+        folder = run_folder(self.trainer)
+        if self._kept is None or not self.trainer.is_global_zero:
+            return
+        with (folder / KEPT_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self._described(*self._kept))
+        self._kept = None
+
+    def _described(self, kept: Rollout, scores: Tensor) -> Iterator[dict[str, Any]]:
+        texts = zip(*self.texts(kept), strict=True)
+        for (prompt, response), row, score in zip(
+            texts, kept.row.tolist(), scores.tolist(), strict=True
+        ):
+            yield {
+                "rollout": self.rollout_index - 1,
+                "row": row,
+                "prompt": prompt,
+                "response": response,
+                "score": score,
+            }
+
+
+def kept_rows(ranks: Tensor, samples: int, worst: bool) -> Tensor:
+    """Row of the best response to each prompt, followed by the row of the worst one where ``worst``.
+
+    Where all ranks are equal, both are the first row. Shape: ``(B k,)`` to ``(B,)`` or ``(2 B,)``.
+    """
+    groups = ranks.view(-1, samples)
+    start = torch.arange(len(groups), device=ranks.device) * samples
+    best = start + groups.argmax(1)
+    return torch.stack([best, start + groups.argmin(1)], 1).flatten() if worst else best
