@@ -27,17 +27,16 @@ def group_advantages(rewards: Tensor, samples: int, scale: bool = True) -> Tenso
     return centred.flatten()
 
 
-def response_weights(
-    response_mask: Tensor, tokens: Tensor | float, episodes: Tensor | float
+def response_weighted(
+    values: Tensor, response_mask: Tensor, tokens: Tensor | float, episodes: Tensor | float
 ) -> Tensor:
-    """Weights that turn a mean over a minibatch's tokens into a mean over its responses' own token means.
+    """Values weighted so that their mean over a minibatch's tokens is the mean of its responses' own token means.
 
     Args:
-        response_mask: Of a micro-batch. Shape: ``(B k, R)``, bool.
+        values: Of a micro-batch. Shape: ``(B k, R)``.
+        response_mask: Shape: ``(B k, R)``, bool.
         tokens: Response tokens of the whole minibatch.
         episodes: Responses of the whole minibatch.
-
-    Returns:
-        Shape: ``(B k, 1)``.
     """
-    return tokens / (episodes * response_mask.sum(1, keepdim=True).clamp(min=1))
+    # Multiplied first: a quotient of two integers would be float32 whatever the values are.
+    return values * tokens / (episodes * response_mask.sum(1, keepdim=True).clamp(min=1))

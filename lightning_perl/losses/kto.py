@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_perl.functional.masked import masked_mean
+
 
 def kto(
     ratios: Tensor,
@@ -33,9 +35,12 @@ def kto(
         Shape: ``()``; 0 where nothing is judged.
     """
     gains = beta * (ratios - anchor)
-    losses = desirable_weight * desirable * torch.sigmoid(-gains)
-    losses = losses + undesirable_weight * undesirable * torch.sigmoid(gains)
-    return losses.sum() / (desirable | undesirable).sum().clamp(min=1)
+    losses = torch.where(
+        desirable,
+        desirable_weight * torch.sigmoid(-gains),
+        undesirable_weight * torch.sigmoid(gains),
+    )
+    return masked_mean(losses, desirable | undesirable)
 
 
 def kl_anchor(mismatched_ratios: Tensor) -> Tensor:

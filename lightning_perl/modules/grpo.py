@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_perl.functional.logprobs import k1, k3
 from lightning_perl.functional.masked import masked_mean, masked_row_sums
-from lightning_perl.losses.grpo import group_advantages, response_weights
+from lightning_perl.losses.grpo import group_advantages, response_weighted
 from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
@@ -83,11 +83,14 @@ class GRPO(OnPolicy):
     ) -> tuple[Tensor, Stats]:
         """Clipped surrogate and KL, a mean over tokens or over responses."""
         mask = experience.sequences.response_mask
-        weights = 1.0 if self.token_mean else response_weights(mask, *size)
+
+        def weighted(values: Tensor) -> Tensor:
+            return values if self.token_mean else response_weighted(values, mask, *size)
+
         loss, stats = clipped_surrogate(
             answers.logprobs,
             experience.old_logprobs,
-            experience.advantages * weights,
+            weighted(experience.advantages),
             mask,
             self.clip_range,
             size.tokens,
@@ -95,6 +98,6 @@ class GRPO(OnPolicy):
         )
         if self.kl_in_reward or self.kl_coef == 0:
             return loss, stats._asdict()
-        kl = k3(answers.logprobs, given(experience.reference))
-        kl_loss = masked_mean(kl * weights, mask, size.tokens)
+        kl = weighted(k3(answers.logprobs, given(experience.reference)))
+        kl_loss = masked_mean(kl, mask, size.tokens)
         return loss + self.kl_coef * kl_loss, {**stats._asdict(), "kl_loss": kl_loss.detach()}

@@ -30,6 +30,7 @@ class KTO(Pairwise):
         settings: Arguments of `Pairwise`, `Supervised` and `AdapterModule`.
     """
 
+    needs_pairs: ClassVar[bool] = False
     rating_columns: ClassVar[str] = "`label`, or with `chosen` and `rejected`"
 
     def __init__(
@@ -45,21 +46,13 @@ class KTO(Pairwise):
         self.desirable_weight = desirable_weight
         self.undesirable_weight = undesirable_weight
 
-    def ratings(self, batch: RatedBatch) -> int:
-        """Number of thumbs and pairs in the batch."""
-        return int(batch.labelled.sum()) + len(batch.pairs)
-
-    def judged(self, batch: RatedBatch) -> tuple[Tensor, Tensor]:
-        """True on rows with a thumb up and chosen ones, and on the others that are judged."""
-        chosen, rejected = super().judged(batch)
-        up = batch.label > 0.5
-        return chosen | (batch.labelled & up), rejected | (batch.labelled & ~up)
-
     def preference_loss(self, ratios: Tensor, batch: RatedBatch) -> tuple[Tensor, Stats]:
         """The value of gains and losses against the anchor, a mean over judged rows."""
-        anchor = self.anchor(batch)
+        anchor, up = self.anchor(batch), batch.label > 0.5
+        desirable, undesirable = batch.labelled & up, batch.labelled & ~up
+        desirable[batch.pairs[:, 0]], undesirable[batch.pairs[:, 1]] = True, True
         weights = (self.desirable_weight, self.undesirable_weight)
-        loss = kto(ratios, *self.judged(batch), anchor, self.beta, *weights)
+        loss = kto(ratios, desirable, undesirable, anchor, self.beta, *weights)
         return loss, {"anchor": anchor}
 
     @torch.no_grad()

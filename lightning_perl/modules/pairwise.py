@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_perl.batches import RatedBatch
-from lightning_perl.functional.masked import masked_sum
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.judging import Judging
@@ -22,6 +21,8 @@ from lightning_perl.modules.safety import require_in_range
 
 class Pairwise(Judging):
     """A policy adapter whose reference is the same trunk without it. Leaves fill `preference_loss`.
+
+    A leaf that learns from thumbs as well as from pairs sets ``needs_pairs`` to False.
 
     The policy's implicit reward, ``beta * log(pi / ref)`` of a whole response, is its score: accuracy,
     calibration and the other measures of reward models apply to it. The adapter is handed over as
@@ -37,6 +38,7 @@ class Pairwise(Judging):
     adapter_name: ClassVar[str] = "actor"
     keeps_adapter: ClassVar[bool] = True
     needs_ratings: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = True
     rating_columns: ClassVar[str] = "`chosen` and `rejected`"
 
     def __init__(
@@ -61,8 +63,8 @@ class Pairwise(Judging):
         """
 
     def ratings(self, batch: RatedBatch) -> int:
-        """Number of pairs in the batch."""
-        return len(batch.pairs)
+        """Number of pairs in the batch, and of thumbs where the leaf learns from them."""
+        return len(batch.pairs) if self.needs_pairs else super().ratings(batch)
 
     def losses(self, batch: RatedBatch) -> tuple[Tensor, Tensor, Stats]:
         """Loss, scores and statistics."""
@@ -70,17 +72,13 @@ class Pairwise(Judging):
         ratios = logprobs - reference
         loss, stats = self.preference_loss(ratios, batch)
         scores = self.beta * ratios.detach()
-        # Both log-probabilities may fall while the margin grows. NaN where the batch has no such row.
-        for name, rows in zip(("chosen", "rejected"), self.judged(batch), strict=True):
-            of_rows = [masked_sum(part, rows) / rows.sum() for part in (logprobs.detach(), scores)]
-            stats |= dict(zip((f"{name}_logprobs", f"{name}_rewards"), of_rows, strict=True))
+        if self.needs_pairs:
+            # Both log-probabilities may fall while the margin grows. 0 without pairs.
+            pairs = max(len(batch.pairs), 1)
+            for name, rows in zip(("chosen", "rejected"), batch.pairs.unbind(1), strict=True):
+                stats[f"{name}_logprobs"] = logprobs.detach()[rows].sum() / pairs
+                stats[f"{name}_rewards"] = scores[rows].sum() / pairs
         return loss, scores, stats
-
-    def judged(self, batch: RatedBatch) -> tuple[Tensor, Tensor]:
-        """True on the chosen rows, and on the rejected ones. Shape: ``(B,)`` each, bool."""
-        chosen, rejected = torch.zeros_like(batch.labelled), torch.zeros_like(batch.labelled)
-        chosen[batch.pairs[:, 0]], rejected[batch.pairs[:, 1]] = True, True
-        return chosen, rejected
 
     def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
         """The leaf's loss."""

@@ -131,15 +131,7 @@ class Supervised(AdapterModule):
 
     @torch.no_grad()
     def reference_logprobs(self, batch: RatedBatch) -> Tensor:
-        """`response_logprobs` of the trunk without its adapter.
-
-        Raises:
-            RuntimeError: The trunk itself is tuned, so that it is no reference.
-        """
-        if self.adapter == OFF:
-            raise RuntimeError(
-                f"{type(self).__name__} tunes the whole trunk, so there is no reference. Give `lora`."
-            )
+        """`response_logprobs` of the trunk without its adapter; the trunk itself must not be tuned."""
         return self.response_logprobs(batch, OFF)
 
     # ---- Lightning -------------------------------------------------------------------------------

@@ -44,10 +44,11 @@ def check_group_advantages(fn: Callable[..., Tensor]) -> None:
     assert_close(fn(rewards, 2, False), numbers(-0.5, 0.5, 0.5, -0.5, 0, 0))
 
 
-def check_response_weights(fn: Callable[..., Tensor]) -> None:
-    losses = numbers([1, 2, 6], [10, 9, 9])
-    token_mean = (losses * fn(MASK, 4, 2))[MASK].sum() / 4
-    assert_close(token_mean, numbers((3 + 10) / 2).squeeze(0))
+def check_response_weighted(fn: Callable[..., Tensor]) -> None:
+    losses, tokens = numbers([1, 2, 6], [10.3, 9, 9]), torch.tensor(4)
+    token_mean = fn(losses, MASK, tokens, 2)[MASK].sum() / 4
+    assert_close(token_mean, numbers((3 + 10.3) / 2).squeeze(0), rtol=1e-15, atol=0)
+    assert fn(losses.float(), MASK, tokens, 2).dtype == torch.float32
 
 
 def check_greedy_advantages(fn: Callable[..., Tensor]) -> None:

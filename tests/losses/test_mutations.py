@@ -334,10 +334,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("biased", "groups.std(1, keepdim=True)", "groups.std(1, keepdim=True, correction=0)"),
         ("always scaled", "if scale", "if True"),
     ],
-    "response_weights": [
+    "response_weighted": [
         ("token mean", "response_mask.sum(1, keepdim=True).clamp(min=1)", "1"),
-        ("tokens dropped", "tokens / ", "1 / "),
+        ("tokens dropped", "values * tokens", "values"),
         ("rows for columns", "sum(1, keepdim=True)", "sum(0, keepdim=True)"),
+        ("float32 in between", "values * tokens / (episodes * response_mask.sum(1, keepdim=True).clamp(min=1))",
+         "values * (tokens / (3 * episodes * response_mask.sum(1, keepdim=True).clamp(min=1)) * 3)"),
     ],
     "greedy_advantages": [
         ("no baseline", "scores - greedy_scores", "scores"),
@@ -374,11 +376,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("empty batch", "max(len(chosen), 1)", "len(chosen)"),
     ],
     "kto": [
-        ("thumbs swapped", "desirable_weight * desirable * torch.sigmoid(-gains)",
-         "desirable_weight * desirable * torch.sigmoid(gains)"),
+        ("thumbs swapped", "torch.sigmoid(-gains)", "torch.sigmoid(gains)"),
         ("anchor the wrong way", "ratios - anchor", "ratios + anchor"),
-        ("unjudged rows count", "(desirable | undesirable).sum()", "torch.tensor(len(ratios))"),
-        ("one weight for both", "undesirable_weight * undesirable", "desirable_weight * undesirable"),
+        ("unjudged rows count", "desirable | undesirable", "desirable == desirable"),
+        ("one weight for both", "undesirable_weight * ", "desirable_weight * "),
     ],
     "kl_anchor": [
         ("gradient", ".detach()", ""),

@@ -1,4 +1,4 @@
-"""What `Supervised` gives pairwise methods, shown by a DPO (2305.18290) against transformers and PEFT alone."""
+"""What `Supervised` gives pairwise methods, shown by DPO against transformers and PEFT alone."""
 
 from __future__ import annotations
 
@@ -13,26 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.data.rows import collate_rated
-from lightning_perl.modules.base import Stats
-from lightning_perl.modules.supervised import Supervised
+from lightning_perl.modules import DPO
 from tests.modules import tiny
 from tests.modules.test_packed_pairs import examples
-
-
-class Dpo(Supervised):
-    """``-log sigmoid(beta ((log pi - log ref)(y_w) - (log pi - log ref)(y_l)))`` with beta 0.3."""
-
-    adapter_name, keeps_adapter, needs_ratings = "actor", True, True
-
-    def ratings(self, batch: RatedBatch) -> int:
-        return len(batch.pairs)
-
-    def objective(self, batch: RatedBatch) -> tuple[Tensor, Stats]:
-        ratios = self.response_logprobs(batch) - self.reference_logprobs(batch)
-        margins = 0.3 * (ratios[batch.pairs[:, 0]] - ratios[batch.pairs[:, 1]])
-        return -nn.functional.logsigmoid(margins).sum() / max(len(margins), 1), {
-            "margin": margins.detach().sum()
-        }
 
 
 def summed(model: nn.Module, batch: RatedBatch) -> Tensor:
@@ -44,7 +27,9 @@ def summed(model: nn.Module, batch: RatedBatch) -> Tensor:
 @pytest.mark.parametrize("share", [True, False], ids=["packed", "rows"])
 def test_loss_and_gradients_in_float64(share: bool, gpt2_trunk: Path, tmp_path: Path) -> None:
     batch = collate_rated(examples(8, 1))  # pairs, and thumbs that are in no pair
-    module = Dpo(str(gpt2_trunk), lora=tiny.LORA, share_prompts=share, trunk_dtype="float64")
+    module = DPO(
+        str(gpt2_trunk), beta=0.3, lora=tiny.LORA, share_prompts=share, trunk_dtype="float64"
+    )
     tiny.train_adapters(module)
     module.hand_over(tmp_path)
     folder = tmp_path / "adapters/actor"
@@ -69,15 +54,18 @@ def test_loss_and_gradients_in_float64(share: bool, gpt2_trunk: Path, tmp_path: 
 def test_steps_without_pairs_move_nothing_and_are_counted(gpt2_trunk: Path, tmp_path: Path) -> None:
     paired, thumbs, weights = tiny.rated(4, pairs=2), tiny.rated(4, 1), []
     for batches in ([paired], [paired, thumbs], [thumbs]):
-        module = Dpo(str(gpt2_trunk), lora=tiny.LORA)
+        module = DPO(str(gpt2_trunk), lora=tiny.LORA)
         trainer, _ = tiny.quiet_trainer(tmp_path)
         if batches[0] is thumbs:
-            with pytest.raises(ValueError, match="no pair in a whole epoch, so it learned nothing"):
+            with pytest.raises(
+                ValueError,
+                match=r"no row to learn a preference from .* Give rows with `chosen`",
+            ):
                 trainer.fit(module, tiny.Batches(batches))
             continue
         trainer.fit(module, tiny.Batches(batches))
         assert trainer.logged_metrics["train/unrated_steps"] == len(batches) - 1
         weights.append(tiny.weights(module))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    with pytest.raises(RuntimeError, match="tunes the whole trunk, so there is no reference"):
-        Dpo(str(gpt2_trunk)).objective(paired)
+    rewards = [trainer.logged_metrics[f"train/{name}_rewards"] for name in ("chosen", "rejected")]
+    assert rewards == [0, 0]

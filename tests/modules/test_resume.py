@@ -14,12 +14,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.modules import PPO, RLOO, SFT, HydraPPO, HydraSFT, Reinforce, RewardModel
+from lightning_perl.modules import (
+    DPO,
+    GRPO,
+    INPO,
+    KTO,
+    PPO,
+    RAFT,
+    RLOO,
+    SFT,
+    HydraPPO,
+    HydraSFT,
+    Reinforce,
+    ReMax,
+    RewardModel,
+    SuperHF,
+)
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.optim import HostAdamW
 from tests.modules import tiny
-from tests.modules.test_pairwise_floor import Dpo
 
 
 def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -34,30 +48,33 @@ RL: dict[str, Any] = {
     "micro_batch_size": 2,
     "scheduler": halving,
 }
+SHORT: dict[str, Any] = {
+    "lora": tiny.LORA,
+    "sampling": tiny.SAMPLING,
+    "micro_batch_size": 3,
+    "scheduler": halving,
+}
 DROPOUT = LoraSpec(2, 4.0, dropout=0.3)
 MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "SFT full": lambda trunk: SFT(trunk, scheduler=halving),
     "SFT": lambda trunk: SFT(trunk, DROPOUT),
     "HydraSFT": lambda trunk: HydraSFT(trunk, DROPOUT, scheduler=halving),
     "RewardModel": lambda trunk: RewardModel(trunk, DROPOUT),
-    "DPO": lambda trunk: Dpo(trunk, DROPOUT),
+    "DPO": lambda trunk: DPO(trunk, lora=DROPOUT),
+    "KTO": lambda trunk: KTO(trunk, lora=DROPOUT),
     "HydraPPO": lambda trunk: HydraPPO(trunk, **RL),
     "HydraPPO, moments on the host": lambda trunk: HydraPPO(
         trunk, **RL, optimizer=lambda params: HostAdamW(params, lr=1e-3)
     ),
     "PPO lora": lambda trunk: PPO(trunk, "lora", **RL),
     "PPO full": lambda trunk: PPO(trunk, "full", **RL),
-    "RLOO": lambda trunk: RLOO(
-        trunk,
-        samples=2,
-        lora=tiny.LORA,
-        sampling=tiny.SAMPLING,
-        micro_batch_size=3,
-        scheduler=halving,
-    ),
-    "Reinforce": lambda trunk: Reinforce(
-        trunk, lora=tiny.LORA, sampling=tiny.SAMPLING, micro_batch_size=2, scheduler=halving
-    ),
+    "RLOO": lambda trunk: RLOO(trunk, samples=2, **SHORT),
+    "ReMax": lambda trunk: ReMax(trunk, **SHORT),
+    "GRPO": lambda trunk: GRPO(trunk, samples=2, epochs=2, minibatch_size=4, **SHORT),
+    "RAFT": lambda trunk: RAFT(trunk, samples=2, minibatch_size=2, **SHORT),
+    "SuperHF": lambda trunk: SuperHF(trunk, samples=2, **SHORT),
+    "INPO": lambda trunk: INPO(trunk, samples=3, **SHORT),
+    "Reinforce": lambda trunk: Reinforce(trunk, **SHORT),
 }
 BATCHES = 4
 
