@@ -208,11 +208,13 @@ def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: 
     assert not all(torch.equal(state[name], value) for name, value in last.items())
 
 
-def test_dry_run_of_a_supervised_module_leaves_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
-    module = MAKERS["HydraSFT"](str(hydra_trunk))
-    trainer, _ = tiny.quiet_trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
+@pytest.mark.parametrize("kind", ["HydraSFT", "PPO hydra"])
+def test_dry_run_leaves_nothing(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    module = MAKERS[kind](str(hydra_trunk))
     batches = tiny.batches_for(module)
-    trainer.fit(module, tiny.Batches(batches), tiny.Batches(batches[:1]))
+    options: dict[str, Any] = {"fast_dev_run": True, "default_root_dir": tmp_path}
+    trainer, _ = tiny.fit(module, tmp_path, batches, held_out=batches[:1], **options)
+    assert trainer.global_step > 0
     assert list(tmp_path.rglob("*")) == []
 
 

@@ -115,8 +115,7 @@ def test_paths_to_the_weights_agree(plain_trunk: Path, tmp_path: Path) -> None:
         reward_function=shortest_wins,
     )
     before = tiny.weights(module)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(3)]))
+    _, folder = tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(3)])
     assert tiny.changed(before, module) == module.trainable_names()
     assert {path.name for path in (folder / "adapters").iterdir()} == {"actor", "critic"}
     assert "reward" not in module.policy_trunk.adapters.specs
@@ -138,11 +137,11 @@ def test_parts_are_logged_in_training_and_validation(
         reward_function=shortest_wins,
         reward_function_weight=2.0,
     )
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(
+    trainer, folder = tiny.fit(
         module,
-        tiny.Batches([tiny.prompts(5, seed) for seed in range(2)]),
-        tiny.Batches([tiny.prompts(4, 9)]),
+        tmp_path,
+        [tiny.prompts(5, seed) for seed in range(2)],
+        held_out=[tiny.prompts(4, 9)],
     )
     for prefix in ("rollout", "val"):
         seen = logged_under(folder, f"{prefix}/")
@@ -172,8 +171,9 @@ def test_policy_learns_a_python_reward_alone(tmp_path: Path) -> None:
         reward_function=shortest_wins,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.02),
     )
-    trainer, folder = tiny.quiet_trainer(tmp_path / "runs")
-    trainer.fit(module, tiny.Batches([tiny.prompts(64, seed, longest=3) for seed in range(15)]))
+    _, folder = tiny.fit(
+        module, tmp_path / "runs", [tiny.prompts(64, seed, longest=3) for seed in range(15)]
+    )
     scores = logged_under(folder, "rollout/")["rollout/score"]
     assert len(scores) == 15
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.8

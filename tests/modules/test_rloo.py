@@ -176,8 +176,7 @@ def test_nothing_is_kept_for_a_critic(layout: Layout, hydra_trunk: Path, tmp_pat
     assert [group["name"] for group in module.parameter_groups()] == ["actor"]
     assert not any("critic" in name or "value_head" in name for name in module.state_dict())
     before = tiny.weights(module)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(4, seed) for seed in range(2)]))
+    trainer, folder = tiny.fit(module, tmp_path, [tiny.prompts(4, seed) for seed in range(2)])
     assert trainer.global_step == 2
     assert module.episodes == 24
     assert tiny.changed(before, module) <= module.trainable_names()
