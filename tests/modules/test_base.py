@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -32,7 +31,6 @@ from lightning_perl.modules import (
 from lightning_perl.modules.base import AdapterModule, default_optimizer
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.safety import clip_by_group
-from lightning_perl.modules.supervised import Supervised
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
@@ -143,14 +141,6 @@ def test_every_argument_comes_back_from_a_checkpoint(hydra_trunk: Path, tmp_path
     )
     elsewhere = HydraPPO.load_from_checkpoint(path, weights_only=True, seed=6)
     assert elsewhere.seed == 6
-
-
-def test_base_classes_load_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
-    path = fitted(MAKERS["PPO hydra"](str(hydra_trunk)), tmp_path)
-    for base in (AdapterModule, Supervised, OnPolicy):
-        assert inspect.isabstract(base)
-        with pytest.raises((TypeError, KeyError), match="abstract"):
-            base.load_from_checkpoint(path, weights_only=True)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "64-true"])

@@ -17,7 +17,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
@@ -352,24 +351,17 @@ def test_several_devices_are_refused(
 def test_epoch_without_a_thumb_or_pair_is_refused(
     kind: str, plain_trunk: Path, tmp_path: Path
 ) -> None:
-    module = SUPERVISED[kind](str(plain_trunk))
-    trainer, folder = tiny.quiet_trainer(tmp_path)
     words = (
         f"{kind} saw no thumb and no pair in a whole epoch, so its reward head is still random. Give "
         "rows with `label` or with `chosen` and `rejected`; for demonstrations alone use SFT"
     )
+    unrated = [demonstrations(4), demonstrations(4, 2)]
     with pytest.raises(ValueError, match=words):
-        trainer.fit(module, tiny.Batches([demonstrations(4, seed) for seed in range(2)]))
-    assert not list(folder.rglob(HEADS_FILE))
-
-
-@pytest.mark.parametrize("pairs", [0, 1], ids=["a thumb", "a pair"])
-@pytest.mark.parametrize("kind", ["HydraSFT", "RewardModel"])
-def test_one_rated_row_is_enough(kind: str, pairs: int, plain_trunk: Path, tmp_path: Path) -> None:
-    module = SUPERVISED[kind](str(plain_trunk))
-    rows = [demonstrations(4), tiny.rated(2 if pairs else 1, 1, pairs), demonstrations(4, 2)]
-    _, folder = tiny.fit(module, tmp_path, rows)
-    assert len(list(folder.rglob(HEADS_FILE))) == 1
+        tiny.fit(SUPERVISED[kind](str(plain_trunk)), tmp_path, unrated)
+    assert not list(tmp_path.rglob(HEADS_FILE))
+    for number, rated in enumerate((tiny.rated(1, 1), tiny.rated(2, 1, pairs=1)), 1):
+        tiny.fit(SUPERVISED[kind](str(plain_trunk)), tmp_path, [*unrated, rated])
+        assert len(list(tmp_path.rglob(HEADS_FILE))) == number
 
 
 def test_thumbs_before_a_checkpoint_count_after_it(plain_trunk: Path, tmp_path: Path) -> None:
@@ -515,20 +507,9 @@ def test_tilde_paths_are_expanded(
     shutil.copytree(hydra_trunk, tmp_path / "trunk")
     shutil.copytree(reward_run, tmp_path / "reward")
     monkeypatch.setenv("HOME", str(tmp_path))
-    batch = tiny.rated(3)
-    assert_close(
-        HydraSFT("~/trunk").objective(batch)[0], HydraSFT(str(hydra_trunk)).objective(batch)[0]
-    )
-    rows = PPO(str(hydra_trunk), "lora", lora=tiny.LORA).collect(tiny.prompts(4), 0)
+    assert HydraSFT("~/trunk").trunk.fingerprint() == load_trunk(str(hydra_trunk)).fingerprint()
     for layout, reward in (("hydra", None), ("perl", "~/reward"), ("dynamic_lora", "~/trunk")):
-        found = [
-            tiny.hydra(trunk, layout=layout, reward=where).score(rows).scores
-            for trunk, where in (
-                (Path("~/trunk"), reward),
-                (hydra_trunk, reward and reward.replace("~", str(tmp_path))),
-            )
-        ]
-        assert_close(found[0], found[1], rtol=0, atol=0)
+        tiny.hydra(Path("~/trunk"), layout=layout, reward=reward)
     with pytest.raises(FileNotFoundError, match="trunk: ~/nothing is no model folder"):
         SFT("~/nothing")
     with pytest.raises(ValueError, match=f"{tmp_path}/nothing has no reward head"):
@@ -704,9 +685,6 @@ def test_predict_gives_rows_texts_and_scores(hydra_trunk: Path, tmp_path: Path) 
         expected = module.answer(batch, "policy")
         assert (found["prompts"], found["responses"]) == (expected.prompts, expected.responses)
         assert found["scores"] == pytest.approx(expected.scores)
-        words = " ".join(found["prompts"]).split()
-        assert words
-        assert all(word.startswith("w") for word in words)
     reference = module.answer(batches[0], "reference")
     assert reference.responses != predicted[0]["responses"]  # type: ignore[call-overload]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.roles import Role, RoleAnswers
 from lightning_perl.modules import PPO, RewardModel
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.safety import require_trainable
@@ -61,24 +64,6 @@ def test_collect_score_and_update_need_no_trainer(hydra_trunk: Path) -> None:
     assert tiny.changed(before, module) == module.trainable_names()
     assert kl[0] < 1e-12
     assert kl[1] > 0
-
-
-def test_text_of_a_row_depends_on_seed_rollout_and_row_alone(hydra_trunk: Path) -> None:
-    module = tiny.hydra(hydra_trunk)
-    prompts = tiny.prompts(6)
-    whole = module.collect(prompts, 3)
-    half = type(prompts)(*(part[3:] for part in prompts))
-    alone = module.collect(half, 3)
-    for row in range(3):
-        kept, also = whole.response_mask[3 + row], alone.response_mask[row]
-        assert whole.response_ids[3 + row][kept].tolist() == alone.response_ids[row][also].tolist()
-    other = module.collect(prompts, 4)
-    width = min(whole.response_ids.shape[1], other.response_ids.shape[1])
-    assert not torch.equal(whole.response_ids[:, :width], other.response_ids[:, :width])
-    module.seed = 1
-    reseeded = module.collect(prompts, 3)
-    width = min(whole.response_ids.shape[1], reseeded.response_ids.shape[1])
-    assert not torch.equal(whole.response_ids[:, :width], reseeded.response_ids[:, :width])
 
 
 def test_step_over_a_frozen_parameter_is_refused(hydra_trunk: Path) -> None:
@@ -292,6 +277,28 @@ def test_measures_of_test_rows_are_logged_under_test(hydra_trunk: Path, tmp_path
     assert set(logged) == {key.replace("val/", "test/") for key in VALIDATED | GOLD}
 
 
+def test_validation_never_asks_the_critic(
+    hydra_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny.hydra(hydra_trunk)
+    answer, asked = module.roles.answer, set[Role]()
+
+    def noting(
+        sequences: Sequences, roles: Iterable[Role], *args: Any, **kwargs: Any
+    ) -> RoleAnswers:
+        names = list(roles)
+        asked.update(names)
+        return answer(sequences, names, *args, **kwargs)
+
+    monkeypatch.setattr(module.roles, "answer", noting)
+    trainer, _ = tiny.quiet_trainer(tmp_path)
+    trainer.validate(module, tiny.Batches([tiny.prompts(4)]), verbose=False)
+    # The policy's log-probabilities were kept while it sampled.
+    assert asked == {"reference", "reward"}
+    module.score(module.collect(tiny.prompts(4), 0))
+    assert "value" in asked
+
+
 # ---- what a rollout looked like ------------------------------------------------------------------
 
 
@@ -386,32 +393,21 @@ def test_perl_starts_from_the_reward_adapter(plain_trunk: Path, tmp_path: Path) 
     reward = RewardModel(
         str(plain_trunk), tiny.LORA, optimizer=lambda params: torch.optim.AdamW(params, lr=0.02)
     )
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    rows = [tiny.rated(8, seed) for seed in range(5)]
-    trainer.fit(reward, tiny.Batches(rows))
-    where = folder / "adapters" / "reward"
-    module = PPO(
-        str(plain_trunk),
-        "perl",
-        reward=str(where),
-        lora=tiny.LORA,
-        sampling=tiny.SAMPLING,
-        ppo_epochs=1,
-    )
+    _, folder = tiny.fit(reward, tmp_path, [tiny.rated(8, seed) for seed in range(5)])
+    where = str(folder / "adapters" / "reward")
+    module = tiny.hydra(plain_trunk, layout="perl", reward=where, trunk_dtype="float32")
     rollout = module.collect(tiny.prompts(6), 0)
     scored = module.score(rollout)
     sequences = rollout.sequences()
+    columns = rollout.response_mask.shape[1]
     last = sequences.prompt_tokens + rollout.response_tokens() - 1
     with torch.no_grad(), reward.trunk.switch.use("reward"):
         hidden = reward.trunk(sequences.ids, sequences.attention_mask)
-        assert_close(scored.scores, reward.heads()["reward"](hidden[torch.arange(6), last]))
-    with torch.no_grad(), module.roles("reward") as trunk:
-        states = trunk(sequences.ids, sequences.attention_mask)
-    columns = rollout.response_mask.shape[1]
-    values = module.roles.reward_head()(states[:, -columns - 1 : -1])
-    assert_close(scored.values, values)
+        rewards = reward.heads()["reward"](hidden)
+    assert_close(scored.scores, rewards[torch.arange(6), last])
+    assert_close(scored.values, rewards[:, -columns - 1 : -1])
     before = tiny.weights(module)
-    trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(2)])
+    tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(2)])
     changed = tiny.changed(before, module)
     assert any(".critic." in name for name in changed)
     assert not any(".reward." in name or "reward_head" in name for name in changed)

@@ -109,6 +109,10 @@ def test_samples_of_a_prompt_have_noise_of_their_own(hydra_trunk: Path) -> None:
     assert len(set(texts)) > 8
     # The first of them is the one that would be drawn alone, however many there are.
     assert texts[::3] == responses(alone)
+    # Another rollout, or another seed, draws others.
+    assert responses(module.collect(prompts, 1, samples=3)) != texts
+    module.seed = 1
+    assert responses(module.collect(prompts, 0, samples=3)) != texts
 
 
 @pytest.mark.parametrize("size", [1, 5, 100])
