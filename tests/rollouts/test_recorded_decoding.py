@@ -230,10 +230,6 @@ def test_not_past_a_window_nor_with_other_states(
     assert roles.trunk("policy").recordable is None
 
 
-def test_never_on_a_cpu(folder: Path) -> None:
-    assert recording.recorder_on(torch.device("cpu")) is None
-
-
 # ---- what a trial must find ----------------------------------------------------------------------
 
 
