@@ -164,25 +164,25 @@ def test_slices_by_brute_force() -> None:
         assert right, key
         assert found.values[key] == pytest.approx(sum(right) / len(right)), key
         assert found.counts[key] == len(right), key
+    both = torch.stack([rated.scores.double(), rated.lengths.double()])
+    correlation = float(torch.corrcoef(both)[0, 1])
+    assert found.values["length_score_correlation"] == pytest.approx(correlation, rel=1e-9)
     longer_wins = sum((longer > 0) + 0.5 * (longer == 0) for _, longer, _ in rows) / 80
     assert found.values["longer_wins"] == pytest.approx(longer_wins)
     assert found.values["length_accuracy"] == pytest.approx(max(longer_wins, 1 - longer_wins))
-
-
-def test_calibration_by_hand() -> None:
-    # probabilities 0.2, 0.2, 0.7 and 0.99; what came true 1, 0, 1, 1
-    predicted = [0.2, 0.2, 0.7, 0.99]
-    logits = torch.tensor([math.log(p / (1 - p)) for p in predicted], dtype=torch.float64)
-    values = measured(thumbs(logits, torch.tensor([1.0, 0.0, 1.0, 1.0]))).values
-    assert values["ece"] == pytest.approx(2 / 4 * 0.3 + 1 / 4 * 0.3 + 1 / 4 * 0.01)
-    assert values["brier"] == pytest.approx((0.64 + 0.04 + 0.09 + 0.0001) / 4)
 
 
 def test_calibration_is_torchmetrics_own() -> None:
     rated = random_thumbs(300, 5)
     probabilities = rated.scores.double().sigmoid()
     expected = binary_calibration_error(probabilities, rated.label.long(), n_bins=BINS)
-    assert measured(rated).values["ece"] == pytest.approx(expected.item(), rel=1e-6)
+    found = measured(rated)
+    assert found.values["ece"] == pytest.approx(expected.item(), rel=1e-6)
+    assert found.values["brier"] == pytest.approx(
+        float(((probabilities - rated.label) ** 2).mean())
+    )
+    mixed = measured(rated, random_pairs(15, 2)).counts
+    assert (mixed["ece"], mixed["length_score_correlation"]) == (315, 330)
 
 
 def test_a_rating_is_an_outcome() -> None:
@@ -219,7 +219,7 @@ def test_a_bin_holds_its_lower_edge_and_the_last_one_also_one() -> None:
     assert bins.counts.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("temperature", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [1e-6, 0.2, 1.0, 4.0, 1e6])
 def test_temperature_is_found_again(temperature: float) -> None:
     # Outcomes are the very probabilities, so the likelihood is greatest at the temperature itself.
     logits = torch.linspace(-5, 4, 50, dtype=torch.float64)
@@ -251,25 +251,6 @@ def test_temperature_without_a_best(
     scores, truth = torch.tensor([logits, outcomes]).double()
     judgements = Judgements(scores, truth, torch.ones(len(logits)))
     assert fit_temperature(judgements) == temperature
-
-
-def test_temperature_of_scores_of_any_size() -> None:
-    rated = random_thumbs(50, 1)
-    found = measured(rated).values["temperature"]
-    for scale in (1e-6, 1e6):
-        scaled = measured(rated._replace(scores=rated.scores.double() * scale))
-        assert scaled.values["temperature"] == pytest.approx(scale * found, rel=1e-6)
-
-
-def test_correlation_is_over_every_rated_answer() -> None:
-    first, second = random_thumbs(20, 1), random_pairs(15, 2)
-    scores = torch.cat([first.scores, second.scores]).double()
-    lengths = torch.cat([first.lengths, second.lengths]).double()
-    expected = torch.corrcoef(torch.stack([scores, lengths]))[0, 1]
-    found = measured(first, second)
-    assert found.values["length_score_correlation"] == pytest.approx(expected.item(), rel=1e-9)
-    assert found.counts["length_score_correlation"] == 50
-    assert found.counts["ece"] == 35
 
 
 def test_which_answer_is_named_first_is_no_matter() -> None:

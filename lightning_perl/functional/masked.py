@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the values that count. Shape: ``()``."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum()
-
-
 def masked_row_sums(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of the values that count in each row. Shape: ``(B, R)`` to ``(B,)``."""
     return torch.where(mask, values, torch.zeros_like(values)).sum(1)
@@ -27,13 +22,11 @@ def masked_mean(values: Tensor, mask: Tensor, denominator: Tensor | float | None
     """
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
-    return masked_sum(values, mask) / denominator
+    return torch.where(mask, values, torch.zeros_like(values)).sum() / denominator
 
 
-def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Values shifted to mean 0 and scaled to (biased, 2403.17031) variance 1 over what counts; 0 elsewhere."""
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
-    return torch.where(
-        mask, (values - mean) * (variance + epsilon).rsqrt(), torch.zeros_like(values)
-    )
+    return torch.where(mask, (values - mean) * (variance + 1e-8).rsqrt(), torch.zeros_like(values))

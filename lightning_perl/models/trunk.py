@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
 from lightning_perl.functional.logprobs import (
     chunked_divergence,
@@ -26,13 +27,13 @@ from lightning_perl.functional.packing import Packing, attention_bias, pack, pla
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters
 from lightning_perl.models.cache import cache_argument, only_states, preallocate
-from lightning_perl.models.flops import FlopCount
 from lightning_perl.models.lean_layers import AdapterSwitch, make_lean
 from lightning_perl.models.quantization import Quantization, quantization_of
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 
 LOGITS_AT_ONCE = 2**24
 """Largest number of logits (positions times vocabulary) that exist at a time: 64 MiB in fp32."""
+LINEAR = (nn.Linear, Conv1D)
 FULL_LAYERS = {"full_attention", "attention"}
 LOCAL_LAYERS = {"sliding_attention", "chunked_attention"}
 """Layers that attend to the last few tokens only. A 4-D mask replaces that limit."""
@@ -56,6 +57,7 @@ class Trunk(nn.Module):
 
     Attributes:
         passes: Forward passes so far.
+        flops: Model FLOPs of these passes and of their backwards, see `_count` and `_count_logits`.
         templates: Name of the chat template, by the folder (or ``data``) that names it.
         recordable: Whether decoding steps can be recorded as a CUDA graph; None before the first rollout.
     """
@@ -80,8 +82,10 @@ class Trunk(nn.Module):
         # Shapes without values (see `weightless`): nothing can be compared.
         self.weightless = model.device.type == "meta"
         self.adapters = Adapters(model, self.switch, self.shortcuts.fused_adapters)
-        self.passes = 0
-        self.flops = FlopCount(model, self.adapters)
+        self.passes = self.flops = 0
+        # A list, so that nn.Module does not register them again.
+        self._linear = [m for m in model.base_model.modules() if isinstance(m, LINEAR)]
+        self._adapter_weights = {OFF: 0}
         self._transform = LogitTransform(model.config)
         self._packs: dict[int, bool] = {}
         self.recordable: bool | None = None
@@ -194,18 +198,53 @@ class Trunk(nn.Module):
         hidden: Tensor = output.last_hidden_state.to(self.dtype)
         return hidden
 
+    @cached_property
+    def _flop_sizes(self) -> tuple[int, int]:
+        """Weights of the linear layers, and widths of all heads of all layers."""
+        # A quantized layer packs several weights into an element: its sizes say how many there are.
+        weights = sum(
+            m.in_features * m.out_features if isinstance(m, nn.Linear) else m.weight.numel()
+            for m in self._linear
+        )
+        config = self._text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        heads = heads if isinstance(heads, int) else 0
+        width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+        return weights, config.num_hidden_layers * heads * width
+
     def _count(self, tokens: int, keys: int, adapter: str, backward: bool) -> None:
-        self.flops.read(tokens, keys, adapter, backward)
+        """Count a pass of ``N`` tokens, padding included, each attending to ``K``, and its backward with it.
+
+        PaLM's closed form (2204.02311, App. B): forward ``2 N W + 4 N K A``, backward ``2 N (W + W_trained) +
+        8 N K A``, with ``W`` weights of the linear layers, the adapter's included, and ``A`` widths of all heads.
+        Recomputation is not counted, and a causal mask does not halve attention. Embeddings, norms, scalar heads,
+        experts, convolutions and recurrences are left out.
+        """
         self.passes += 1
+        if adapter not in self._adapter_weights:
+            weights = self.adapters.parameters(adapter)
+            self._adapter_weights[adapter] = sum(weight.numel() for weight in weights)
+        own, widths = self._flop_sizes
+        low_rank, attention = self._adapter_weights[adapter], tokens * keys * widths
+        self.flops += 2 * tokens * (own + low_rank) + 4 * attention
+        if backward:
+            trained = own if self._linear[0].weight.requires_grad else low_rank
+            self.flops += 2 * tokens * (own + low_rank + trained) + 8 * attention
+
+    def _count_logits(self, positions: int, backward: bool) -> None:
+        """Count the LM head's ``2 C V H`` for ``C`` positions, again for each operand that gets a gradient."""
+        weight = self.lm_head.weight
+        gradients = (backward + weight.requires_grad) * torch.is_grad_enabled()
+        self.flops += 2 * positions * weight.numel() * (1 + gradients)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Passes inside the block are trials: they are not counted."""
-        passes, flops = self.passes, self.flops.total
+        counts = self.passes, self.flops
         try:
             yield
         finally:
-            self.passes, self.flops.total = passes, flops
+            self.passes, self.flops = counts
 
     def packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         """What `forward` gives for these rows; a prompt that rows share is computed once if the trunk `packs`.
@@ -292,7 +331,7 @@ class Trunk(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits as the model's own forward gives them. Shape: ``(..., H)`` to ``(..., V)``."""
-        self.flops.project(hidden.numel() // hidden.shape[-1], hidden, self.lm_head.weight)
+        self._count_logits(hidden.numel() // hidden.shape[-1], hidden.requires_grad)
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -311,7 +350,7 @@ class Trunk(nn.Module):
     def count_step(self, rows: int, keys: int) -> None:
         """Count a `step` of ``rows`` rows, each attending to ``keys`` tokens."""
         self._count(rows, keys, self.switch.current, backward=False)
-        self.flops.project(rows, self.lm_head.weight.detach(), self.lm_head.weight)
+        self._count_logits(rows, backward=False)
 
     def logprobs(
         self,
@@ -331,7 +370,7 @@ class Trunk(nn.Module):
         again = (trained or entropy_gradient) and torch.is_grad_enabled()
         once = self.shortcuts.frozen_head and not again
         of_chunks = frozen_head_logprobs if once else chunked_logprobs
-        self.flops.project(targets.numel(), states, self.lm_head.weight)
+        self._count_logits(targets.numel(), states.requires_grad)
         return of_chunks(states, targets, self._logits, temperature, self._chunk_tokens, entropy)
 
     def divergence(
@@ -342,7 +381,7 @@ class Trunk(nn.Module):
         Shape: ``(B, R, H)`` each to ``(B, R)``.
         """
         for trunk, hidden in ((self, states), (other, other_states)):
-            self.flops.project(hidden[..., 0].numel(), hidden, trunk.lm_head.weight)
+            trunk._count_logits(hidden[..., 0].numel(), hidden.requires_grad)
         heads = (self._logits, other._logits)
         return chunked_divergence(states, other_states, *heads, temperature, self._chunk_tokens)
 

@@ -194,8 +194,8 @@ class AdapterModule(LightningModule, ABC):
 
     @property
     def flops(self) -> int:
-        """Model FLOPs of all passes so far, each backward counted with its forward (`models.flops`)."""
-        return sum(trunk.flops.total for trunk in self._trunks)
+        """Model FLOPs of all passes so far, each backward counted with its forward."""
+        return sum(trunk.flops for trunk in self._trunks)
 
     @property
     def product_dtype(self) -> torch.dtype:

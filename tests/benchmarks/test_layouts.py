@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,14 +80,3 @@ def test_layouts_that_do_not_fit_are_left_out(
     with pytest.raises(SystemExit):
         layouts.main(["--layouts", "hydra"], Machine())
     assert "must have lora" in capsys.readouterr().err
-
-
-def test_flags_behind_the_dashes_are_those_of_the_benchmark(
-    script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layouts = script("layouts")
-    args = layouts.arguments(["--", "--bf16", "1", "--hidden", "64"])
-    monkeypatch.setattr(sys, "argv", layouts.command(args, "hydra", 8, 2, 5)[1:])
-    read = script("ppo").arguments()
-    said = (read.layout, read.batch, read.micro, read.iterations, read.bf16, read.hidden)
-    assert said == ("hydra", 8, 2, 5, 1, 64)

@@ -40,14 +40,3 @@ def test_a_rollout_is_fitted_against_its_tokens(script: Script) -> None:
     assert lines[2:5] == ["| 0 | 68 | 39 | 32 |", "| 0.25 | 20 | 15 | 8 |", "| 0.5 | 8 | 9 | 2 |"]
     assert lines[5].endswith("**1.00** (1.00) |")
     assert scaling.axis_lines("layers", (1, 2, 4), points)[1]["score, MB"] == pytest.approx(0)
-
-
-def test_a_share_of_the_vocabulary_ends_rows(script: Script) -> None:
-    scaling = script("scaling")
-    args = scaling.arguments(["--tiny", "--repeats", "1"])
-    sizes = scaling.TINY | {"batch": 32, "response": 8}
-    never = scaling.measure(sizes, args).tokens
-    often = scaling.measure(sizes | {"stop": 0.25}, args).tokens
-    # (1 - 0.75^8) / 0.25 = 3.6 of 8 tokens, on average.
-    assert never > 0.85 * 32 * 8
-    assert 2.4 < often / 32 < 4.8

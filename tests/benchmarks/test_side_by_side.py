@@ -57,15 +57,6 @@ def test_medians_and_ratios(script: Script, tmp_path: Path) -> None:
         assert line in text
 
 
-def test_comparisons_live_side_by_side_in_a_report(script: Script, tmp_path: Path) -> None:
-    report = tmp_path / "report.md"
-    write = script("record").write_section
-    write(report, "All", "first", ["1"])
-    write(report, "All", "second", ["2", "", "| a |"])
-    write(report, "All", "first", ["one", "1"])
-    assert report.read_text() == "# All\n\n## first\n\none\n1\n\n## second\n\n2\n\n| a |\n"
-
-
 def test_unprinted_figures_and_two_rounds_are_refused(
     script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:

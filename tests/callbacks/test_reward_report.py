@@ -128,40 +128,32 @@ def test_pictures_go_to_weights_and_biases(
     wandb.finish()
 
 
-def axis_labels(measures: RewardMeasures) -> tuple[list[str], list[str]]:
-    """Labels of the reliability diagram's axes, and the names in the score histogram's legend."""
-    reliability, scores = reliability_figure(measures), score_figure(measures)
-    labels = [
-        label for axes in reliability.axes for label in (axes.get_ylabel(), axes.get_xlabel())
-    ]
-    legend = scores.axes[0].get_legend()
-    return labels, [] if legend is None else [text.get_text() for text in legend.get_texts()]
+def legend(measures: RewardMeasures) -> list[str]:
+    shown = score_figure(measures).axes[0].get_legend()
+    return [] if shown is None else [text.get_text() for text in shown.get_texts()]
 
 
 def test_pairs_are_drawn_from_one_half_on() -> None:
     batch = tiny.rated(6, pairs=3)
     measures = measures_of(batch, torch.tensor([2.0, 0.0, 0.1, 0.0, 0.0, 1.0]))
-    labels, legend = axis_labels(measures)
-    assert "share of pairs ranked right" in labels
-    assert "pairs" in labels
-    assert legend == ["chosen: 3, mean +0.70", "rejected: 3, mean +0.33"]
-    upper, lower = reliability_figure(measures).axes
+    figure = reliability_figure(measures)
+    upper, lower = figure.axes
+    assert (upper.get_ylabel(), lower.get_ylabel()) == ("share of pairs ranked right", "pairs")
+    assert legend(measures) == ["chosen: 3, mean +0.70", "rejected: 3, mean +0.33"]
     assert upper.get_xlim() == (0.5, 1.0)
     # One pair per bar: sure of 0.52, 0.73 and 0.88.
     assert [bar.get_height() for bar in lower.patches] == [1, 0, 1, 1, 0]  # type: ignore[attr-defined]
     _, line = upper.lines
     assert line.get_ydata() == pytest.approx([1, 0, 1])
-    assert "ECE" in reliability_figure(measures).get_suptitle()
+    assert "ECE" in figure.get_suptitle()
     assert "length alone" in upper.get_title()
 
 
 def test_thumbs_are_drawn_from_zero_on() -> None:
-    batch = tiny.rated(4)
-    measures = measures_of(batch, torch.tensor([2.0, -2.0, 0.5, 0.5]))
-    labels, legend = axis_labels(measures)
-    assert "predicted probability" in labels
-    assert [text.split(":")[0] for text in legend] == ["thumbs up", "thumbs down"]
+    measures = measures_of(tiny.rated(4), torch.tensor([2.0, -2.0, 0.5, 0.5]))
     upper, lower = reliability_figure(measures).axes
+    assert lower.get_xlabel() == "predicted probability"
+    assert [text.split(":")[0] for text in legend(measures)] == ["thumbs up", "thumbs down"]
     assert upper.get_xlim() == (0.0, 1.0)
     heights = [bar.get_height() for bar in lower.patches]  # type: ignore[attr-defined]
     assert heights == [0, 1, 0, 0, 0, 0, 2, 0, 1, 0]

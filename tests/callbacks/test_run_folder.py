@@ -4,7 +4,6 @@ import gc
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_perl.callbacks import run_folder
@@ -12,18 +11,16 @@ from tests.callbacks.phased import Phased, Rows, quiet_trainer
 
 
 def test_without_a_logger_runs_never_share_a_folder(tmp_path: Path) -> None:
-    trainers = [quiet_trainer(tmp_path, []) for _ in range(3)]
+    trainers = [quiet_trainer(tmp_path, []) for _ in range(2)]
+    # A dry run's logger saves nothing.
+    dry = quiet_trainer(tmp_path, [], logger=CSVLogger(tmp_path), fast_dev_run=True)
+    dry.fit(Phased(lambda module: None), Rows(1))
+    trainers.append(dry)
     folders = [run_folder(trainer) for trainer in trainers]
     assert folders == [tmp_path / f"version_{number}" for number in range(3)]
     assert all(folder.is_dir() for folder in folders)
     # Asked again, a trainer stays where it is.
     assert [run_folder(trainer) for trainer in trainers] == folders
-
-
-def test_a_dry_runs_logger_saves_nothing(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, [], logger=CSVLogger(tmp_path), fast_dev_run=True)
-    trainer.fit(Phased(lambda module: None), Rows(1))
-    assert run_folder(trainer) == tmp_path / "version_0"
 
 
 def test_trainers_are_not_kept_alive(tmp_path: Path) -> None:
@@ -44,15 +41,10 @@ def test_two_offline_wandb_runs_of_one_project(
 ) -> None:
     # WandbLogger(offline=True) sets this one; monkeypatch takes it back.
     monkeypatch.setenv("WANDB_MODE", "offline")
-
-    def run() -> tuple[Trainer, WandbLogger]:
-        logger = WandbLogger(offline=True, save_dir=tmp_path, project="coffee")
-        return quiet_trainer(tmp_path, [], logger=logger), logger
-
     folders = []
     for _ in range(2):
-        trainer, logger = run()
-        folders.append(run_folder(trainer))
+        logger = WandbLogger(offline=True, save_dir=tmp_path, project="coffee")
+        folders.append(run_folder(quiet_trainer(tmp_path, [], logger=logger)))
         assert folders[-1] == tmp_path / "coffee" / logger.experiment.id
         logger.experiment.finish()
     assert folders[0] != folders[1]

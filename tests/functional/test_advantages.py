@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.functional.advantages import generalized_advantages
 from tests.functional.test_masked import check_hidden, random_values
 
 LENGTHS = ((1, 6, 3, 0), (6, 6, 6, 6), (1, 1, 1, 1), (2, 5, 4, 6))
@@ -80,13 +79,3 @@ def check_token_rewards(fn: Callable[..., Tensor]) -> None:
             [logprobs, reference],
             mask,
         )
-
-
-def test_a_perfect_critic_leaves_no_advantage() -> None:
-    # undiscounted, with the reward-to-go as value every one-step error is 0, so every lambda agrees
-    rewards, mask = random_values(0, 3, 6), prefix_mask((6, 2, 4))
-    counted = rewards * mask
-    values = counted.flip(-1).cumsum(-1).flip(-1)
-    for gae_lambda in (0.0, 0.5, 1.0):
-        advantages, _ = generalized_advantages(rewards, values, mask, 1.0, gae_lambda)
-        assert_close(advantages, torch.zeros_like(advantages), rtol=0, atol=1e-12)

@@ -17,8 +17,6 @@ from lightning_perl.functional.sequences import (
     Cut,
     Sequences,
     cuts,
-    pad_left,
-    pad_right,
 )
 
 Rows = Sequence[Sequence[int]]
@@ -171,14 +169,6 @@ def test_sequences_know_where_their_responses_are() -> None:
         picked = sequences.rows(rows)
         for one, whole in zip(picked[:3], sequences[:3], strict=True):
             assert_close(one, whole[rows])
-
-
-@pytest.mark.parametrize("pad", [pad_left, pad_right])
-def test_padding_of_empty_rows_alone(pad: Callable[[Rows, int], tuple[Tensor, Tensor]]) -> None:
-    ids, mask = pad([[], []], 0)
-    assert ids.shape == mask.shape == (2, 0)
-    assert ids.dtype == torch.int64
-    assert mask.dtype == torch.bool
 
 
 @pytest.mark.parametrize("by_length", [True, False])

@@ -154,12 +154,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("inverted mask", "[True] * len(row) + [False] * (width - len(row))",
          "[False] * len(row) + [True] * (width - len(row))"),
     ],
-    "masked_sum": [
+    "masked_mean": [
         ("inverted mask", "torch.where(mask,", "torch.where(~mask,"),
         ("product instead of where", "torch.where(mask, values, torch.zeros_like(values))", "(values / mask)"),
         ("no mask", "torch.where(mask, values, torch.zeros_like(values))", "values"),
-    ],
-    "masked_mean": [
         ("mean of all columns", "mask.sum().clamp(min=1)", "mask.numel()"),
         ("divides by nothing counted", ".clamp(min=1)", ""),
         ("denominator ignored", "if denominator is None", "if True"),
@@ -172,7 +170,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("variance instead of deviation", ".rsqrt()", ".reciprocal()"),
         ("unbiased variance", "masked_mean((values - mean) ** 2, mask)",
          "masked_mean((values - mean) ** 2, mask, mask.sum() - 1)"),
-        ("epsilon ignored", "variance + epsilon", "variance + 1e-08"),
+        ("no epsilon", "variance + 1e-08", "variance"),
         ("inverted mask", "torch.where(mask,", "torch.where(~mask,"),
     ],
     "k1": [

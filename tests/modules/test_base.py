@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -32,7 +31,6 @@ from lightning_perl.modules import (
 from lightning_perl.modules.base import AdapterModule, default_optimizer
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.safety import clip_by_group
-from lightning_perl.modules.supervised import Supervised
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
@@ -145,14 +143,6 @@ def test_every_argument_comes_back_from_a_checkpoint(hydra_trunk: Path, tmp_path
     assert elsewhere.seed == 6
 
 
-def test_base_classes_load_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
-    path = fitted(MAKERS["PPO hydra"](str(hydra_trunk)), tmp_path)
-    for base in (AdapterModule, Supervised, OnPolicy):
-        assert inspect.isabstract(base)
-        with pytest.raises((TypeError, KeyError), match="abstract"):
-            base.load_from_checkpoint(path, weights_only=True)
-
-
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "64-true"])
 @pytest.mark.parametrize("kind", ["HydraSFT", "RewardModel", "PPO hydra"])
 @pytest.mark.filterwarnings("ignore:You passed `Trainer.accelerator")
@@ -208,11 +198,13 @@ def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: 
     assert not all(torch.equal(state[name], value) for name, value in last.items())
 
 
-def test_dry_run_of_a_supervised_module_leaves_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
-    module = MAKERS["HydraSFT"](str(hydra_trunk))
-    trainer, _ = tiny.quiet_trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
+@pytest.mark.parametrize("kind", ["HydraSFT", "PPO hydra"])
+def test_dry_run_leaves_nothing(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    module = MAKERS[kind](str(hydra_trunk))
     batches = tiny.batches_for(module)
-    trainer.fit(module, tiny.Batches(batches), tiny.Batches(batches[:1]))
+    options: dict[str, Any] = {"fast_dev_run": True, "default_root_dir": tmp_path}
+    trainer, _ = tiny.fit(module, tmp_path, batches, held_out=batches[:1], **options)
+    assert trainer.global_step > 0
     assert list(tmp_path.rglob("*")) == []
 
 

@@ -17,7 +17,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
@@ -38,6 +37,10 @@ SUPERVISED: dict[str, Callable[[str], Supervised]] = {
     "SFT full": SFT,
     "HydraSFT": lambda trunk: HydraSFT(trunk, tiny.LORA),
     "RewardModel": lambda trunk: RewardModel(trunk, tiny.LORA),
+}
+KINDS: dict[str, Callable[[str], AdapterModule]] = {
+    **SUPERVISED,
+    "HydraPPO": lambda trunk: HydraPPO(trunk, lora=tiny.LORA, sampling=tiny.SAMPLING),
 }
 
 
@@ -112,21 +115,15 @@ FINE = {"actor": torch.tensor(2.0), "head": torch.tensor(0.0)}
 @pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
 def test_guard_counts_and_forgets(broken: float) -> None:
     guard, bad = FiniteGuard(), {**FINE, "head": torch.tensor(broken)}
-    answers = [guard(norms) for norms in (FINE, bad, bad, FINE, bad, bad, FINE)]
-    assert answers == [True, False, False, True, False, False, True]
-    assert guard.skipped == 4
-    assert not guard(bad)
-    assert not guard(bad)
-    words = r"gradients of \['head'\] were not finite 3 times in a row; nothing was learned.*scores"
+    answers = [guard(norms) for norms in (FINE, bad, bad, FINE, bad, bad, FINE, bad, bad)]
+    assert answers == [True, False, False, True, False, False, True, False, False]
+    assert guard.skipped == 6
+    words = (
+        r"gradients of \['actor', 'head'\] were not finite 3 times in a row; nothing was learned"
+    )
     with pytest.raises(RuntimeError, match=words):
-        guard(bad)
+        guard({**bad, "actor": torch.tensor(broken)})
     assert guard.skipped == 7
-
-
-def test_guard_of_another_patience_names_every_group() -> None:
-    guard, bad = FiniteGuard(patience=1), dict.fromkeys(("actor", "critic"), torch.tensor(math.nan))
-    with pytest.raises(RuntimeError, match=r"\['actor', 'critic'\] were not finite 1 times"):
-        guard(bad)
 
 
 def spoil(module: OnPolicy, value: float, rollouts: set[int], patch: pytest.MonkeyPatch) -> None:
@@ -156,8 +153,7 @@ def test_rollout_with_a_broken_score_teaches_nothing(
     module = tiny.hydra(hydra_trunk, layout=layout, trunk_dtype="float32", whiten_advantages=whiten)
     spoil(module, value, {1, 2}, monkeypatch)
     kept = Kept()
-    trainer, _ = tiny.quiet_trainer(tmp_path, kept)
-    trainer.fit(module, tiny.Batches([tiny.prompts(5, seed) for seed in range(4)]))
+    trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(5, seed) for seed in range(4)], kept)
     assert kept.skipped == [0, 1, 2, 2]
     assert kept.same(0, 1)
     assert kept.same(1, 2)
@@ -205,8 +201,7 @@ def test_batch_with_a_broken_loss_teaches_nothing(
 ) -> None:
     module, kept = SUPERVISED[kind](str(plain_trunk)), Kept()
     break_objective(module, value, {1}, monkeypatch)
-    trainer, _ = tiny.quiet_trainer(tmp_path, kept, **options)
-    trainer.fit(module, tiny.Batches([tiny.rated(5, seed) for seed in range(3)]))
+    tiny.fit(module, tmp_path, [tiny.rated(5, seed) for seed in range(3)], kept, **options)
     assert kept.skipped == [0, 1, 1]
     assert kept.same(0, 1)
     assert not kept.same(1, 2)
@@ -218,8 +213,13 @@ def test_broken_batch_spoils_its_whole_accumulated_step(
     module, kept = SFT(str(plain_trunk), tiny.LORA), Kept()
     start = tiny.weights(module)
     break_objective(module, math.nan, {0}, monkeypatch)
-    trainer, _ = tiny.quiet_trainer(tmp_path, kept, accumulate_grad_batches=2)
-    trainer.fit(module, tiny.Batches([tiny.rated(5, seed) for seed in range(4)]))
+    tiny.fit(
+        module,
+        tmp_path,
+        [tiny.rated(5, seed) for seed in range(4)],
+        kept,
+        accumulate_grad_batches=2,
+    )
     assert kept.skipped == [0, 1, 1, 1]
     assert all(torch.equal(value, kept.weights[1][name]) for name, value in start.items())
     assert tiny.changed(start, module) == {name for name in start if "lora_B" in name}
@@ -274,19 +274,19 @@ def refused_data(module: AdapterModule, data: Data, words: str, root: Path) -> N
     assert not list(folder.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("kind", SUPERVISED)
-def test_supervised_modules_refuse_prompts(kind: str, plain_trunk: Path, tmp_path: Path) -> None:
-    module = SUPERVISED[kind](str(plain_trunk))
-    name = type(module).__name__
-    words = rf"{name} learns from rated, but data.rows is 'prompts'. Set data.init_args.rows: rated"
-    refused_data(module, Data("prompts", [tiny.prompts(4)]), words, tmp_path)
-
-
-@pytest.mark.parametrize("kind", [PPO, HydraPPO])
-def test_ppo_refuses_rated_rows(kind: type[PPO], hydra_trunk: Path, tmp_path: Path) -> None:
-    module = kind(str(hydra_trunk), lora=tiny.LORA)
-    words = f"{kind.__name__} learns from prompts, but data.rows is 'rated'.*init_args.rows: prompt"
-    refused_data(module, Data("rated", [tiny.rated(4)]), words, tmp_path)
+@pytest.mark.parametrize("kind", [*SUPERVISED, "HydraPPO"])
+def test_rows_of_the_other_kind_are_refused(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    learned, given, batch = (
+        ("rated", "prompts", tiny.prompts(4))
+        if kind in SUPERVISED
+        else ("prompts", "rated", tiny.rated(4))
+    )
+    module = KINDS[kind](str(hydra_trunk))
+    words = (
+        f"{kind.split()[0]} learns from {learned}, but data.rows is '{given}'. "
+        f"Set data.init_args.rows: {learned}"
+    )
+    refused_data(module, Data(given, [batch]), words, tmp_path)
 
 
 def long_rows(tokens: int) -> RatedBatch:
@@ -331,31 +331,16 @@ def test_prompts_and_answers_past_the_window_are_refused(
     assert trainer.global_step == 1
 
 
-def test_data_that_says_nothing_is_not_asked(plain_trunk: Path, tmp_path: Path) -> None:
-    data = LightningDataModule()
-    assert not isinstance(data, Bounded)
-    module = SFT(str(plain_trunk), tiny.LORA)
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    data.train_dataloader = lambda: tiny.Batches([tiny.rated(3)])  # type: ignore[method-assign]
-    trainer.fit(module, datamodule=data)
-    assert trainer.global_step == 1
-
-
-@pytest.mark.parametrize("kind", ["SFT", "RewardModel", "PPO"])
+@pytest.mark.parametrize("kind", ["SFT", "RewardModel", "HydraPPO"])
 def test_several_devices_are_refused(
     kind: str, hydra_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: AdapterModule = (
-        tiny.hydra(hydra_trunk) if kind == "PPO" else SUPERVISED[kind](str(hydra_trunk))
-    )
-    batch: object = tiny.prompts(4) if kind == "PPO" else tiny.rated(4)
+    module = KINDS[kind](str(hydra_trunk))
     trainer, _ = tiny.quiet_trainer(tmp_path)
     monkeypatch.setattr(Trainer, "world_size", property(lambda self: 2))
-    words = (
-        rf"{kind} is tested on one device only, got 2: .*Set trainer.devices: 1 \(and trainer.num"
-    )
+    words = f"{kind} is tested on one device only, got 2: .*Set trainer.devices: 1 .and trainer.num"
     with pytest.raises(MisconfigurationException, match=words):
-        trainer.fit(module, tiny.Batches([batch]))
+        trainer.fit(module, tiny.Batches(tiny.batches_for(module, 1)))
     assert trainer.global_step == 0
 
 
@@ -366,38 +351,23 @@ def test_several_devices_are_refused(
 def test_epoch_without_a_thumb_or_pair_is_refused(
     kind: str, plain_trunk: Path, tmp_path: Path
 ) -> None:
-    module = SUPERVISED[kind](str(plain_trunk))
-    trainer, folder = tiny.quiet_trainer(tmp_path)
     words = (
         f"{kind} saw no thumb and no pair in a whole epoch, so its reward head is still random. Give "
         "rows with `label` or with `chosen` and `rejected`; for demonstrations alone use SFT"
     )
+    unrated = [demonstrations(4), demonstrations(4, 2)]
     with pytest.raises(ValueError, match=words):
-        trainer.fit(module, tiny.Batches([demonstrations(4, seed) for seed in range(2)]))
-    assert not list(folder.rglob(HEADS_FILE))
-
-
-@pytest.mark.parametrize("pairs", [0, 1], ids=["a thumb", "a pair"])
-@pytest.mark.parametrize("kind", ["HydraSFT", "RewardModel"])
-def test_one_rated_row_is_enough(kind: str, pairs: int, plain_trunk: Path, tmp_path: Path) -> None:
-    module = SUPERVISED[kind](str(plain_trunk))
-    rows = [demonstrations(4), tiny.rated(2 if pairs else 1, 1, pairs), demonstrations(4, 2)]
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches(rows))
-    assert len(list(folder.rglob(HEADS_FILE))) == 1
-
-
-def test_demonstrations_alone_are_what_sft_is_for(plain_trunk: Path, tmp_path: Path) -> None:
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(SFT(str(plain_trunk), tiny.LORA), tiny.Batches([demonstrations(4)]))
-    assert (folder / "trunk" / "model.safetensors").is_file()
+        tiny.fit(SUPERVISED[kind](str(plain_trunk)), tmp_path, unrated)
+    assert not list(tmp_path.rglob(HEADS_FILE))
+    for number, rated in enumerate((tiny.rated(1, 1), tiny.rated(2, 1, pairs=1)), 1):
+        tiny.fit(SUPERVISED[kind](str(plain_trunk)), tmp_path, [*unrated, rated])
+        assert len(list(tmp_path.rglob(HEADS_FILE))) == number
 
 
 def test_thumbs_before_a_checkpoint_count_after_it(plain_trunk: Path, tmp_path: Path) -> None:
     batches = [tiny.rated(4), demonstrations(4, 1), demonstrations(4, 2)]
     keep = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    trainer, folder = tiny.quiet_trainer(tmp_path, keep)
-    trainer.fit(HydraSFT(str(plain_trunk), tiny.LORA), tiny.Batches(batches))
+    _, folder = tiny.fit(HydraSFT(str(plain_trunk), tiny.LORA), tmp_path, batches, keep)
     module = HydraSFT(str(plain_trunk), tiny.LORA)
     later, again = tiny.quiet_trainer(tmp_path)
     path = folder / "checkpoints" / "step=1.ckpt"
@@ -408,8 +378,13 @@ def test_thumbs_before_a_checkpoint_count_after_it(plain_trunk: Path, tmp_path: 
 
 def test_dry_run_may_miss_the_thumbs(plain_trunk: Path, tmp_path: Path) -> None:
     module = HydraSFT(str(plain_trunk), tiny.LORA)
-    trainer, _ = tiny.quiet_trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
-    trainer.fit(module, tiny.Batches([demonstrations(4), tiny.rated(4)]))
+    trainer, _ = tiny.fit(
+        module,
+        tmp_path,
+        [demonstrations(4), tiny.rated(4)],
+        fast_dev_run=True,
+        default_root_dir=tmp_path,
+    )
     assert trainer.global_step == 1
 
 
@@ -418,8 +393,7 @@ def test_hydra_sft_without_reward_weight_writes_no_head(
     thumbs: bool, plain_trunk: Path, tmp_path: Path
 ) -> None:
     module = HydraSFT(str(plain_trunk), tiny.LORA, reward_weight=0.0)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.rated(4) if thumbs else demonstrations(4)]))
+    _, folder = tiny.fit(module, tmp_path, [tiny.rated(4) if thumbs else demonstrations(4)])
     assert (folder / "trunk" / "model.safetensors").is_file()
     assert not (folder / "trunk" / HEADS_FILE).exists()
     with pytest.raises(ValueError, match=r"has no reward head \(found: no heads file\)"):
@@ -427,11 +401,6 @@ def test_hydra_sft_without_reward_weight_writes_no_head(
 
 
 # ---- values out of their ranges ------------------------------------------------------------------
-
-
-def test_negative_reward_weight_is_refused(plain_trunk: Path) -> None:
-    with pytest.raises(ValueError, match=r"reward_weight must be at least 0, got -0.1"):
-        HydraSFT(str(plain_trunk), reward_weight=-0.1)
 
 
 @pytest.mark.parametrize(
@@ -466,48 +435,23 @@ def test_ends_of_the_ranges_are_allowed(hydra_trunk: Path) -> None:
 
 # ---- bf16 ----------------------------------------------------------------------------------------
 
-BF16: TrunkDtype = "bfloat16"
-
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda trunk: SFT(trunk, trunk_dtype=BF16),
-        lambda trunk: HydraSFT(trunk, trunk_dtype=BF16),
-        lambda trunk: RewardModel(trunk, None, trunk_dtype=BF16),
-        lambda trunk: PPO(trunk, "full", trunk_dtype=BF16),
-    ],
-    ids=["SFT", "HydraSFT", "RewardModel", "PPO"],
+    ("kind", "options"),
+    [(SFT, {}), (HydraSFT, {}), (RewardModel, {}), (PPO, {"sampling": tiny.SAMPLING})],
 )
-def test_whole_trunk_is_not_tuned_in_bf16(
-    make: Callable[[str], AdapterModule], hydra_trunk: Path
+def test_over_bf16_adapters_learn_in_fp32_and_nothing_else(
+    kind: Callable[..., AdapterModule], options: dict[str, Any], hydra_trunk: Path, tmp_path: Path
 ) -> None:
+    whole: dict[str, Any] = {"layout": "full"} if kind is PPO else {"lora": None}
     words = r"A trunk that is tuned whole must be float32, got bfloat16: .* or LoRA, whose weights are fp32"
     with pytest.raises(ValueError, match=words):
-        make(str(hydra_trunk))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda trunk: SFT(trunk, tiny.LORA, trunk_dtype=BF16),
-        lambda trunk: HydraSFT(trunk, tiny.LORA, trunk_dtype=BF16),
-        lambda trunk: RewardModel(trunk, tiny.LORA, trunk_dtype=BF16),
-        lambda trunk: PPO(trunk, "lora", lora=tiny.LORA, sampling=tiny.SAMPLING, trunk_dtype=BF16),
-    ],
-    ids=["SFT", "HydraSFT", "RewardModel", "PPO"],
-)
-def test_adapters_over_bf16_learn_in_fp32(
-    make: Callable[[str], AdapterModule], hydra_trunk: Path, tmp_path: Path
-) -> None:
-    module = make(str(hydra_trunk))
+        kind(str(hydra_trunk), trunk_dtype="bfloat16", **whole)
+    module = kind(str(hydra_trunk), lora=tiny.LORA, trunk_dtype="bfloat16", **options)
     before = tiny.weights(module)
-    batch: object = tiny.prompts(4) if isinstance(module, OnPolicy) else tiny.rated(4)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([batch, batch]))
+    _, folder = tiny.fit(module, tmp_path, tiny.batches_for(module))
     changed = tiny.changed(before, module)
-    assert changed
-    assert changed <= module.trainable_names()
+    assert changed == module.trainable_names()
     assert {module.state_dict()[name].dtype for name in changed} == {torch.float32}
     assert list(folder.rglob("*.safetensors"))
 
@@ -525,14 +469,7 @@ def reward_run(plain_trunk: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def perl(trunk: Path | str, reward: Path | str, dtype: TrunkDtype = "float32") -> PPO:
-    return PPO(
-        str(trunk),
-        "perl",
-        reward=str(reward),
-        lora=tiny.LORA,
-        sampling=tiny.SAMPLING,
-        trunk_dtype=dtype,
-    )
+    return PPO(str(trunk), "perl", reward=str(reward), lora=tiny.LORA, trunk_dtype=dtype)
 
 
 def test_reward_adapter_names_its_trunk(reward_run: Path, plain_trunk: Path) -> None:
@@ -570,20 +507,9 @@ def test_tilde_paths_are_expanded(
     shutil.copytree(hydra_trunk, tmp_path / "trunk")
     shutil.copytree(reward_run, tmp_path / "reward")
     monkeypatch.setenv("HOME", str(tmp_path))
-    batch = tiny.rated(3)
-    assert_close(
-        HydraSFT("~/trunk").objective(batch)[0], HydraSFT(str(hydra_trunk)).objective(batch)[0]
-    )
-    rows = PPO(str(hydra_trunk), "lora", lora=tiny.LORA).collect(tiny.prompts(4), 0)
+    assert HydraSFT("~/trunk").trunk.fingerprint() == load_trunk(str(hydra_trunk)).fingerprint()
     for layout, reward in (("hydra", None), ("perl", "~/reward"), ("dynamic_lora", "~/trunk")):
-        found = [
-            tiny.hydra(trunk, layout=layout, reward=where).score(rows).scores
-            for trunk, where in (
-                (Path("~/trunk"), reward),
-                (hydra_trunk, reward and reward.replace("~", str(tmp_path))),
-            )
-        ]
-        assert_close(found[0], found[1], rtol=0, atol=0)
+        tiny.hydra(Path("~/trunk"), layout=layout, reward=reward)
     with pytest.raises(FileNotFoundError, match="trunk: ~/nothing is no model folder"):
         SFT("~/nothing")
     with pytest.raises(ValueError, match=f"{tmp_path}/nothing has no reward head"):
@@ -602,11 +528,11 @@ def test_pad_token_without_an_embedding_row_is_not_fed(hydra_trunk: Path, tmp_pa
     assert not bool(ours.response_mask.all())
     assert int(ours.response_ids.max()) < tiny.WORDS
     assert torch.equal(ours.response_ids, theirs.response_ids)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(modules[0], tiny.Batches([tiny.prompts(6)]), tiny.Batches([tiny.prompts(3, 1)]))
+    trainer, folder = tiny.fit(
+        modules[0], tmp_path, [tiny.prompts(6)], held_out=[tiny.prompts(3, 1)]
+    )
     assert trainer.global_step == 1
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(SFT(str(tmp_path / "trunk"), tiny.LORA), tiny.Batches([tiny.rated(5)]))
+    trainer, folder = tiny.fit(SFT(str(tmp_path / "trunk"), tiny.LORA), tmp_path, [tiny.rated(5)])
     assert json.loads((folder / "trunk" / "manifest.json").read_text())["pad_id"] == 0
 
 
@@ -619,13 +545,11 @@ def test_finished_run_learns_nothing_more(
 ) -> None:
     batches = [tiny.prompts(4, seed) for seed in range(5)]
     module = tiny.hydra(hydra_trunk, max_episodes=limit)
-    trainer, folder = tiny.quiet_trainer(tmp_path, max_epochs=3)
-    trainer.fit(module, tiny.Batches(batches))
+    trainer, folder = tiny.fit(module, tmp_path, batches, max_epochs=3)
     assert (module.episodes, trainer.global_step) == (learned, learned // 4)
     (path,) = (folder / "checkpoints").glob("*.ckpt")
     again, kept = tiny.hydra(hydra_trunk, max_episodes=limit), Kept()
-    later, folder = tiny.quiet_trainer(tmp_path, kept, max_epochs=3)
-    later.fit(again, tiny.Batches(batches), ckpt_path=path, weights_only=True)
+    later, folder = tiny.fit(again, tmp_path, batches, kept, ckpt_path=path, max_epochs=3)
     assert (again.episodes, again.rollout_index) == (learned, learned // 4)
     assert again.tokens == module.tokens
     assert later.global_step == learned // 4
@@ -634,8 +558,7 @@ def test_finished_run_learns_nothing_more(
     assert (folder / "adapters" / "actor" / "adapter_model.safetensors").is_file()
     # With a higher limit it goes on from there.
     longer = tiny.hydra(hydra_trunk, max_episodes=learned + 1)
-    last, _ = tiny.quiet_trainer(tmp_path, max_epochs=3)
-    last.fit(longer, tiny.Batches(batches), ckpt_path=path, weights_only=True)
+    tiny.fit(longer, tmp_path, batches, ckpt_path=path, max_epochs=3)
     assert longer.episodes == learned + 4
     assert tiny.changed(tiny.weights(module), longer) == module.trainable_names()
 
@@ -673,8 +596,7 @@ def test_reference_that_moves_stops_the_run(
 
 
 def test_trunk_exchanged_before_a_resume_stops_the_run(hydra_trunk: Path, tmp_path: Path) -> None:
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(tiny.hydra(hydra_trunk), tiny.Batches([tiny.prompts(4)]))
+    _, folder = tiny.fit(tiny.hydra(hydra_trunk), tmp_path, [tiny.prompts(4)])
     (path,) = (folder / "checkpoints").glob("*.ckpt")
     shutil.copytree(hydra_trunk, tmp_path / "trunk")
     weights = load_file(tmp_path / "trunk" / "model.safetensors")
@@ -703,8 +625,9 @@ class Forgets(Callback):
 def test_best_checkpoint_that_vanished_is_passed_over(plain_trunk: Path, tmp_path: Path) -> None:
     module = SFT(str(plain_trunk), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     watch = ModelCheckpoint(monitor="val/loss", mode="max")  # the first is the best
-    trainer, folder = tiny.quiet_trainer(tmp_path, Forgets(), watch, max_epochs=2)
-    trainer.fit(module, tiny.Batches([tiny.rated(6)]), tiny.Batches([tiny.rated(6)]))
+    _, folder = tiny.fit(
+        module, tmp_path, [tiny.rated(6)], Forgets(), watch, held_out=[tiny.rated(6)], max_epochs=2
+    )
     stored = load_trunk(str(folder / "trunk")).model.state_dict()
     for name, value in module.trunk.model.state_dict().items():
         assert torch.equal(stored[name], value)
@@ -747,14 +670,6 @@ def test_test_rows_are_logged_under_test(kind: str, plain_trunk: Path, tmp_path:
     assert all(key.startswith("test/") for key in tested)
 
 
-def test_gold_of_test_rows_is_logged_under_test(hydra_trunk: Path, tmp_path: Path) -> None:
-    module = tiny.hydra(hydra_trunk, gold=Scores(0))
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    (tested,) = trainer.test(module, tiny.Batches([tiny.prompts(4)]), verbose=False)
-    assert {"test/gold", "test/reference_gold", "test/reference_gold_sd"} <= set(tested)
-    assert all(key.startswith("test/") for key in tested)
-
-
 def test_predict_gives_rows_texts_and_scores(hydra_trunk: Path, tmp_path: Path) -> None:
     module = HydraPPO(str(hydra_trunk), lora=tiny.LORA, sampling=tiny.SAMPLING)
     tiny.train_adapters(module)
@@ -770,9 +685,6 @@ def test_predict_gives_rows_texts_and_scores(hydra_trunk: Path, tmp_path: Path) 
         expected = module.answer(batch, "policy")
         assert (found["prompts"], found["responses"]) == (expected.prompts, expected.responses)
         assert found["scores"] == pytest.approx(expected.scores)
-        words = " ".join(found["prompts"]).split()
-        assert words
-        assert all(word.startswith("w") for word in words)
     reference = module.answer(batches[0], "reference")
     assert reference.responses != predicted[0]["responses"]  # type: ignore[call-overload]
 
@@ -835,8 +747,7 @@ def test_broken_validation_loss_is_not_the_best(
         return (lm_loss * math.nan if int(batch.row[0]) // 100 in broken else lm_loss, *rest)
 
     monkeypatch.setattr(module, "losses", diverged)
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    (logged,) = trainer.validate(module, tiny.Batches(batches), verbose=False)
+    logged = tiny.measured(module, tmp_path, batches)
     assert math.isnan(logged["val/lm_loss"])
     assert math.isnan(logged["val/loss"])
 
@@ -871,28 +782,12 @@ def test_prompt_texts_have_a_line_per_turn(hydra_trunk: Path) -> None:
         assert not response.endswith("\n")
 
 
-class Scores:
-    """A gold reward that gives some scores too many, or too few."""
-
-    def __init__(self, more: int) -> None:
-        self.more = more
-
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
-    ) -> list[float]:
-        return [1.0] * (len(responses) + self.more)
-
-
-@pytest.mark.parametrize("more", [1, -1, -4])
-def test_gold_of_another_length_is_refused(more: int, hydra_trunk: Path, tmp_path: Path) -> None:
-    module = tiny.hydra(hydra_trunk, gold=Scores(more))
-    words = rf"gold \(Scores\) gave {4 + more} scores for 4 responses; it must give one each"
-    batches = tiny.Batches([tiny.prompts(4)])
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    with pytest.raises(ValueError, match=words):
-        trainer.validate(module, batches, verbose=False)
-    with pytest.raises(ValueError, match=words):
-        trainer.fit(module, batches)
+def test_gold_of_another_length_is_refused(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, gold=lambda prompts, responses, rows: [1.0])
+    words = r"gold \(<lambda>\) gave 1 scores for 4 responses; it must give one each"
+    for run in (tiny.measured, tiny.fit):
+        with pytest.raises(ValueError, match=words):
+            run(module, tmp_path, [tiny.prompts(4)])
 
 
 def test_what_rounding_explains_depends_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.roles import Role, RoleAnswers
 from lightning_perl.modules import PPO, RewardModel
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.safety import require_trainable
@@ -61,43 +64,6 @@ def test_collect_score_and_update_need_no_trainer(hydra_trunk: Path) -> None:
     assert tiny.changed(before, module) == module.trainable_names()
     assert kl[0] < 1e-12
     assert kl[1] > 0
-
-
-def test_early_exit_changes_no_response(hydra_trunk: Path) -> None:
-    module = tiny.hydra(hydra_trunk)
-    tiny.train_adapters(module)
-    prompts = tiny.prompts(8)
-    fast = module.collect(prompts, 0)
-    slow = module.collect(prompts, 0, early_exit=False)
-    assert fast.stopped.any()
-    assert torch.equal(fast.stopped, slow.stopped)
-    columns = fast.response_ids.shape[1]
-    assert torch.equal(fast.response_mask, slow.response_mask[:, :columns])
-    assert not slow.response_mask[:, columns:].any()
-    mask = fast.response_mask
-    assert torch.equal(fast.response_ids[mask], slow.response_ids[:, :columns][mask])
-    ours, theirs = (module.experience(one, module.score(one))[0] for one in (fast, slow))
-    for name in ("old_logprobs", "old_values", "advantages", "returns"):
-        left, right = getattr(ours, name)[mask], getattr(theirs, name)[:, :columns][mask]
-        assert_close(left, right, rtol=1e-6, atol=1e-6)
-
-
-def test_text_of_a_row_depends_on_seed_rollout_and_row_alone(hydra_trunk: Path) -> None:
-    module = tiny.hydra(hydra_trunk)
-    prompts = tiny.prompts(6)
-    whole = module.collect(prompts, 3)
-    half = type(prompts)(*(part[3:] for part in prompts))
-    alone = module.collect(half, 3)
-    for row in range(3):
-        kept, also = whole.response_mask[3 + row], alone.response_mask[row]
-        assert whole.response_ids[3 + row][kept].tolist() == alone.response_ids[row][also].tolist()
-    other = module.collect(prompts, 4)
-    width = min(whole.response_ids.shape[1], other.response_ids.shape[1])
-    assert not torch.equal(whole.response_ids[:, :width], other.response_ids[:, :width])
-    module.seed = 1
-    reseeded = module.collect(prompts, 3)
-    width = min(whole.response_ids.shape[1], reseeded.response_ids.shape[1])
-    assert not torch.equal(whole.response_ids[:, :width], reseeded.response_ids[:, :width])
 
 
 def test_step_over_a_frozen_parameter_is_refused(hydra_trunk: Path) -> None:
@@ -152,20 +118,17 @@ def test_scores_that_are_no_numbers_are_refused(hydra_trunk: Path, tmp_path: Pat
     refuses(module, "reward role gives non-finite scores before any update.*heads.saf", tmp_path)
 
 
-RATIO = r"The ratio of the first minibatch is not 1: .*Is there dropout .* or a temperature that"
-
-
-def test_dropout_that_came_back_is_refused(gpt2_trunk: Path, tmp_path: Path) -> None:
+def test_a_ratio_that_is_not_one_is_refused(
+    gpt2_trunk: Path, hydra_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        r"The ratio of the first minibatch is not 1: .*Is there dropout .* or a temperature that"
+    )
     module = tiny.hydra(gpt2_trunk)
     for part in module.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.5
-    refuses(module, RATIO, tmp_path)
-
-
-def test_another_temperature_when_scoring_is_refused(
-    hydra_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    refuses(module, words, tmp_path)
     module = tiny.hydra(hydra_trunk, sampling=SamplingSpec(max_new_tokens=6, temperature=0.7))
     learned = module.experience
 
@@ -174,7 +137,7 @@ def test_another_temperature_when_scoring_is_refused(
         return learned(rollout, scored)
 
     monkeypatch.setattr(module, "experience", forgetful)
-    refuses(module, RATIO, tmp_path)
+    refuses(module, words, tmp_path)
 
 
 def test_temperature_divides_the_scored_logits_too(hydra_trunk: Path, tmp_path: Path) -> None:
@@ -189,18 +152,15 @@ def test_temperature_divides_the_scored_logits_too(hydra_trunk: Path, tmp_path: 
     scored = module.score(rollout)
     assert_close(scored.logprobs[mask], chosen[:, -columns:][mask])
     assert_close(scored.reference[mask], chosen[:, -columns:][mask])
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(2)])
     assert trainer.global_step == 2
 
 
 def test_second_rollout_is_checked_too_but_not_for_kl(hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(hydra_trunk)
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
+    trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(6)])
     tiny.train_adapters(module)
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6, 1)]))  # not fresh, and that is right
+    trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(6, 1)])
     assert trainer.callback_metrics["rollout/kl"].abs() > 0
 
 
@@ -209,20 +169,10 @@ def test_second_rollout_is_checked_too_but_not_for_kl(hydra_trunk: Path, tmp_pat
 
 def test_global_step_counts_updates(hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(hydra_trunk, ppo_epochs=3, minibatch_size=3)
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(8, seed) for seed in range(2)]))
+    trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(8, seed) for seed in range(2)])
     assert trainer.global_step == 2 * 3 * 3  # eight episodes are three minibatches
     assert trainer.callback_metrics["train/episodes"] == 16
     assert trainer.callback_metrics["train/tokens"] == module.tokens > 16
-
-
-def test_max_episodes_ends_training(hydra_trunk: Path, tmp_path: Path) -> None:
-    module = tiny.hydra(hydra_trunk, max_episodes=9)
-    trainer, folder = tiny.quiet_trainer(tmp_path, max_epochs=5)
-    trainer.fit(module, tiny.Batches([tiny.prompts(4, seed) for seed in range(6)]))
-    assert module.episodes == 12  # the first count past nine
-    assert trainer.global_step == 3
-    assert (folder / "adapters" / "actor" / "adapter_model.safetensors").is_file()
 
 
 class Rates(Callback):
@@ -247,37 +197,20 @@ def test_scheduler_steps_once_per_rollout_batch(hydra_trunk: Path, tmp_path: Pat
         scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
     )
     rates = Rates()
-    trainer, _ = tiny.quiet_trainer(tmp_path, rates)
-    trainer.fit(module, tiny.Batches([tiny.prompts(4, seed) for seed in range(3)]))
+    tiny.fit(module, tmp_path, [tiny.prompts(4, seed) for seed in range(3)], rates)
     assert rates.seen == [
         pytest.approx([scale * 1e-4, scale * 4e-5, scale * 4e-5]) for scale in (1, 0.5, 0.25)
     ]
 
 
 TRAINED = {
-    "train/loss",
-    "train/policy_loss",
-    "train/value_loss",
-    "train/entropy",
-    "train/clip_fraction",
-    "train/approx_kl",
-    "train/value_clip_fraction",
-    "train/explained_variance",
-    "train/reward",
-    "train/grad_norm_actor",
-    "train/grad_norm_critic",
-    "train/grad_norm_head",
-    "train/skipped_steps",
-    "train/episodes",
-    "train/tokens",
+    *("train/loss", "train/policy_loss", "train/value_loss", "train/entropy", "train/reward"),
+    *("train/clip_fraction", "train/approx_kl", "train/value_clip_fraction", "train/tokens"),
+    *("train/explained_variance", "train/skipped_steps", "train/episodes"),
+    *("train/grad_norm_actor", "train/grad_norm_critic", "train/grad_norm_head"),
 }
-VALIDATED = {
-    "val/score",
-    "val/kl",
-    "val/response_tokens",
-    "val/win_rate",
-    "val/reference_score",
-}
+VALIDATED = {"val/score", "val/kl", "val/response_tokens", "val/win_rate", "val/reference_score"}
+GOLD = {"val/gold", "val/reference_gold", "val/reference_gold_sd"}
 
 
 def test_validation_of_a_fresh_policy_is_a_draw(hydra_trunk: Path, tmp_path: Path) -> None:
@@ -307,12 +240,7 @@ def test_validation_compares_the_trained_policy_with_the_reference(
         [type(prompts)(*(part[rows] for part in prompts)) for rows in (slice(0, 7), slice(7, 8))]
     )
     (logged,) = trainer.validate(module, uneven, verbose=False)
-    assert set(logged) == {
-        *VALIDATED,
-        "val/gold",
-        "val/reference_gold",
-        "val/reference_gold_sd",
-    }
+    assert set(logged) == VALIDATED | GOLD
     ours = module.answer(prompts, "policy")
     theirs = module.answer(prompts, "reference")
     assert ours.prompts == theirs.prompts
@@ -334,8 +262,7 @@ def test_validation_compares_the_trained_policy_with_the_reference(
 def test_gold_score_is_logged_only_where_there_is_one(hydra_trunk: Path, tmp_path: Path) -> None:
     for gold in (None, CountWords()):
         module = tiny.hydra(hydra_trunk, gold=gold)
-        trainer, _ = tiny.quiet_trainer(tmp_path)
-        trainer.fit(module, tiny.Batches([tiny.prompts(5)]), tiny.Batches([tiny.prompts(3, 1)]))
+        trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(5)], held_out=[tiny.prompts(3, 1)])
         logged = set(trainer.callback_metrics)
         assert {"gold/score", "val/gold"} <= logged if gold else not {"gold/score"} & logged
         expected = {"score", "kl", "response_tokens", "truncated_fraction", "distinct_2"}
@@ -344,11 +271,32 @@ def test_gold_score_is_logged_only_where_there_is_one(hydra_trunk: Path, tmp_pat
         assert {key for key in logged if key.startswith("train/")} == TRAINED
 
 
-def test_fit_then_test_reads_the_same_measures(hydra_trunk: Path, tmp_path: Path) -> None:
+def test_measures_of_test_rows_are_logged_under_test(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, gold=CountWords())
+    logged = tiny.measured(module, tmp_path, [tiny.prompts(4)], stage="test")
+    assert set(logged) == {key.replace("val/", "test/") for key in VALIDATED | GOLD}
+
+
+def test_validation_never_asks_the_critic(
+    hydra_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = tiny.hydra(hydra_trunk)
+    answer, asked = module.roles.answer, set[Role]()
+
+    def noting(
+        sequences: Sequences, roles: Iterable[Role], *args: Any, **kwargs: Any
+    ) -> RoleAnswers:
+        names = list(roles)
+        asked.update(names)
+        return answer(sequences, names, *args, **kwargs)
+
+    monkeypatch.setattr(module.roles, "answer", noting)
     trainer, _ = tiny.quiet_trainer(tmp_path)
-    (logged,) = trainer.test(module, tiny.Batches([tiny.prompts(4)]), verbose=False)
-    assert set(logged) == {key.replace("val/", "test/") for key in VALIDATED}
+    trainer.validate(module, tiny.Batches([tiny.prompts(4)]), verbose=False)
+    # The policy's log-probabilities were kept while it sampled.
+    assert asked == {"reference", "reward"}
+    module.score(module.collect(tiny.prompts(4), 0))
+    assert "value" in asked
 
 
 # ---- what a rollout looked like ------------------------------------------------------------------
@@ -403,8 +351,7 @@ def logits_of(module: PPO, role: str, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "perl", "hydra", "joint_hydra"])
 def test_adapters_load_in_plain_peft(layout: str, hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(hydra_trunk, layout=layout, trunk_dtype="float32")
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6)]))
+    _, folder = tiny.fit(module, tmp_path, [tiny.prompts(6)])
     tiny.train_adapters(module)
     module.hand_over(folder)
     names = {"actor"} if layout == "joint_hydra" else {"actor", "critic"}
@@ -430,8 +377,7 @@ def test_adapters_load_in_plain_peft(layout: str, hydra_trunk: Path, tmp_path: P
 
 def test_full_ppo_hands_over_trunks(hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(hydra_trunk, layout="full", trunk_dtype="float32")
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    _, folder = tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(2)])
     ids = torch.arange(3, 15).unsqueeze(0)
     mask = torch.ones_like(ids, dtype=torch.bool)
     for role, name in (("policy", "policy"), ("value", "critic")):
@@ -447,41 +393,21 @@ def test_perl_starts_from_the_reward_adapter(plain_trunk: Path, tmp_path: Path) 
     reward = RewardModel(
         str(plain_trunk), tiny.LORA, optimizer=lambda params: torch.optim.AdamW(params, lr=0.02)
     )
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    rows = [tiny.rated(8, seed) for seed in range(5)]
-    trainer.fit(reward, tiny.Batches(rows))
-    where = folder / "adapters" / "reward"
-    module = PPO(
-        str(plain_trunk),
-        "perl",
-        reward=str(where),
-        lora=tiny.LORA,
-        sampling=tiny.SAMPLING,
-        ppo_epochs=1,
-    )
+    _, folder = tiny.fit(reward, tmp_path, [tiny.rated(8, seed) for seed in range(5)])
+    where = str(folder / "adapters" / "reward")
+    module = tiny.hydra(plain_trunk, layout="perl", reward=where, trunk_dtype="float32")
     rollout = module.collect(tiny.prompts(6), 0)
     scored = module.score(rollout)
     sequences = rollout.sequences()
+    columns = rollout.response_mask.shape[1]
     last = sequences.prompt_tokens + rollout.response_tokens() - 1
     with torch.no_grad(), reward.trunk.switch.use("reward"):
         hidden = reward.trunk(sequences.ids, sequences.attention_mask)
-        assert_close(scored.scores, reward.heads()["reward"](hidden[torch.arange(6), last]))
-    with torch.no_grad(), module.roles("reward") as trunk:
-        states = trunk(sequences.ids, sequences.attention_mask)
-    columns = rollout.response_mask.shape[1]
-    values = module.roles.reward_head()(states[:, -columns - 1 : -1])
-    assert_close(scored.values, values)
+        rewards = reward.heads()["reward"](hidden)
+    assert_close(scored.scores, rewards[torch.arange(6), last])
+    assert_close(scored.values, rewards[:, -columns - 1 : -1])
     before = tiny.weights(module)
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(2)]))
+    tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(2)])
     changed = tiny.changed(before, module)
     assert any(".critic." in name for name in changed)
     assert not any(".reward." in name or "reward_head" in name for name in changed)
-
-
-def test_dry_run_leaves_nothing(hydra_trunk: Path, tmp_path: Path) -> None:
-    module = tiny.hydra(hydra_trunk)
-    trainer, _ = tiny.quiet_trainer(tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(4)]), tiny.Batches([tiny.prompts(4, 1)]))
-    assert trainer.global_step == 1
-    assert list(tmp_path.rglob("*")) == []

@@ -42,12 +42,9 @@ def logged_under(folder: Path, prefix: str) -> dict[str, list[float]]:
 # ---- what is paid --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [PPO, Reinforce])
-def test_scores_are_the_weighted_sum(kind: Callable[..., OnPolicy], hydra_trunk: Path) -> None:
-    module = kind(
-        str(hydra_trunk),
-        lora=tiny.LORA,
-        sampling=tiny.SAMPLING,
+def test_scores_are_the_weighted_sum(hydra_trunk: Path) -> None:
+    module = tiny.hydra(
+        hydra_trunk,
         learned_reward_weight=0.5,
         reward_function=shortest_wins,
         reward_function_weight=3.0,
@@ -55,27 +52,17 @@ def test_scores_are_the_weighted_sum(kind: Callable[..., OnPolicy], hydra_trunk:
     rollout = module.collect(tiny.prompts(6), 0)
     learned = module.score(rollout).scores
     scores, parts = module.rewarded(rollout, learned)
-    _, responses = module.texts(rollout)
-    assert len(set(words(responses).tolist())) > 1
-    assert_close(scores, 0.5 * learned - 3.0 * words(responses))
-    assert_close(parts["function_score"], -words(responses).mean())
-    assert_close(parts["learned_score"], learned.mean())
-    assert scores.dtype == learned.dtype
+    found = words(module.texts(rollout)[1]).to(learned)
+    assert len(set(found.tolist())) > 1
+    assert_close(scores, 0.5 * learned - 3.0 * found)
+    assert_close(parts, {"function_score": -found.mean(), "learned_score": learned.mean()})
     # Who asks for written answers is told the same scores.
-    batch = tiny.prompts(6)
-    found = module.answer(batch, "policy")
-    held_out = module.collect(batch, -1)
+    answers = module.answer(tiny.prompts(6), "policy")
+    held_out = module.collect(tiny.prompts(6), -1)
     expected, _ = module.rewarded(held_out, module.score(held_out).scores)
-    assert found.scores == pytest.approx(expected.tolist(), rel=1e-5)
-
-
-def test_without_a_function_the_learned_score_is_paid(hydra_trunk: Path) -> None:
+    assert answers.scores == pytest.approx(expected.tolist(), rel=1e-5)
     module = tiny.hydra(hydra_trunk, learned_reward_weight=2.0)
-    rollout = module.collect(tiny.prompts(4), 0)
-    learned = module.score(rollout).scores
-    scores, parts = module.rewarded(rollout, learned)
-    assert torch.equal(scores, 2 * learned)
-    assert parts == {}
+    assert_close(module.rewarded(rollout, learned), (2 * learned, {}), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,6 +75,7 @@ def test_function_alone_needs_no_head_no_pass_and_no_trunk(
         both = tiny.hydra(hydra_trunk, layout=layout, reward_function=shortest_wins)
         trunks, with_reward = (one.roles.distinct_trunks() for one in (module, both))
         assert len(trunks) == len(with_reward) - (layout in ("full", "lora"))
+        assert "reward" not in module.policy_trunk.adapters.specs
         rollout = module.collect(tiny.prompts(3), 0)
         counts = []
         for one in (module, both):
@@ -105,23 +93,6 @@ def test_function_alone_needs_no_head_no_pass_and_no_trunk(
         assert bool(scored.values.any()) == (trunk == hydra_trunk)
 
 
-def test_paths_to_the_weights_agree(plain_trunk: Path, tmp_path: Path) -> None:
-    module = PPO(
-        str(plain_trunk),
-        "perl",
-        lora=tiny.LORA,
-        sampling=tiny.SAMPLING,
-        learned_reward_weight=0.0,
-        reward_function=shortest_wins,
-    )
-    before = tiny.weights(module)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(6, seed) for seed in range(3)]))
-    assert tiny.changed(before, module) == module.trainable_names()
-    assert {path.name for path in (folder / "adapters").iterdir()} == {"actor", "critic"}
-    assert "reward" not in module.policy_trunk.adapters.specs
-
-
 # ---- logs ----------------------------------------------------------------------------------------
 
 
@@ -129,21 +100,18 @@ def test_paths_to_the_weights_agree(plain_trunk: Path, tmp_path: Path) -> None:
 def test_parts_are_logged_in_training_and_validation(
     learned: float, hydra_trunk: Path, tmp_path: Path
 ) -> None:
-    module = Reinforce(
-        str(hydra_trunk),
-        "hydra",
-        lora=tiny.LORA,
-        sampling=tiny.SAMPLING,
+    module = tiny.hydra(
+        hydra_trunk,
         learned_reward_weight=learned,
         reward_function=shortest_wins,
         reward_function_weight=2.0,
     )
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(
-        module,
-        tiny.Batches([tiny.prompts(5, seed) for seed in range(2)]),
-        tiny.Batches([tiny.prompts(4, 9)]),
-    )
+    # The reference is measured by the same reward: the same answers, the same score.
+    logged = tiny.measured(module, tmp_path, [tiny.prompts(4)])
+    assert logged["val/score"] == pytest.approx(logged["val/reference_score"])
+    assert logged["val/win_rate"] == 0.5
+    batches = [tiny.prompts(5, seed) for seed in range(2)]
+    _, folder = tiny.fit(module, tmp_path, batches, held_out=[tiny.prompts(4, 9)])
     for prefix in ("rollout", "val"):
         seen = logged_under(folder, f"{prefix}/")
         assert (f"{prefix}/learned_score" in seen) == (learned > 0)
@@ -152,13 +120,6 @@ def test_parts_are_logged_in_training_and_validation(
         expected = [2 * mine + learned * theirs for mine, theirs in zip(own, judged, strict=True)]
         assert total == pytest.approx(expected, rel=1e-4)
         assert all(one < 0 for one in own)
-    # The reference is measured by the same reward: the same answers, the same score.
-    fresh = Reinforce(
-        str(hydra_trunk), "hydra", lora=tiny.LORA, reward_function=shortest_wins, seed=1
-    )
-    (logged,) = trainer.validate(fresh, tiny.Batches([tiny.prompts(4)]), verbose=False)
-    assert logged["val/score"] == pytest.approx(logged["val/reference_score"])
-    assert logged["val/win_rate"] == 0.5
 
 
 def test_policy_learns_a_python_reward_alone(tmp_path: Path) -> None:
@@ -172,8 +133,9 @@ def test_policy_learns_a_python_reward_alone(tmp_path: Path) -> None:
         reward_function=shortest_wins,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.02),
     )
-    trainer, folder = tiny.quiet_trainer(tmp_path / "runs")
-    trainer.fit(module, tiny.Batches([tiny.prompts(64, seed, longest=3) for seed in range(15)]))
+    _, folder = tiny.fit(
+        module, tmp_path / "runs", [tiny.prompts(64, seed, longest=3) for seed in range(15)]
+    )
     scores = logged_under(folder, "rollout/")["rollout/score"]
     assert len(scores) == 15
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.8

@@ -109,6 +109,10 @@ def test_samples_of_a_prompt_have_noise_of_their_own(hydra_trunk: Path) -> None:
     assert len(set(texts)) > 8
     # The first of them is the one that would be drawn alone, however many there are.
     assert texts[::3] == responses(alone)
+    # Another rollout, or another seed, draws others.
+    assert responses(module.collect(prompts, 1, samples=3)) != texts
+    module.seed = 1
+    assert responses(module.collect(prompts, 0, samples=3)) != texts
 
 
 @pytest.mark.parametrize("size", [1, 5, 100])
@@ -176,8 +180,7 @@ def test_nothing_is_kept_for_a_critic(layout: Layout, hydra_trunk: Path, tmp_pat
     assert [group["name"] for group in module.parameter_groups()] == ["actor"]
     assert not any("critic" in name or "value_head" in name for name in module.state_dict())
     before = tiny.weights(module)
-    trainer, folder = tiny.quiet_trainer(tmp_path)
-    trainer.fit(module, tiny.Batches([tiny.prompts(4, seed) for seed in range(2)]))
+    trainer, folder = tiny.fit(module, tmp_path, [tiny.prompts(4, seed) for seed in range(2)])
     assert trainer.global_step == 2
     assert module.episodes == 24
     assert tiny.changed(before, module) <= module.trainable_names()

@@ -42,8 +42,7 @@ def test_rows_that_are_only_judged_are_read_past(plain_trunk: Path) -> None:
 def test_validation_loss_weighs_tokens_not_batches(plain_trunk: Path, tmp_path: Path) -> None:
     module = SFT(str(plain_trunk), trunk_dtype="float64")
     batches = [tiny.rated(2, seed=1), tiny.rated(8, seed=2), tiny.rated(3, seed=3, imitate=False)]
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    (logged,) = trainer.validate(module, tiny.Batches(batches), verbose=False)
+    logged = tiny.measured(module, tmp_path, batches)
     seen = [module.objective(batch) for batch in batches[:2]]
     tokens = torch.stack([stats["lm_tokens"] for _, stats in seen])
     losses = torch.stack([loss.detach() for loss, _ in seen])

@@ -14,11 +14,12 @@ from torch.testing import assert_close
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import LAYOUTS, Layout
 from lightning_perl.models.shortcuts import PLAIN, Shortcuts
-from lightning_perl.modules import SFT, HydraSFT, Reinforce, RewardModel
+from lightning_perl.modules import SFT, HydraSFT, RewardModel
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
+from tests.modules.test_reinforce import perl
 from tests.refusing import Refusing
 
 
@@ -58,10 +59,14 @@ def iteration(module: OnPolicy) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ppo_is_the_same_without_any(layout: Layout, hydra_trunk: Path) -> None:
+@pytest.mark.parametrize("layout", [*LAYOUTS, None])
+def test_an_iteration_is_the_same_without_any(layout: Layout | None, hydra_trunk: Path) -> None:
     fast, plain = (
-        iteration(tiny.hydra(hydra_trunk, layout=layout, minibatch_size=5, shortcuts=way))
+        iteration(
+            tiny.hydra(hydra_trunk, layout=layout, minibatch_size=5, shortcuts=way)
+            if layout
+            else perl(hydra_trunk, layout="hydra", shortcuts=way)
+        )
         for way in (Shortcuts(), PLAIN)
     )
     assert len(set(fast["tokens"].tolist())) > 2  # rows of several lengths, or nothing is cut
@@ -77,24 +82,6 @@ def test_each_alone(way: Shortcuts, hydra_trunk: Path) -> None:
     expected = iteration(tiny.hydra(hydra_trunk, **settings))
     found = iteration(tiny.hydra(hydra_trunk, shortcuts=way, **settings))
     assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_reinforce(hydra_trunk: Path) -> None:
-    fast, plain = (
-        iteration(
-            Reinforce(
-                str(hydra_trunk),
-                layout="hydra",
-                lora=tiny.LORA,
-                sampling=tiny.SAMPLING,
-                micro_batch_size=3,
-                trunk_dtype="float64",
-                shortcuts=way,
-            )
-        )
-        for way in (Shortcuts(), PLAIN)
-    )
-    assert_close(fast, plain, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [SFT, HydraSFT, RewardModel])
@@ -134,18 +121,13 @@ def test_values_and_gradient_at_once_make_no_shape_of_values(hydra_trunk: Path) 
         module.first_value_pass(rollout, scored, by_length=False)
 
 
-def test_scoring_asks_the_policy_only_where_nothing_was_kept(hydra_trunk: Path) -> None:
-    counted = []
-    for way in (Shortcuts(), PLAIN):
+def test_what_was_not_drawn_from_the_scored_distribution_is_scored_again(hydra_trunk: Path) -> None:
+    for way, passes in ((Shortcuts(), 2), (PLAIN, 3)):
         module = tiny.hydra(hydra_trunk, shortcuts=way, score_batch_size=8)
         rollout = module.collect(tiny.prompts(8), 0)
         before = module.policy_trunk.passes
         module.score(rollout)
-        counted.append(module.policy_trunk.passes - before)
-    assert counted == [2, 3]
-
-
-def test_what_was_not_drawn_from_the_scored_distribution_is_scored_again(hydra_trunk: Path) -> None:
+        assert module.policy_trunk.passes - before == passes
     module = tiny.hydra(hydra_trunk)
     warped = SamplingSpec(max_new_tokens=6, top_p=0.5)
     assert module.collect(tiny.prompts(4), 0).logprobs is not None

@@ -185,12 +185,24 @@ def fit(
     root: Path,
     batches: Sequence[Any],
     *callbacks: Callback,
+    held_out: Sequence[Any] | None = None,
+    ckpt_path: Path | None = None,
     **options: Any,
 ) -> TrainerFolder:
     """Trains on ready batches."""
     run = quiet_trainer(root, *callbacks, **options)
-    run.trainer.fit(module, Batches(batches))
+    validated = None if held_out is None else Batches(held_out)
+    run.trainer.fit(module, Batches(batches), validated, ckpt_path=ckpt_path, weights_only=True)
     return run
+
+
+def measured(
+    module: LightningModule, root: Path, batches: Sequence[Any], stage: str = "validate"
+) -> dict[str, float]:
+    """What validation, or a test, logs of ready batches."""
+    run = getattr(quiet_trainer(root).trainer, stage)
+    (logged,) = run(module, Batches(batches), verbose=False)
+    return dict(logged)
 
 
 def batches_for(module: AdapterModule, count: int = 2) -> list[PromptBatch] | list[RatedBatch]:
