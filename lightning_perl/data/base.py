@@ -56,13 +56,16 @@ class ConversationDataModule(LightningDataModule, ABC):
             whole turns on the left.
         max_response_tokens: Tokens of an answer, end-of-sequence token included. A prompt may take
             the rest, ``max_tokens - max_response_tokens``.
-        bucket: Put rows of similar length into a batch, which saves padding. False: shuffle only.
+        bucket: Put rated rows of similar length into a batch, which saves padding. False: shuffle only, as prompts
+            always are: a rollout batch is a mixture, and its micro-batches are cut by length later.
         seed: Seed of the order of the rows. The splits do not depend on it.
         num_workers: Processes that collate batches. 0 is enough for text.
         on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line. ``reject`` counts
             such rows in ``report`` and goes on. A file that cannot be read to its end counts as one such row.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
+        chat_template: Write turns with the tokenizer's own chat template. False: with the plain turn template, as
+            for a base model. None: with the chat template where the tokenizer has one.
     """
 
     pairs: ClassVar[bool] = True
@@ -81,6 +84,7 @@ class ConversationDataModule(LightningDataModule, ABC):
         num_workers: int = 0,
         on_bad_row: Literal["reject", "raise"] = "raise",
         keep_conflicts: bool = True,
+        chat_template: bool | None = None,
     ) -> None:
         super().__init__()
         if rows not in ("rated", "prompts"):
@@ -102,12 +106,12 @@ class ConversationDataModule(LightningDataModule, ABC):
         self.val_batch_size = val_batch_size or batch_size
         self.max_tokens = max_tokens
         self.max_response_tokens = max_response_tokens
-        self.bucket = bucket
+        self.bucket = bucket and rows == "rated"
         self.seed = seed
         self.num_workers = num_workers
         self.on_bad_row = on_bad_row
         self.keep_conflicts = keep_conflicts
-        self.chat_template = False
+        self.chat_template = chat_template
         #: Whether training rows are read while training; the report then comes after the first pass.
         self.streaming = False
         self.report = DataReport()
@@ -207,6 +211,8 @@ class ConversationDataModule(LightningDataModule, ABC):
             report = self.report.splits[name] = SplitReport()
             self._examples[name], self._sources[name] = self._encode(encoder, items, report)
         self.splits = splits
+        self.report.template = f"{encoder.template}, an answer ends with {encoder.ending!r}"
+        self.report.notes.update(encoder.notes)
         if splits.val and not self._examples["val"]:
             self.report.notes["validation rows, of which none could be used"] = len(splits.val)
         if not self.streaming:
@@ -234,12 +240,17 @@ class ConversationDataModule(LightningDataModule, ABC):
     @property
     def template(self) -> str:
         """Names how turns become tokens, for manifests; see :func:`template_of`."""
-        return template_of(self.tokenizer if self.chat_template else None)
+        return template_of(self.tokenizer if self._chats else None)
+
+    @property
+    def _chats(self) -> bool:
+        given = self.chat_template
+        return bool(self.tokenizer.chat_template) if given is None else given
 
     @property
     def encoder(self) -> TurnEncoder:
         """A fresh encoder of turns."""
-        return TurnEncoder(self.tokenizer, self.chat_template)
+        return TurnEncoder(self.tokenizer, self._chats)
 
     def _encode(
         self, encoder: TurnEncoder, items: list[Item], report: SplitReport

@@ -68,7 +68,7 @@ class PreferenceDataModule(ConversationDataModule):
 
     With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at. Of
     ``messages`` it is all of them where the user has the last word, else those before the first
-    answer (before the last one with ``chat_template``).
+    answer.
 
     A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role ``system``, ``user``
     or ``assistant``; an answer is a string or a list of one assistant message, which may follow the messages of
@@ -102,8 +102,6 @@ class PreferenceDataModule(ConversationDataModule):
             (``trainer.limit_val_batches`` stops it early). The report counts the first pass and comes at its end.
             A resumed run reads past the rows before its position.
         shuffle_block: Rows of a stream that are in memory to be shuffled.
-        chat_template: Render prompts with the tokenizer's own chat template, for a trunk that was tuned with it,
-            instead of the plain turn template. Of ``messages`` then only the last answer counts.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
         settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
@@ -120,7 +118,6 @@ class PreferenceDataModule(ConversationDataModule):
         rating_range: tuple[float, float] | None = None,
         streaming: bool = False,
         shuffle_block: int = 4096,
-        chat_template: bool = False,
         keep_conflicts: bool = False,
         **settings: Any,
     ) -> None:
@@ -155,7 +152,6 @@ class PreferenceDataModule(ConversationDataModule):
         self.rating_range = rating_range
         self.streaming = streaming
         self.shuffle_block = shuffle_block
-        self.chat_template = chat_template
         self._holds_out = streaming and val is None and val_fraction > 0
         self._streams: list[tuple[int, Source]] = []
         self._begun = False
@@ -353,8 +349,7 @@ class PreferenceDataModule(ConversationDataModule):
         agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
         if not agent:
             raise BadRow("no answer", "messages hold no assistant message to imitate.")
-        first = agent[-1] if self.chat_template else agent[0]
-        return turns[:first], turns[first : agent[-1] + 1]
+        return turns[: agent[0]], turns[agent[0] : agent[-1] + 1]
 
     def _refuse_null(self, row: Mapping[str, Any], named: dict[str, Any]) -> None:
         # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.

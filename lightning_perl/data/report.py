@@ -137,6 +137,7 @@ class DataReport:
     Every row read is kept in one split, rejected (``rejected`` has those of the splits, too), a duplicate (here of
     the whole corpus, dropped before it was divided) or left out, since it belongs to no split. A test split that
     is the validation split counts once. ``conflicts`` are answers with both thumbs, and pairs in both orders.
+    ``template`` says how turns were written.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
@@ -145,6 +146,7 @@ class DataReport:
     conflicts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    template: str = ""
 
     @property
     def rows(self) -> int:
@@ -179,6 +181,8 @@ class DataReport:
             if counts:
                 items = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
                 lines.append(f"{title}: {items}")
+        if self.template:
+            lines.append(f"template: {self.template}")
         return "\n".join(lines)
 
 

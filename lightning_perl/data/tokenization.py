@@ -13,21 +13,26 @@ agent turn) is encoded alone and the ids are joined, so the border between promp
 text on its other side. Text that spells a special token stays text. A prompt is ``context turns + Agent:``, a
 response ``content + EOS``. Prompts may take ``max_tokens - max_response_tokens`` tokens, in rated rows too, so
 that a policy is asked exactly what the reward model was shown.
+
+A tokenizer's own chat template takes the place of the plain one: turns are as it writes them, an API's turn is the
+user's and begins with ``API:``, and an answer ends as the template ends it, with EOS only where it names no end.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
-# What apply_chat_template renders with and raises; torch brings it.
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lightning_perl.chat import Ends, ends_of_answers, name_of, rendered
 from lightning_perl.data.rows import (
     BadRow,
     BadRowHook,
@@ -48,7 +53,7 @@ MOST_CACHED = 1 << 14
 _TAGS = {"system": "System", "user": "User", "api": "API"}
 # Stands for a special token that a text spells while a chat template renders that text.
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
-_CHAT_ROLES = {"system": "system", "user": "user", "agent": "assistant"}
+_CHAT_ROLES = {"system": "system", "user": "user", "agent": "assistant", "api": "user"}
 
 
 class Encoded(NamedTuple):
@@ -60,6 +65,22 @@ class Encoded(NamedTuple):
     ids: list[int]
     response_mask: list[bool]
     cut_turns: int
+
+
+class _Written(NamedTuple):
+    """A chat template's text, in which numbers stand for what turns spell, and which numbers are answers."""
+
+    text: str
+    spelled: list[str]
+    counting: set[int]
+
+    @property
+    def whole(self) -> str:
+        """The text with what the numbers stand for."""
+        return _STAND_IN.sub(lambda match: self.spelled[int(match[1])], self.text)
+
+
+_Answer: TypeAlias = tuple[int, list[int], list[int]]
 
 
 def example_of(
@@ -80,8 +101,8 @@ def example_of(
 def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Names how turns become text and answers end; manifests store the name.
 
-    ``plain-1`` for the plain turn template (None), else ``chat-`` and the start of the SHA-256 of the tokenizer's
-    chat template. Another rule for EOS would need another name.
+    ``plain-1`` for the plain turn template (None), else :func:`~lightning_perl.chat.name_of` the tokenizer's chat
+    template. Another rule for EOS would need another name.
     """
     if tokenizer is None:
         return PLAIN
@@ -90,15 +111,16 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
             f"chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
             "template. Use chat_template=False (the plain turn template) or another tokenizer."
         )
-    # Some tokenizers have several templates by name; this is the one that is rendered.
-    text = tokenizer.get_chat_template()
-    return f"chat-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return name_of(tokenizer)
 
 
 class TurnEncoder:
-    """Encodes turns by the plain template, or prompts by the tokenizer's own chat template.
+    """Encodes turns by the plain template, or by the tokenizer's own chat template.
 
-    With ``chat_template`` the response is still the bare content and EOS, of a single agent turn.
+    Attributes:
+        template: The name of the rendering, for manifests.
+        ending: How an answer ends, as text.
+        notes: What is worth knowing about rows that were encoded, counted.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> None:
@@ -107,11 +129,15 @@ class TurnEncoder:
                 f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could "
                 "end. Set one before saving it: tokenizer.eos_token = '<eos>'."
             )
-        #: The name of the rendering, for manifests.
         self.template = template_of(tokenizer if chat_template else None)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self._eos = int(tokenizer.eos_token_id)
+        self.notes: Counter[str] = Counter()
+        self._ends = ends_of_answers(tokenizer) if chat_template else Ends()
+        self.ending = self._ends.ending or str(tokenizer.eos_token)
+        self._end: list[int] = [int(tokenizer.eos_token_id)]
+        if self._ends.ending:
+            self._end = tokenizer.encode(self._ends.ending, add_special_tokens=False)
         bos = tokenizer.bos_token_id
         self._start: list[int] = [] if bos is None else [int(bos)]
         # Dialogs share most of their turns: each rated row repeats the rows before it.
@@ -125,8 +151,12 @@ class TurnEncoder:
 
     def _content(self, turn: Turn) -> list[int]:
         # A chat template ends its generation prompt where the answer's first letter belongs.
-        lead = "" if self.chat_template else " "
-        return [*self._text(f"{lead}{turn.text.strip()}"), self._eos]
+        text = turn.text.strip() if self.chat_template else f" {turn.text.strip()}"
+        if self._ends.opening and text.startswith(self._ends.opening):
+            text = text.removeprefix(self._ends.opening).lstrip()
+        if self._ends.closing not in text:
+            self.notes[f"answers without the {self._ends.closing} that the template waits for"] += 1
+        return [*self._text(text), *self._end]
 
     def _turn(self, turn: Turn) -> list[int]:
         if turn.role == "agent":
@@ -141,66 +171,83 @@ class TurnEncoder:
         :class:`BadRow` where nothing is left that fits, or the chat template refuses the turns.
         """
         _check_unicode(context)
-        fixed = list(context[:1]) if context and context[0].role == "system" else []
-        turns = list(context[len(fixed) :])
-        render = self._chat if self.chat_template else self._plain
-        for cut in range(max(len(turns), 1)):
-            try:
-                ids = render([*fixed, *turns[cut:]])
-            except TemplateError as error:
-                # Many templates want the user to begin; what was cut so far ends before an answer.
-                if cut:
-                    continue
-                raise BadRow(
-                    "refused by the chat template",
-                    "the tokenizer's chat template refuses the turns "
-                    f"{[turn.role for turn in turns]}{' after a system turn' if fixed else ''}: {error}. Write "
-                    "them as it wants them, use chat_template=False, or set on_bad_row: reject.",
-                ) from error
-            if len(ids) <= max_prompt_tokens:
-                return Encoded(ids, [False] * len(ids), cut)
-        raise BadRow(
-            "prompt longer than the window",
-            f"prompt longer than the window: its last turn takes {len(ids)} tokens, the "
-            f"limit is {max_prompt_tokens} (max_tokens - max_response_tokens). Raise max_tokens, "
-            "or set on_bad_row: reject.",
-        )
+        try:
+            ids = self._prompt(context)
+        except TemplateError as error:
+            raise _refused(context, error) from error
+        if len(ids) <= max_prompt_tokens:
+            return Encoded(ids, [False] * len(ids), 0)
+        return self._cut(context, max_prompt_tokens, len(ids))
 
-    def _plain(self, turns: Sequence[Turn]) -> list[int]:
-        ids = list(self._start)
-        for turn in turns:
-            ids += self._turn(turn)
-        return ids + self._text("Agent:")
+    def _cut(self, context: Sequence[Turn], max_prompt_tokens: int, shortest: int) -> Encoded:
+        """Encodes the end of a context, found by bisection: a trial takes time as what it keeps is long."""
+        fixed = int(bool(context) and context[0].role == "system")
+        turns = len(context) - fixed
 
-    def _chat(self, turns: Sequence[Turn]) -> list[int]:
-        if not turns:
-            raise BadRow("empty prompt", "a chat template needs at least one turn.")
-        if any(turn.role == "api" for turn in turns):
+        def kept(cut: int) -> tuple[int, list[int]] | None:
+            # Many templates want the user to begin, and take the cut behind this one.
+            for number in range(cut, turns):
+                with suppress(TemplateError):
+                    return number, self._prompt([*context[:fixed], *context[fixed + number :]])
+            return None
+
+        def fits(cut: int) -> bool:
+            nonlocal shortest
+            rest = kept(cut)
+            shortest = shortest if rest is None else min(shortest, len(rest[1]))
+            return rest is None or len(rest[1]) <= max_prompt_tokens
+
+        rest = kept(bisect_left(range(turns), True, lo=min(1, turns), key=fits))
+        if rest is None:
             raise BadRow(
-                "API turn in a chat template",
-                "has an API turn, which a chat template cannot say. Use chat_template=False.",
+                "prompt longer than the window",
+                f"prompt longer than the window: its last turn takes {shortest} tokens, the "
+                f"limit is {max_prompt_tokens} (max_tokens - max_response_tokens). Raise max_tokens, "
+                "or set on_bad_row: reject.",
             )
-        spelled: list[str] = []
+        return Encoded(rest[1], [False] * len(rest[1]), rest[0])
 
-        def stand_in(match: re.Match[str]) -> str:
-            spelled.append(match[0])
+    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Returns the turns and the header of an answer as tokens."""
+        if self.chat_template:
+            if not turns:
+                raise BadRow("empty prompt", "a chat template needs at least one turn.")
+            written = self._written(turns, len(turns))
+            return [token for ids, _ in self._pieces(written) for token in ids]
+        return [
+            *self._start,
+            *(token for turn in turns for token in self._turn(turn)),
+            *self._text("Agent:"),
+        ]
+
+    def _written(self, turns: Sequence[Turn], answers: int) -> _Written:
+        """The chat template's text of turns; if no answer is among those from ``answers`` on, with a header."""
+        spelled: list[str] = []
+        counting: set[int] = set()
+
+        def stand_in(text: str) -> str:
+            spelled.append(text)
             return f"\ue000{len(spelled) - 1}\ue001"
 
-        messages = [
-            {"role": _CHAT_ROLES[turn.role], "content": self._spelled.sub(stand_in, turn.text)}
-            for turn in turns
-        ]
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        messages = []
+        for number, turn in enumerate(turns):
+            text = f"{_TAGS['api']}: " * (turn.role == "api") + turn.text.strip()
+            if number >= answers and turn.role == "agent":
+                counting.add(len(spelled))
+                text = stand_in(text)
+            else:
+                text = self._spelled.sub(lambda match: stand_in(match[0]), text)
+            messages.append({"role": _CHAT_ROLES[turn.role], "content": text})
+        return _Written(rendered(self.tokenizer, messages, prompt=not counting), spelled, counting)
+
+    def _pieces(self, written: _Written) -> Iterator[tuple[list[int], bool]]:
+        """Yields a chat template's text as tokens, and which of them are answers that count."""
         # The template writes its own special tokens, the leading one too, as text.
-        ids: list[int] = []
-        for number, piece in enumerate(_STAND_IN.split(str(text))):
+        for number, piece in enumerate(_STAND_IN.split(written.text)):
             if number % 2:
-                ids += self._text(spelled[int(piece)])
+                yield self._text(written.spelled[int(piece)]), int(piece) in written.counting
             elif piece:
-                ids += self.tokenizer.encode(piece, add_special_tokens=False)
-        return ids
+                yield self.tokenizer.encode(piece, add_special_tokens=False), False
 
     def encode(self, row: Row, max_tokens: int, max_response_tokens: int) -> Encoded:
         """Encodes a row's prompt and response.
@@ -213,7 +260,7 @@ class TurnEncoder:
         _check_unicode(row.response)
         prompt = self.encode_prompt(row.context, max_tokens - max_response_tokens)
         if len(row.response) > 1:
-            return self._encode_dialog(row, prompt, max_tokens)
+            return self._encode_dialog(row, prompt, max_tokens, max_response_tokens)
         content = self._content(row.response[0])
         if len(content) > max_response_tokens:
             raise BadRow(
@@ -252,34 +299,90 @@ class TurnEncoder:
             else:
                 yield beside, item, encoded
 
-    def _encode_dialog(self, row: Row, prompt: Encoded, max_tokens: int) -> Encoded:
-        if self.chat_template:
-            raise BadRow(
-                "dialog in a chat template",
-                f"a response of {len(row.response)} turns under a chat template. Use "
-                "chat_template=False, or give the last answer only.",
+    def _encode_dialog(
+        self, row: Row, prompt: Encoded, max_tokens: int, max_response_tokens: int
+    ) -> Encoded:
+        answers = self._chat_answers if self.chat_template else self._plain_answers
+        context = [turn for turn in row.context[:1] if turn.role == "system"]
+        context += row.context[len(context) + prompt.cut_turns :]
+        pieces = answers(context, row.response)
+        if pieces is None:
+            self.notes[
+                "dialogs of whose answers the last counts: the template rewrites others"
+            ] += 1
+            asked = (*row.context, *row.response[:-1])
+            return self.encode(
+                replace(row, context=asked, response=row.response[-1:]),
+                max_tokens,
+                max_response_tokens,
             )
         ids, mask = list(prompt.ids), list(prompt.response_mask)
-        kept_tokens = kept_turns = 0
-        for number, turn in enumerate(row.response):
-            counts = turn.role == "agent"
-            # The prompt ends with the header of the first answer.
-            header = self._text("Agent:") if counts and number else []
-            tokens = self._content(turn) if counts else self._turn(turn)
-            ids += header + tokens
-            mask += [False] * len(header) + [counts] * len(tokens)
-            if len(ids) > max_tokens:
+        kept_turns = 0
+        for number, before, answer in pieces:
+            if len(ids) + len(before) + len(answer) > max_tokens:
                 break
-            if counts:
-                kept_tokens, kept_turns = len(ids), number + 1
+            ids += before + answer
+            mask += [False] * len(before) + [True] * len(answer)
+            kept_turns = number + 1
         if not kept_turns:
             raise BadRow(
                 "answer longer than the window",
                 f"the first answer of the dialog does not fit into {max_tokens} "
                 "tokens (max_tokens). Raise max_tokens, or set on_bad_row: reject.",
             )
-        cut = prompt.cut_turns + len(row.response) - kept_turns
-        return Encoded(ids[:kept_tokens], mask[:kept_tokens], cut)
+        return Encoded(ids, mask, prompt.cut_turns + len(row.response) - kept_turns)
+
+    def _plain_answers(self, _: Sequence[Turn], response: Sequence[Turn]) -> list[_Answer]:
+        """The answers of a dialog: number of the turn, tokens since the last answer, tokens of the answer."""
+        answers: list[_Answer] = []
+        before: list[int] = []
+        for number, turn in enumerate(response):
+            if turn.role == "agent":
+                # The prompt ends with the header of the first answer.
+                header = self._text("Agent:") if number else []
+                answers.append((number, before + header, self._content(turn)))
+                before = []
+            else:
+                before += self._turn(turn)
+        return answers
+
+    def _chat_answers(
+        self, context: Sequence[Turn], response: Sequence[Turn]
+    ) -> list[_Answer] | None:
+        """As `_plain_answers`; None where the chat template writes an answer otherwise in front of later turns."""
+        agent = [number for number, turn in enumerate(response) if turn.role == "agent"]
+        turns = [*context, *response[: agent[-1] + 1]]
+        try:
+            written = self._written(turns, len(context))
+            asked = self._written(turns[:-1], len(turns))
+        except TemplateError as error:
+            raise _refused(turns, error) from error
+        said = f"{asked.whole}{turns[-1].text.strip()}{self._ends.ending}"
+        if not self._ends.ending or not written.whole.startswith(said):
+            return None
+        answers: list[_Answer] = []
+        before: list[int] = []
+        ended = True
+        for ids, counts in self._pieces(written):
+            if counts and ended:
+                # The first answer's prompt is encoded already.
+                answers.append((agent[len(answers)], before if answers else [], ids + self._end))
+                before, ended = [], False
+            elif ended:
+                before += ids
+            elif not counts and ids[: len(self._end)] == self._end:
+                before, ended = ids[len(self._end) :], True
+            else:
+                return None
+        return answers
+
+
+def _refused(turns: Sequence[Turn], error: TemplateError) -> BadRow:
+    return BadRow(
+        "refused by the chat template",
+        f"the tokenizer's chat template refuses the turns {[turn.role for turn in turns]}: {error}. Write "
+        "them as it wants them, use chat_template=False, or set on_bad_row: reject.",
+    )
 
 
 def _check_answers(row: Row) -> None:

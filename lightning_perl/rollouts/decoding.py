@@ -39,7 +39,8 @@ def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> End
         if not strings:
             return by_token
         ids = responses.ids[rows, :length]
-        texts = trunk.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        # A stop string may be a special token, or hold one.
+        texts = trunk.tokenizer.batch_decode(ids, skip_special_tokens=False)
         hit = [any(string in text for string in strings) for text in texts]
         return by_token | torch.tensor(hit, device=ids.device)
 

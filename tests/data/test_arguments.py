@@ -21,6 +21,7 @@ SHARED: dict[str, Any] = {
     "num_workers": 0,
     "on_bad_row": "raise",
     "keep_conflicts": True,
+    "chat_template": None,
 }
 CORPUS = SHARED | {"on_bad_row": "reject", "val_fraction": 0.1}
 OWN: dict[str, Any] = {
@@ -32,7 +33,6 @@ OWN: dict[str, Any] = {
     "rating_range": None,
     "streaming": False,
     "shuffle_block": 4096,
-    "chat_template": False,
     "keep_conflicts": False,
 }
 TASKMASTER: dict[str, Any] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from lightning_perl.data import HelpfulnessDataModule, corpus
 from lightning_perl.data.download import Remote
@@ -150,3 +151,21 @@ def test_what_is_missing_is_fetched_or_named(build: Build, monkeypatch: pytest.M
 def test_bad_arguments_are_refused(build: Build, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build(**arguments)
+
+
+@pytest.mark.parametrize(("given", "chats"), [(None, True), (True, True), (False, False)])
+def test_a_tokenizers_chat_template_is_the_default(
+    build: Build, tmp_path: Path, tokenizer_dir: Path, given: bool | None, chats: bool
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}={{ m.content }}{% endfor %}"
+    write_lines(tmp_path / "helpful-base/train.jsonl", [hh(n) for n in range(8)])
+    module = build(tokenizer=tokenizer, chat_template=given)
+    module.setup()
+    start = "user=can you bake" if chats else "<bos>User: can you bake"
+    first = module._examples["train"][0].rows[0]
+    assert str(tokenizer.decode(first.ids)).startswith(start)
+    assert module.template.startswith("chat-" if chats else "plain-1")
+    # A base model's tokenizer has none.
+    assert build().template == "plain-1"
+    assert f"template: {module.template}, an answer ends with '<eos>'" in str(module.report)

@@ -181,10 +181,95 @@ def test_the_chat_template_renders_prompts_and_the_answer_stays_bare(
     assert short.cut_turns == 2
     with pytest.raises(BadRow, match=r"a chat template needs at least one turn"):
         encoder.encode_prompt((), 40)
-    with pytest.raises(BadRow, match="has an API turn"):
-        encoder.encode_prompt((API,), 40)
-    with pytest.raises(BadRow, match="a response of 3 turns under a chat template"):
-        encoder.encode(row((USER,), SORRY, USER, SORRY), 128, 16)
+    # No template says API turns, and many refuse a role that they do not know.
+    asked = text(tokenizer, encoder.encode_prompt((USER, CALL, API), 128).ids)
+    assert asked.endswith('<eos>[user]API: get_menu_items {"items": []}<eos>[assistant]')
+
+
+ROLE = "{{ 'model' if m.role == 'assistant' else m.role }}"
+END = "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+#: Templates of the kinds that people have; <|turn> and <|end> are added tokens.
+TEMPLATES = {
+    "another end": "<bos>{% for m in messages %}<|turn>" + ROLE + "\n{{ m.content | trim }}<|end>\n"
+    "{% endfor %}" + END,
+    "EOS": "<bos>{% for m in messages %}<|turn>"
+    + ROLE
+    + "\n{{ m.content }} <eos>{% endfor %}"
+    + END,
+    "no end": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    "thoughts": "{% for m in messages %}<|turn>"
+    + ROLE
+    + "\n{{ m.content.split('</think>')[-1] }}<|end>"
+    "{% endfor %}{% if add_generation_prompt %}<|turn>model\n<think>\n{% endif %}",
+}
+
+
+@pytest.fixture
+def chatting(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn>", "<|end>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "dialog"),
+    [
+        (
+            "another end",
+            "<|end>",
+            "<|turn>model\nyes<|end>\n<|turn>user\nan<|end>\n<|turn>model\nno<|end>",
+        ),
+        ("EOS", " <eos>", "<|turn>model\nyes <eos><|turn>user\nan <eos><|turn>model\nno <eos>"),
+        ("no end", "<eos>", "assistant: yes\nuser: an\nno<eos>"),
+        (
+            "thoughts",
+            "<|end>",
+            "<|turn>model\nyes<|end><|turn>user\nan<|end><|turn>model\n<think>\nno<|end>",
+        ),
+    ],
+)
+def test_an_answer_ends_as_the_chat_template_ends_it(
+    chatting: PreTrainedTokenizerBase, kind: str, ending: str, dialog: str
+) -> None:
+    chatting.chat_template = TEMPLATES[kind]
+    encoder = TurnEncoder(chatting, chat_template=True)
+    assert encoder.ending == ending
+    turns = Turn("user", "an"), Turn("agent", "yes"), Turn("user", "an"), Turn("agent", "no ")
+    context = encoder.encode_prompt(turns[:3], 128).ids
+    single = encoder.encode(row(turns[:3], turns[3]), 160, 32)
+    assert single.ids[: len(context)] == context
+    assert counted(chatting, *single[:2]) == f"no{ending}"
+    # An answer to learn is what the next prompt has of it, so a dialog counts every answer once.
+    answer = encoder.encode(row(turns[:1], turns[1]), 160, 32)
+    whole = encoder.encode(row(turns[:1], *turns[1:]), 160, 32)
+    assert text(chatting, whole.ids).endswith(dialog)
+    rewrites = kind in ("no end", "thoughts")
+    assert counted(chatting, *whole[:2]) == ("" if rewrites else f"yes{ending}") + f"no{ending}"
+    assert (context[: len(answer.ids)] == answer.ids) != rewrites
+    assert list(encoder.notes.values()) == ([3, 1] if kind == "thoughts" else [1] * rewrites)
+    if not rewrites:
+        assert whole.ids == single.ids
+        cut = encoder.encode(row(turns[:1], *turns[1:]), len(whole.ids) - 1, 8)
+        assert (cut.ids, cut.cut_turns) == (answer.ids, 2)
+
+
+def test_a_thought_that_the_prompt_opens_is_not_opened_twice(
+    chatting: PreTrainedTokenizerBase,
+) -> None:
+    chatting.chat_template = TEMPLATES["thoughts"]
+    encoder = TurnEncoder(chatting, chat_template=True)
+    thought = Turn("agent", "<think>\nhm\n</think>\nno")
+    encoded = encoder.encode(row((Turn("user", "an"),), thought), 160, 64)
+    assert text(chatting, encoded.ids) == (
+        "<|turn>user\nan<|end><|turn>model\n<think>\nhm\n</think>\nno<|end>"
+    )
+    assert not encoder.notes
+
+
+def test_todays_date_is_pinned_and_part_of_the_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    encoder = TurnEncoder(tokenizer, chat_template=True)
+    assert text(tokenizer, encoder.encode_prompt((USER,), 64).ids).startswith("01 Jan 2026an esp")
+    assert encoder.template.endswith(" 2026-01-01")
 
 
 def test_a_chat_template_that_refuses_turns(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ from lightning_perl.models.lean_layers import NoRoleError
 from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.rollouts.decoding import distinct_rows, sample
+from lightning_perl.rollouts.decoding import Responses, distinct_rows, ends_of, sample
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 from tests.conftest import TinyTrunk
@@ -258,6 +258,14 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(roles: Roles)
         assert response == whole[:length]
         assert bool(rollout.stopped[number]) == (bool(ends) or whole[-1] in STOP_IDS)
     assert len(responses(rollout)[row]) <= 4 < len(free[row])
+
+
+def test_a_stop_string_may_be_a_special_token(roles: Roles) -> None:
+    spec = SamplingSpec(2, stop=("<bos>",))
+    drawn = Responses(roles.trunk("policy"), torch.zeros(3, 2), spec)
+    drawn.ids = torch.tensor([[101, 1], [1, 101], [101, 101]])
+    ended = ends_of(roles.trunk("policy"), drawn, spec.stop)
+    assert ended(torch.arange(3), 2, drawn.ids[:, 1]).tolist() == [True, True, False]
 
 
 def test_stop_strings_need_early_exit(roles: Roles) -> None:
