@@ -17,6 +17,7 @@ from lightning_perl.functional.sequences import (
     Cut,
     Sequences,
     cuts,
+    pad_right,
 )
 
 Rows = Sequence[Sequence[int]]

@@ -352,8 +352,8 @@ def test_epoch_without_a_thumb_or_pair_is_refused(
     kind: str, plain_trunk: Path, tmp_path: Path
 ) -> None:
     words = (
-        f"{kind} saw no thumb and no pair in a whole epoch, so its reward head is still random. Give "
-        "rows with `label` or with `chosen` and `rejected`; for demonstrations alone use SFT"
+        f"{kind} saw no row to learn a preference from in a whole epoch, so its reward head is still "
+        "random. Give rows with `label`, or with `chosen` and `rejected`; for demonstrations alone use SFT"
     )
     unrated = [demonstrations(4), demonstrations(4, 2)]
     with pytest.raises(ValueError, match=words):
