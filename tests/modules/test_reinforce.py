@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import pad_right, until_stop
 from lightning_perl.models.roles import Layout
 from lightning_perl.modules import SFT, Reinforce, RewardModel
-from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
+from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
 from tests.modules.test_ppo import two_rows
@@ -35,12 +33,6 @@ def perl(trunk: Path, **options: Any) -> Reinforce:
         "trunk_dtype": "float64",
     }
     return Reinforce(str(trunk), **{**settings, **options})
-
-
-def first_step(module: OnPolicy, experience: Experience) -> tuple[dict[str, Tensor], Any]:
-    """Statistics and gradients of the one update; no weight moves."""
-    stats, (gradients,) = tiny.rehearse(module, experience)
-    return stats, gradients
 
 
 # ---- by hand -------------------------------------------------------------------------------------
@@ -74,7 +66,7 @@ def test_losses_are_sums_over_tokens_and_means_over_episodes(hydra_trunk: Path) 
     assert len(set(mask.sum(1).tolist())) > 2
     scored = module.score(rollout)
     experience, _ = module.experience(rollout, scored)
-    stats, gradients = first_step(module, experience)
+    stats, (gradients,) = tiny.rehearse(module, experience)
     policy = -(scored.logprobs * experience.advantages)[mask].sum() / 7
     value = ((scored.values - given(experience.returns))[mask] ** 2).sum() / 7
     assert_close(stats["policy_loss"], policy)
@@ -82,7 +74,7 @@ def test_losses_are_sums_over_tokens_and_means_over_episodes(hydra_trunk: Path) 
     assert_close(stats["loss"], policy + 0.5 * value)
     for size in (1, 2, 7):
         module.micro_batch_size = module.score_batch_size = size
-        cut_stats, cut = first_step(module, experience)
+        cut_stats, (cut,) = tiny.rehearse(module, experience)
         assert_close(cut_stats, stats, rtol=1e-9, atol=1e-12)
         assert_close(cut, gradients, rtol=1e-9, atol=1e-12)
 
@@ -133,85 +125,32 @@ def test_expected_gradient_is_the_objectives(beta: float, hydra_trunk: Path) -> 
     tiny.train_adapters(module)  # a policy away from its reference, a critic that is any function
     rollout = every_response(module, [5, 9, 4])
     scored = module.score(rollout)
+    actor = {name: one for name, one in module.named_parameters() if ".actor." in name}
     expected = objective(module, rollout, scored.scores)
-    actor = module.roles.actor_parameters()
-    wanted = torch.autograd.grad(expected, actor)
-    experience, _ = module.experience(rollout, scored)
-    # Each response as often as the policy gives it: a mean over episodes becomes an expectation.
-    mask = rollout.response_mask
-    chance = torch.where(mask, scored.logprobs, 0.0).sum(1, keepdim=True).exp()
-    weights = chance * len(chance)
-    weighted = experience._replace(advantages=experience.advantages * weights)
-    optimizer = torch.optim.SGD(module.parameter_groups(), lr=0.0)
-    found: list[Tensor | None] = []
-    optimizer.register_step_pre_hook(
-        lambda *_: found.extend(None if one.grad is None else one.grad.clone() for one in actor)
-    )
-    module.update(weighted, optimizer)
+    wanted = torch.autograd.grad(expected, list(actor.values()))
     assert max(float(one.abs().max()) for one in wanted) > 1e-3
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours is not None
-        # Not closer: transformers' norms round their gradients to fp32.
-        assert_close(ours, -theirs, rtol=1e-4, atol=1e-7)
-
+    # Each response as often as the policy gives it: a mean over episodes becomes an expectation.
+    chance = torch.where(rollout.response_mask, scored.logprobs, 0.0).sum(1, keepdim=True).exp()
     # The baseline changes no expectation, only single responses.
-    other = module.experience(rollout, scored._replace(values=scored.values + 3.0))[0]
-    assert (other.advantages - experience.advantages)[mask].abs().min() > 1
-    found.clear()
-    module.update(other._replace(advantages=other.advantages * weights), optimizer)
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours is not None
-        assert_close(ours, -theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_beta_weighs_reward_against_kl(hydra_trunk: Path) -> None:
-    module = perl(hydra_trunk)
-    tiny.train_adapters(module)
-    rollout = module.collect(tiny.prompts(6), 0)
-    scored = module.score(rollout)
-
-    def returns(beta: float, scored: Scored) -> Tensor:
-        module.beta = beta
-        return given(module.experience(rollout, scored)[0].returns)[rollout.response_mask]
-
-    far = scored._replace(reference=scored.reference - 5.0)
-    better = scored._replace(scores=scored.scores + 5.0)
-    assert torch.equal(returns(0.0, far), returns(0.0, scored))  # no KL
-    assert torch.equal(returns(1.0, better), returns(1.0, scored))  # the KL alone
-    assert (returns(0.3, far) < returns(0.3, scored)).all()
-    assert (returns(0.3, better) > returns(0.3, scored)).all()
+    for baseline in (0.0, 3.0):
+        judged = scored._replace(values=scored.values + baseline)
+        experience, _ = module.experience(rollout, judged)
+        weighted = experience.advantages * chance * len(chance)
+        _, (found,) = tiny.rehearse(module, experience._replace(advantages=weighted))
+        for name, gradient in zip(actor, wanted, strict=True):
+            # Not closer: transformers' norms round their gradients to fp32.
+            assert_close(found[name], -gradient, rtol=1e-4, atol=1e-6)
 
 
 # ---- layouts -------------------------------------------------------------------------------------
 
 
-def test_every_layout_gives_the_same_first_step(hydra_trunk: Path) -> None:
-    modules = {layout: perl(hydra_trunk, layout=layout) for layout in LAYOUTS}
-    rollout = modules["full"].collect(tiny.prompts(6), 0)
-    steps: dict[str, dict[str, Tensor]] = {}
-    for layout, module in modules.items():
-        scored = module.score(rollout)
-        mask = rollout.response_mask
-        assert_close(scored.logprobs[mask], scored.reference[mask], rtol=0, atol=1e-14)
-        steps[layout], _ = first_step(module, module.experience(rollout, scored)[0])
-    for layout in LAYOUTS:
-        for key in ("loss", "policy_loss", "value_loss", "entropy"):
-            assert_close(steps[layout][key], steps["full"][key], rtol=1e-12, atol=1e-14)
-    for layout in ("dynamic_lora", "perl", "hydra"):
-        for key in ("grad_norm_actor", "grad_norm_critic", "grad_norm_head"):
-            assert_close(steps[layout][key], steps["lora"][key], rtol=1e-9, atol=1e-12)
-
-
-def run_of(module: AdapterModule, root: Path, batches: list[Any]) -> Path:
-    return tiny.fit(module, root, batches).folder
-
-
 @pytest.mark.parametrize("tuned", ["full", "adapters"])
 def test_chain_from_sft_and_reward_model(tuned: str, plain_trunk: Path, tmp_path: Path) -> None:
     rows = [tiny.rated(8, seed) for seed in range(3)]
-    policy = run_of(SFT(str(plain_trunk)), tmp_path / "sft", rows) / "trunk"
+    policy = tiny.fit(SFT(str(plain_trunk)), tmp_path, rows).folder / "trunk"
     lora = None if tuned == "full" else tiny.LORA
-    judge = run_of(RewardModel(str(policy), lora), tmp_path / "reward", rows)
+    judge = tiny.fit(RewardModel(str(policy), lora), tmp_path, rows).folder
     layout: Layout = "full" if tuned == "full" else "perl"
     reward = judge / "trunk" if tuned == "full" else judge / "adapters" / "reward"
     module = Reinforce(
@@ -222,9 +161,7 @@ def test_chain_from_sft_and_reward_model(tuned: str, plain_trunk: Path, tmp_path
     assert own["value"] == own["reward"]
     assert (own["policy"] == own["reward"]) == (layout == "perl")
     stands = tiny.weights(module)
-    trainer, folder = tiny.fit(
-        module, tmp_path / "rl", [tiny.prompts(6, seed) for seed in range(2)]
-    )
+    trainer, folder = tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(2)])
     assert trainer.global_step == 2  # one update per rollout batch
     assert tiny.changed(stands, module) == module.trainable_names()
     written = {path.name for path in folder.iterdir()}
@@ -247,12 +184,3 @@ def test_chain_from_sft_and_reward_model(tuned: str, plain_trunk: Path, tmp_path
 def test_refused_at_construction(options: dict[str, Any], words: str, hydra_trunk: Path) -> None:
     with pytest.raises(ValueError, match=words):
         Reinforce(str(hydra_trunk), **options)
-
-
-def test_other_roles_have_no_loss(hydra_trunk: Path) -> None:
-    module = perl(hydra_trunk)
-    rollout = module.collect(PromptBatch(*tiny.prompts(2)), 0)
-    experience, _ = module.experience(rollout, module.score(rollout))
-    answers = module.roles.answer(rollout.sequences(), ("reference",))
-    with pytest.raises(RuntimeError, match=r"trains policy and value, was asked .* reference"):
-        module.role_loss("reference", answers, experience, None)  # type: ignore[arg-type]
