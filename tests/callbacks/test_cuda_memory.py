@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_perl.callbacks import CudaMemoryMonitor, CudaMemorySnapshot, cuda_memory, phase_meter
@@ -63,20 +64,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-class Seen(Callback):
-    """Keeps what each train batch logged."""
-
-    def __init__(self) -> None:
-        self.batches: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        self.batches.append({key: value.item() for key, value in trainer.logged_metrics.items()})
-
-
 def fit(folder: Path, work: Work, *callbacks: Callback, batches: int = 1) -> list[dict[str, float]]:
-    seen = Seen()
-    quiet_trainer(folder, [*callbacks, seen]).fit(Phased(work), Rows(batches))
-    return seen.batches
+    """What each train batch logged."""
+    seen: list[dict[str, float]] = []
+    look = LambdaCallback(
+        on_train_batch_end=lambda trainer, *_: seen.append(
+            {key: value.item() for key, value in trainer.logged_metrics.items()}
+        )
+    )
+    quiet_trainer(folder, [*callbacks, look]).fit(Phased(work), Rows(batches))
+    return seen
 
 
 def nothing(module: Phased) -> None:
@@ -138,13 +135,13 @@ def test_a_repeated_phase_keeps_its_largest_peak_of_the_batch(
 def test_a_module_without_phases_is_one_phase_and_others_are_not_logged(
     tmp_path: Path, cuda: FakeCuda
 ) -> None:
-    class Before(Callback):
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            assert isinstance(pl_module, Phased)
-            with pl_module.phase("rollout"):
-                cuda.touch(8.0)  # not the train batch's peak
+    def before(trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, Phased)
+        with module.phase("rollout"):
+            cuda.touch(8.0)  # not the train batch's peak
 
-    (logged,) = fit(tmp_path, lambda module: cuda.touch(0.75), CudaMemoryMonitor(), Before())
+    touch = LambdaCallback(on_train_start=before)
+    (logged,) = fit(tmp_path, lambda module: cuda.touch(0.75), CudaMemoryMonitor(), touch)
     assert logged == {"memory/step_peak_allocated_gib": 0.75, "memory/step_peak_reserved_gib": 8.0}
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -50,28 +50,20 @@ def demonstrations(count: int, seed: int = 0) -> RatedBatch:
     return batch._replace(labelled=torch.zeros(count, dtype=torch.bool))
 
 
-class GradientsHeld(Callback):
-    """How many parameters have a gradient as a batch begins."""
-
-    def __init__(self) -> None:
-        self.counts: list[int] = []
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        self.counts.append(sum(one.grad is not None for one in pl_module.parameters()))
-
-
-@pytest.mark.parametrize(("batches", "held"), [(1, [0, 0, 0, 0]), (2, [0, 1, 0, 1])])
+@pytest.mark.parametrize(("batches", "expected"), [(1, [0, 0, 0, 0]), (2, [0, 1, 0, 1])])
 def test_gradients_go_with_their_step(
-    batches: int, held: list[int], hydra_trunk: Path, tmp_path: Path
+    batches: int, expected: list[int], hydra_trunk: Path, tmp_path: Path
 ) -> None:
-    counted = GradientsHeld()
-    trainer, _ = tiny.quiet_trainer(tmp_path, counted, accumulate_grad_batches=batches)
-    rows = [tiny.rated(4, seed) for seed in range(4)]
+    held: list[bool] = []
+    look = LambdaCallback(
+        on_train_batch_start=lambda trainer, module, *_: held.append(
+            any(one.grad is not None for one in module.parameters())
+        )
+    )
     module = HydraSFT(str(hydra_trunk), tiny.LORA)
-    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
-    assert [int(count > 0) for count in counted.counts] == held
+    rows = [tiny.rated(4, seed) for seed in range(4)]
+    tiny.fit(module, tmp_path, rows, look, accumulate_grad_batches=batches)
+    assert held == expected
 
 
 class Kept(Callback):
@@ -536,6 +528,9 @@ def test_pad_token_without_an_embedding_row_is_not_fed(hydra_trunk: Path, tmp_pa
     assert json.loads((folder / "trunk" / "manifest.json").read_text())["pad_id"] == 0
 
 
+BOTH = r"\['reference trunk', 'reward trunk'\]"
+
+
 # ---- the end of a run ----------------------------------------------------------------------------
 
 
@@ -563,36 +558,20 @@ def test_finished_run_learns_nothing_more(
     assert tiny.changed(tiny.weights(module), longer) == module.trainable_names()
 
 
-class Moves(Callback):
-    """Changes the reference's trunk while the policy learns."""
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, PPO)
-        with torch.no_grad():
-            pl_module.roles.trunk("reference").lm_head.weight[0, 0] += 0.5
-
-
 @pytest.mark.parametrize("layout", ["full", "hydra"])
 @pytest.mark.parametrize("validated", [True, False])
 def test_reference_that_moves_stops_the_run(
     validated: bool, layout: str, hydra_trunk: Path, tmp_path: Path
 ) -> None:
-    both = r"\['reference trunk', 'reward trunk'\]"
-    moved = r"\['reference trunk'\]" if layout == "full" else both
+    moved = r"\['reference trunk'\]" if layout == "full" else BOTH
     words = f"{moved} has other weights than when training started, so scores and KL"
-    held_out = tiny.Batches([tiny.prompts(3, 1)]) if validated else None
-    trainer, folder = tiny.quiet_trainer(tmp_path, Moves())
     module = tiny.hydra(hydra_trunk, layout=layout)
+    weight = module.roles.trunk("reference").lm_head.weight.data
+    moves = LambdaCallback(on_train_batch_end=lambda *_: weight[0, 0].add_(0.5))
+    held_out = [tiny.prompts(3, 1)] if validated else None
     with pytest.raises(RuntimeError, match=words):
-        trainer.fit(module, tiny.Batches([tiny.prompts(4)]), held_out)
-    assert not list(folder.rglob("*.safetensors"))
+        tiny.fit(module, tmp_path, [tiny.prompts(4)], moves, held_out=held_out)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_trunk_exchanged_before_a_resume_stops_the_run(hydra_trunk: Path, tmp_path: Path) -> None:
@@ -603,31 +582,18 @@ def test_trunk_exchanged_before_a_resume_stops_the_run(hydra_trunk: Path, tmp_pa
     weights["lm_head.weight"][0, 0] += 0.5
     save_file(weights, tmp_path / "trunk" / "model.safetensors", metadata={"format": "pt"})
     module = tiny.hydra(tmp_path / "trunk")
-    later, _ = tiny.quiet_trainer(tmp_path, max_epochs=2)
-    both = r"\['reference trunk', 'reward trunk'\]"
-    words = f"{both} has other weights than in the checkpoint.*exchanged"
+    words = f"{BOTH} has other weights than in the checkpoint.*exchanged"
     with pytest.raises(RuntimeError, match=words):
-        later.fit(module, tiny.Batches([tiny.prompts(4)]), ckpt_path=path, weights_only=True)
-    assert later.global_step == 0
-    assert module.episodes == 0
-
-
-class Forgets(Callback):
-    """Clears every checkpoint away before the run hands over."""
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback in trainer.checkpoint_callbacks:
-            assert isinstance(callback, ModelCheckpoint)
-            assert callback.best_model_path
-            Path(callback.best_model_path).unlink()
+        tiny.fit(module, tmp_path, [tiny.prompts(4)], ckpt_path=path, max_epochs=2)
+    assert (module.global_step, module.episodes) == (0, 0)
 
 
 def test_best_checkpoint_that_vanished_is_passed_over(plain_trunk: Path, tmp_path: Path) -> None:
     module = SFT(str(plain_trunk), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     watch = ModelCheckpoint(monitor="val/loss", mode="max")  # the first is the best
-    _, folder = tiny.fit(
-        module, tmp_path, [tiny.rated(6)], Forgets(), watch, held_out=[tiny.rated(6)], max_epochs=2
-    )
+    forget = LambdaCallback(on_fit_end=lambda *_: Path(watch.best_model_path).unlink())
+    rows = [tiny.rated(6)]
+    _, folder = tiny.fit(module, tmp_path, rows, forget, watch, held_out=rows, max_epochs=2)
     stored = load_trunk(str(folder / "trunk")).model.state_dict()
     for name, value in module.trunk.model.state_dict().items():
         assert torch.equal(stored[name], value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from peft import PeftModel
 from torch import Tensor
 from torch.testing import assert_close
@@ -175,19 +175,6 @@ def test_global_step_counts_updates(hydra_trunk: Path, tmp_path: Path) -> None:
     assert trainer.callback_metrics["train/tokens"] == module.tokens > 16
 
 
-class Rates(Callback):
-    """Keeps the learning rates that each rollout was learned with."""
-
-    def __init__(self) -> None:
-        self.seen: list[list[float]] = []
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        groups = trainer.optimizers[0].param_groups
-        self.seen.append([group["lr"] for group in groups])
-
-
 def test_scheduler_steps_once_per_rollout_batch(hydra_trunk: Path, tmp_path: Path) -> None:
     module = tiny.hydra(
         hydra_trunk,
@@ -196,11 +183,15 @@ def test_scheduler_steps_once_per_rollout_batch(hydra_trunk: Path, tmp_path: Pat
         critic_learning_rate=4e-5,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
     )
-    rates = Rates()
-    tiny.fit(module, tmp_path, [tiny.prompts(4, seed) for seed in range(3)], rates)
-    assert rates.seen == [
-        pytest.approx([scale * 1e-4, scale * 4e-5, scale * 4e-5]) for scale in (1, 0.5, 0.25)
-    ]
+    rates: list[list[float]] = []
+    look = LambdaCallback(
+        on_train_batch_start=lambda trainer, *_: rates.append(
+            [group["lr"] for group in trainer.optimizers[0].param_groups]
+        )
+    )
+    tiny.fit(module, tmp_path, [tiny.prompts(4, seed) for seed in range(3)], look)
+    expected = [[scale * 1e-4, scale * 4e-5, scale * 4e-5] for scale in (1, 0.5, 0.25)]
+    assert rates == [pytest.approx(one) for one in expected]
 
 
 TRAINED = {

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -471,21 +472,6 @@ GOOD = 11
 """Words below it are good, from it on bad: before training about a third of all texts end well."""
 
 
-class Endings(Callback):
-    """Keeps, per rollout, the share of responses that end in a good word."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, OnPolicy)
-        rollout = pl_module.collect(batch, pl_module.rollout_index)
-        last = at_columns(rollout.response_ids, last_true(rollout.response_mask))
-        self.seen.append(float((last < GOOD).float().mean()))
-
-
 def judging_head(trunk: Path) -> ScalarHead:
     """A head that reads from the last state whether the last word is good: about 1 or -1."""
     model = load_trunk(str(trunk))
@@ -525,11 +511,19 @@ def test_policy_learns_what_the_reward_head_likes(kind: str, sign: int, tmp_path
         if kind == "PPO"
         else Reinforce(str(trunk), **settings)
     )
-    endings = Endings()
+    endings: list[float] = []
+
+    def look(trainer: Trainer, module: OnPolicy, batch: PromptBatch, number: int) -> None:
+        rollout = module.collect(batch, module.rollout_index)
+        last = at_columns(rollout.response_ids, last_true(rollout.response_mask))
+        endings.append(float((last < GOOD).float().mean()))
+
     batches = [tiny.prompts(64, seed, longest=3) for seed in range(20 // module.epochs)]
-    trainer, _ = tiny.fit(module, tmp_path / "runs", batches, endings)
+    trainer, _ = tiny.fit(
+        module, tmp_path / "runs", batches, LambdaCallback(on_train_batch_start=look)
+    )
     assert trainer.global_step == 20
-    early, late = sum(endings.seen[:2]) / 2, sum(endings.seen[-2:]) / 2
+    early, late = sum(endings[:2]) / 2, sum(endings[-2:]) / 2
     assert 0.2 < early < 0.5
     assert late > early + 0.3 if sign > 0 else late < early / 2
     # What it was paid for went up in either case.
