@@ -107,8 +107,7 @@ def test_what_is_computed_again_is_no_model_flop(hydra_trunk: Path) -> None:
     counts = []
     for checkpointing in (False, True):
         module = ppo(hydra_trunk, "hydra", checkpointing=checkpointing)
-        rollout = module.collect(tiny.prompts(6), 0)
-        experience, _ = module.experience(rollout, module.score(rollout))
+        _, experience = tiny.experienced(module, tiny.prompts(6))
         optimizer = tiny.one_optimizer(module)
         update = partial(module.update, experience, optimizer)
         counts.append(both(module, update)[1:])

@@ -68,8 +68,7 @@ def test_collect_score_and_update_need_no_trainer(hydra_trunk: Path) -> None:
 
 def test_step_over_a_frozen_parameter_is_refused(hydra_trunk: Path) -> None:
     module = tiny.hydra(hydra_trunk)
-    rollout = module.collect(tiny.prompts(4), 0)
-    experience, _ = module.experience(rollout, module.score(rollout))
+    _, experience = tiny.experienced(module, tiny.prompts(4))
     optimizer = tiny.one_optimizer(module)
     before = tiny.weights(module)
     frozen = module.roles.critic_parameters()[:2]

@@ -92,19 +92,13 @@ def test_experience_by_hand(hydra_trunk: Path) -> None:
     spread = sum((value - mean) ** 2 for value in returns)
     explained = 1 - sum(value**2 for value in advantages) / spread
     assert stats["explained_variance"].item() == pytest.approx(explained)
-
-
-def test_whitening_shifts_and_scales_over_all_tokens_of_the_rollout(hydra_trunk: Path) -> None:
-    module = by_hand_ppo(hydra_trunk)
-    rollout, scored = two_rows()
-    experience, _ = module.experience(rollout, scored)
-    advantages, returns, _ = by_hand((4.0, -3.0))
+    # Whitening shifts and scales advantages over all tokens of the rollout, and no returns.
+    whitened, _ = by_hand_ppo(hydra_trunk).experience(rollout, scored)
     mean = sum(advantages) / 4
     deviation = (sum((value - mean) ** 2 for value in advantages) / 4) ** 0.5
     expected = [(value - mean) / deviation for value in advantages]
-    mask = rollout.response_mask
-    assert experience.advantages[mask].tolist() == pytest.approx(expected, rel=1e-6)
-    assert given(experience.returns)[mask].tolist() == pytest.approx(returns)
+    assert whitened.advantages[mask].tolist() == pytest.approx(expected, rel=1e-6)
+    assert given(whitened.returns)[mask].tolist() == pytest.approx(returns)
 
 
 @pytest.mark.parametrize(
@@ -271,8 +265,7 @@ def test_minibatches_cover_every_episode_once_per_epoch(hydra_trunk: Path) -> No
     assert again == orders[0]
     module.rollout_index = 1
     assert [rows.tolist() for rows in module._minibatches(8, 1, 0)] != orders[0]
-    rollout = module.collect(tiny.prompts(8), 0)
-    experience, _ = module.experience(rollout, module.score(rollout))
+    _, experience = tiny.experienced(module, tiny.prompts(8))
     _, steps = tiny.rehearse(module, experience)
     assert len(steps) == 9
 
@@ -283,8 +276,7 @@ def test_checkpointing_changes_no_gradient(layout: Layout, hydra_trunk: Path) ->
     for checkpointing in (False, True):
         module = tiny.hydra(hydra_trunk, layout=layout, checkpointing=checkpointing)
         tiny.train_adapters(module)
-        rollout = module.collect(tiny.prompts(6), 0)
-        experience, _ = module.experience(rollout, module.score(rollout))
+        _, experience = tiny.experienced(module, tiny.prompts(6))
         tiny.train_adapters(module, seed=1)
         _, (gradients,) = tiny.rehearse(module, experience)
         found.append(gradients)
@@ -307,8 +299,7 @@ def test_checkpointing_of_one_role(
     layout: Layout, checkpointing: bool | list[TrainedRole], again: set[str], hydra_trunk: Path
 ) -> None:
     module = tiny.hydra(hydra_trunk, layout=layout, checkpointing=checkpointing)
-    rollout = module.collect(tiny.prompts(3), 0)
-    experience, _ = module.experience(rollout, module.score(rollout))
+    _, experience = tiny.experienced(module, tiny.prompts(3))
     switch, calls = module.policy_trunk.switch, list[str]()
     block = dict(module.policy_trunk.model.named_modules())["model.layers.0.mlp"]
     block.register_forward_pre_hook(lambda *_: calls.append(switch.current))
@@ -341,8 +332,7 @@ def test_step_of_one_role_leaves_the_other_alone(
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.5),
     )
     tiny.train_adapters(module)
-    rollout = module.collect(tiny.prompts(6), 0)
-    experience, _ = module.experience(rollout, module.score(rollout))
+    _, experience = tiny.experienced(module, tiny.prompts(6))
     before = tiny.weights(module)
     monkeypatch.setattr(module, "trained_roles", (alone,))
     optimizer = tiny.one_optimizer(module)
@@ -407,8 +397,7 @@ def test_groups_have_their_own_learning_rates(hydra_trunk: Path) -> None:
 def test_groups_are_clipped_on_their_own_and_norms_logged_before(hydra_trunk: Path) -> None:
     module = tiny.hydra(hydra_trunk)
     tiny.train_adapters(module)
-    rollout = module.collect(tiny.prompts(6), 0)
-    experience, _ = module.experience(rollout, module.score(rollout))
+    _, experience = tiny.experienced(module, tiny.prompts(6))
     free, (before,) = tiny.rehearse(module, experience)
     shares = {"actor": 0.5, "critic": 1.0, "head": 0.1}
     norms = {group: float(free[f"grad_norm_{group}"]) for group in shares}
@@ -434,8 +423,7 @@ def test_groups_are_clipped_on_their_own_and_norms_logged_before(hydra_trunk: Pa
 def test_joint_pass_is_two_passes_with_the_same_adapter(hydra_trunk: Path) -> None:
     module = tiny.hydra(hydra_trunk, layout="joint_hydra", value_coef=0.7)
     tiny.train_adapters(module)
-    rollout = module.collect(tiny.prompts(6), 0)
-    experience, _ = module.experience(rollout, module.score(rollout))
+    _, experience = tiny.experienced(module, tiny.prompts(6))
     tiny.train_adapters(module, seed=1)
     _, (together,) = tiny.rehearse(module, experience)
     sums: dict[str, Tensor] = {}

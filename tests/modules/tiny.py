@@ -32,7 +32,7 @@ from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
-from lightning_perl.rollouts.rollout import Experience
+from lightning_perl.rollouts.rollout import Experience, Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 WORDS = 24
@@ -256,6 +256,13 @@ def assert_equal_moments(trainer: Trainer, other: Trainer) -> None:
     )  # fmt: skip
     assert len(ours) == len(theirs) > 0
     assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+
+
+def experienced(module: OnPolicy, prompts: PromptBatch) -> tuple[Rollout, Experience]:
+    """The first rollout's responses to prompts, and what is learned from them."""
+    rollout = module.collect(prompts, 0)
+    experience, _ = module.experience(rollout, module.score(rollout))
+    return rollout, experience
 
 
 def rehearse(
