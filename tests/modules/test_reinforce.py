@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from lightning_perl.functional.sequences import pad_right, until_stop
 from lightning_perl.models.roles import Layout
 from lightning_perl.modules import SFT, Reinforce, RewardModel
-from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.rollouts.rollout import Rollout
@@ -126,50 +125,32 @@ def test_expected_gradient_is_the_objectives(beta: float, hydra_trunk: Path) -> 
     tiny.train_adapters(module)  # a policy away from its reference, a critic that is any function
     rollout = every_response(module, [5, 9, 4])
     scored = module.score(rollout)
+    actor = {name: one for name, one in module.named_parameters() if ".actor." in name}
     expected = objective(module, rollout, scored.scores)
-    actor = module.roles.actor_parameters()
-    wanted = torch.autograd.grad(expected, actor)
-    experience, _ = module.experience(rollout, scored)
-    # Each response as often as the policy gives it: a mean over episodes becomes an expectation.
-    mask = rollout.response_mask
-    chance = torch.where(mask, scored.logprobs, 0.0).sum(1, keepdim=True).exp()
-    weights = chance * len(chance)
-    weighted = experience._replace(advantages=experience.advantages * weights)
-    optimizer = torch.optim.SGD(module.parameter_groups(), lr=0.0)
-    found: list[Tensor | None] = []
-    optimizer.register_step_pre_hook(
-        lambda *_: found.extend(None if one.grad is None else one.grad.clone() for one in actor)
-    )
-    module.update(weighted, optimizer)
+    wanted = torch.autograd.grad(expected, list(actor.values()))
     assert max(float(one.abs().max()) for one in wanted) > 1e-3
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours is not None
-        # Not closer: transformers' norms round their gradients to fp32.
-        assert_close(ours, -theirs, rtol=1e-4, atol=1e-7)
-
+    # Each response as often as the policy gives it: a mean over episodes becomes an expectation.
+    chance = torch.where(rollout.response_mask, scored.logprobs, 0.0).sum(1, keepdim=True).exp()
     # The baseline changes no expectation, only single responses.
-    other = module.experience(rollout, scored._replace(values=scored.values + 3.0))[0]
-    assert (other.advantages - experience.advantages)[mask].abs().min() > 1
-    found.clear()
-    module.update(other._replace(advantages=other.advantages * weights), optimizer)
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours is not None
-        assert_close(ours, -theirs, rtol=1e-4, atol=1e-6)
+    for baseline in (0.0, 3.0):
+        judged = scored._replace(values=scored.values + baseline)
+        experience, _ = module.experience(rollout, judged)
+        weighted = experience.advantages * chance * len(chance)
+        _, (found,) = tiny.rehearse(module, experience._replace(advantages=weighted))
+        for name, gradient in zip(actor, wanted, strict=True):
+            # Not closer: transformers' norms round their gradients to fp32.
+            assert_close(found[name], -gradient, rtol=1e-4, atol=1e-6)
 
 
 # ---- layouts -------------------------------------------------------------------------------------
 
 
-def run_of(module: AdapterModule, root: Path, batches: list[Any]) -> Path:
-    return tiny.fit(module, root, batches).folder
-
-
 @pytest.mark.parametrize("tuned", ["full", "adapters"])
 def test_chain_from_sft_and_reward_model(tuned: str, plain_trunk: Path, tmp_path: Path) -> None:
     rows = [tiny.rated(8, seed) for seed in range(3)]
-    policy = run_of(SFT(str(plain_trunk)), tmp_path / "sft", rows) / "trunk"
+    policy = tiny.fit(SFT(str(plain_trunk)), tmp_path, rows).folder / "trunk"
     lora = None if tuned == "full" else tiny.LORA
-    judge = run_of(RewardModel(str(policy), lora), tmp_path / "reward", rows)
+    judge = tiny.fit(RewardModel(str(policy), lora), tmp_path, rows).folder
     layout: Layout = "full" if tuned == "full" else "perl"
     reward = judge / "trunk" if tuned == "full" else judge / "adapters" / "reward"
     module = Reinforce(
@@ -180,9 +161,7 @@ def test_chain_from_sft_and_reward_model(tuned: str, plain_trunk: Path, tmp_path
     assert own["value"] == own["reward"]
     assert (own["policy"] == own["reward"]) == (layout == "perl")
     stands = tiny.weights(module)
-    trainer, folder = tiny.fit(
-        module, tmp_path / "rl", [tiny.prompts(6, seed) for seed in range(2)]
-    )
+    trainer, folder = tiny.fit(module, tmp_path, [tiny.prompts(6, seed) for seed in range(2)])
     assert trainer.global_step == 2  # one update per rollout batch
     assert tiny.changed(stands, module) == module.trainable_names()
     written = {path.name for path in folder.iterdir()}
