@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.losses.language_modeling import cross_entropy
 from tests.functional.test_masked import check_hidden, random_mask, random_values
 
 
@@ -26,12 +24,3 @@ def check_cross_entropy(fn: Callable[..., Tensor]) -> None:
         assert_close(gradient, torch.where(mask, -1 / len(tokens), 0.0).double())
         check_hidden(lambda x, mask=mask: (fn(x, mask),), [logprobs], mask)
     assert fn(torch.full((2, 3), -5.0), torch.zeros(2, 3, dtype=torch.bool)).item() == 0
-
-
-def test_cross_entropy_is_torchs_with_ignore_index() -> None:
-    logits, mask = random_values(0, 3, 5, 8), random_mask(1, 3, 5)
-    targets = torch.arange(15).view(3, 5) % 8
-    logprobs = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    ignored = torch.where(mask, targets, -100)
-    expected = F.cross_entropy(logits.flatten(0, 1), ignored.flatten(), ignore_index=-100)
-    assert_close(cross_entropy(logprobs, mask), expected)
