@@ -134,47 +134,23 @@ def test_values_are_near_those_of_the_folder_by_the_kinds_own_bound(
 
 
 @both
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_train_and_eval_mode_and_gradients_on_or_off_give_the_same_bits(
-    tiny_trunk: TinyTrunk, kind: Quantization, dtype: TrunkDtype
-) -> None:
-    # bitsandbytes' own layers do not on a CPU with AVX512-BF16.
-    roles, rows = build(tiny_trunk(), quantization=kind, dtype=dtype), padded()
-    trunk = roles.trunk("policy")
-    for adapter in ("actor", OFF):
-        with trunk.switch.use(adapter):
-            with torch.no_grad():
-                scored = trunk(rows.ids, rows.attention_mask)
-            with trunk.training_pass():
-                trained = trunk(rows.ids, rows.attention_mask)
-        assert torch.equal(scored, trained.detach())
-
-
-@both
-def test_a_row_does_not_depend_on_its_batch_mates(
+def test_a_row_does_not_depend_on_its_batch_mates_and_keeps_no_activations(
     tiny_trunk: TinyTrunk, kind: Quantization
 ) -> None:
     _, layer = next(quantized_layers(load_trunk(str(tiny_trunk()), quantization=kind)))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3, layer.in_features, generator=generator)
     rows[1:, ::2] *= 100
-    together, alone = layer(rows), torch.cat([layer(row.unsqueeze(0)) for row in rows])
-    assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    assert_close(together, rows @ dense(layer).T, atol=1e-4, rtol=1e-5)
-
-
-@both
-def test_products_keep_no_activations_for_backward(
-    tiny_trunk: TinyTrunk, kind: Quantization
-) -> None:
-    _, layer = next(quantized_layers(load_trunk(str(tiny_trunk()), quantization=kind)))
-    x = torch.randn(5, layer.in_features, requires_grad=True)
+    rows.requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
-        y = layer(x)
+        together = layer(rows)
     assert kept == []
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    (found,) = torch.autograd.grad(y, x, dy)
+    alone = torch.cat([layer(row.unsqueeze(0)) for row in rows])
+    assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert_close(together, rows @ dense(layer).T, atol=1e-4, rtol=1e-5)
+    dy = torch.randn(together.shape, generator=generator)
+    (found,) = torch.autograd.grad(together, rows, dy)
     assert_close(found, dy @ dense(layer), atol=1e-6, rtol=1e-5)
 
 
@@ -225,45 +201,23 @@ def test_answers_and_gradients_are_those_of_a_dense_twin(
 
 
 @both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "perl", "hydra", "joint_hydra"])
 def test_at_step_0_ratio_and_kl_are_nothing(
-    tiny_trunk: TinyTrunk, kind: Quantization, layout: Layout
+    tiny_trunk: TinyTrunk, kind: Quantization, dtype: TrunkDtype, layout: Layout
 ) -> None:
-    roles, rows = Roles(layout, str(tiny_trunk()), SPEC, quantization=kind), padded()
+    # bitsandbytes' own layers give other bits in train mode, on a CPU with AVX512-BF16.
+    roles, rows = Roles(layout, str(tiny_trunk()), SPEC, quantization=kind, dtype=dtype), padded()
     assert {trunk.quantization for trunk in roles.distinct_trunks()} == {kind}
     with torch.no_grad():
         found = roles.answer(rows, ROLES)
-        with roles.trunk("policy").training_pass():
-            again = roles.answer(rows, ("policy",))
+    with roles.trunk("policy").training_pass():
+        again = roles.answer(rows, ("policy",))
     assert found.policy is not None
     assert found.reference is not None
     assert again.policy is not None
     assert torch.equal(found.policy, found.reference)
-    assert torch.equal(found.policy, again.policy)
-
-
-@both
-def test_off_is_the_bare_trunk_and_training_moves_no_code(
-    tiny_trunk: TinyTrunk, kind: Quantization
-) -> None:
-    rows = padded()
-    bare = load_trunk(str(tiny_trunk()), quantization=kind)
-    with torch.no_grad(), bare.switch.use(OFF):
-        expected = bare(rows.ids, rows.attention_mask)
-    roles = build(tiny_trunk(), quantization=kind)
-    trunk = roles.trunk("policy")
-    before = {name: value.clone() for name, value in trunk.adapters.own_weights().items()}
-    trained = [*roles.actor_parameters(), *roles.critic_parameters()]
-    assert {parameter.dtype for parameter in trained} == {torch.float32}
-    optimizer = torch.optim.AdamW(trained, lr=0.1)
-    with trunk.training_pass():
-        backward(loss(roles, rows, "policy") + loss(roles, rows, "value"))
-    optimizer.step()
-    with torch.no_grad(), trunk.switch.use(OFF):
-        assert torch.equal(trunk(rows.ids, rows.attention_mask), expected)
-    after = trunk.adapters.own_weights()
-    assert before.keys() == after.keys() == bare.adapters.own_weights().keys()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(found.policy, again.policy.detach())
 
 
 # ---- what is written ---------------------------------------------------------------------------
