@@ -75,7 +75,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
-    """A recorder for a rollout on a GPU, for rows of up to ``tokens`` tokens. None, with a warning, where none works.
+    """A recorder on a GPU, for rows of up to ``tokens`` tokens; None, with a warning, where none works.
 
     The trunk must take a 4-D mask (no ALiBi, no window that is shorter than the rows) and keep keys and values
     only. A recorded step must give what the step itself gives, which is tried once; a step that waits for the

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
