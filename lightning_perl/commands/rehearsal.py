@@ -365,19 +365,13 @@ def _marking_cache(body: nn.Module, ledger: Ledger) -> ExitStack:
 
     def mark(_: object, args: object, kwargs: dict[str, Any], output: object) -> None:
         for cache in kwargs.values():
-            if isinstance(cache, Cache):
-                ledger.mark(_keys_and_values(cache), "cache")
+            # Recurrent layers keep a state instead.
+            for layer in cache.layers if isinstance(cache, Cache) else ():
+                kept = (getattr(layer, "keys", None), getattr(layer, "values", None))
+                ledger.mark((one for one in kept if isinstance(one, Tensor)), "cache")
 
     hooks = ExitStack()
     for name, part in body.named_modules():
         if BLOCK.search(name):
             hooks.enter_context(part.register_forward_hook(mark, with_kwargs=True))
     return hooks
-
-
-def _keys_and_values(cache: Cache) -> Iterator[Tensor]:
-    for layer in cache.layers:
-        # Recurrent layers keep a state instead.
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                yield tensor

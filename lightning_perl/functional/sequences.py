@@ -140,7 +140,8 @@ def predicting(hidden: Tensor, response_tokens: int) -> Tensor:
 def at_last_response(hidden: Tensor, response_mask: Tensor) -> Tensor:
     """Hidden state at each row's last response token (EOS if any), where the score is read. Shape: ``(B, H)``."""
     prompt_tokens = hidden.shape[1] - response_mask.shape[1]
-    return at_columns(hidden, last_true(response_mask) + prompt_tokens)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, last_true(response_mask) + prompt_tokens]
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -152,12 +153,6 @@ def last_true(mask: Tensor) -> Tensor:
     """Column of the last True of every row; 0 in a row without any. Shape: ``(B, N)`` to ``(B,)``, int64."""
     columns = torch.arange(mask.shape[-1], device=mask.device)
     return (mask * columns).amax(-1)
-
-
-def at_columns(values: Tensor, columns: Tensor) -> Tensor:
-    """One value per row, ``values[b, columns[b]]``. Shape: ``(B, N, ...)`` and ``(B,)`` to ``(B, ...)``."""
-    rows = torch.arange(values.shape[0], device=values.device)
-    return values[rows, columns]
 
 
 def until_stop(response_ids: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

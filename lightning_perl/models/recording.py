@@ -74,23 +74,16 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def recorder_on(device: torch.device) -> Recorder | None:
-    """A new recorder for a rollout; None on devices without CUDA graphs."""
-    return CudaGraphs(device) if device.type == "cuda" else None
-
-
 def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
-    """A recorder for a rollout with rows of up to ``tokens`` tokens. None, with a warning, where none works.
+    """A recorder on a GPU, for rows of up to ``tokens`` tokens; None, with a warning, where none works.
 
     The trunk must take a 4-D mask (no ALiBi, no window that is shorter than the rows) and keep keys and values
     only. A recorded step must give what the step itself gives, which is tried once; a step that waits for the
     GPU (say, routing to experts in a loop) fails there.
     """
-    device = trunk.model.device
-    record = recorder_on(device) if trunk.shortcuts.recorded_decoding else None
-    if record is None:
+    if not trunk.shortcuts.recorded_decoding:
         return None
-    fault = None
+    record, fault = CudaGraphs(trunk.model.device), None
     if not trunk.takes_masks(tokens):
         fault = "it takes no 4-D attention mask, or has a window that is shorter than the rows"
     elif trunk.recordable is None:

@@ -23,6 +23,8 @@ from lightning_perl.rollouts.sampling import SamplingSpec, draw
 
 Ended = Callable[[Tensor, int, Tensor], Tensor]
 """``(numbers of rows (b,), tokens so far, last tokens (b,)) -> whether the last token ends the row (b,)``."""
+RECORDING = {"cuda"}
+"""Types of devices that can record a step."""
 POLL = 8
 """Replayed steps between two looks at which rows have ended; a look waits for the GPU."""
 LEAST_SHOWN = 256
@@ -33,9 +35,10 @@ WORTH = 4
 
 def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> Ended:
     """What tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
+    stop_ids = trunk.stop_ids
 
     def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
-        by_token = until_stop(tokens.unsqueeze(-1), trunk.stop_ids)[1]
+        by_token = until_stop(tokens.unsqueeze(-1), stop_ids)[1]
         if not strings:
             return by_token
         ids = responses.ids[rows, :length]
@@ -129,7 +132,8 @@ def sample(
     mask = torch.cat([prompts.mask, torch.ones_like(responses.mask)], 1)
     cache = trunk.empty_cache(mask.shape[1])
     # Stop strings are looked for in decoded text, after every token.
-    record = recorder_of(trunk, mask.shape[1]) if early_exit and not spec.stop else None
+    recorded = trunk.model.device.type in RECORDING and early_exit and not spec.stop
+    record = recorder_of(trunk, mask.shape[1]) if recorded else None
     logits = _read_prompts(trunk, cache, prompts, early_exit and trunk.shortcuts.shared_prompts)
     everybody = torch.arange(len(mask), device=mask.device)
     tokens = responses.draw(logits, everybody, 0)

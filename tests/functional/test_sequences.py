@@ -96,13 +96,6 @@ def check_last_true(fn: Callable[[Tensor], Tensor]) -> None:
     assert columns.tolist() == expected
 
 
-def check_at_columns(fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-    values = torch.arange(24.0).view(4, 3, 2)
-    columns = torch.tensor([2, 0, 1, 2])
-    assert fn(values, columns).tolist() == [[4.0, 5.0], [6.0, 7.0], [14.0, 15.0], [22.0, 23.0]]
-    assert fn(values[..., 0], columns).tolist() == [4.0, 6.0, 14.0, 22.0]
-
-
 def check_predicting(fn: Callable[[Tensor, int], Tensor]) -> None:
     # T = 5; the state that predicts a token stands one column before it
     hidden = torch.arange(20.0).view(2, 5, 2)

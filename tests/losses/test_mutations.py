@@ -119,9 +119,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("first instead of last", "amax", "amin"),
         ("inverted mask", "mask * columns", "~mask * columns"),
     ],
-    "at_columns": [
-        ("same column for all", "values[rows, columns]", "values[rows, columns[0]]"),
-    ],
     "predicting": [
         ("the tokens' own states", "-response_tokens - 1:-1", "-response_tokens:"),
         ("one state too early", "-response_tokens - 1:-1", "-response_tokens - 2:-2"),
@@ -130,6 +127,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "at_last_response": [
         ("in the prompt", " + prompt_tokens", ""),
         ("one column early", " + prompt_tokens", " + prompt_tokens - 1"),
+        ("same column for all", "last_true(response_mask) +", "last_true(response_mask)[0] +"),
         ("inverted mask", "last_true(response_mask)", "last_true(~response_mask)"),
     ],
     "until_stop": [

@@ -116,7 +116,7 @@ def check_clipped_surrogate(fn: SurrogateLoss) -> None:
     one = torch.ones(1, 2, dtype=torch.bool)
     ratios, advantages = torch.tensor([[1.25, 0.7]]).double(), torch.tensor([[1.0, -1.0]]).double()
     loss, stats = fn(ratios.log(), torch.zeros(1, 2).double(), advantages, one, 0.2, None, 0.3)
-    assert loss.item() == pytest.approx((-1.25 + 0.8) / 2)
+    assert abs(loss.item() - (-1.25 + 0.8) / 2) < 1e-12
     assert stats.clip_fraction.item() == 0.5
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_perl.batches import PromptBatch
-from lightning_perl.functional.sequences import at_columns, last_true
+from lightning_perl.functional.sequences import last_true
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.loading import load_trunk
@@ -503,7 +503,8 @@ def test_policy_learns_what_the_reward_head_likes(kind: str, sign: int, tmp_path
 
     def look(trainer: Trainer, module: OnPolicy, batch: PromptBatch, number: int) -> None:
         rollout = module.collect(batch, module.rollout_index)
-        last = at_columns(rollout.response_ids, last_true(rollout.response_mask))
+        rows = torch.arange(len(rollout.row))
+        last = rollout.response_ids[rows, last_true(rollout.response_mask)]
         endings.append(float((last < GOOD).float().mean()))
 
     batches = [tiny.prompts(64, seed, longest=3) for seed in range(20 // module.epochs)]

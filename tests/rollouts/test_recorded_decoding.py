@@ -78,7 +78,8 @@ class Recordings:
 def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
     """As on CUDA, and so that the little there is to decode takes several recordings."""
     found = Recordings(tape)
-    monkeypatch.setattr(recording, "recorder_on", lambda device: found)
+    monkeypatch.setattr(recording, "CudaGraphs", lambda device: found)
+    monkeypatch.setattr(decoding, "RECORDING", {"cpu"})
     monkeypatch.setattr(recording, "refusing_to_wait", lambda device: Refusing(refuse_waits))
     monkeypatch.setattr(decoding, "POLL", 3)
     monkeypatch.setattr(decoding, "LEAST_SHOWN", 16)
