@@ -173,13 +173,19 @@ class TurnEncoder:
         """Encodes a context and the header of the agent's next turn.
 
         Too long a context loses whole turns on the left; a system turn at its start stays. Where a
-        chat template wants the user to begin, an answer whose question was cut goes with it. Raises
-        :class:`BadRow` where nothing is left that fits, or the chat template refuses the turns.
+        chat template wants the user to begin, the agent's greeting is cut, and an answer whose question was
+        cut goes with it. Raises :class:`BadRow` where nothing is left that fits, or the chat template refuses
+        the turns.
         """
         _check_unicode(context)
         try:
             ids = self._prompt(context)
         except TemplateError as error:
+            fixed = int(context[0].role == "system")
+            if context[fixed:][:1] and context[fixed].role == "agent":
+                asked = [*context[:fixed], *context[fixed + 1 :]]
+                rest = self.encode_prompt(asked, max_prompt_tokens)
+                return rest._replace(cut_turns=rest.cut_turns + 1)
             raise _refused(context, error) from error
         if len(ids) <= max_prompt_tokens:
             return Encoded(ids, [False] * len(ids), 0)
