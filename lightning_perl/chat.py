@@ -17,9 +17,9 @@ DAY = datetime(2026, 1, 1)
 # A template's own name hides transformers' function of that name, which asks the clock.
 _PINNED = "".join(
     [
-        "{%- macro strftime_now(format) -%}{{ format",
+        "{% macro strftime_now(format) %}{{ format",
         *(f"|replace('%{code}', '{DAY:%{code}}')" for code in "aAbBdejmxyYHIMSpFD"),
-        " }}{%- endmacro -%}",
+        " }}{% endmacro %}",
     ]
 )
 # No text has these characters (they are for private use), and no template changes them.

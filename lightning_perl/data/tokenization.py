@@ -68,7 +68,11 @@ class Encoded(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """A chat template's text, in which numbers stand for what turns spell, and which numbers are answers."""
+    """A chat template's text of turns.
+
+    In ``text`` numbers stand for the pieces in ``spelled``, which stay text where they spell special tokens;
+    ``counting`` are those that are answers to learn.
+    """
 
     text: str
     spelled: list[str]
@@ -144,6 +148,8 @@ class TurnEncoder:
         self._text: Callable[[str], list[int]] = lru_cache(MOST_CACHED)(
             partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
         )
+        # The answers of a pair have one prompt.
+        self._asked = lru_cache(1)(self.encode_prompt)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         # The longest first: one may begin like another. A text may spell a stand-in, too.
         names = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
@@ -167,20 +173,26 @@ class TurnEncoder:
         """Encodes a context and the header of the agent's next turn.
 
         Too long a context loses whole turns on the left; a system turn at its start stays. Where a
-        chat template wants the user to begin, an answer whose question was cut goes with it. Raises
-        :class:`BadRow` where nothing is left that fits, or the chat template refuses the turns.
+        chat template wants the user to begin, the agent's greeting is cut, and an answer whose question was
+        cut goes with it. Raises :class:`BadRow` where nothing is left that fits, or the chat template refuses
+        the turns.
         """
         _check_unicode(context)
         try:
             ids = self._prompt(context)
         except TemplateError as error:
+            fixed = int(context[0].role == "system")
+            if context[fixed:][:1] and context[fixed].role == "agent":
+                asked = [*context[:fixed], *context[fixed + 1 :]]
+                rest = self.encode_prompt(asked, max_prompt_tokens)
+                return rest._replace(cut_turns=rest.cut_turns + 1)
             raise _refused(context, error) from error
         if len(ids) <= max_prompt_tokens:
             return Encoded(ids, [False] * len(ids), 0)
         return self._cut(context, max_prompt_tokens, len(ids))
 
     def _cut(self, context: Sequence[Turn], max_prompt_tokens: int, shortest: int) -> Encoded:
-        """Encodes the end of a context, found by bisection: a trial takes time as what it keeps is long."""
+        """Encodes the longest end of a context that fits, found by bisection."""
         fixed = int(bool(context) and context[0].role == "system")
         turns = len(context) - fixed
 
@@ -221,7 +233,10 @@ class TurnEncoder:
         ]
 
     def _written(self, turns: Sequence[Turn], answers: int) -> _Written:
-        """The chat template's text of turns; if no answer is among those from ``answers`` on, with a header."""
+        """Returns the chat template's text of turns, in which those of the agent from ``answers`` on count.
+
+        Where none counts, the text ends with the header of an answer.
+        """
         spelled: list[str] = []
         counting: set[int] = set()
 
@@ -258,7 +273,7 @@ class TurnEncoder:
         """
         _check_answers(row)
         _check_unicode(row.response)
-        prompt = self.encode_prompt(row.context, max_tokens - max_response_tokens)
+        prompt = self._asked(row.context, max_tokens - max_response_tokens)
         if len(row.response) > 1:
             return self._encode_dialog(row, prompt, max_tokens, max_response_tokens)
         content = self._content(row.response[0])
@@ -307,15 +322,10 @@ class TurnEncoder:
         context += row.context[len(context) + prompt.cut_turns :]
         pieces = answers(context, row.response)
         if pieces is None:
-            self.notes[
-                "dialogs of whose answers the last counts: the template rewrites others"
-            ] += 1
-            asked = (*row.context, *row.response[:-1])
-            return self.encode(
-                replace(row, context=asked, response=row.response[-1:]),
-                max_tokens,
-                max_response_tokens,
-            )
+            self.notes["dialogs whose last answer alone counts: the template rewrites others"] += 1
+            *asked, last = (*row.context, *row.response)
+            alone = replace(row, context=tuple(asked), response=(last,))
+            return self.encode(alone, max_tokens, max_response_tokens)
         ids, mask = list(prompt.ids), list(prompt.response_mask)
         kept_turns = 0
         for number, before, answer in pieces:
@@ -333,7 +343,7 @@ class TurnEncoder:
         return Encoded(ids, mask, prompt.cut_turns + len(row.response) - kept_turns)
 
     def _plain_answers(self, _: Sequence[Turn], response: Sequence[Turn]) -> list[_Answer]:
-        """The answers of a dialog: number of the turn, tokens since the last answer, tokens of the answer."""
+        """Returns the answers of a dialog: number of the turn, tokens since the last answer, its own tokens."""
         answers: list[_Answer] = []
         before: list[int] = []
         for number, turn in enumerate(response):
@@ -349,7 +359,7 @@ class TurnEncoder:
     def _chat_answers(
         self, context: Sequence[Turn], response: Sequence[Turn]
     ) -> list[_Answer] | None:
-        """As `_plain_answers`; None where the chat template writes an answer otherwise in front of later turns."""
+        """Returns the same; None where the chat template writes an answer otherwise once turns follow it."""
         agent = [number for number, turn in enumerate(response) if turn.role == "agent"]
         turns = [*context, *response[: agent[-1] + 1]]
         try:

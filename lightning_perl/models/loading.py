@@ -23,6 +23,7 @@ from lightning_perl.models.quantization import (
 )
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.models.vocabulary import end_responses, require_embedded
 from lightning_perl.models.weightless import architecture, stand_in_tokenizer
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
@@ -64,6 +65,8 @@ def load_trunk(
     where = model_source(source)
     model = _load_model(where, _load_config(source, where), quantization, options)
     trunk = Trunk(model, AutoTokenizer.from_pretrained(where), checkpointing, source, shortcuts)
+    require_embedded(trunk)
+    end_responses(trunk)
     note_template(Path(where), trunk)
     return trunk
 

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_perl.batches import Bounded
+from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
 from lightning_perl.callbacks.run_folder import Handover
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.loading import TrunkDtype
@@ -25,6 +25,7 @@ from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.modules.safety import require_batch
 from lightning_perl.optim import HostAdamW
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -174,6 +175,12 @@ class AdapterModule(LightningModule, ABC):
                 f"{window} only. Lower data.max_tokens (prompts are cut from the left) or "
                 "sampling.max_new_tokens."
             )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
+        """Refuse what a loader of the user's own yields, where it is no batch of this module's kind."""
+        kind = PromptBatch if self.rows == "prompts" else RatedBatch
+        require_batch(batch, kind, type(self).__name__, self._trunks[0].vocabulary_size)
+        return batch
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

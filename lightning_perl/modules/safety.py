@@ -8,10 +8,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.models.roles import Roles
 
 POSITIVE = 1e-12
 """Lower end of a range that leaves 0 out."""
+
+
+def require_batch(
+    batch: object, kind: type[PromptBatch] | type[RatedBatch], module: str, vocabulary: int
+) -> None:
+    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not.
+
+    Raises:
+        TypeError: One of these; the message says how to make such batches.
+    """
+    if isinstance(batch, kind):
+        masks = {name: mask.dtype for name, mask in batch._asdict().items() if "mask" in name}
+        wrong = {name: dtype for name, dtype in masks.items() if dtype != torch.bool}
+        largest = int(batch.ids.max())
+        if not wrong and largest < vocabulary:
+            return
+        got = f"one whose masks are {wrong}" if wrong else f"one with the id {largest}"
+    else:
+        keys = f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        got = f"{type(batch).__name__}{keys}"
+    raise TypeError(
+        f"{module} takes a {kind.__name__} (lightning_perl.batches: {', '.join(kind._fields)}) with boolean masks "
+        f"and ids below {vocabulary}, got {got}. Return one from the DataLoader's collate_fn, or give rows as "
+        "dicts to PreferenceDataModule(tokenizer, train=rows)."
+    )
 
 
 def require_in_range(ranges: Mapping[str, tuple[float, float, float]]) -> None:

@@ -288,7 +288,9 @@ def test_a_chat_template_that_refuses_turns(tokenizer: PreTrainedTokenizerBase) 
     short = encoder.encode_prompt((USER, SORRY, USER), len(whole.ids) - 1)
     assert short.cut_turns == 2
     assert text(tokenizer, short.ids) == "[user]an espresso please[model]"
-    for turns in ((SORRY, USER), (USER, USER, SORRY, USER), (Turn("system", "Be brief."), USER)):
+    # A greeting before the first question is cut.
+    assert encoder.encode_prompt((SORRY, USER, SORRY, USER), 400) == whole._replace(cut_turns=1)
+    for turns in ((USER, USER, SORRY, USER), (Turn("system", "Be brief."), USER)):
         with pytest.raises(BadRow, match=r".* refuses the turns .*must alternate"):
             encoder.encode_prompt(turns, 400)
 

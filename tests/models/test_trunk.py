@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,15 +146,52 @@ def test_stop_ids_are_the_tokenizers_and_the_generation_configs(
         assert load_trunk(str(tmp_path)).stop_ids == expected
 
 
+def told(folder: Path, to: Path, change: Callable[[Any], object]) -> str:
+    """A copy of a trunk's folder with another tokenizer."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(to)
+    change(tokenizer)
+    tokenizer.save_pretrained(to)
+    return str(to)
+
+
+def test_responses_end_where_the_chat_template_ends_answers(
+    tiny_trunk: TinyTrunk, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}<bos>\n{% endfor %}"
+    folder = told(tiny_trunk(), tmp_path, lambda its: setattr(its, "chat_template", template))
+    GenerationConfig(eos_token_id=7).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    words = r"stops at \['.*'\] \(ids \[7\], 1 in all\), which its tokenizer does not call special"
+    with pytest.warns(match=words):
+        trunk = load_trunk(folder)
+    assert trunk.stop_ids == (1, 2, 7)
+    save_trunk(trunk, tmp_path / "again", None, {})
+    written = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert written["eos_token_id"] == [1, 2, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda tokenizer: tokenizer.add_tokens(["<order>"]), "<order>"),
+        (lambda tokenizer: tokenizer.add_special_tokens({"eos_token": "<end>"}), "<end>"),
+    ],
+    ids=["a word", "EOS"],
+)
+def test_tokens_without_an_embedding_are_refused(
+    tiny_trunk: TinyTrunk, tmp_path: Path, change: Callable[[Any], object], lost: str
+) -> None:
+    folder = told(tiny_trunk(), tmp_path, change)
+    with pytest.raises(ValueError, match=rf"has 1 tokens .*'{lost}': \d+.*resize_token_embeddings"):
+        load_trunk(folder)
+
+
 @pytest.mark.parametrize(("token", "expected"), [("<eos>", 2), ("[PAD]", 0)])
 def test_pad_id_is_one_that_the_embedding_has(
     tiny_trunk: TinyTrunk, tmp_path: Path, token: str, expected: int
 ) -> None:
-    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer.add_special_tokens({"pad_token": token})
-    tokenizer.save_pretrained(tmp_path)
-    trunk = load_trunk(str(tmp_path))
+    pad: dict[str, Any] = {"pad_token": token}
+    trunk = load_trunk(told(tiny_trunk(), tmp_path, lambda its: its.add_special_tokens(pad)))
     known = trunk.tokenizer.pad_token_id < trunk.vocabulary_size
     assert known == (token == "<eos>")
     assert trunk.pad_id == expected

@@ -281,6 +281,32 @@ def test_rows_of_the_other_kind_are_refused(kind: str, hydra_trunk: Path, tmp_pa
     refused_data(module, Data(given, [batch]), words, tmp_path)
 
 
+PROMPTS = tiny.prompts(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (
+            {"input_ids": PROMPTS.ids},
+            r"got dict with \['input_ids'\]. Return one from the DataLoader's collate_fn",
+        ),
+        (tiny.rated(2), "got RatedBatch"),
+        (
+            PROMPTS._replace(mask=PROMPTS.mask.long()),
+            "got one whose masks are {'mask': torch.int64}",
+        ),
+        (PROMPTS._replace(ids=PROMPTS.ids + 5000), r"ids below \d+, got one with the id 50\d\d"),
+    ],
+)
+def test_other_batches_of_own_loaders_are_refused(
+    batch: object, words: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    module = HydraPPO(str(hydra_trunk), lora=tiny.LORA, sampling=tiny.SAMPLING)
+    with pytest.raises(TypeError, match=rf"HydraPPO takes a PromptBatch .*ids, mask, row.*{words}"):
+        tiny.fit(module, tmp_path, [batch])
+
+
 def long_rows(tokens: int) -> RatedBatch:
     """Two rows, one of exactly this many tokens."""
     ids, mask = pad_right([[5 + step % 9 for step in range(tokens)], [4, 5, 6, 7]], 0)
