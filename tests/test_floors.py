@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     "callbacks": {"batches", "metrics", "phases", "whole"},
     "metrics": {"functional"},
     "modules": {"functional", "losses", "models", "optim", "rollouts", "batches", "rewards"}
-    | {"callbacks", "metrics", "packaged", "phases"},
+    | {"callbacks", "metrics", "packaged", "phases", "whole"},
 }
 BELOW["commands"] = set(BELOW) - {""}
 BELOW["cli"] = set(BELOW) - {""}

@@ -22,10 +22,10 @@ from lightning_perl.losses.reward import bradley_terry, centering, thumbs
 from lightning_perl.metrics import RewardMeasures, RewardMetrics
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
-from lightning_perl.models.manifest import MANIFEST_FILE
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.sft import imitation_loss
 from lightning_perl.modules.supervised import Supervised, sequences_of
+from lightning_perl.whole import MANIFEST_FILE
 
 # Measures that validation logs; a test logs all of them.
 WATCHED = ("auroc", "balanced_accuracy", "accuracy", "margin", "ece", "brier")
