@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -20,6 +20,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 import lightning_perl
@@ -31,8 +32,10 @@ import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
 from lightning_perl.commands.estimate import add_arguments
 from lightning_perl.commands.estimate import run as estimate
+from lightning_perl.commands.going_on import FIXED, SHAPES, changes, newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.packaged import PREFIX, unpackaged
+from lightning_perl.whole import damage
 
 PROGRAM = "python -m lightning_perl"
 CONFIG_HELP = (
@@ -130,7 +133,8 @@ class SaveRunConfig(SaveConfigCallback):
             # A module's own default function has no YAML form; left out, the module takes it again.
             if isinstance(value, FunctionType) and "<lambda>" in value.__qualname__:
                 del config[key]
-        path = folder / self.config_filename
+        earlier = len(list(folder.glob("config*.yaml")))  # of parts that went on in this folder
+        path = folder / (f"config_{earlier + 1}.yaml" if earlier else self.config_filename)
         self.parser.save(config, str(path), overwrite=True, multifile=False)
 
 
@@ -150,6 +154,51 @@ class PerlCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what `main` was given; LightningCLI would warn that ``sys.argv`` exists as well."""
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list, always
+
+    def _parse_ckpt_path(self) -> None:
+        """Find what ``last`` means, and go by the settings given now.
+
+        Lightning lays the checkpoint's hyper-parameters over the command line, without a word.
+        """
+        given = self.config.get(self.config.get("subcommand") or "", {})
+        path = given.get("ckpt_path")
+        if path is None or "://" in str(path):
+            return
+        resumed = self.config.subcommand == "fit"
+        try:
+            if path == "last":
+                path = newest_checkpoint(given.trainer.as_dict(), resumed)
+                given.ckpt_path = str(path)
+                self._continue_in(given.trainer.logger, path.parent.parent.name)
+            self._compare_settings(Path(path), given.model.as_dict(), resumed)
+        except (OSError, ValueError) as error:
+            self.parser.error(str(error))
+
+    @staticmethod
+    def _continue_in(logger: Any, run: str) -> None:  # noqa: ANN401 (a Namespace, a list or none)
+        """Let Weights & Biases go on with its run; other loggers number the parts of a run."""
+        if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
+            logger.init_args.id = run
+
+    @staticmethod
+    def _compare_settings(path: Path, model: dict[str, Any], resumed: bool) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"--ckpt_path {path}: there is no such file")
+        if problem := damage(path):
+            raise ValueError(f"--ckpt_path {path} is no whole checkpoint: {problem}")
+        changed = changes(model, read(path).get("hyper_parameters", {}))
+        fixed = {
+            k: v for k, v in changed.items() if k.split(".")[0] in (FIXED if resumed else SHAPES)
+        }
+        if fixed:
+            wrong = ", ".join(
+                f"{key} is {now}, there {before}" for key, (before, now) in fixed.items()
+            )
+            raise ValueError(f"--ckpt_path {path} has other settings, which cannot change: {wrong}")
+        if resumed:
+            rank_zero_info(f"goes on from {path}")
+            for key, (before, now) in changed.items():
+                rank_zero_info(f"  with {key} {now}; it was {before}")
 
     def before_instantiate_classes(self) -> None:
         """Show no progress bar for a trunk on this disk; downloads keep theirs."""

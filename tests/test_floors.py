@@ -19,18 +19,19 @@ BELOW: dict[str, set[str]] = {
     "batches": {"functional"},
     "functional": set(),
     "losses": {"functional"},
-    "models": {"chat", "functional"},
+    "models": {"chat", "functional", "whole"},
     "optim": set(),
     "phases": set(),
     "rollouts": {"batches", "functional", "models"},
     "packaged": set(),
     "chat": set(),
+    "whole": set(),
     "data": {"batches", "chat", "functional", "metrics", "packaged"},
     "rewards": {"data"},
-    "callbacks": {"batches", "metrics", "phases"},
+    "callbacks": {"batches", "metrics", "phases", "whole"},
     "metrics": {"functional"},
     "modules": {"functional", "losses", "models", "optim", "rollouts", "batches", "rewards"}
-    | {"callbacks", "metrics", "packaged", "phases"},
+    | {"callbacks", "metrics", "packaged", "phases", "whole"},
 }
 BELOW["commands"] = set(BELOW) - {""}
 BELOW["cli"] = set(BELOW) - {""}

@@ -1,18 +1,18 @@
-"""The folder of a run's files, and handing the result over into it."""
+"""The folder of a run's files, which no two runs share."""
 
 from __future__ import annotations
 
+import csv
+import shutil
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+# Folders that a trainer made, so that no other run lies in them.
+_MADE: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -38,6 +38,7 @@ def run_folder(trainer: Trainer) -> Path:
 def _choose(trainer: Trainer) -> Path:
     logger: Logger | None = trainer.loggers[0] if trainer.loggers else None
     if isinstance(logger, CSVLogger | TensorBoardLogger):
+        claim(trainer)
         return Path(logger.log_dir)
     if isinstance(logger, WandbLogger):
         _ = logger.experiment  # The id that tells two runs apart exists once the run does.
@@ -62,42 +63,70 @@ def _next_version(folder: Path) -> Path:
             number += 1
 
 
-@runtime_checkable
-class HandsOver(Protocol):
-    """A module that can write what the next stage loads."""
+def claim(trainer: Trainer) -> None:
+    """Make the folder of a logger that counts its runs, before the logger does.
 
-    def hand_over(self, folder: Path) -> None:
-        """Write below ``folder``."""
-
-
-def best_checkpoint(trainer: Trainer) -> str | None:
-    """Path of the best checkpoint, if a `ModelCheckpoint` of the trainer watches a measure."""
-    for callback in trainer.checkpoint_callbacks:
-        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
-            continue
-        # A resumed run may remember a best file of its first part that was cleared away since.
-        if Path(callback.best_model_path).is_file():
-            return callback.best_model_path
-    return None
-
-
-class Handover(Callback):
-    """At the end of ``fit``, writes the module's result into the run's folder and logs the path.
-
-    Where a `ModelCheckpoint` watches a measure (``monitor``), the best checkpoint is handed over, else
-    the last weights.
+    Loggers take the next number without making its folder, so that runs which start together share one; and a
+    `CSVLogger` that goes on in a folder deletes the metrics there.
     """
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write on the first process; a dry run (``fast_dev_run``) writes nothing."""
-        if not isinstance(pl_module, HandsOver) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if not isinstance(logger, CSVLogger | TensorBoardLogger) or not trainer.is_global_zero:
+        return
+    if trainer in _MADE or logger._experiment is not None:
+        return
+    counts = logger._version is None
+    while True:
+        folder = Path(logger.log_dir)
+        try:
+            folder.mkdir(parents=True)
+            _MADE[trainer] = folder
             return
-        folder = run_folder(trainer)
-        best = best_checkpoint(trainer)
-        if best is not None:
-            stored = torch.load(best, map_location=pl_module.device, weights_only=True)
-            pl_module.load_state_dict(stored["state_dict"], strict=False)
-            rank_zero_info(f"handing over the best of the run: {best}")
-        if trainer.is_global_zero:
-            pl_module.hand_over(folder)
-        rank_zero_info(f"handed over in {folder}")
+        except FileExistsError:
+            if not counts:
+                break
+            logger._version = None
+    if isinstance(logger, CSVLogger):
+        _append_to(folder / "metrics.csv", logger)
+
+
+def _append_to(metrics: Path, logger: CSVLogger) -> None:
+    if not metrics.is_file():
+        return
+    kept = metrics.rename(metrics.with_name(".metrics.kept"))
+    writer = logger.experiment
+    kept.rename(metrics)
+    with metrics.open(encoding="utf-8", newline="") as file:
+        writer.metrics_keys = next(csv.reader(file), [])
+
+
+def holds_another_run(trainer: Trainer) -> bool:
+    """Whether the run's folder was there before, with something in it."""
+    folder = run_folder(trainer)
+    counted = isinstance(
+        trainer.loggers[0] if trainer.loggers else None, CSVLogger | TensorBoardLogger
+    )
+    before = counted and trainer not in _MADE
+    return before and any((folder / name).exists() for name in ("checkpoints", "adapters", "trunk"))
+
+
+def give_back(trainer: Trainer) -> None:
+    """Remove the folder of a run that never began, so that it takes no number."""
+    folder = _MADE.pop(trainer, None)
+    if folder is None:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            # It would write its last lines into the folder.
+            logger._experiment = None
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def link_latest(folder: Path) -> None:
+    """Let ``latest`` beside a run's folder lead to it; where links cannot be made there is none."""
+    beside = folder.with_name(f".latest.{folder.name}")
+    try:
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(folder.name, target_is_directory=True)
+        beside.replace(folder.with_name("latest"))
+    except OSError:
+        beside.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.vocabulary import end_responses, require_embedded
 from lightning_perl.models.weightless import architecture, stand_in_tokenizer
+from lightning_perl.whole import require_whole
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
 NO_BF16_TUNING = (
@@ -63,6 +64,7 @@ def load_trunk(
         bare = _without_weights(shapes, quantization, options)
         return Trunk(bare, stand_in_tokenizer(shapes), checkpointing, source, shortcuts)
     where = model_source(source)
+    require_whole(Path(where))
     model = _load_model(where, _load_config(source, where), quantization, options)
     trunk = Trunk(model, AutoTokenizer.from_pretrained(where), checkpointing, source, shortcuts)
     require_embedded(trunk)

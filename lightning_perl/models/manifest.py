@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_perl.models.trunk import Trunk
-
-MANIFEST_FILE = "manifest.json"
+from lightning_perl.whole import MANIFEST_FILE, require_whole
 
 
 def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str, Any]) -> None:
@@ -55,6 +54,7 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
     path = folder / MANIFEST_FILE
     if not path.is_file() or trunk.weightless:
         return
+    require_whole(folder)
     about = json.loads(path.read_text())
     if "trunk_fingerprint" in about and about.get("quantization") != trunk.quantization:
         raise ValueError(

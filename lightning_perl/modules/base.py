@@ -17,7 +17,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
-from lightning_perl.callbacks.run_folder import Handover
+from lightning_perl.callbacks.handover import Handover
+from lightning_perl.callbacks.resume import Resume
+from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import agree_on_template
@@ -123,8 +125,10 @@ class AdapterModule(LightningModule, ABC):
         }
 
     def configure_callbacks(self) -> list[Callback]:
-        """Every fit ends by handing over."""
-        return [Handover()]
+        """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""
+        if self._trainer is not None:
+            claim(self.trainer)
+        return [Handover(), Resume()]
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings and data that would make the numbers wrong."""

@@ -19,11 +19,11 @@ from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.losses.reward import bradley_terry, centering, thumbs
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
-from lightning_perl.models.manifest import MANIFEST_FILE
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.judging import Judging
 from lightning_perl.modules.sft import imitation_loss
 from lightning_perl.modules.supervised import sequences_of
+from lightning_perl.whole import MANIFEST_FILE
 
 
 class Scoring(Judging):

@@ -1,0 +1,183 @@
+"""How a run ends: what the next stage loads is written first, whatever else fails."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_perl.callbacks.run_folder import (
+    give_back,
+    holds_another_run,
+    link_latest,
+    run_folder,
+)
+from lightning_perl.whole import WholeCheckpoints, damage, written_whole
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A module that can write what the next stage loads."""
+
+    def hand_over(self, folder: Path) -> None:
+        """Write below ``folder``."""
+
+
+def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """The trainer's own callbacks that save checkpoints."""
+    return [call for call in trainer.checkpoint_callbacks if isinstance(call, ModelCheckpoint)]
+
+
+def best_checkpoint(trainer: Trainer) -> str | None:
+    """Path of the best checkpoint, if a `ModelCheckpoint` of the trainer watches a measure."""
+    for callback in model_checkpoints(trainer):
+        # A resumed run may remember a best file of its first part that was cleared away since.
+        path = Path(callback.best_model_path)
+        if callback.monitor is not None and path.is_file() and not damage(path):
+            return callback.best_model_path
+    return None
+
+
+class Handover(Callback):
+    """Ends ``fit`` by writing the module's result into the run's folder; ``latest`` beside it leads there.
+
+    Where a `ModelCheckpoint` watches a measure (``monitor``), the best checkpoint is handed over, else the last
+    weights. It comes before all other callbacks, whose errors then lose nothing. A run that is stopped by Ctrl-C,
+    SIGTERM, a time limit or an error hands over too, with ``unfinished`` in the manifests, and leaves a checkpoint
+    to go on from. Ctrl-C and SIGTERM wait for the end of the batch, a second Ctrl-C does not.
+    """
+
+    def __init__(self) -> None:
+        self._began = False
+        self._ended = False
+        self._interrupted = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come first, and let checkpoints appear whole and in the run's folder."""
+        trainer.callbacks = [self, *(other for other in trainer.callbacks if other is not self)]  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = run_folder(trainer)
+        for callback in model_checkpoints(trainer):
+            callback.dirpath = callback.dirpath or str(folder / "checkpoints")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a folder in which another run lies."""
+        if not trainer.fast_dev_run and not trainer.ckpt_path and holds_another_run(trainer):  # type: ignore[attr-defined]
+            raise FileExistsError(
+                f"{run_folder(trainer)} holds another run. Go on with it (--ckpt_path last), or give "
+                "trainer.logger another version."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is something to lose."""
+        self._began = True
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, signal.default_int_handler)
+            self._interrupted = True
+            # As SIGTERM does: Lightning raises at the end of the batch, and puts the handlers back.
+            trainer._signal_connector.received_sigterm = True
+            rank_zero_info("Ctrl-C: stops at the end of this batch; once more: stops at once")
+
+        signal.signal(signal.SIGINT, stop)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whatever is measured is kept."""
+        self._began = True
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand over; a dry run (``fast_dev_run``) writes nothing.
+
+        Raises:
+            RuntimeError: No step was made, or the weights are not finite.
+        """
+        self._ended = True
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        timers = (call for call in trainer.callbacks if isinstance(call, Timer))  # type: ignore[attr-defined]
+        late = any((timer.time_remaining() or 1) <= 0 for timer in timers)
+        if trainer.should_stop:
+            self._save(trainer)
+        self._hand_over(trainer, pl_module, "the time limit" if late else None)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave what there is: a checkpoint, unless the error came inside a batch, and the weights."""
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + (signal.SIGINT if self._interrupted else signal.SIGTERM)
+        if not self._began:
+            give_back(trainer)
+        fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self._began or self._ended or not fitting or trainer.global_step == 0:
+            return
+        name = "Ctrl-C" if self._interrupted else type(exception).__name__
+        try:
+            self._save(trainer)
+            self._hand_over(trainer, pl_module, name)
+        except Exception as error:  # the first one is the one to raise
+            rank_zero_warn(f"Nothing is handed over: {error}")
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save a checkpoint where this step has none; one from inside a batch could not go on exactly."""
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        savers = [call for call in model_checkpoints(trainer) if not call.save_weights_only]
+        saved = [call._last_global_step_saved for call in savers]
+        if savers and trainer.global_step not in saved and progress.processed == progress.ready:
+            path = run_folder(trainer) / "checkpoints" / "stopped.ckpt"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"saved {path}")
+
+    def _hand_over(
+        self, trainer: Trainer, pl_module: LightningModule, stopped_by: str | None
+    ) -> None:
+        if not isinstance(pl_module, HandsOver):
+            return
+        if trainer.global_step == 0:
+            raise RuntimeError(
+                "Nothing was trained (0 steps), so nothing is handed over. Look at max_steps, max_time and "
+                "limit_train_batches of the trainer, and at the data."
+            )
+        folder = run_folder(trainer)
+        best = best_checkpoint(trainer)
+        if best is not None:
+            stored = torch.load(best, map_location=pl_module.device, weights_only=True)
+            pl_module.load_state_dict(stored["state_dict"], strict=False)
+            rank_zero_info(f"handing over the best of the run: {best}")
+        _require_finite(pl_module)
+        if trainer.is_global_zero:
+            note = f"stopped by {stopped_by} after {trainer.global_step} steps"
+            about: dict[str, Any] = {"unfinished": note} if stopped_by else {}
+            with written_whole(folder, about) as beside:
+                pl_module.hand_over(beside)
+            link_latest(folder)
+        rank_zero_info(f"handed over in {folder}")
+        if stopped_by:
+            rank_zero_info(f"unfinished, {note}; to go on, add --ckpt_path last")
+
+
+def _require_finite(module: LightningModule) -> None:
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    broken = [name for name, parameter in trained if not bool(torch.isfinite(parameter).all())]
+    if broken:
+        raise RuntimeError(
+            f"{len(broken)} trained tensors are not finite ({broken[0]}), so nothing is handed over. Look at the "
+            "learning rates and at the losses; checkpoints that were saved before may still be sound."
+        )

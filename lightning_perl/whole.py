@@ -1,0 +1,129 @@
+"""Files and folders that appear whole or not at all, and whose damage is found when they are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+MANIFEST_FILE = "manifest.json"
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None: ``torch.load`` does not look at its checksums."""
+    try:
+        with ZipFile(checkpoint) as parts:
+            broken = parts.testzip()
+    except (BadZipFile, OSError, EOFError) as error:
+        return str(error)
+    return broken and f"the checksum of {broken} differs"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints are written beside their place and renamed, and read without running code in them.
+
+    Lightning writes into the system's temporary folder and copies from there, which a kill can cut short; and it
+    unpickles a remote file with the code in it.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
+    ) -> None:
+        """Write the file; an error names it."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.part")
+        try:
+            torch.save(checkpoint, beside)
+            beside.replace(target)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's own, on a full disk
+            beside.unlink(missing_ok=True)
+            raise OSError(f"{target} could not be written: {error}") from error
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """Read the file.
+
+        Raises:
+            ValueError: It was cut short or changed.
+        """
+        problem = damage(Path(path)) if Path(path).is_file() else None
+        if problem:
+            raise ValueError(
+                f"{path} is no whole checkpoint ({problem}): cut short or damaged. Give another "
+                "file; `--ckpt_path last` takes the newest whole one."
+            )
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+@contextmanager
+def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write into; then each folder in it with a manifest replaces its namesake at once.
+
+    Args:
+        folder: Where the folders belong.
+        about: Further entries of their manifests.
+    """
+    beside = folder / ".part"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for manifest in list(beside.rglob(MANIFEST_FILE)):
+            _seal(manifest, about)
+            _replace(manifest.parent, folder / manifest.parent.relative_to(beside))
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse a folder whose weights are not those that `written_whole` wrote; others are taken as they are."""
+    manifest = folder / MANIFEST_FILE
+    about = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    for name, checksum in about.get("checksums", {}).items():
+        path = folder / name
+        if not path.is_file() or _checksum(path) != checksum:
+            raise ValueError(
+                f"{path} is missing, cut short or changed: it is not what was handed over. Copy the folder again. "
+                f"If it was changed on purpose, take `checksums` out of {manifest}."
+            )
+
+
+def _seal(manifest: Path, about: dict[str, Any]) -> None:
+    weights = sorted(manifest.parent.glob("*.safetensors"))
+    checksums = {path.name: _checksum(path) for path in weights}
+    whole = json.loads(manifest.read_text()) | about | {"checksums": checksums}
+    manifest.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _replace(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    before = target.with_name(f".{target.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if target.exists():
+        target.rename(before)
+    source.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
