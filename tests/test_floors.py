@@ -16,21 +16,22 @@ PACKAGE = Path(__file__).parents[1] / "lightning_perl"
 # always allowed; a floor that is not named here is a violation until someone places it.
 BELOW: dict[str, set[str]] = {
     "": set(),
+    "arguments": set(),
     "batches": {"functional"},
     "functional": set(),
     "losses": {"functional"},
-    "models": {"chat", "functional"},
-    "optim": set(),
+    "models": {"arguments", "chat", "functional"},
+    "optim": {"arguments"},
     "phases": set(),
-    "rollouts": {"batches", "functional", "models"},
+    "rollouts": {"arguments", "batches", "functional", "models"},
     "packaged": set(),
     "chat": set(),
-    "data": {"batches", "chat", "functional", "metrics", "packaged"},
-    "rewards": {"data"},
-    "callbacks": {"batches", "metrics", "phases"},
+    "data": {"arguments", "batches", "chat", "functional", "metrics", "packaged"},
+    "rewards": {"arguments", "data"},
+    "callbacks": {"arguments", "batches", "metrics", "phases"},
     "metrics": {"functional"},
     "modules": {"functional", "losses", "models", "optim", "rollouts", "batches", "rewards"}
-    | {"callbacks", "metrics", "packaged", "phases"},
+    | {"arguments", "callbacks", "metrics", "packaged", "phases"},
 }
 BELOW["commands"] = set(BELOW) - {""}
 BELOW["cli"] = set(BELOW) - {""}
@@ -39,6 +40,7 @@ BELOW["__main__"] = {"cli"}
 # Floors that may import only these third parties (the standard library is free).
 THIRD_PARTIES: dict[str, set[str]] = {
     "": set(),
+    "arguments": {"jsonargparse"},
     "batches": {"torch"},
     "optim": {"torch"},
     "phases": {"lightning", "torch"},

@@ -1,4 +1,4 @@
-"""Checks that stop a run or leave out a step: ranges, equal log-probabilities, fingerprints, finite gradients."""
+"""Checks that stop a run or leave out a step: equal log-probabilities, fingerprints, finite gradients."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_perl.models.roles import Roles
-
-POSITIVE = 1e-12
-"""Lower end of a range that leaves 0 out."""
-
-
-def require_in_range(ranges: Mapping[str, tuple[float, float, float]]) -> None:
-    """Refuse a ``(value, low, high)`` whose value is not between the other two.
-
-    Raises:
-        ValueError: With the name, the range and the value.
-    """
-    for name, (value, low, high) in ranges.items():
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
 
 
 def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:

@@ -236,19 +236,6 @@ def test_chain_from_sft_and_reward_model(tuned: str, plain_trunk: Path, tmp_path
 # ---- what it is made of --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
-        ({"beta": -0.1}, r"beta must be in \[0, 1\], got -0.1"),
-        ({"value_coef": -1.0}, r"value_coef must be in \[0, inf\], got -1.0"),
-    ],
-)
-def test_refused_at_construction(options: dict[str, Any], words: str, hydra_trunk: Path) -> None:
-    with pytest.raises(ValueError, match=words):
-        Reinforce(str(hydra_trunk), **options)
-
-
 def test_other_roles_have_no_loss(hydra_trunk: Path) -> None:
     module = perl(hydra_trunk)
     rollout = module.collect(PromptBatch(*tiny.prompts(2)), 0)
