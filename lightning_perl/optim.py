@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from lightning_perl.arguments import Checked, FractionBelowOne, NonNegative, Positive
+
 AT_ONCE = 2**25
 """Most weights whose moments are on the device together (256 MiB of moments in fp32); one tensor may be larger."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class HostAdamW(Optimizer):
+class HostAdamW(Checked, Optimizer):
     """AdamW that keeps its moments in the host's memory and copies a few at a time to the device in the step.
 
     Moments take 8 bytes for each trained weight in every phase, but are needed in the step only, when
@@ -37,10 +39,10 @@ class HostAdamW(Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        lr: Positive = 1e-3,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 1e-2,
     ) -> None:
         given: Any = list(params)
         like = AdamW(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)

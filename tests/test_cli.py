@@ -291,7 +291,6 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(
 
 
 PRECISION = r"trainer.precision must stay 32-true, got '{}'.*model.init_args.trunk_dtype: bfloat16"
-NO_SAMPLES = "{trainer: {callbacks: [{class_path: SampleWriter, init_args: {prompts: 0}}]}}"
 
 
 @pytest.mark.parametrize(
@@ -308,13 +307,7 @@ NO_SAMPLES = "{trainer: {callbacks: [{class_path: SampleWriter, init_args: {prom
             PRECISION.format("bf16-mixed"),
             "--trainer.precision=bf16-mixed",
         ),
-        (ValueError, "data.batch_size must be at least 1, got 0", "--data.batch_size=0"),
         (ValueError, "lora.dropout must be 0 in RL, got 0.1", "--model.lora.dropout=0.1"),
-        (
-            ValueError,
-            r"SampleWriter\(prompts=0\): give a number of at least 1",
-            f"--config={NO_SAMPLES}",
-        ),
     ],
 )
 def test_arguments_are_refused_in_their_own_words(

@@ -16,22 +16,23 @@ PACKAGE = Path(__file__).parents[1] / "lightning_perl"
 # always allowed; a floor that is not named here is a violation until someone places it.
 BELOW: dict[str, set[str]] = {
     "": set(),
+    "arguments": set(),
     "batches": {"functional"},
     "functional": set(),
     "losses": {"functional"},
-    "models": {"chat", "functional", "whole"},
-    "optim": set(),
+    "models": {"arguments", "chat", "functional", "whole"},
+    "optim": {"arguments"},
     "phases": set(),
-    "rollouts": {"batches", "functional", "models"},
+    "rollouts": {"arguments", "batches", "functional", "models"},
     "packaged": set(),
     "chat": set(),
     "whole": set(),
-    "data": {"batches", "chat", "functional", "metrics", "packaged"},
-    "rewards": {"data"},
-    "callbacks": {"batches", "metrics", "phases", "whole"},
+    "data": {"arguments", "batches", "chat", "functional", "metrics", "packaged"},
+    "rewards": {"arguments", "data"},
+    "callbacks": {"arguments", "batches", "metrics", "phases", "whole"},
     "metrics": {"functional"},
     "modules": {"functional", "losses", "models", "optim", "rollouts", "batches", "rewards"}
-    | {"callbacks", "metrics", "packaged", "phases", "whole"},
+    | {"arguments", "callbacks", "metrics", "packaged", "phases", "whole"},
 }
 BELOW["commands"] = set(BELOW) - {""}
 BELOW["cli"] = set(BELOW) - {""}
@@ -40,6 +41,7 @@ BELOW["__main__"] = {"cli"}
 # Floors that may import only these third parties (the standard library is free).
 THIRD_PARTIES: dict[str, set[str]] = {
     "": set(),
+    "arguments": {"jsonargparse"},
     "batches": {"torch"},
     "optim": {"torch"},
     "phases": {"lightning", "torch"},

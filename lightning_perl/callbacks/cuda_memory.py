@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_perl.arguments import Checked, Count, CountOrZero
 from lightning_perl.callbacks.phase_meter import PhaseMeter, cuda_device
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.phases import WHOLE_BATCH, PhaseCallback
@@ -100,7 +101,7 @@ def _keep_largest(largest: dict[str, int], peaks: dict[str, int]) -> None:
         largest[name] = max(largest.get(name, 0), peak)
 
 
-class CudaMemorySnapshot(PhaseCallback):
+class CudaMemorySnapshot(Checked, PhaseCallback):
     """Records every allocation of some train batches, and the moment of an out-of-memory error.
 
     Files open in PyTorch's memory viewer, https://pytorch.org/memory_viz (drag and drop; nothing is uploaded),
@@ -125,17 +126,10 @@ class CudaMemorySnapshot(PhaseCallback):
     def __init__(
         self,
         folder: Path | None = None,
-        start_step: int = 1,
-        steps: int = 3,
-        max_entries: int = 100_000,
+        start_step: CountOrZero = 1,
+        steps: Count = 3,
+        max_entries: Count = 100_000,
     ) -> None:
-        given = {"start_step": start_step, "steps": steps, "max_entries": max_entries}
-        for name, value in given.items():
-            least = 0 if name == "start_step" else 1
-            if value < least:
-                raise ValueError(
-                    f"CudaMemorySnapshot({name}={value}): give a number of at least {least}"
-                )
         self.folder = folder
         self.start_step = start_step
         self.steps = steps

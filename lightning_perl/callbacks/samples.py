@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import CombinedLoader
 
+from lightning_perl.arguments import Checked, Count
 from lightning_perl.batches import Answers, PromptBatch
 from lightning_perl.callbacks.run_folder import run_folder
 
@@ -47,7 +48,7 @@ class Sample(NamedTuple):
     score_after: float | None
 
 
-class SampleWriter(Callback):
+class SampleWriter(Checked, Callback):
     """Answers the same held-out prompts before and after training, and writes both with scores.
 
     The prompts are the first rows of the validation data. The reference answers once, when training starts; the
@@ -59,9 +60,7 @@ class SampleWriter(Callback):
         prompts: Number of prompts; fewer where the validation data has fewer. At least 1.
     """
 
-    def __init__(self, prompts: int = 8) -> None:
-        if prompts < 1:
-            raise ValueError(f"SampleWriter(prompts={prompts}): give a number of at least 1")
+    def __init__(self, prompts: Count = 8) -> None:
         self.prompts = prompts
         self._path = Path()
         self._chunks: list[PromptBatch] = []

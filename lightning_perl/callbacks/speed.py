@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_perl.arguments import Checked, Positive
 from lightning_perl.callbacks.phase_meter import PhaseMeter
 from lightning_perl.phases import WHOLE_BATCH
 
@@ -81,7 +81,7 @@ def _synchronize(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-class SpeedMonitor(PhaseMeter):
+class SpeedMonitor(Checked, PhaseMeter):
     """Logs how fast each phase runs, once per train batch.
 
     Keys:
@@ -109,13 +109,8 @@ class SpeedMonitor(PhaseMeter):
             (see `matmul_tflops`).
     """
 
-    def __init__(self, peak_tflops: float | None = None) -> None:
+    def __init__(self, peak_tflops: Positive | None = None) -> None:
         super().__init__()
-        if peak_tflops is not None and not 0 < peak_tflops < math.inf:
-            raise ValueError(
-                f"SpeedMonitor(peak_tflops={peak_tflops}): give a number above 0, in 10^12 FLOP per "
-                "second, or None to measure it"
-            )
         self.peak_tflops = peak_tflops
         self._peak = peak_tflops
         self._counts: CountsFlops | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from lightning_perl.arguments import Count, CountOrZero
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.rows import Pair, Splits
 from lightning_perl.packaged import unpackaged
@@ -33,12 +34,12 @@ def training_texts(splits: Splits) -> Iterator[str]:
 def new_trunk(
     folder: Path,
     data: ConversationDataModule,
-    vocabulary_size: int = 4096,
-    hidden_size: int = 256,
-    layers: int = 6,
-    heads: int = 4,
-    window: int = 1024,
-    seed: int = 0,
+    vocabulary_size: Count = 4096,
+    hidden_size: Count = 256,
+    layers: Count = 6,
+    heads: Count = 4,
+    window: Count = 1024,
+    seed: CountOrZero = 0,
 ) -> None:
     """Write an untrained Llama and a tokenizer trained on the data's training texts.
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_perl.arguments import Checked, Count, CountOrZero
 from lightning_perl.data.loaders import (
     Collate,
     FixedLoader,
@@ -37,7 +38,7 @@ from lightning_perl.data.tokenization import TurnEncoder, example_of, template_o
 from lightning_perl.packaged import unpackaged
 
 
-class ConversationDataModule(LightningDataModule, ABC):
+class ConversationDataModule(Checked, LightningDataModule, ABC):
     """Encodes the conversations that a subclass reads, and yields rated rows or prompts.
 
     Subclasses implement :meth:`read`. After :meth:`setup`, ``splits`` holds the rows and ``report`` what was read,
@@ -75,28 +76,21 @@ class ConversationDataModule(LightningDataModule, ABC):
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase,
         rows: Literal["rated", "prompts"] = "rated",
-        batch_size: int = 8,
-        val_batch_size: int | None = None,
-        max_tokens: int = 512,
-        max_response_tokens: int = 128,
+        batch_size: Count = 8,
+        val_batch_size: Count | None = None,
+        max_tokens: Count = 512,
+        max_response_tokens: Count = 128,
         bucket: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
+        seed: CountOrZero = 0,
+        num_workers: CountOrZero = 0,
         on_bad_row: Literal["reject", "raise"] = "raise",
         keep_conflicts: bool = True,
         chat_template: bool | None = None,
     ) -> None:
         super().__init__()
-        if rows not in ("rated", "prompts"):
-            raise ValueError(f"data.rows must be 'rated' or 'prompts', got {rows!r}.")
-        if on_bad_row not in ("reject", "raise"):
-            raise ValueError(f"data.on_bad_row must be 'reject' or 'raise', got {on_bad_row!r}.")
-        for name, size in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-            if size is not None and size < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {size}.")
-        if not 1 <= max_response_tokens < max_tokens:
+        if max_response_tokens >= max_tokens:
             raise ValueError(
-                "data.max_response_tokens must be at least 1 and leave room for a prompt below "
+                "data.max_response_tokens must leave room for a prompt below "
                 f"data.max_tokens = {max_tokens}, got {max_response_tokens}."
             )
         self.tokenizer_source = tokenizer

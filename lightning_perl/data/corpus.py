@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_perl.arguments import FractionBelowHalf
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.download import Remote, fetch_all
 from lightning_perl.data.folds import held_out
@@ -40,13 +41,6 @@ class Corpus:
     home: str
     layouts: tuple[tuple[tuple[Part, str], ...], ...]
     remotes: tuple[Remote, ...] = ()
-
-
-def checked_share(name: str, share: float) -> float:
-    """Returns a share of the rows that may be held out; refuses others."""
-    if not 0 <= share < 0.5:
-        raise ValueError(f"data.{name} must be at least 0 and below 0.5, got {share}.")
-    return share
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
@@ -155,15 +149,15 @@ class CorpusDataModule(ConversationDataModule):
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase,
         data_dir: str | Path,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
+        val_fraction: FractionBelowHalf = 0.1,
+        test_fraction: FractionBelowHalf = 0.1,
         on_bad_row: Literal["reject", "raise"] = "reject",
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, on_bad_row=on_bad_row, **settings)
         self.data_dir = Path(data_dir)
-        self.val_fraction = checked_share("val_fraction", val_fraction)
-        self.test_fraction = checked_share("test_fraction", test_fraction)
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
 
     @property
     @abstractmethod

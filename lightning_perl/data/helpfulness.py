@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_perl.arguments import AtLeastOne
 from lightning_perl.data.corpus import (
     Corpus,
     CorpusDataModule,
@@ -85,14 +86,10 @@ class HelpfulnessDataModule(CorpusDataModule):
         tokenizer: str | Path | PreTrainedTokenizerBase,
         data_dir: str | Path,
         corpus: Literal["hh", "shp"] = "hh",
-        min_score_ratio: float = 1.0,
+        min_score_ratio: AtLeastOne = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, data_dir=data_dir, **settings)
-        if corpus not in _CORPORA:
-            raise ValueError(f"data.corpus must be one of {sorted(_CORPORA)}, got {corpus!r}.")
-        if min_score_ratio < 1:
-            raise ValueError(f"data.min_score_ratio must be at least 1, got {min_score_ratio}.")
         self.corpus = corpus
         self.min_score_ratio = min_score_ratio
 

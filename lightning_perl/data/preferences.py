@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_perl.arguments import Count, Finite, FractionBelowOne
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.folds import held_out, stable_hash
 from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
@@ -113,11 +114,11 @@ class PreferenceDataModule(ConversationDataModule):
         train: Sources,
         val: Sources | None = None,
         test: Sources | None = None,
-        val_fraction: float = 0.1,
+        val_fraction: FractionBelowOne = 0.1,
         columns: dict[str, str] | None = None,
-        rating_range: tuple[float, float] | None = None,
+        rating_range: tuple[Finite, Finite] | None = None,
         streaming: bool = False,
-        shuffle_block: int = 4096,
+        shuffle_block: Count = 4096,
         keep_conflicts: bool = False,
         **settings: Any,
     ) -> None:
@@ -125,17 +126,11 @@ class PreferenceDataModule(ConversationDataModule):
         unknown = sorted(set(columns or {}) - set(_NAMES))
         if unknown:
             raise ValueError(f"data.columns: unknown {unknown}; the names are {list(_NAMES)}.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(
-                f"data.val_fraction must be at least 0 and below 1, got {val_fraction}."
-            )
         low, high = rating_range or (0, 1)
-        if not -math.inf < low < high < math.inf:
+        if not low < high:
             raise ValueError(
                 f"data.rating_range must be the lowest and the highest rating there can be, got {[low, high]}."
             )
-        if shuffle_block < 1:
-            raise ValueError(f"data.shuffle_block must be at least 1, got {shuffle_block}.")
         self.train_sources = sources_of(train, "data.train")
         self.val_sources = None if val is None else sources_of(val, "data.val")
         self.test_sources = None if test is None else sources_of(test, "data.test")

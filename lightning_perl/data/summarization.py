@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_perl.arguments import Count
 from lightning_perl.data.corpus import (
     Corpus,
     CorpusDataModule,
@@ -134,14 +135,10 @@ class SummarizationDataModule(CorpusDataModule):
         tokenizer: str | Path | PreTrainedTokenizerBase,
         data_dir: str | Path,
         corpus: Corpora = "tldr",
-        max_tokens: int = 640,
+        max_tokens: Count = 640,
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, data_dir=data_dir, max_tokens=max_tokens, **settings)
-        if corpus not in _CORPORA:
-            raise ValueError(
-                f"data.corpus must be one of {sorted(get_args(Corpora))}, got {corpus!r}."
-            )
         self.corpus = corpus
 
     @property

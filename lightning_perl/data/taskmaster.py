@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_perl.arguments import Count, CountOrZero, FractionBelowHalf, TwoOrMore
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.corpus import checked_share, matching, usable, value_of, wrong_type
+from lightning_perl.data.corpus import matching, usable, value_of, wrong_type
 from lightning_perl.data.download import Remote, fetch_all
 from lightning_perl.data.folds import assign_folds, held_out, hold_out, stable_hash
 from lightning_perl.data.reading import json_rows, parse_json, tsv_rows
@@ -110,23 +111,20 @@ class TaskmasterDataModule(ConversationDataModule):
         task: Literal["coffee", "ticketing"] = "coffee",
         demonstrations: bool = True,
         thumbs: bool = True,
-        max_demonstrations: int | None = None,
-        folds: int = 5,
-        fold: int = 0,
-        train_folds: Sequence[int] | None = None,
-        val_fraction: float = 0.1,
+        max_demonstrations: Count | None = None,
+        folds: TwoOrMore = 5,
+        fold: CountOrZero = 0,
+        train_folds: Sequence[CountOrZero] | None = None,
+        val_fraction: FractionBelowHalf = 0.1,
         on_bad_row: Literal["reject", "raise"] = "reject",
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, on_bad_row=on_bad_row, **settings)
-        if task not in _FOLDERS:
-            raise ValueError(f"data.task must be one of {sorted(_FOLDERS)}, got {task!r}.")
         if not (demonstrations or thumbs):
             raise ValueError("data.demonstrations and data.thumbs are both false: nothing to read.")
-        if folds < 2 or not 0 <= fold < folds:
+        if fold >= folds:
             raise ValueError(
-                f"data.fold must be from 0 to data.folds - 1 and data.folds at least 2, got fold "
-                f"{fold} of {folds}."
+                f"data.fold must be from 0 to data.folds - 1, got fold {fold} of {folds}."
             )
         others = [other for other in range(folds) if other != fold]
         training = others if train_folds is None else sorted(set(train_folds))
@@ -142,7 +140,7 @@ class TaskmasterDataModule(ConversationDataModule):
         self.folds = folds
         self.fold = fold
         self.train_folds = training
-        self.val_fraction = checked_share("val_fraction", val_fraction)
+        self.val_fraction = val_fraction
 
     def prepare_data(self) -> None:
         """Downloads what is asked for from the original repository, unless it is in ``data_dir``."""

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_perl.arguments import Checked, Count, FractionBelowOne, Positive, Text
 from lightning_perl.models.lean_layers import OFF as OFF
 from lightning_perl.models.lean_layers import AdapterSwitch, adapted_linear
 from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
@@ -40,7 +41,7 @@ NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
-class LoraSpec:
+class LoraSpec(Checked):
     """A low-rank adapter (2106.09685): ``W x + alpha / rank * B A x``.
 
     Args:
@@ -55,18 +56,13 @@ class LoraSpec:
             since the first ratio must be exactly 1.
     """
 
-    rank: int = 16
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ()
-    dropout: float = 0.0
+    rank: Count = 16
+    alpha: Positive = 16.0
+    targets: tuple[Text, ...] = ()
+    dropout: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        if self.rank < 1:
-            raise ValueError(f"lora.rank must be at least 1, got {self.rank}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
-        # YAML gives a list; a frozen spec must be hashable and safe to pickle.
+        """YAML gives a list; a frozen spec must be hashable and safe to pickle."""
         object.__setattr__(self, "targets", tuple(self.targets))
 
 

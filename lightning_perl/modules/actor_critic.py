@@ -5,7 +5,6 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_perl.arguments import NonNegative, Positive
 from lightning_perl.functional.sequences import cuts
 from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, add, size_of
-from lightning_perl.modules.safety import POSITIVE, require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -41,17 +40,13 @@ class ActorCritic(OnPolicy):
     def __init__(
         self,
         trunk: str,
-        value_coef: float = 1.0,
-        max_grad_norm: float = 1.0,
-        critic_max_grad_norm: float | None = None,
-        critic_learning_rate: float | None = None,
-        head_learning_rate: float | None = None,
+        value_coef: NonNegative = 1.0,
+        max_grad_norm: Positive = 1.0,
+        critic_max_grad_norm: Positive | None = None,
+        critic_learning_rate: Positive | None = None,
+        head_learning_rate: Positive | None = None,
         **settings: Any,
     ) -> None:
-        ranges = {"value_coef": (value_coef, 0.0, math.inf)}
-        if critic_max_grad_norm is not None:
-            ranges["critic_max_grad_norm"] = (critic_max_grad_norm, POSITIVE, math.inf)
-        require_in_range(ranges)
         norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
         super().__init__(trunk, max_grad_norm=max_grad_norm, **settings)
         self.value_coef = value_coef

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_perl.arguments import Checked, CountOrZero
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.resume import Resume
@@ -50,11 +51,12 @@ Stats = dict[str, Tensor]
 """Named statistics of a step, detached."""
 
 
-class AdapterModule(LightningModule, ABC):
+class AdapterModule(Checked, LightningModule, ABC):
     """What all modules share. A checkpoint holds exactly what is trained, and the optimizer.
 
     Args:
-        trunk_dtype: Dtype of the trunk's weights and matrix products. Adapters and heads stay float32.
+        trunk_dtype: Dtype of the trunk's weights and matrix products. Adapters and heads stay float32. float16
+            is not offered: ratios over- and underflow in it, and adapters turn to NaN.
         checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
             True: in every training pass. A list of roles (policy, value): only where those are trained.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2. None:
@@ -81,7 +83,7 @@ class AdapterModule(LightningModule, ABC):
         shortcuts: bool | Shortcuts = True,
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: CountOrZero = 0,
     ) -> None:
         super().__init__()
         self.trunk_dtype: TrunkDtype = trunk_dtype

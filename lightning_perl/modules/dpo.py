@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_perl.arguments import FractionBelowHalf
 from lightning_perl.batches import RatedBatch
 from lightning_perl.losses.dpo import dpo
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.pairwise import Pairwise
-from lightning_perl.modules.safety import require_in_range
 
 
 class DPO(Pairwise):
@@ -22,8 +22,9 @@ class DPO(Pairwise):
         settings: Arguments of `Pairwise`, `Supervised` and `AdapterModule`.
     """
 
-    def __init__(self, trunk: str, label_smoothing: float = 0.0, **settings: Any) -> None:
-        require_in_range({"label_smoothing": (label_smoothing, 0.0, 0.499)})
+    def __init__(
+        self, trunk: str, label_smoothing: FractionBelowHalf = 0.0, **settings: Any
+    ) -> None:
         super().__init__(trunk, **settings)
         self.label_smoothing = label_smoothing
 

@@ -5,13 +5,13 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_perl.arguments import Count, NonNegative
 from lightning_perl.batches import Answers, Bounded, PromptBatch
 from lightning_perl.functional.sequences import cuts
 from lightning_perl.models.adapters import LoraSpec
@@ -25,7 +25,6 @@ from lightning_perl.models.roles import (
 )
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, Stats
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction, checked_scores
 from lightning_perl.rollouts.decoding import sample
@@ -72,23 +71,17 @@ class Evaluation(AdapterModule):
         lora: LoraSpec = LoraSpec(),
         reward: str | list[str] | None = None,
         reward_ensemble: RewardEnsemble = "mean",
-        learned_reward_weight: float = 1.0,
+        learned_reward_weight: NonNegative = 1.0,
         reward_function: RewardFunction | None = None,
-        reward_function_weight: float = 1.0,
+        reward_function_weight: NonNegative = 1.0,
         sampling: SamplingSpec = SamplingSpec(),
         validation_sampling: SamplingSpec | None = None,
-        score_batch_size: int = 4,
+        score_batch_size: Count = 4,
         gold: RewardFunction | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         sampling.refuse_unscored()
-        require_in_range(
-            {
-                "learned_reward_weight": (learned_reward_weight, 0.0, math.inf),
-                "reward_function_weight": (reward_function_weight, 0.0, math.inf),
-            }
-        )
         if learned_reward_weight == 0 and (reward_function is None or reward_function_weight == 0):
             raise ValueError(
                 "learned_reward_weight is 0 and there is no reward_function with a weight, so every "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
+from lightning_perl.arguments import Count, FractionAboveZero, NonNegative, Positive, TwoOrMore
 from lightning_perl.functional.logprobs import k1, k3
 from lightning_perl.functional.masked import masked_mean, masked_row_sums
 from lightning_perl.losses.grpo import group_advantages, response_weighted
@@ -14,7 +14,6 @@ from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, PolicyAnswers
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -42,22 +41,18 @@ class GRPO(OnPolicy):
     def __init__(
         self,
         trunk: str,
-        samples: int = 8,
-        epochs: int = 1,
-        minibatch_size: int | None = None,
-        kl_coef: float = 0.04,
+        samples: TwoOrMore = 8,
+        epochs: Count = 1,
+        minibatch_size: Count | None = None,
+        kl_coef: NonNegative = 0.04,
         kl_in_reward: bool = False,
-        clip_range: float = 0.2,
-        clip_range_high: float | None = None,
+        clip_range: FractionAboveZero = 0.2,
+        clip_range_high: Positive | None = None,
         scale_by_group: bool = True,
         token_mean: bool = False,
         **settings: Any,
     ) -> None:
         high = clip_range if clip_range_high is None else clip_range_high
-        require_in_range({"samples": (samples, 2, math.inf), "kl_coef": (kl_coef, 0.0, math.inf)})
-        require_in_range(
-            {"clip_range": (clip_range, 1e-6, 1), "clip_range_high": (high, 1e-6, math.inf)}
-        )
         super().__init__(trunk, samples=samples, **settings)
         self.learn_in(epochs, minibatch_size)
         self.kl_coef = kl_coef

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_perl.arguments import Positive
 from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.losses.inpo import inpo
 from lightning_perl.modules.base import Stats
@@ -33,11 +34,11 @@ class INPO(Selecting):
     keeps_worst: ClassVar[bool] = True
 
     def __init__(
-        self, trunk: str, eta: float = 0.0075, tau: float | None = None, **settings: Any
+        self, trunk: str, eta: Positive = 0.0075, tau: Positive | None = None, **settings: Any
     ) -> None:
         tau = eta / 3 if tau is None else tau
-        if not 0 < tau < eta:
-            raise ValueError(f"tau must be above 0 and below eta, got tau {tau} and eta {eta}.")
+        if tau >= eta:
+            raise ValueError(f"tau must be below eta, got tau {tau} and eta {eta}.")
         super().__init__(trunk, **settings)
         self.eta, self.tau = eta, tau
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_perl.arguments import NonNegative
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import Sequences, mismatched
 from lightning_perl.losses.kto import kl_anchor, kto
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.pairwise import Pairwise
-from lightning_perl.modules.safety import require_in_range
 
 
 class KTO(Pairwise):
@@ -36,12 +35,10 @@ class KTO(Pairwise):
     def __init__(
         self,
         trunk: str,
-        desirable_weight: float = 1.0,
-        undesirable_weight: float = 1.0,
+        desirable_weight: NonNegative = 1.0,
+        undesirable_weight: NonNegative = 1.0,
         **settings: Any,
     ) -> None:
-        weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-        require_in_range({name: (weight, 0.0, math.inf) for name, weight in weights.items()})
         super().__init__(trunk, **settings)
         self.desirable_weight = desirable_weight
         self.undesirable_weight = undesirable_weight

@@ -8,7 +8,6 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_perl.arguments import Count, Finite, NonNegative, Positive
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import Sequences, cuts
@@ -28,13 +28,11 @@ from lightning_perl.models.roles import Role, RoleAnswers
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import Evaluation
 from lightning_perl.modules.safety import (
-    POSITIVE,
     FiniteGuard,
     clip_by_group,
     fingerprints,
     ratio_tolerance,
     require_equal_logprobs,
-    require_in_range,
     require_trainable,
     require_unmoved,
 )
@@ -102,14 +100,14 @@ class OnPolicy(Evaluation):
     def __init__(
         self,
         trunk: str,
-        samples: int = 1,
-        micro_batch_size: int = 4,
-        score_batch_size: int | None = None,
-        max_grad_norm: float = 1.0,
-        max_episodes: int | None = None,
-        score_clip: float | None = None,
-        missing_eos_score: float | None = None,
-        missing_eos_penalty: float | None = None,
+        samples: Count = 1,
+        micro_batch_size: Count = 4,
+        score_batch_size: Count | None = None,
+        max_grad_norm: Positive = 1.0,
+        max_episodes: Count | None = None,
+        score_clip: Positive | None = None,
+        missing_eos_score: Finite | None = None,
+        missing_eos_penalty: NonNegative | None = None,
         **settings: Any,
     ) -> None:
         if missing_eos_score is not None and missing_eos_penalty is not None:
@@ -117,13 +115,6 @@ class OnPolicy(Evaluation):
                 "Give missing_eos_score (sets the score) or missing_eos_penalty (subtracts from it), not "
                 f"both; got {missing_eos_score} and {missing_eos_penalty}."
             )
-        require_in_range({"max_grad_norm": (max_grad_norm, POSITIVE, math.inf)})
-        require_counts(
-            samples=samples,
-            micro_batch_size=micro_batch_size,
-            score_batch_size=score_batch_size,
-            max_episodes=max_episodes,
-        )
         scored = micro_batch_size if score_batch_size is None else score_batch_size
         super().__init__(trunk, score_batch_size=scored, **settings)
         self.automatic_optimization = False
@@ -150,9 +141,8 @@ class OnPolicy(Evaluation):
             kept: Responses per prompt that are learned from. None: all ``samples``.
 
         Raises:
-            ValueError: One below 1, or a minibatch that would cut the responses to a prompt apart.
+            ValueError: A minibatch that would cut the responses to a prompt apart.
         """
-        require_counts(epochs=epochs, minibatch_size=minibatch_size)
         kept = kept or self.samples
         if minibatch_size is not None and minibatch_size % kept:
             raise ValueError(
@@ -526,17 +516,6 @@ def size_of(sequences: Sequences) -> MinibatchSize:
     """Episodes and response tokens of a minibatch."""
     mask = sequences.response_mask
     return MinibatchSize(mask.sum().clamp(min=1), len(mask))
-
-
-def require_counts(**counts: int | None) -> None:
-    """Refuse counts below 1; None is no count.
-
-    Raises:
-        ValueError: With the name and the value.
-    """
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
 
 
 def add(sums: Stats, stats: Mapping[str, Tensor]) -> None:

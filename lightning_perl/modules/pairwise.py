@@ -5,18 +5,17 @@ Shapes: ``B`` rows, ``K`` pairs.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_perl.arguments import Positive
 from lightning_perl.batches import RatedBatch
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.judging import Judging
-from lightning_perl.modules.safety import require_in_range
 
 
 class Pairwise(Judging):
@@ -42,14 +41,13 @@ class Pairwise(Judging):
     rating_columns: ClassVar[str] = "`chosen` and `rejected`"
 
     def __init__(
-        self, trunk: str, lora: LoraSpec = LoraSpec(), beta: float = 0.1, **settings: Any
+        self, trunk: str, lora: LoraSpec = LoraSpec(), beta: Positive = 0.1, **settings: Any
     ) -> None:
         if lora is None:
             raise ValueError(
                 f"{type(self).__name__} has its reference in the trunk without the adapter, so lora cannot be "
                 "null. Give its rank and alpha."
             )
-        require_in_range({"beta": (beta, 1e-9, math.inf)})
         super().__init__(trunk, lora=lora, **settings)
         self.beta = beta
 

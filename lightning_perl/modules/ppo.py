@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_perl.arguments import Count, Fraction, NonNegative, Positive
 from lightning_perl.functional.advantages import generalized_advantages, token_rewards
 from lightning_perl.functional.masked import whiten
 from lightning_perl.losses.ppo import clipped_surrogate, clipped_value_loss
@@ -15,7 +15,6 @@ from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 
 
@@ -56,14 +55,14 @@ class PPO(ActorCritic):
         self,
         trunk: str,
         layout: Layout | None = None,
-        ppo_epochs: int = 4,
-        minibatch_size: int | None = None,
-        kl_coef: float = 0.02,
-        clip_range: float = 0.2,
-        value_clip_range: float = 0.2,
-        value_coef: float = 0.1,
-        discount: float = 1.0,
-        gae_lambda: float = 0.95,
+        ppo_epochs: Count = 4,
+        minibatch_size: Count | None = None,
+        kl_coef: NonNegative = 0.02,
+        clip_range: Positive = 0.2,
+        value_clip_range: Positive = 0.2,
+        value_coef: NonNegative = 0.1,
+        discount: Fraction = 1.0,
+        gae_lambda: Fraction = 0.95,
         whiten_advantages: bool = True,
         **settings: Any,
     ) -> None:
@@ -72,15 +71,6 @@ class PPO(ActorCritic):
                 f"{type(self).__name__} is PPO with layout {self.own_layout}; got layout {layout!r}. Use the "
                 "class PPO for other layouts."
             )
-        require_in_range(
-            {
-                "kl_coef": (kl_coef, 0.0, math.inf),
-                "clip_range": (clip_range, 1e-6, math.inf),
-                "value_clip_range": (value_clip_range, 1e-6, math.inf),
-                "discount": (discount, 0.0, 1.0),
-                "gae_lambda": (gae_lambda, 0.0, 1.0),
-            }
-        )
         super().__init__(trunk, layout=layout or self.own_layout, value_coef=value_coef, **settings)
         self.learn_in(ppo_epochs, minibatch_size)
         self.kl_coef = kl_coef

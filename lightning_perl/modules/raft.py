@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_perl.arguments import Count
 from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
@@ -26,7 +27,7 @@ class RAFT(Selecting):
         settings: Arguments of `Selecting`, `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
-    def __init__(self, trunk: str, epochs: int = 2, **settings: Any) -> None:
+    def __init__(self, trunk: str, epochs: Count = 2, **settings: Any) -> None:
         super().__init__(trunk, epochs=epochs, **settings)
 
     def policy_loss(

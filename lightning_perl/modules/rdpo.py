@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
+from lightning_perl.arguments import NonNegative
 from lightning_perl.batches import RatedBatch
 from lightning_perl.losses.dpo import dpo
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.pairwise import Pairwise
-from lightning_perl.modules.safety import require_in_range
 
 
 class RDPO(Pairwise):
@@ -26,8 +25,7 @@ class RDPO(Pairwise):
         settings: Arguments of `Pairwise`, `Supervised` and `AdapterModule`.
     """
 
-    def __init__(self, trunk: str, alpha: float = 0.01, **settings: Any) -> None:
-        require_in_range({"alpha": (alpha, 0.0, math.inf)})
+    def __init__(self, trunk: str, alpha: NonNegative = 0.01, **settings: Any) -> None:
         super().__init__(trunk, **settings)
         self.alpha = alpha
 

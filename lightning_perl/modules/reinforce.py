@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_perl.arguments import Fraction
 from lightning_perl.functional.advantages import generalized_advantages, token_rewards
 from lightning_perl.losses.reinforce import baseline_loss, policy_gradient
 from lightning_perl.models.roles import Layout
@@ -13,7 +14,6 @@ from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 
 
@@ -39,9 +39,8 @@ class Reinforce(ActorCritic):
     """
 
     def __init__(
-        self, trunk: str, layout: Layout = "perl", beta: float = 0.05, **settings: Any
+        self, trunk: str, layout: Layout = "perl", beta: Fraction = 0.05, **settings: Any
     ) -> None:
-        require_in_range({"beta": (beta, 0.0, 1.0)})
         super().__init__(trunk, layout=layout, **settings)
         self.beta = beta
 

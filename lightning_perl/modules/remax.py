@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_perl.arguments import NonNegative
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.remax import greedy_advantages
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, PolicyAnswers
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -30,8 +29,7 @@ class ReMax(OnPolicy):
 
     greedy_baseline: ClassVar[bool] = True
 
-    def __init__(self, trunk: str, kl_coef: float = 0.05, **settings: Any) -> None:
-        require_in_range({"kl_coef": (kl_coef, 0.0, math.inf)})
+    def __init__(self, trunk: str, kl_coef: NonNegative = 0.05, **settings: Any) -> None:
         super().__init__(trunk, **settings)
         self.kl_coef = kl_coef
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zer
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_perl.arguments import NonNegative, Positive
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import at_last_response
 from lightning_perl.losses.reward import bradley_terry, centering, thumbs
@@ -54,15 +55,13 @@ class Scoring(Judging):
     def __init__(
         self,
         trunk: str,
-        margin: float = 0.0,
-        positive_weight: float | None = 1.0,
-        center_coef: float = 0.0,
+        margin: NonNegative = 0.0,
+        positive_weight: NonNegative | None = 1.0,
+        center_coef: NonNegative = 0.0,
         normalize_scores: bool = False,
-        head_learning_rate: float | None = None,
+        head_learning_rate: Positive | None = None,
         **settings: Any,
     ) -> None:
-        for name, weight in (("positive_weight", positive_weight), ("center_coef", center_coef)):
-            require_weight(name, weight)
         super().__init__(trunk, **settings)
         dtype = torch.promote_types(self.trunk.dtype, torch.float32)
         self.reward_head = ScalarHead(self.trunk.hidden_size, self.seed).to(dtype)
@@ -299,10 +298,9 @@ class RewardModel(Scoring):
         self,
         trunk: str,
         lora: LoraSpec | None = LoraSpec(),
-        lm_weight: float = 0.0,
+        lm_weight: NonNegative = 0.0,
         **settings: Any,
     ) -> None:
-        require_weight("lm_weight", lm_weight)
         super().__init__(trunk, lora=lora, **settings)
         if lora is None and lm_weight == 0:
             # No loss ever reads the LM head; where it is the embedding too, it is trained as that.
@@ -328,22 +326,15 @@ class HydraSFT(Scoring):
         self,
         trunk: str,
         lora: LoraSpec | None = None,
-        reward_weight: float = 0.1,
+        reward_weight: NonNegative = 0.1,
         **settings: Any,
     ) -> None:
-        require_weight("reward_weight", reward_weight)
         super().__init__(trunk, lora=lora, **settings)
         if self.normalize_scores and reward_weight == 0:
             raise ValueError(
                 "normalize_scores needs a trained reward head: set reward_weight above 0."
             )
         self.reward_weight = reward_weight
-
-
-def require_weight(name: str, weight: float | None) -> None:
-    """Refuse a weight below 0; None is no weight."""
-    if weight is not None and weight < 0:
-        raise ValueError(f"{name} must be at least 0, got {weight}.")
 
 
 def thumbs_counted(data: object) -> tuple[int, int]:

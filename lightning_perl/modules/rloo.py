@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
+from lightning_perl.arguments import NonNegative, TwoOrMore
 from lightning_perl.functional.logprobs import k1
 from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.rloo import leave_one_out
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, PolicyAnswers
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -31,9 +30,8 @@ class RLOO(OnPolicy):
     """
 
     def __init__(
-        self, trunk: str, samples: int = 4, kl_coef: float = 0.05, **settings: Any
+        self, trunk: str, samples: TwoOrMore = 4, kl_coef: NonNegative = 0.05, **settings: Any
     ) -> None:
-        require_in_range({"samples": (samples, 2, math.inf), "kl_coef": (kl_coef, 0.0, math.inf)})
         super().__init__(trunk, samples=samples, **settings)
         self.kl_coef = kl_coef
 

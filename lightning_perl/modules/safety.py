@@ -1,4 +1,4 @@
-"""Checks that stop a run or leave out a step: ranges, equal log-probabilities, fingerprints, finite gradients."""
+"""Checks that stop a run or leave out a step: equal log-probabilities, fingerprints, finite gradients."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from torch.optim import Optimizer
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.models.roles import Roles
-
-POSITIVE = 1e-12
-"""Lower end of a range that leaves 0 out."""
 
 
 def require_batch(
@@ -38,17 +35,6 @@ def require_batch(
         f"and ids below {vocabulary}, got {got}. Return one from the DataLoader's collate_fn, or give rows as "
         "dicts to PreferenceDataModule(tokenizer, train=rows)."
     )
-
-
-def require_in_range(ranges: Mapping[str, tuple[float, float, float]]) -> None:
-    """Refuse a ``(value, low, high)`` whose value is not between the other two.
-
-    Raises:
-        ValueError: With the name, the range and the value.
-    """
-    for name, (value, low, high) in ranges.items():
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
 
 
 def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:

@@ -6,19 +6,18 @@ Shapes: ``B`` prompts, ``k`` responses to each.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_perl.arguments import Count, NonNegative, TwoOrMore
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.functional.logprobs import k1
 from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 KEPT_FILE = "kept.jsonl"
@@ -44,14 +43,12 @@ class Selecting(OnPolicy):
     def __init__(
         self,
         trunk: str,
-        samples: int = 8,
-        rank_kl_coef: float = 0.0,
-        epochs: int = 1,
-        minibatch_size: int | None = None,
+        samples: TwoOrMore = 8,
+        rank_kl_coef: NonNegative = 0.0,
+        epochs: Count = 1,
+        minibatch_size: Count | None = None,
         **settings: Any,
     ) -> None:
-        ranges = {"samples": (samples, 2, math.inf), "rank_kl_coef": (rank_kl_coef, 0.0, math.inf)}
-        require_in_range(ranges)
         super().__init__(trunk, samples=samples, **settings)
         kept = 2 if self.keeps_worst else 1
         if self.micro_batch_size < kept:

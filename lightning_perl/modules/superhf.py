@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_perl.arguments import NonNegative, TwoOrMore
 from lightning_perl.losses.superhf import anchored_cross_entropy
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
-from lightning_perl.modules.safety import require_in_range
 from lightning_perl.modules.selecting import Selecting
 from lightning_perl.rollouts.rollout import Experience
 
@@ -32,9 +31,8 @@ class SuperHF(Selecting):
     full_kl: ClassVar[bool] = True
 
     def __init__(
-        self, trunk: str, samples: int = 32, kl_coef: float = 0.23, **settings: Any
+        self, trunk: str, samples: TwoOrMore = 32, kl_coef: NonNegative = 0.23, **settings: Any
     ) -> None:
-        require_in_range({"kl_coef": (kl_coef, 0.0, math.inf)})
         super().__init__(trunk, samples=samples, **settings)
         self.kl_coef = kl_coef
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
+from lightning_perl.arguments import Positive
 from lightning_perl.rewards.function import EachAlone
 
 Mentions: TypeAlias = Mapping[str, Sequence[str]]
@@ -123,9 +124,7 @@ class CoffeeOrderQuality(EachAlone):
         [1.0]
     """
 
-    def __init__(self, scale: float = 1.0) -> None:
-        if not scale > 0:
-            raise ValueError(f"CoffeeOrderQuality.scale must be above 0, got {scale}.")
+    def __init__(self, scale: Positive = 1.0) -> None:
         self.scale = scale
 
     def score(self, prompt: str, response: str, row: int) -> float:

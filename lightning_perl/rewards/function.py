@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
+from lightning_perl.arguments import Checked
+
 
 class RewardFunction(Protocol):
     """Scores responses in plain Python.
@@ -32,7 +34,7 @@ class RewardFunction(Protocol):
         ...
 
 
-class EachAlone(RewardFunction):
+class EachAlone(Checked, RewardFunction):
     """A reward that scores each response by itself; subclasses fill :meth:`score`."""
 
     def __call__(

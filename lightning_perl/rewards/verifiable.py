@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_perl.arguments import CountOrZero, Positive, Text
 from lightning_perl.rewards.function import EachAlone
 
 
@@ -24,11 +25,7 @@ class Brevity(EachAlone):
         [0.0, -1.5]
     """
 
-    def __init__(self, words: int, price: float = 0.1) -> None:
-        if words < 0 or not price > 0:
-            raise ValueError(
-                f"Brevity: words must be at least 0 and price above 0, got {words} and {price}."
-            )
+    def __init__(self, words: CountOrZero, price: Positive = 0.1) -> None:
         self.words = words
         self.price = price
 
@@ -71,7 +68,7 @@ class ValidJson(EachAlone):
         [1.0, 0.0, 0.0]
     """
 
-    def __init__(self, keys: Sequence[str] = ()) -> None:
+    def __init__(self, keys: Sequence[Text] = ()) -> None:
         self.keys = set(keys)
 
     def score(self, prompt: str, response: str, row: int) -> float:
@@ -151,9 +148,7 @@ class RepeatsPrompt(EachAlone):
         [0.5, 1.0]
     """
 
-    def __init__(self, pattern: str, turns: int = 2) -> None:
-        if turns < 0:
-            raise ValueError(f"RepeatsPrompt.turns must be at least 0, got {turns}.")
+    def __init__(self, pattern: str, turns: CountOrZero = 2) -> None:
         self.pattern = _compiled("RepeatsPrompt", pattern, re.IGNORECASE)
         self.turns = turns
 

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_perl.arguments import (
+    Checked,
+    Count,
+    CountOrZero,
+    FractionAboveZero,
+    NonNegative,
+    Text,
+)
 from lightning_perl.functional.logprobs import at_least_fp32
 
 
 @dataclass(frozen=True)
-class SamplingSpec:
+class SamplingSpec(Checked):
     """How responses are drawn.
 
     Args:
@@ -32,25 +40,15 @@ class SamplingSpec:
             of a batch.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
-    batch_size: int | None = None
+    max_new_tokens: Count = 128
+    temperature: NonNegative = 1.0
+    top_p: FractionAboveZero = 1.0
+    top_k: CountOrZero = 0
+    stop: tuple[Text, ...] = ()
+    batch_size: Count | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot mean anything."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"sampling.batch_size must be at least 1, got {self.batch_size}.")
+        """YAML gives a list; a frozen spec must be hashable and safe to pickle."""
         object.__setattr__(self, "stop", tuple(self.stop))
 
     @property

@@ -165,12 +165,6 @@ def test_the_peak_is_measured_once_in_the_modules_dtype(
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("peak", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_peak_that_cannot_be_is_refused(peak: float) -> None:
-    with pytest.raises(ValueError, match=r"peak_tflops=.*above 0"):
-        SpeedMonitor(peak_tflops=peak)
-
-
 def test_the_device_is_waited_for_at_every_boundary(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

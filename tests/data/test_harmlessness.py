@@ -237,18 +237,6 @@ def test_what_is_missing_is_fetched_or_named(
     assert not wanted
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"val_fraction": 0.5}, "data.val_fraction must be at least 0 and below 0.5, got 0.5"),
-        ({"test_fraction": -0.1}, "data.test_fraction must be at least 0"),
-    ],
-)
-def test_bad_arguments_are_refused(build: Build, arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        build(**arguments)
-
-
 Real = tuple[type[CorpusDataModule], Path, dict[str, list[int]], int]
 REAL: list[Real] = [
     (

@@ -141,18 +141,6 @@ def test_what_is_missing_is_fetched_or_named(build: Build, monkeypatch: pytest.M
             build(corpus=name).read()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"corpus": "stack"}, r"data.corpus must be one of \['hh', 'shp'\], got 'stack'"),
-        ({"min_score_ratio": 0.5}, "data.min_score_ratio must be at least 1, got 0.5"),
-    ],
-)
-def test_bad_arguments_are_refused(build: Build, arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        build(**arguments)
-
-
 @pytest.mark.parametrize(("given", "chats"), [(None, True), (True, True), (False, False)])
 def test_a_tokenizers_chat_template_is_the_default(
     build: Build, tmp_path: Path, tokenizer_dir: Path, given: bool | None, chats: bool

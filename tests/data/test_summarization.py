@@ -196,13 +196,6 @@ def test_what_is_missing_is_fetched_or_named(build: Build, monkeypatch: pytest.M
     assert not wanted
 
 
-def test_an_unknown_corpus_is_refused(build: Build) -> None:
-    with pytest.raises(
-        ValueError, match=r"data.corpus must be one of \['comparisons', .*, got 'cnn'"
-    ):
-        build("cnn")
-
-
 def real_rows(name: str) -> list[dict[str, Any]]:
     if not (SHARED / name).is_file():
         pytest.skip("needs ../shared/data")

@@ -427,15 +427,10 @@ def test_few_demonstrations_keep_one_for_validation(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"task": "tea"}, "data.task must be one of"),
         ({"demonstrations": False, "thumbs": False}, "nothing to read"),
-        ({"fold": 5}, "data.fold must be from 0 to data.folds - 1 .*got fold 5 of 5"),
+        ({"fold": 5}, "data.fold must be from 0 to data.folds - 1, got fold 5 of 5"),
         ({"train_folds": [0, 1]}, r"data.train_folds must be some of \[1, 2, 3, 4\]"),
         ({"train_folds": []}, "data.train_folds must be some of"),
-        ({"val_fraction": 0.5}, "data.val_fraction must be at least 0 and below 0.5"),
-        ({"rows": "pairs"}, "data.rows must be 'rated' or 'prompts', got 'pairs'"),
-        ({"on_bad_row": "skip"}, "data.on_bad_row must be 'reject' or 'raise'"),
-        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
         ({"max_response_tokens": 256}, "leave room for a prompt below data.max_tokens = 256"),
     ],
 )

@@ -333,11 +333,7 @@ def test_a_target_that_is_not_there_is_refused(
         trunk.adapters.add("actor", LoraSpec(targets=targets), 0)
 
 
-def test_a_spec_refuses_values_without_a_meaning() -> None:
-    with pytest.raises(ValueError, match=r"lora.rank must be at least 1, got 0"):
-        LoraSpec(rank=0)
-    with pytest.raises(ValueError, match=r"lora.dropout must be in \[0, 1\), got 1"):
-        LoraSpec(dropout=1)
+def test_a_spec_from_yaml_is_hashable() -> None:
     listed: Any = ["q_proj"]
     assert hash(LoraSpec(targets=listed)) == hash(LoraSpec(targets=("q_proj",)))
 

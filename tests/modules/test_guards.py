@@ -418,29 +418,7 @@ def test_hydra_sft_without_reward_weight_writes_no_head(
         tiny.hydra(folder / "trunk")
 
 
-# ---- values out of their ranges ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("kl_coef", -1.0, r"kl_coef must be in \[0, inf\], got -1.0"),
-        ("kl_coef", math.nan, r"kl_coef must be in \[0, inf\], got nan"),
-        ("clip_range", 0.0, r"clip_range must be in \[1e-06, inf\], got 0.0"),
-        ("value_clip_range", 0.0, r"value_clip_range must be in \[1e-06, inf\], got 0.0"),
-        ("value_coef", -0.5, r"value_coef must be in \[0, inf\], got -0.5"),
-        ("gae_lambda", 1.1, r"gae_lambda must be in \[0, 1\], got 1.1"),
-        ("discount", -0.1, r"discount must be in \[0, 1\], got -0.1"),
-        ("max_grad_norm", 0.0, r"max_grad_norm must be in \[1e-12, inf\], got 0.0"),
-        ("critic_max_grad_norm", 0.0, r"critic_max_grad_norm must be in \[1e-12, inf\], got 0.0"),
-        ("max_episodes", 0, r"max_episodes must be at least 1, got 0"),
-    ],
-)
-def test_ppo_refuses_values_out_of_range(
-    name: str, value: float, words: str, hydra_trunk: Path
-) -> None:
-    with pytest.raises(ValueError, match=f"^{words}"):
-        tiny.hydra(hydra_trunk, **{name: value})
+# ---- values at the ends of their ranges ------------------------------------------------------------------
 
 
 def test_ends_of_the_ranges_are_allowed(hydra_trunk: Path) -> None:

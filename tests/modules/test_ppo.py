@@ -561,7 +561,7 @@ def test_hydra_is_ppo_with_the_layout_filled_in(hydra_trunk: Path) -> None:
             "HydraPPO is PPO with layout hydra; got layout 'lora'. Use the",
         ),
         (JointHydraPPO, {"layout": "hydra"}, "JointHydraPPO is PPO with layout joint_hydra; got"),
-        (PPO, {"layout": "hydr"}, r"layout must be one of \['full', .*\], got 'hydr'"),
+        (PPO, {"layout": "hydr"}, r"layout must be one of \['full', .*\] or None, got 'hydr'"),
         (
             PPO,
             {"missing_eos_score": -1.0, "missing_eos_penalty": 2.0},
@@ -577,16 +577,12 @@ def test_hydra_is_ppo_with_the_layout_filled_in(hydra_trunk: Path) -> None:
             {"sampling": SamplingSpec(temperature=0.0)},
             "distribution that is scored.*temperature 0",
         ),
-        (PPO, {"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
-        (PPO, {"minibatch_size": 0}, "minibatch_size must be at least 1, got 0"),
-        (PPO, {"score_batch_size": -2}, "score_batch_size must be at least 1, got -2"),
-        (PPO, {"ppo_epochs": 0}, "epochs must be at least 1, got 0"),
         (PPO, {"lora": LoraSpec(dropout=0.1)}, "lora.dropout must be 0 in RL, got 0.1"),
         (HydraPPO, {"reward": "RUN/trunk"}, "`reward` must stay empty; got RUN/trunk"),
         (
             PPO,
             {"trunk_dtype": "float16"},
-            "trunk_dtype float16 is refused: RL ratios over- and underflow",
+            r"PPO.trunk_dtype must be one of \['float32', .*got 'float16'",
         ),
     ],
 )

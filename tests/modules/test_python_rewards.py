@@ -193,8 +193,14 @@ def test_bad_scores_stop_training_and_validation(
             },
             "every score would be 0",
         ),
-        ({"learned_reward_weight": -1.0}, r"learned_reward_weight must be in \[0, inf\], got -1"),
-        ({"reward_function_weight": math.nan}, r"reward_function_weight must be in .*, got nan"),
+        (
+            {"learned_reward_weight": -1.0},
+            r"learned_reward_weight must be at least 0 and finite, got -1",
+        ),
+        (
+            {"reward_function_weight": math.nan},
+            r"reward_function_weight must be at least 0 and finite, got nan",
+        ),
         (
             {"learned_reward_weight": 0.0, "reward_function": shortest_wins, "reward": "RUN/x"},
             "reward is RUN/x, but learned_reward_weight is 0, so nobody would ask it",

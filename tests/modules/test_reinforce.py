@@ -168,19 +168,3 @@ def test_chain_from_sft_and_reward_model(tuned: str, plain_trunk: Path, tmp_path
     assert {"policy", "critic"} <= written if layout == "full" else "adapters" in written
     assert "train/policy_loss" in trainer.callback_metrics
     assert "train/clip_fraction" not in trainer.callback_metrics
-
-
-# ---- what it is made of --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
-        ({"beta": -0.1}, r"beta must be in \[0, 1\], got -0.1"),
-        ({"value_coef": -1.0}, r"value_coef must be in \[0, inf\], got -1.0"),
-    ],
-)
-def test_refused_at_construction(options: dict[str, Any], words: str, hydra_trunk: Path) -> None:
-    with pytest.raises(ValueError, match=words):
-        Reinforce(str(hydra_trunk), **options)

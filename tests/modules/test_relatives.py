@@ -372,11 +372,7 @@ def test_leaves_fill_holes_and_override_nothing(leaf: type[OnPolicy | Pairwise])
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        (GRPO, {"samples": 1}, r"samples must be in \[2, inf\], got 1"),
         (GRPO, {"minibatch_size": 4}, r"multiple of samples \(3\)"),
-        (GRPO, {"clip_range": 0.0}, "clip_range must be in"),
-        (RAFT, {"samples": 1}, "samples must be in"),
-        (SuperHF, {"kl_coef": -1.0}, "kl_coef must be in"),
         (INPO, {"tau": 0.1, "eta": 0.1}, "tau must be above 0 and below eta, got tau 0.1"),
         (INPO, {"micro_batch_size": 1}, "micro_batch_size must be at least 2; got 1"),
         (INPO, {"minibatch_size": 3}, r"multiple of the kept \(2\)"),
@@ -395,10 +391,6 @@ def test_refused_on_policy(
     ("kind", "options", "words"),
     [
         (DPO, {"lora": None}, "has its reference in the trunk without the adapter"),
-        (DPO, {"beta": 0.0}, "beta must be in"),
-        (DPO, {"label_smoothing": 0.5}, "label_smoothing must be in"),
-        (RDPO, {"alpha": -0.1}, "alpha must be in"),
-        (KTO, {"desirable_weight": -1.0}, "desirable_weight must be in"),
     ],
 )
 def test_refused_pairwise(

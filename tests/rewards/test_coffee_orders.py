@@ -119,5 +119,3 @@ def test_the_last_order_of_a_longer_dialog_counts() -> None:
 def test_what_it_cannot_judge_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no single coffee order in prompt 7, which ends.*movie"):
         CoffeeOrderQuality()(["User: two movie tickets\nAgent:"], ["Sure thing"], [7])
-    with pytest.raises(ValueError, match=r"CoffeeOrderQuality\.scale must be above 0, got 0"):
-        CoffeeOrderQuality(scale=0)

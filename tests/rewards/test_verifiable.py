@@ -97,13 +97,7 @@ def test_repeats_prompt() -> None:
     assert scores(RepeatsPrompt(pattern, turns=0), texts, prompt) == [0.5, 0.25, 0.5, 0, 0.25]
     assert scores(reward, [""], "User: Hello\nAgent:") == [1]
     assert scores(RepeatsPrompt(r"\d+"), ["12"], "User: 12 or 1\n") == [0.5]
-    with pytest.raises(ValueError, match="turns must be at least 0, got -1"):
-        RepeatsPrompt(pattern, turns=-1)
 
 
 def test_brevity() -> None:
     assert scores(Brevity(2, 0.5), ["", "a b", "a b c", "a  b\nc d"]) == [0, 0, -0.5, -1]
-    with pytest.raises(ValueError, match="price above 0, got 2 and 0"):
-        Brevity(2, 0.0)
-    with pytest.raises(ValueError, match="words must be at least 0"):
-        Brevity(-1)
