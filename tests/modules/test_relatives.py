@@ -373,7 +373,7 @@ def test_leaves_fill_holes_and_override_nothing(leaf: type[OnPolicy | Pairwise])
     ("kind", "options", "words"),
     [
         (GRPO, {"minibatch_size": 4}, r"multiple of samples \(3\)"),
-        (INPO, {"tau": 0.1, "eta": 0.1}, "tau must be above 0 and below eta, got tau 0.1"),
+        (INPO, {"tau": 0.1, "eta": 0.1}, "tau must be below eta, got tau 0.1"),
         (INPO, {"micro_batch_size": 1}, "micro_batch_size must be at least 2; got 1"),
         (INPO, {"minibatch_size": 3}, r"multiple of the kept \(2\)"),
         (ReMax, {"sampling": SamplingSpec(top_p=0.9)}, "must be the distribution that is scored"),
