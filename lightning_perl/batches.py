@@ -66,6 +66,8 @@ class RatedBatch(NamedTuple):
         turns: Turns of the row's prompt in the corpus. Shape: ``(B,)``, int64.
         packing: How rows of one prompt lie on one line, so that a trunk reads the prompt once;
             None where no row shares anything.
+        margins: By how much the scores of a pair should differ, as its judge said. Shape: ``(K,)``, float32; None
+            where no pair has a margin of its own.
     """
 
     ids: Tensor
@@ -79,6 +81,7 @@ class RatedBatch(NamedTuple):
     row: Tensor
     turns: Tensor
     packing: Packing | None = None
+    margins: Tensor | None = None
 
 
 class Answers(NamedTuple):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -14,40 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count, Finite, FractionBelowOne
 from lightning_perl.data.base import ConversationDataModule
+from lightning_perl.data.dialects import DIALECTS, NAMES, Tie
 from lightning_perl.data.folds import held_out, stable_hash
 from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
-from lightning_perl.data.reading import Source, Sources, parse_json, shuffled_stream, sources_of
+from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader
+from lightning_perl.data.reading import Source, Sources, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
 from lightning_perl.data.rows import (
     BadRow,
     BadRowHook,
     Item,
-    Pair,
     PromptExample,
     RatedExample,
-    Row,
     Splits,
-    Turn,
     first_row,
 )
 from lightning_perl.data.tokenization import example_of
-
-_KINDS = (
-    ("prompt", "chosen", "rejected"),
-    ("chosen", "rejected"),
-    ("prompt", "response", "label"),
-    ("prompt", "response", "rating"),
-    ("prompt", "response"),
-    ("messages",),
-)
-_PROMPT_KINDS = (("prompt",), ("messages",), ("chosen", "rejected"))
-_NAMES = ("prompt", "chosen", "rejected", "response", "label", "rating", "messages")
-_ROLES: dict[object, Literal["system", "user", "agent"]] = {
-    "system": "system",
-    "user": "user",
-    "assistant": "agent",
-}
-_LABELS = {"1": 1.0, "1.0": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "false": 0.0}
 
 
 class PreferenceDataModule(ConversationDataModule):
@@ -115,7 +95,10 @@ class PreferenceDataModule(ConversationDataModule):
         val: Sources | None = None,
         test: Sources | None = None,
         val_fraction: FractionBelowOne = 0.1,
-        columns: dict[str, str] | None = None,
+        columns: Columns | None = None,
+        dialect: str | None = None,
+        read_row: ReadsRows | None = None,
+        answer_pairs: Literal["best_worst", "all"] = "best_worst",
         rating_range: tuple[Finite, Finite] | None = None,
         streaming: bool = False,
         shuffle_block: Count = 4096,
@@ -123,9 +106,11 @@ class PreferenceDataModule(ConversationDataModule):
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, keep_conflicts=keep_conflicts, **settings)
-        unknown = sorted(set(columns or {}) - set(_NAMES))
+        unknown = sorted(set(columns or {}) - set(NAMES))
         if unknown:
-            raise ValueError(f"data.columns: unknown {unknown}; the names are {list(_NAMES)}.")
+            raise ValueError(f"data.columns: unknown {unknown}; the names are {list(NAMES)}.")
+        if dialect is not None and dialect not in DIALECTS:
+            raise ValueError(f"data.dialect: unknown {dialect!r}; there are {list(DIALECTS)}.")
         low, high = rating_range or (0, 1)
         if not low < high:
             raise ValueError(
@@ -143,8 +128,15 @@ class PreferenceDataModule(ConversationDataModule):
         weights = [source.weight for source in self.train_sources if source.weight is not None]
         self.weights = weights or None
         self.val_fraction = val_fraction
-        self.columns = {name: name for name in _NAMES} | (columns or {})
-        self.rating_range = rating_range
+        self._reader = RowReader(
+            columns or {},
+            self.rows == "prompts",
+            dialect,
+            rating_range,
+            answer_pairs,
+            read_row,
+            self.report.notes,
+        )
         self.streaming = streaming
         self.shuffle_block = shuffle_block
         self._holds_out = streaming and val is None and val_fraction > 0
@@ -188,7 +180,11 @@ class PreferenceDataModule(ConversationDataModule):
     ) -> Iterator[Item]:
         for where, row in source.rows(bad_row, streaming):
             try:
-                yield self._item(row, where, number)
+                yield from self._reader.items(row, where, number)
+            except Tie as tie:
+                # Counted where bad rows are counted: once.
+                if bad_row == self.bad_row:
+                    self.report.left_out[tie.reason] += 1
             except BadRow as error:
                 bad_row(error.reason, f"{where}: {error}")
 
@@ -297,211 +293,3 @@ class PreferenceDataModule(ConversationDataModule):
         if self._begun and not self.announced:
             self.announce()
             self.log_report()
-
-    def _item(self, row: Mapping[str, Any], where: str, source: int) -> Item:
-        named = {
-            name: row[column]
-            for name, column in self.columns.items()
-            if row.get(column) is not None
-        }
-        if self.rows == "prompts":
-            context = self._context(row, named)
-            return Row(context, (), None, False, _opening(context), where, source)
-        self._refuse_null(row, named)
-        kind = next((kind for kind in _KINDS if named.keys() >= set(kind)), ())
-        # Half of a kind, or a mapped column that is not there, is a slip, not a row of another kind.
-        half = ("chosen" in named) != ("rejected" in named)
-        mapped = {name for name, column in self.columns.items() if column != name}
-        if half or not kind or mapped - named.keys():
-            raise self._missing(row, _KINDS)
-        if "chosen" in kind:
-            return _pair(named, where, source)
-        label = None
-        if "messages" in kind:
-            prompt, response = self._dialog(named["messages"])
-        else:
-            prompt = _prompt(named["prompt"])
-            response = (_answer(named["response"], "response", prompt),)
-            label = self._label(named, where)
-        imitate = label is None or label > 0.5
-        return Row(prompt, response, label, imitate, _opening(prompt), where, source)
-
-    def _context(self, row: Mapping[str, Any], named: dict[str, Any]) -> tuple[Turn, ...]:
-        """Returns the prompt of a row of any kind."""
-        if "prompt" in named:
-            return _prompt(named["prompt"])
-        if "messages" in named:
-            turns = _messages(named["messages"], "messages")
-            asked = turns[-1].role != "agent"
-            return turns if asked else self._dialog(named["messages"])[0]
-        if "chosen" in named and "rejected" in named:
-            return _common_prompt(named)
-        raise self._missing(row, _PROMPT_KINDS)
-
-    def _dialog(self, messages: object) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-        """Returns the prompt of a demonstrated dialog, and the turns from its first answer on."""
-        turns = _messages(messages, "messages")
-        agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
-        if not agent:
-            raise BadRow("no answer", "messages hold no assistant message to imitate.")
-        return turns[: agent[0]], turns[agent[0] : agent[-1] + 1]
-
-    def _refuse_null(self, row: Mapping[str, Any], named: dict[str, Any]) -> None:
-        # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.
-        if named.keys() & set(_NAMES) - {"messages"} != {"prompt", "response"}:
-            return
-        for name in ("label", "rating"):
-            column = self.columns[name]
-            if column in row:
-                raise BadRow(
-                    f"{name} is null",
-                    f"{column} is null, so whether the answer is good is not known. "
-                    "Leave the column out of demonstrations, or set on_bad_row: reject.",
-                )
-
-    def _missing(self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> BadRow:
-        wanted = "; ".join(" + ".join(self.columns[name] for name in kind) for kind in kinds)
-        null = sorted(name for name in self.columns.values() if name in row and row[name] is None)
-        empty = f" (null: {null})" if null else ""
-        return BadRow(
-            "missing column",
-            f"missing column: got {sorted(row)}{empty}, expected one of: {wanted}. "
-            "Map your names with data.columns, for example {prompt: question}.",
-        )
-
-    def _label(self, named: dict[str, Any], where: str) -> float | None:
-        if "label" in named:
-            label = _LABELS.get(str(named["label"]).strip().lower())
-            if label is None:
-                raise _wrong_type("label", "1, 0, true or false", named["label"])
-            return label
-        if "rating" not in named:
-            return None
-        if self.rating_range is None:
-            raise ValueError(
-                f"{where}: has a {self.columns['rating']}, and data.rating_range does not say what "
-                "it means. Give the lowest and the highest rating there can be, for example [1, 5]; "
-                "or take the column out, to imitate every answer."
-            )
-        return _rating(named["rating"], self.rating_range)
-
-
-def _opening(turns: tuple[Turn, ...]) -> str:
-    """Returns the group of a row: its dialog up to the first user turn."""
-    users = [number for number, turn in enumerate(turns, start=1) if turn.role == "user"]
-    return json.dumps(turns[: users[0] if users else None], ensure_ascii=False)
-
-
-def _pair(named: dict[str, Any], where: str, source: int) -> Pair:
-    asked = named.get("prompt")
-    prompt = _common_prompt(named) if asked is None else _prompt(asked)
-    better = _answer(named["chosen"], "chosen", prompt)
-    worse = _answer(named["rejected"], "rejected", prompt)
-    if better.text.strip() == worse.text.strip():
-        raise BadRow(
-            "identical pair",
-            "identical pair: chosen and rejected are the same text, which says "
-            "nothing. Remove the row, or set on_bad_row: reject.",
-        )
-    group = _opening(prompt)
-    return Pair(
-        Row(prompt, (better,), None, True, group, where, source),
-        Row(prompt, (worse,), None, False, group, where, source),
-    )
-
-
-def _common_prompt(named: dict[str, Any]) -> tuple[Turn, ...]:
-    """Returns the prompt that two dialogs share."""
-    better, worse = (_messages(named[name], name) for name in ("chosen", "rejected"))
-    prompt = better[:-1]
-    if not prompt or worse[:-1] != prompt:
-        raise BadRow(
-            "no common prompt",
-            "there is no prompt column, and chosen and rejected differ before their last "
-            "messages. Cut them where they part, or set on_bad_row: reject.",
-        )
-    if (better[-1].role, worse[-1].role) != ("agent", "agent"):
-        raise BadRow("no answer", "chosen or rejected does not end with the assistant.")
-    return prompt
-
-
-def _wrong_type(column: str, expected: str, got: object) -> BadRow:
-    return BadRow(
-        "wrong type", f"{column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r})."
-    )
-
-
-def _unpacked(value: object) -> object:
-    """Returns the messages that the text of a CSV cell holds, and any other value as it is."""
-    # Words in brackets are a text.
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            messages = parse_json(value)
-        except json.JSONDecodeError:
-            return value
-        if isinstance(messages, list) and all(
-            isinstance(message, dict) and "role" in message for message in messages
-        ):
-            return messages
-    return value
-
-
-def _messages(value: object, column: str) -> tuple[Turn, ...]:
-    expected = 'a list of {"role": "system" | "user" | "assistant", "content": text} messages'
-    value = _unpacked(value)
-    if not isinstance(value, list) or not value:
-        raise _wrong_type(column, expected, value)
-    turns = []
-    for message in value:
-        match message:
-            case {"role": str(role), "content": str(content)} if role in _ROLES:
-                turns.append(Turn(_ROLES[role], content))
-            case _:
-                raise _wrong_type(column, expected, message)
-    return tuple(turns)
-
-
-def _prompt(value: object) -> tuple[Turn, ...]:
-    value = _unpacked(value)
-    if isinstance(value, list):
-        return _messages(value, "prompt")
-    if not isinstance(value, str):
-        raise _wrong_type("prompt", "a string or a list of messages", value)
-    if not value.strip():
-        raise BadRow("empty prompt", "empty prompt. Remove the row.")
-    return (Turn("user", value),)
-
-
-def _answer(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
-    value = _unpacked(value)
-    if isinstance(value, list):
-        turns = _messages(value, column)
-        if turns[:-1] not in ((), prompt) or turns[-1].role != "agent":
-            raise _wrong_type(column, "one assistant message, or it after the prompt", value)
-        value = turns[-1].text
-    if not isinstance(value, str):
-        raise _wrong_type(column, "a string or one assistant message", value)
-    if not value.strip():
-        raise BadRow(
-            "empty answer", f"empty answer in {column}. Remove the row, or set on_bad_row: reject."
-        )
-    return Turn("agent", value)
-
-
-def _rating(value: object, limits: tuple[float, float]) -> float:
-    """Returns the rating's place between the limits, from 0 to 1."""
-    try:
-        # In CSV a number is text.
-        rating = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        rating = math.nan
-    if math.isnan(rating):
-        raise _wrong_type("rating", "a number", value)
-    low, high = limits
-    if not low <= rating <= high:
-        raise BadRow(
-            "rating out of range",
-            f"rating out of range: {rating:g} is not from {low:g} to {high:g} "
-            "(data.rating_range). Widen the range, or set on_bad_row: reject.",
-        )
-    return (rating - low) / (high - low)

@@ -64,10 +64,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one context, of which a judge preferred ``chosen``."""
+    """Two answers to one context, of which a judge preferred ``chosen``, by a ``margin`` where one is known."""
 
     chosen: Row
     rejected: Row
+    margin: float = 0.0
 
 
 Item: TypeAlias = Row | Pair
@@ -89,9 +90,16 @@ def first_row(item: Item) -> Row:
 def judgement(item: Item) -> tuple[object, object]:
     """Returns what a judge was shown, an answer or two in either order, and the verdict on it."""
     if isinstance(item, Pair):
-        answers = frozenset((item.chosen.response, item.rejected.response))
-        return (item.chosen.context, answers), item.chosen.response
-    return (item.context, item.response), item.label
+        context, chosen, rejected = map(
+            _encoded, (item.chosen.context, item.chosen.response, item.rejected.response)
+        )
+        return (context, frozenset((chosen, rejected))), chosen
+    return (_encoded(item.context), _encoded(item.response)), item.label
+
+
+def _encoded(turns: tuple[Turn, ...]) -> tuple[tuple[str, str], ...]:
+    """Returns what tells turns apart once they are encoded: outer white space does not."""
+    return tuple((turn.role, turn.text.strip()) for turn in turns)
 
 
 def conflicting(verdicts: Iterable[object]) -> bool:
@@ -127,6 +135,7 @@ class RatedExample(NamedTuple):
 
     rows: tuple[RatedRow, ...]
     cut_turns: int = 0
+    margin: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -151,6 +160,7 @@ def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
     """Pads rows on the right; a pair becomes two consecutive rows that ``pairs`` names."""
     rows: list[RatedRow] = []
     pairs: list[tuple[int, int]] = []
+    margins = [example.margin for example in examples if len(example.rows) == 2]
     for example in examples:
         if len(example.rows) == 2:
             pairs.append((len(rows), len(rows) + 1))
@@ -171,6 +181,7 @@ def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
         packing=plan([[row.ids for row in example.rows] for example in examples])
         if pairs
         else None,
+        margins=torch.tensor(margins, dtype=torch.float32) if any(margins) else None,
     )
 
 

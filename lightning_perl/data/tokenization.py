@@ -99,7 +99,8 @@ def example_of(
         RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
         for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
     )
-    return RatedExample(rows, cut_turns)
+    margin = item.margin if isinstance(item, Pair) else 0.0
+    return RatedExample(rows, cut_turns, margin)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:

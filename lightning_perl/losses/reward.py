@@ -29,7 +29,7 @@ class ThumbStats(NamedTuple):
 
 
 def bradley_terry(
-    chosen_scores: Tensor, rejected_scores: Tensor, margin: float = 0.0
+    chosen_scores: Tensor, rejected_scores: Tensor, margin: float | Tensor = 0.0
 ) -> tuple[Tensor, PairStats]:
     """``-log sigmoid(r_w - r_l - margin)``: Hydra-SFT's L_RM and PERL's pairwise loss (App. A.1.2).
 
@@ -38,7 +38,8 @@ def bradley_terry(
     Args:
         chosen_scores: Shape: ``(K,)``.
         rejected_scores: Shape: ``(K,)``.
-        margin: Score difference below which a pair still pays in full (Llama 2, Eq. 2).
+        margin: Score difference below which a pair still pays in full (Llama 2, Eq. 2); may be one for each pair,
+            shape ``(K,)``.
 
     Returns:
         Mean loss, shape ``()`` (0 without pairs), and statistics.

@@ -104,7 +104,8 @@ class Scoring(Judging):
                 "call `module.balance(up, down)`."
             )
         chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
-        pair_loss, pair = bradley_terry(chosen, rejected, self.margin)
+        margin = self.margin if batch.margins is None else self.margin + batch.margins
+        pair_loss, pair = bradley_terry(chosen, rejected, margin)
         if self.center_coef:
             pair_loss = pair_loss + self.center_coef * centering(chosen, rejected)
         thumb_loss, thumb = thumbs(scores, batch.label, batch.labelled, self.positive_weight)

@@ -219,7 +219,7 @@ BAD: list[tuple[str, str, object]] = [
     ("wrong type", "prompt must be a list of", thumb(1, prompt=[])),
     ("wrong type", "response must be a string .*got dict", thumb(1, response={"a": 1})),
     ("wrong type", "response must be one assistant message", thumb(1, response=talk("x"))),
-    ("wrong type", r"label must be 1, 0, .*got str \('good'\)", thumb(1, label="good")),
+    ("wrong type", r"label must be 1, 0, .*got str \('fine'\)", thumb(1, label="fine")),
     ("wrong type", "messages must be a list of .*got str", {"messages": "hello"}),
     ("wrong type", "chosen must be a list of", two("a", "b")),
     ("wrong type", "expected an object, got list", [[1]]),
@@ -230,9 +230,9 @@ BAD: list[tuple[str, str, object]] = [
     ("no common prompt", PARTED, two(talk("q", "a")[1:], talk("q", "b")[1:])),
     (
         "missing column",
-        r"missing column: got \['answer', 'prompt'\], expected one of: prompt \+ chosen \+ "
+        r"missing column: got \['prompt', 'said'\], expected one of: prompt \+ chosen \+ "
         r"rejected; .*Map your names with data.columns",
-        {"prompt": "q", "answer": "a"},
+        {"prompt": "q", "said": "a"},
     ),
     ("missing column", r"missing column: got \['chosen'", {"prompt": "q", "chosen": "a"}),
     (

@@ -1,0 +1,447 @@
+"""How public preference data writes its rows: each dialect says what it looks like, and reads a row as our own.
+
+A dialect is a function from a row to rows in the names of `PreferenceDataModule`'s columns. It changes names and
+nesting, and leaves texts and messages to :mod:`lightning_perl.data.messages`; a row without a preference is a
+`Tie`. The first dialect that a row looks like reads it; :func:`flat` reads all others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+from lightning_perl.data.messages import transcript
+from lightning_perl.data.reading import parse_json
+from lightning_perl.data.rows import BadRow
+
+AnyRow: TypeAlias = Mapping[str, Any]
+OwnRow: TypeAlias = dict[str, Any]
+
+#: What a column of ours is called elsewhere; the house's own name comes first.
+ALIASES = {
+    "prompt": "prompt question instruction query user_input user_prompt orig_instruction",
+    "chosen": "chosen chosen_response preferred preferred_response preferred_output better response_j pos_resp "
+    "accepted",
+    "rejected": "rejected rejected_response dispreferred dispreferred_response non_preferred_output worse "
+    "response_k neg_resp",
+    "response": "response completion output answer reply",
+    "messages": "messages conversations conversation dialog",
+    "label": "label kto_tag thumb thumbs_up is_safe",
+    "rating": "rating",
+    "system": "system system_prompt system_message",
+    "input": "input",
+    "history": "history",
+    "tie": "tie",
+    "margin": "margin",
+    "first": "first",
+    "second": "second",
+    "preference": "preference",
+    "answers": "answers",
+    "scores": "scores",
+    "ranks": "ranks",
+}
+NAMES = tuple(ALIASES)
+_ALIASES = {name: aliases.split() for name, aliases in ALIASES.items()}
+_VERDICT = re.compile(
+    r"(?:\A|[_.-])(labels?|ratings?|scores?|rewards?|ranks?|ranking|preference|preferred|winner|choice|verdict|"
+    r"votes?|upvotes?|thumbs?|feedback|ties?|margin|strength|helpfulness|correctness|coherence|complexity|"
+    r"verbosity|toxicity|harmlessness|honesty|quality|safe|chosen|rejected|better|worse|best|worst|liked|kto)"
+    r"(?:\Z|[_.-])",
+    re.IGNORECASE,
+)
+_STEMS = "response answer output completion summary generation conversation orig_response human_ref model_output reply"
+_SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
+_AB = [
+    (f"{stem}{dash}{first}", f"{stem}{dash}{second}", first, second)
+    for stem in _STEMS.split()
+    for dash in ("_", "", "-")
+    for first, second in _SUFFIXES
+]
+_VERDICTS = [
+    "preference",
+    "better_response_id",
+    "winner",
+    "choice",
+    "preferred",
+    "preferred_response",
+    "human_preference",
+    "orig_preference",
+    "verdict",
+    "selected",
+    "better",
+    "chosen",
+    "label",
+]
+#: Verdicts that are below 0 where the first answer is better, and above where the second is.
+_SIGNED = ("preference_strength", "overall_preference")
+
+
+class Dialect(NamedTuple):
+    """The keys that a row of this kind has, each a set of which all are there, and its reader."""
+
+    keys: tuple[frozenset[str], ...]
+    read: Callable[[AnyRow], Iterable[OwnRow]]
+
+
+class Tie(BadRow):
+    """A row whose judge preferred neither answer: nothing to learn, and nothing wrong."""
+
+    def __init__(self) -> None:
+        super().__init__("ties", "neither answer was preferred")
+
+
+@lru_cache(maxsize=1024)
+def _verdict_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if _VERDICT.search(key))
+
+
+def verdict_keys(row: AnyRow) -> list[str]:
+    """Returns the columns of a row that say by their name that they hold a verdict, and are not empty."""
+    return [key for key in _verdict_keys(tuple(row)) if row[key] not in (None, "", [])]
+
+
+@lru_cache(maxsize=1024)
+def _names(keys: tuple[str, ...]) -> dict[str, list[str]]:
+    """Returns the columns that may be ours by their name."""
+    found = {}
+    for name, aliases in _ALIASES.items():
+        here = [alias for alias in aliases if alias in keys]
+        if here:
+            found[name] = here[:1] if here[0] == name else here
+    return found
+
+
+def flat(row: AnyRow) -> list[OwnRow]:
+    """Returns the row with our names for its columns; refuses two columns that could both be one of ours."""
+    own = {}
+    for name, columns in _names(tuple(row)).items():
+        filled = [column for column in columns if row[column] is not None]
+        if len(filled) > 1:
+            raise BadRow(
+                "ambiguous columns",
+                f"the columns {filled} could each be the {name}. Name one in data.columns: "
+                f"{{{name}: {filled[0]}}}.",
+            )
+        if filled:
+            own[name] = row[filled[0]]
+    return [own]
+
+
+def value_at(row: AnyRow, path: str) -> Any:  # noqa: ANN401
+    """Returns the value of a column, or of a dotted path such as ``info.posts.0.text``; None without it."""
+    if path in row or "." not in path:
+        return row.get(path)
+    value: Any = row
+    for key in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
+
+
+def side_of(verdict: object, first: str = "first", second: str = "second") -> int:
+    """Returns 0 or 1 for the preferred answer, whose columns end with ``first`` and ``second``; raises `Tie`.
+
+    Letters mean the first and the second answer whatever their columns are called; numbers only where the columns
+    are numbered so.
+    """
+    said = str(verdict).strip().lower()
+    if re.match(r"tie|both|neither|equal|same|none\Z", said):
+        raise Tie
+    last = re.split(r"[_\s-]", said)[-1].removesuffix(".0")
+    for side, names in enumerate(((first, "a", "first"), (second, "b", "second"))):
+        if last in {name.lower() for name in names} and not isinstance(verdict, bool):
+            return side
+    raise BadRow(
+        "unclear preference",
+        f"preference {verdict!r} does not say which of two answers is better. Write first, second or tie (or read "
+        "the row with data.read_row).",
+    )
+
+
+def _judged(
+    first: object, second: object, side: int, *verdict: str, **more: object
+) -> list[OwnRow]:
+    """Returns a pair; ``verdict`` names the columns that said which answer is better."""
+    answers = (first, second)
+    return [{"chosen": answers[side], "rejected": answers[1 - side], "verdict": verdict, **more}]
+
+
+def _by_scores(scores: Iterable[object]) -> int:
+    one, other = (float(str(score)) for score in scores)
+    if one == other:
+        raise Tie
+    return int(other > one)
+
+
+@lru_cache(maxsize=1024)
+def _two_answers(keys: tuple[str, ...]) -> tuple[str, str, str, str] | None:
+    return next((names for names in _AB if names[0] in keys and names[1] in keys), None)
+
+
+def two_answers(row: AnyRow) -> list[OwnRow]:
+    """Two answers side by side, and a column that says which is better."""
+    one, other, first, second = _two_answers(tuple(row)) or ("first", "second", "first", "second")
+    own = _shared({key: value for key, value in row.items() if key not in (one, other)})
+    answers = row[one], row[other]
+    for key in _SIGNED:
+        if row.get(key) is not None:
+            strength = float(row[key])
+            return _judged(*answers, _by_scores((-strength, strength)), key, **own)
+    for key in _VERDICTS:
+        if row.get(key) is not None:
+            return _judged(*answers, side_of(row[key], first, second), key, **own)
+    for form in ("score_{}", "score{}", "rating_{}", "rating{}", "winner_model_{}"):
+        columns = form.format(first), form.format(second)
+        if None not in (scores := [row.get(column) for column in columns]):
+            return _judged(*answers, _by_scores(scores), *columns, **own)
+    return [{"first": answers[0], "second": answers[1], **own}]
+
+
+def _shared(row: AnyRow) -> OwnRow:
+    """Returns what is read of a row beside its answers."""
+    names = ("prompt", "system", "input", "history", "messages", "tie", "margin")
+    return {name: value for name, value in flat(row)[0].items() if name in names}
+
+
+def _comparison(row: AnyRow) -> list[OwnRow]:
+    """OpenAI's summaries: two of a post or an article, of which a person chose one."""
+    one, other = (summary["text"] for summary in row["summaries"])
+    return _judged(one, other, int(row["choice"]), "choice", prompt=_post(row["info"]))
+
+
+def _post(info: AnyRow) -> str:
+    if info.get("article"):
+        return f"{info['article']}\n\nTL;DR:"
+    heads = (
+        ("SUBREDDIT", info.get("subreddit")),
+        ("TITLE", info.get("title")),
+        ("POST", info.get("post")),
+    )
+    lines = [
+        f"{head}: {f'r/{text}' if head == 'SUBREDDIT' else text}" for head, text in heads if text
+    ]
+    return "\n\n".join([*lines, "TL;DR:"])
+
+
+def _axis(row: AnyRow) -> list[OwnRow]:
+    """OpenAI's rated summaries: the overall mark, from 1 to 7."""
+    marks = row["summary"]["axes"]
+    return [
+        {
+            "prompt": _post(row["info"]),
+            "response": row["summary"]["text"],
+            "rating": marks.get("overall"),
+        }
+    ]
+
+
+def _webgpt(row: AnyRow) -> list[OwnRow]:
+    """WebGPT: two answers with scores below and above 0."""
+    question = row["question"]
+    asked = question["full_text"] if isinstance(question, Mapping) else question
+    side = _by_scores((row["score_0"], row["score_1"]))
+    return _judged(row["answer_0"], row["answer_1"], side, "score_0", "score_1", prompt=asked)
+
+
+def _shp(row: AnyRow) -> list[OwnRow]:
+    """Stanford's SHP: ``labels`` is 1 where the answer A is better, 0 where B is."""
+    side = 1 - int(row["labels"])
+    return _judged(row["human_ref_A"], row["human_ref_B"], side, "labels", prompt=row["history"])
+
+
+def _arena(row: AnyRow) -> list[OwnRow]:
+    """Chatbot Arena as Kaggle had it: JSON lists of the prompts and of both models' answers."""
+    if int(row["winner_tie"]):
+        raise Tie
+    cells = [row[key] for key in ("prompt", "response_a", "response_b")]
+    said: list[Any] = [parse_json(cell) if isinstance(cell, str) else cell for cell in cells]
+    one, other = (
+        [
+            {"role": role, "content": text}
+            for turn in zip(said[0], answers, strict=True)
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        for answers in said[1:]
+    )
+    winners = [f"winner_{name}" for name in ("model_a", "model_b", "tie")]
+    return _judged(one, other, int(row["winner_model_b"]), *winners)
+
+
+def _dolly(row: AnyRow) -> list[OwnRow]:
+    """Dolly: what the instruction is about stands in ``context``."""
+    (own,) = flat({key: value for key, value in row.items() if key != "context"})
+    return [own | {"input": row["context"]}]
+
+
+def _context(row: AnyRow) -> list[OwnRow]:
+    """HelpSteer3, ColossalAI, OpenRLHF: the messages before the answers stand in ``context``."""
+    column = next(key for key in ("context", "context_messages", "trajectory") if key in row)
+    rest = {key: value for key, value in row.items() if key != column}
+    return read(rest | {"prompt": row[column]})
+
+
+def _swift(row: AnyRow) -> list[OwnRow]:
+    """ms-swift: the last message is the better answer, the worse one stands beside the dialog."""
+    messages = next(row[key] for key in _ALIASES["messages"] if key in row)
+    (own,) = flat(row)
+    own.pop("messages", None)
+    return [own | {"prompt": messages[:-1], "chosen": messages[-1:]}]
+
+
+def _openai_preference(row: AnyRow) -> list[OwnRow]:
+    """OpenAI's preference tuning: the input's messages and two outputs."""
+    better, worse = row["preferred_output"], row["non_preferred_output"]
+    return _judged(better, worse, 0, "preferred_output", prompt=row["input"]["messages"])
+
+
+def _answer_objects(row: AnyRow) -> list[OwnRow]:
+    """UltraFeedback, Nectar, StackExchange, NeMo and others: a list of answers with scores or ranks."""
+    column = next(
+        key for key in ("completions", "answers", "responses_and_scores", "responses") if key in row
+    )
+    answers = row[column]
+    if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
+        return flat(row)
+    texts = ("response", "answer", "text", "completion", "content", "output")
+    marks_of = ("overall_score", "score", "pm_score", "rating", "rank")
+    text = next((key for key in texts if all(key in answer for answer in answers)), None)
+    mark = next((key for key in marks_of if all(key in answer for answer in answers)), None)
+    if text is None or mark is None:
+        raise BadRow(
+            "several answers",
+            f"{column} holds answers without one of {list(texts)} or without one of {list(marks_of)}. Read the "
+            "row with data.read_row.",
+        )
+    rest = {key: value for key, value in row.items() if key != column}
+    marks = {"ranks" if mark == "rank" else "scores": [answer[mark] for answer in answers]}
+    return [_shared(rest) | {"answers": [answer[text] for answer in answers], **marks}]
+
+
+def _parallel(row: AnyRow) -> list[OwnRow]:
+    """Distilabel and others: a list of answers beside a list of their ratings."""
+    column = next(
+        key for key in ("generations", "responses", "completions", "text", "answers") if key in row
+    )
+    marks = next(key for key in ("ratings", "scores", "score", "ranks", "rank") if key in row)
+    kind = "ranks" if "rank" in marks else "scores"
+    return [_shared(row) | {"answers": row[column], kind: row[marks], "verdict": (marks,)}]
+
+
+def _argilla(row: AnyRow) -> list[OwnRow]:
+    """Argilla's exports: the fields of a record, and the first submitted value of each question."""
+    values = {}
+    for name, answers in (row.get("responses") or {}).items():
+        given = [answer for answer in answers if answer.get("status") in (None, "submitted")]
+        if given:
+            values[name] = given[0]["value"]
+    if not values:
+        raise BadRow(
+            "no submitted response", "no submitted response in this record. Set on_bad_row: reject."
+        )
+    return read({**row["fields"], **values})
+
+
+def _tree(row: AnyRow) -> list[OwnRow]:
+    """OpenAssistant's trees: the ranked replies to every prompt of the tree."""
+    rows: list[OwnRow] = []
+    open_nodes: list[tuple[list[AnyRow], AnyRow]] = [([], row["prompt"])]
+    while open_nodes:
+        before, node = open_nodes.pop()
+        said = [*before, {"role": node["role"], "content": node["text"]}]
+        replies = node.get("replies") or []
+        ranked = [reply for reply in replies if reply.get("rank") is not None]
+        if node["role"] == "prompter" and len(ranked) > 1:
+            texts = [reply["text"] for reply in ranked]
+            rows.append(
+                {"prompt": said, "answers": texts, "ranks": [reply["rank"] for reply in ranked]}
+            )
+        open_nodes += [(said, reply) for reply in replies]
+    return rows
+
+
+def _text(row: AnyRow) -> list[OwnRow]:
+    """One text that holds a whole dialog with its speakers' tags."""
+    own = flat(row)[0]
+    messages = transcript(row["text"]) if isinstance(row["text"], str) else None
+    return [own | {"messages": messages}] if messages else [own]
+
+
+def _keys(*alternatives: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(keys.split()) for keys in alternatives)
+
+
+_LISTS = (
+    "generations ratings",
+    "responses scores",
+    "responses ranks",
+    "responses rank",
+    "responses ratings",
+    "completions scores",
+    "answers ranks",
+    "text score",
+)
+_CONTEXTS = (
+    "context chosen rejected",
+    "context response1 response2",
+    "context completions",
+    "trajectory chosen rejected",
+    "context_messages chosen rejected",
+)
+#: By name, in the order in which they are tried.
+DIALECTS: dict[str, Dialect] = {
+    "argilla": Dialect(_keys("fields responses"), _argilla),
+    "openassistant": Dialect(_keys("message_tree_id prompt"), _tree),
+    "openai_comparisons": Dialect(_keys("info summaries choice"), _comparison),
+    "openai_axis": Dialect(_keys("info summary"), _axis),
+    "openai_preference": Dialect(
+        _keys("input preferred_output non_preferred_output"), _openai_preference
+    ),
+    "webgpt": Dialect(_keys("question answer_0 answer_1 score_0 score_1"), _webgpt),
+    "shp": Dialect(_keys("history human_ref_A human_ref_B labels"), _shp),
+    "arena": Dialect(_keys("prompt response_a response_b winner_model_b winner_tie"), _arena),
+    "ms_swift": Dialect(_keys("messages rejected_response"), _swift),
+    "dolly": Dialect(_keys("instruction context response"), _dolly),
+    "context": Dialect(_keys(*_CONTEXTS), _context),
+    "parallel_lists": Dialect(_keys(*_LISTS), _parallel),
+    "answer_objects": Dialect(
+        _keys("completions", "answers", "responses_and_scores", "responses"), _answer_objects
+    ),
+    "two_answers": Dialect((), two_answers),
+    "text": Dialect(_keys("text"), _text),
+}
+
+
+@lru_cache(maxsize=1024)
+def dialect_of(keys: tuple[str, ...]) -> str | None:
+    """Returns the name of the dialect that a row with these columns looks like; None for our own columns."""
+    here = frozenset(keys)
+    for name, dialect in DIALECTS.items():
+        if any(wanted <= here for wanted in dialect.keys):
+            return name
+        if name == "two_answers" and _two_answers(keys):
+            return name
+    return None
+
+
+def read(row: AnyRow, name: str | None = None) -> list[OwnRow]:
+    """Returns what a row is in our own columns, read by the dialect of this name, or the one it looks like."""
+    name = name or dialect_of(tuple(row))
+    if name is None:
+        return flat(row)
+    try:
+        return list(DIALECTS[name].read(row))
+    except BadRow:
+        raise
+    # What a row of this kind always has is not there, or is something else.
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise BadRow(
+            "broken row of a dialect",
+            f"looks like a row of {name!r}, but cannot be read so ({type(error).__name__}: {error}). Mend it, "
+            "name its columns in data.columns, or read it with data.read_row.",
+        ) from error

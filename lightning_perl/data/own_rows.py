@@ -1,0 +1,463 @@
+"""A user's row as rows and pairs of ours: whichever kind its columns say, and nothing read as something else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import combinations
+from typing import Any, Literal, Protocol, TypeAlias
+
+from lightning_perl.data import dialects
+from lightning_perl.data.dialects import ALIASES, Tie, value_at, verdict_keys
+from lightning_perl.data.messages import (
+    answer_of,
+    prompt_of,
+    same,
+    turns_of,
+    unpacked,
+    weights_of,
+    without_prompt,
+    wrong_type,
+)
+from lightning_perl.data.rows import BadRow, Item, Pair, Row, Turn
+
+Columns: TypeAlias = dict[str, str | dict[str, float] | None]
+"""From a name of ours to the file's column, a dotted path, several columns with weights, or None: not read."""
+Turns: TypeAlias = tuple[Turn, ...]
+
+_PAIR = ("prompt", "chosen", "rejected")
+_DIALOGS = ("chosen", "rejected")
+_KINDS = (
+    _PAIR,
+    _DIALOGS,
+    ("first", "second", "preference"),
+    ("answers", "scores"),
+    ("answers", "ranks"),
+    ("prompt", "response", "label"),
+    ("prompt", "response", "rating"),
+    ("prompt", "response"),
+    ("messages", "label"),
+    ("messages", "rating"),
+    ("messages",),
+)
+_PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
+_UP = "1 1.0 true yes up thumbs_up good positive desirable"
+_DOWN = "0 0.0 false no down thumbs_down bad negative undesirable"
+_LABELS = dict.fromkeys(_UP.split(), 1.0) | dict.fromkeys(_DOWN.split(), 0.0)
+
+
+class ReadsRows(Protocol):
+    """Reads a row of a file in plain Python.
+
+    Any callable will do. To name a function or class in a YAML (``class_path: package.module.name``), give it
+    exactly this argument's name and types: jsonargparse compares them.
+    """
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]] | None:
+        """Returns the row in the columns of `PreferenceDataModule`, several such rows, or None to leave it out."""
+        ...
+
+
+@dataclass
+class RowReader:
+    """What a row of a file is; arguments as of `PreferenceDataModule`.
+
+    Attributes:
+        notes: What is worth knowing of the rows, and of how many.
+    """
+
+    columns: Columns
+    prompts: bool = False
+    dialect: str | None = None
+    rating_range: tuple[float, float] | None = None
+    answer_pairs: Literal["best_worst", "all"] = "best_worst"
+    read_row: ReadsRows | None = None
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def items(self, row: Mapping[str, Any], where: str, source: int) -> Iterator[Item]:
+        """Yields the rows and pairs of a row of a file, mostly one.
+
+        Raises:
+            BadRow: The row cannot be used, or is a `Tie`.
+            ValueError: It has a rating, and there is no ``rating_range``.
+        """
+        for written in self._written(row):
+            for named in self._named(written):
+                if self.prompts:
+                    context = self._context(written, named)
+                    yield Row(context, (), None, False, opening(context), where, source)
+                elif "chosen" in named:
+                    yield self._pair(named, where, source)
+                else:
+                    yield from self._answers(named, where, source)
+
+    def _written(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        if self.read_row is None:
+            return [row]
+        try:
+            made = self.read_row(dict(row))
+        except BadRow:
+            raise
+        except Exception as error:
+            raise BadRow(
+                "read_row failed",
+                f"data.read_row raised {type(error).__name__}: {error}. Mend it, return None to leave the row "
+                "out, or set on_bad_row: reject.",
+            ) from error
+        rows: list[Any] = made if isinstance(made, list) else [] if made is None else [made]
+        for one in rows:
+            if not isinstance(one, Mapping):
+                raise wrong_type(
+                    "what data.read_row returns", "a mapping, a list of them or None", one
+                )
+        return rows
+
+    # ---- columns ---------------------------------------------------------------------------------
+
+    def _named(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields a row in our columns: by ``columns``, else by what it looks like."""
+        given = {name: _value(row, column) for name, column in self.columns.items() if column}
+        given = {name: value for name, value in given.items() if value is not None}
+        unread = {name for name, column in self.columns.items() if column is None}
+        if unread:
+            hidden = {alias for name in unread for alias in ALIASES[name].split()}
+            row = {key: value for key, value in row.items() if key not in hidden}
+        for own in self._recognised(row, given):
+            named = {name: value for name, value in own.items() if value is not None} | given
+            # Alone, an input is the prompt; beside an instruction it is what that is about.
+            if "input" in named and "prompt" not in named:
+                named["prompt"] = named.pop("input")
+            kind = next((kind for kind in _KINDS if named.keys() >= set(kind)), None)
+            if self.prompts:
+                # Answers without a prompt are dialogs, which begin with it.
+                dialogs = (
+                    kind is not None and kind[0] in ("first", "answers") and "prompt" not in named
+                )
+                yield next(self._judged(named, kind)) if dialogs and kind else named
+                continue
+            # Half of a kind, or a mapped column that is not there, is a slip, not a row of another kind.
+            mapped = {name for name, column in self.columns.items() if column}
+            half = ("chosen" in named) != ("rejected" in named)
+            absent = {name for name in mapped - named.keys() if self.columns[name] not in row}
+            if half or kind is None or absent:
+                raise self._missing(row, _KINDS)
+            if _thumb(named.get("tie", False), "tie"):
+                raise Tie
+            self._check_verdicts(row, named, kind)
+            yield from self._judged(named, kind)
+
+    def _recognised(self, row: Mapping[str, Any], given: dict[str, Any]) -> list[dict[str, Any]]:
+        whole = any(given.keys() >= set(kind) for kind in _KINDS)
+        if whole and self.dialect is None:
+            return [own | given for own in dialects.flat(_without(row, self.columns))]
+        try:
+            return dialects.read(row, self.dialect)
+        except Tie:
+            # A question to which two answers were as good is a prompt like others.
+            if self.prompts:
+                return dialects.flat(row)
+            raise
+
+    def _judged(self, named: dict[str, Any], kind: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        """Yields a row, with pairs in place of two answers and a preference, or of many answers."""
+        if "second" in kind:
+            answers = named["first"], named["second"]
+            side = dialects.side_of(named["preference"])
+            yield named | {"chosen": answers[side], "rejected": answers[1 - side]}
+        elif "answers" in kind:
+            marks = (
+                [-_number(mark, "ranks") for mark in named["ranks"]] if "ranks" in kind else None
+            )
+            yield from self._ranked(named, marks)
+        else:
+            yield named
+
+    def _ranked(
+        self, named: dict[str, Any], marks: Sequence[float] | None
+    ) -> Iterator[dict[str, Any]]:
+        if marks is None:
+            marks = [_number(mark, "scores") for mark in named["scores"]]
+        answers = named["answers"]
+        if not isinstance(answers, list) or len(answers) != len(marks) or len(marks) < 2:
+            raise BadRow(
+                "several answers",
+                f"answers must be a list of two or more, with a score or rank for each, got {str(answers)[:40]!r} "
+                f"and {len(marks)}. Set on_bad_row: reject.",
+            )
+        ordered = sorted(range(len(marks)), key=lambda place: -marks[place])
+        if marks[ordered[0]] == marks[ordered[-1]]:
+            raise Tie
+        chosen = (
+            combinations(ordered, 2) if self.answer_pairs == "all" else [(ordered[0], ordered[-1])]
+        )
+        for better, worse in chosen:
+            if marks[better] > marks[worse]:
+                yield named | {"chosen": answers[better], "rejected": answers[worse]}
+
+    def _check_verdicts(
+        self, row: Mapping[str, Any], named: dict[str, Any], kind: tuple[str, ...]
+    ) -> None:
+        """Names the verdicts that are not used; refuses to imitate an answer that has one, or that lost it."""
+        demonstrated = kind in (("prompt", "response"), ("messages",))
+        imitates_all = {"label", "rating"} & {
+            n for n, column in self.columns.items() if column is None
+        }
+        if demonstrated and not imitates_all:
+            for name in ("label", "rating"):
+                for column in [self.columns.get(name), *ALIASES[name].split()]:
+                    if isinstance(column, str) and column in row and row[column] is None:
+                        raise BadRow(
+                            f"{name} is null",
+                            f"{column} is null, so whether the answer is good is not known. Leave the column "
+                            "out of demonstrations, or set on_bad_row: reject.",
+                        )
+        used = {alias for name in named if name in ALIASES for alias in ALIASES[name].split()}
+        used |= {
+            str(path).split(".")[0] for column in self.columns.values() for path in _paths(column)
+        }
+        used |= set(named.get("verdict", ()))
+        for column in [column for column in verdict_keys(row) if column not in used]:
+            if demonstrated and not imitates_all:
+                raise BadRow(
+                    "verdict that is not used",
+                    f"the column {column!r} says how good the answer is, and would not be read. Name what it is "
+                    f"in data.columns: {{label: {column}}} for thumbs, {{rating: {column}}} with rating_range, or "
+                    "{rating: null} to imitate every answer.",
+                )
+            self.notes[f"rows whose column {column!r} looks like a verdict and is not read"] += 1
+
+    def _missing(self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> BadRow:
+        names = {name: column for name, column in self.columns.items() if isinstance(column, str)}
+        wanted = "; ".join(" + ".join(names.get(name, name) for name in kind) for kind in kinds)
+        null = sorted(key for key, value in row.items() if value is None)
+        empty = f" (null: {null})" if null else ""
+        close = [
+            near
+            for name in names.values()
+            if name not in row
+            for near in get_close_matches(name, row, 1)
+        ]
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        return BadRow(
+            "missing column",
+            f"missing column: got {sorted(row)}{empty}, expected one of: {wanted}.{meant} Map your names with "
+            "data.columns, for example {prompt: question}, or read the rows with data.read_row.",
+        )
+
+    # ---- rows ------------------------------------------------------------------------------------
+
+    def _context(self, row: Mapping[str, Any], named: dict[str, Any]) -> Turns:
+        """Returns the prompt of a row of any kind."""
+        if "prompt" in named:
+            return _surrounded(prompt_of(named["prompt"]), named)
+        if "messages" in named:
+            turns = turns_of(named["messages"], "messages")
+            if turns[-1].role == "agent":
+                turns = turns[: _agents(turns)[0]]
+            return _surrounded(turns, named)
+        if "chosen" in named and "rejected" in named:
+            return _surrounded(_common_prompt(named), named)
+        raise self._missing(row, _PROMPT_KINDS)
+
+    def _pair(self, named: dict[str, Any], where: str, source: int) -> Pair:
+        prompt, sides = self._sides(named)
+        better, worse = (
+            answer_of(side, name, prompt) for side, name in zip(sides, _DIALOGS, strict=True)
+        )
+        if better.text.strip() == worse.text.strip():
+            raise BadRow(
+                "identical pair",
+                "identical pair: chosen and rejected are the same text, which says "
+                "nothing. Remove the row, or set on_bad_row: reject.",
+            )
+        prompt = _surrounded(prompt, named)
+        group = opening(prompt)
+        return Pair(
+            Row(prompt, (better,), None, True, group, where, source),
+            Row(prompt, (worse,), None, False, group, where, source),
+            _margin(named),
+        )
+
+    def _sides(self, named: dict[str, Any]) -> tuple[Turns, list[Any]]:
+        """Returns the prompt of a pair and its two answers."""
+        sides = [named[name] for name in _DIALOGS]
+        asked = named.get("prompt")
+        if asked is None and "messages" in named:
+            turns = turns_of(named["messages"], "messages")
+            asked = None if turns[-1].role == "agent" else named["messages"]
+        if asked is None:
+            return _common_prompt(named), sides
+        prompt = prompt_of(asked)
+        if isinstance(asked, str) and all(isinstance(side, str) for side in sides):
+            return prompt, self._without_prompt(sides, asked)
+        dialogs = [unpacked(side, name) for side, name in zip(sides, _DIALOGS, strict=True)]
+        if len(prompt) == 1 and all(isinstance(d, list) and len(d) > 1 for d in dialogs):
+            # Some data sets repeat one question of a dialog beside the two dialogs.
+            common = _common_prompt(named)
+            if same(prompt)[0] in same(common):
+                return common, sides
+        return prompt, sides
+
+    def _without_prompt(self, answers: list[Any], prompt: str) -> list[Any]:
+        rest = without_prompt(answers, prompt)
+        if rest is None:
+            return answers
+        self.notes["rows whose answers began with their prompt, which was cut off"] += 1
+        return rest
+
+    def _answers(self, named: dict[str, Any], where: str, source: int) -> Iterator[Row]:
+        label = self._label(named, where)
+        for prompt, response in self._responses(named, label is not None):
+            prompt = _surrounded(prompt, named)
+            imitate = label is None or label > 0.5
+            yield Row(prompt, response, label, imitate, opening(prompt), where, source)
+
+    def _responses(self, named: dict[str, Any], judged: bool) -> Iterator[tuple[Turns, Turns]]:
+        """Yields prompts and what was answered: one answer, or the turns of a dialog from its first answer on."""
+        if "prompt" in named and "response" in named:
+            asked, answer = named["prompt"], named["response"]
+            prompt = prompt_of(asked)
+            if isinstance(asked, str) and isinstance(answer, str):
+                (answer,) = self._without_prompt([answer], asked)
+            yield prompt, (answer_of(answer, "response", prompt),)
+            return
+        turns = turns_of(named["messages"], "messages")
+        agents = _agents(turns)
+        weights = weights_of(named["messages"], "messages")
+        if judged:
+            yield turns[: agents[-1]], turns[agents[-1] : agents[-1] + 1]
+            return
+        # An answer that is not to be imitated belongs to the prompt of those behind it.
+        begin = 0
+        for end in [*(n for n in agents if not weights[n]), len(turns)]:
+            counted = [n for n in agents if begin <= n < end]
+            if counted:
+                yield turns[: counted[0]], turns[counted[0] : counted[-1] + 1]
+            begin = end + 1
+
+    def _label(self, named: dict[str, Any], where: str) -> float | None:
+        if "label" in named:
+            return _thumb(named["label"], "label")
+        if "rating" not in named:
+            return None
+        if self.rating_range is None:
+            column = self.columns.get("rating") or "rating"
+            raise ValueError(
+                f"{where}: has a {column}, and data.rating_range does not say what "
+                "it means. Give the lowest and the highest rating there can be, for example [1, 5]; "
+                "or set columns: {rating: null}, to imitate every answer."
+            )
+        return _rating(named["rating"], self.rating_range)
+
+
+def opening(turns: Turns) -> str:
+    """Returns the group of a row: the first human turn of its dialog, whatever the system says before it."""
+    human = [Turn(turn.role, turn.text.strip()) for turn in turns if turn.role == "user"][:1]
+    return json.dumps(human or same(turns), ensure_ascii=False)
+
+
+def _paths(column: str | dict[str, float] | None) -> list[str]:
+    return [column] if isinstance(column, str) else list(column or ())
+
+
+def _value(row: Mapping[str, Any], column: str | dict[str, float]) -> Any:  # noqa: ANN401
+    """Returns the value of a column or path, or the weighted sum of several."""
+    if isinstance(column, str):
+        return value_at(row, column)
+    values = {path: value_at(row, path) for path in column}
+    if None in values.values():
+        return None
+    return sum(weight * _number(values[path], path) for path, weight in column.items())
+
+
+def _without(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """Returns a row without the columns that were given a name of ours."""
+    paths = {path for column in columns.values() for path in _paths(column)}
+    return {key: value for key, value in row.items() if key not in paths}
+
+
+def _surrounded(prompt: Turns, named: dict[str, Any]) -> Turns:
+    """Returns a prompt with what stands beside it: an input, earlier turns, a system turn."""
+    about = named.get("input")
+    if isinstance(about, str) and about.strip() and "prompt" in named:
+        prompt = (*prompt[:-1], Turn(prompt[-1].role, f"{prompt[-1].text.rstrip()}\n\n{about}"))
+    history = named.get("history") or []
+    if history and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        history = [
+            {"role": role, "content": text}
+            for turn in history
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    if history:
+        prompt = (*turns_of(history, "history"), *prompt)
+    system = named.get("system")
+    if isinstance(system, str) and system.strip() and prompt[0].role != "system":
+        prompt = (Turn("system", system), *prompt)
+    return prompt
+
+
+def _common_prompt(named: dict[str, Any]) -> Turns:
+    """Returns the prompt that two dialogs share."""
+    better, worse = (turns_of(named[name], name) for name in _DIALOGS)
+    prompt = better[:-1]
+    if not prompt or same(worse[:-1]) != same(prompt):
+        raise BadRow(
+            "no common prompt",
+            "there is no prompt column, and chosen and rejected differ before their last "
+            "messages. Cut them where they part, or set on_bad_row: reject.",
+        )
+    if (better[-1].role, worse[-1].role) != ("agent", "agent"):
+        raise BadRow("no answer", "chosen or rejected does not end with the assistant.")
+    return prompt
+
+
+def _agents(turns: Turns) -> list[int]:
+    agents = [number for number, turn in enumerate(turns) if turn.role == "agent"]
+    if not agents:
+        raise BadRow("no answer", "messages hold no assistant message to imitate.")
+    return agents
+
+
+def _thumb(value: object, column: str) -> float:
+    label = _LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise wrong_type(column, "1, 0, true or false", value)
+    return label
+
+
+def _margin(named: dict[str, Any]) -> float:
+    """Returns by how much the scores of a pair should differ; a signed strength says more than its size."""
+    margin = _number(named.get("margin", 0.0), "margin")
+    if margin < 0 and not named.get("verdict"):
+        raise BadRow(
+            "margin below 0", f"margin {margin:g} says that the rejected answer is the better one."
+        )
+    return abs(margin)
+
+
+def _number(value: object, column: str) -> float:
+    try:
+        # In CSV a number is text.
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise wrong_type(column, "a number", value)
+    return number
+
+
+def _rating(value: object, limits: tuple[float, float]) -> float:
+    """Returns the rating's place between the limits, from 0 to 1."""
+    rating = _number(value, "rating")
+    low, high = limits
+    if not low <= rating <= high:
+        raise BadRow(
+            "rating out of range",
+            f"rating out of range: {rating:g} is not from {low:g} to {high:g} "
+            "(data.rating_range). Widen the range, or set on_bad_row: reject.",
+        )
+    return (rating - low) / (high - low)
