@@ -318,8 +318,6 @@ def test_checkpointing_names_trained_roles(hydra_trunk: Path) -> None:
 
 # ---- who learns --------------------------------------------------------------------------------
 
-LORA_LAYOUTS = [layout for layout in LAYOUTS if layout != "full"]
-
 
 @pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "perl", "hydra", "full"])
 @pytest.mark.parametrize("alone", ["policy", "value"])
