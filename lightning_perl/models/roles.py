@@ -282,11 +282,11 @@ class Roles(nn.Module):
 
     def _hidden(self, trunk: Trunk, sequences: Sequences) -> Tensor:
         """Last hidden states. Shape: ``(B, T, H)``."""
-        ids, mask, prompt_tokens = sequences.ids, sequences.attention_mask, sequences.prompt_tokens
+        ids, mask = sequences.ids, sequences.attention_mask
         samples = min(sequences.samples, len(ids))
         if samples > 1 and trunk.shortcuts.shared_prompts:
             rows, tokens = ids.shape
-            packing = plan_samples(rows, tokens, prompt_tokens, samples, ids.device)
+            packing = plan_samples(rows, tokens, sequences.prompt_tokens, samples, ids.device)
             if saves_work(packing, rows, tokens, trunk.hidden_size):
                 return trunk.packed(ids, mask, packing)
         hidden: Tensor = trunk(ids, mask)

@@ -43,20 +43,6 @@ def test_the_packaged_files_are_what_the_script_writes(world: ModuleType, tmp_pa
     assert sum(file.stat().st_size for file in PACKAGED.iterdir()) < 400_000
 
 
-def test_rows_are_named_by_seed_purpose_and_number(world: ModuleType) -> None:
-    small, large = world.world(10, 20, 5, 8), world.world(30, 40, 6, 9)
-    assert small["rated_train"][:10] == large["rated_train"][:10]
-    assert small["rated_train"][10:] == large["rated_train"][30:50]
-    assert small["prompts_train"] == large["prompts_train"][:5]
-    assert small["rated_val"][:8] == large["rated_val"][:8]
-    assert len(small["rated_test"]) == 16
-    other = world.world(10, 20, 5, 8, seed=1)
-    texts = {str(row) for files in (small, other) for row in files["rated_train"]}
-    assert len(texts) == 60
-    assert [row.get("label") for row in small["rated_train"][:10]] == [None] * 10
-    assert {row["label"] for row in small["rated_train"][10:]} == {0, 1}
-
-
 def test_no_held_out_order_is_in_any_training_row() -> None:
     def wanted(split: str) -> set[str]:
         rows = [row for kind in ("rated", "prompts") for row in orders(f"{kind}_{split}", 20_000)]

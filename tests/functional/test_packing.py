@@ -5,28 +5,20 @@ The checks of single functions run in `tests/losses/test_mutations.py`, on the f
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 
 from lightning_perl.functional.packing import (
     NOBODY,
     SHARED,
     Lines,
     Packing,
-    attention_bias,
-    pack,
-    places,
     plan,
     plan_samples,
-    unpack,
 )
-from lightning_perl.functional.sequences import pad_left, pad_right
+from lightning_perl.functional.sequences import pad_right
 
 PAIR = [[5, 6, 7, 8], [5, 6, 9]]
 ALONE = [[3, 4]]
@@ -117,80 +109,3 @@ def check_unpack(function: Callable[[Tensor, Packing, int], Tensor]) -> None:
     assert back[0, :2, 0].tolist() == [0, 2]
     assert back[1, :, 0].tolist() == [10, 12, 14, 16]
     assert back[2, :3, 1].tolist() == [11, 13, 19]
-
-
-class Packed(NamedTuple):
-    """Rows, and how they are packed."""
-
-    rows: list[list[int]]
-    ids: Tensor
-    mask: Tensor
-    packing: Packing
-
-
-def random_pack(seed: int) -> Packed:
-    draw, groups = random.Random(seed), []
-    for _ in range(draw.randint(1, 4)):
-        prompt = [draw.randrange(1, 5) for _ in range(draw.randint(0, 6))]
-        answers = [
-            [draw.randrange(1, 5) for _ in range(draw.randint(1, 5))]
-            for _ in range(draw.randint(1, 3))
-        ]
-        groups.append([[*prompt, *answer] for answer in answers])
-    rows = [row for group in groups for row in group]
-    return Packed(rows, *pad_right(rows, 0), plan(groups))
-
-
-def random_samples(seed: int) -> Packed:
-    """Several responses to each prompt, padded as a rollout pads them."""
-    draw = random.Random(seed)
-    samples = draw.randint(1, 5)
-    prompts, responses = [], []
-    for _ in range(draw.randint(1, 3)):
-        prompt = [draw.randrange(1, 5) for _ in range(draw.randint(1, 6))]
-        prompts += [prompt] * samples
-        responses += [
-            [draw.randrange(1, 5) for _ in range(draw.randint(1, 4))] for _ in range(samples)
-        ]
-    left, right = pad_left(prompts, 0), pad_right(responses, 0)
-    ids, mask = (torch.cat(pair, 1) for pair in zip(left, right, strict=True))
-    packing = plan_samples(len(ids), ids.shape[1], left[0].shape[1], samples)
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, responses, strict=True)]
-    return Packed(rows, ids, mask, packing)
-
-
-every_pack = pytest.mark.parametrize(
-    "packed",
-    [make(seed) for make in (random_pack, random_samples) for seed in range(30)],
-)
-
-
-@every_pack
-def test_a_token_sees_exactly_the_tokens_before_it_in_its_own_row(packed: Packed) -> None:
-    rows, ids, mask, packing = packed
-    lines = pack(ids, mask, packing)
-    visible = attention_bias(lines.owner, torch.float64)[:, 0] == 0
-    where = places(packing, ids.shape[1])
-    for number, row in enumerate(rows):
-        line = int(packing.line[number])
-        columns = (where[number][mask[number]] - line * packing.columns).tolist()
-        assert lines.ids[line, columns].tolist() == row
-        assert lines.position_ids[line, columns].tolist() == list(range(len(row)))
-        for token, column in enumerate(columns):
-            seen = visible[line, column].nonzero().flatten().tolist()
-            assert seen == sorted(columns[: token + 1])
-
-
-@every_pack
-def test_unpack_undoes_pack_with_its_gradient(packed: Packed) -> None:
-    _, ids, mask, packing = packed
-    lines = pack(ids, mask, packing)
-    values = torch.stack([lines.ids, lines.position_ids], -1).double().requires_grad_()
-    back = unpack(values, packing, ids.shape[1])
-    assert torch.equal(back[..., 0][mask].long(), ids[mask])
-    back[mask].sum().backward()  # type: ignore[no-untyped-call]
-    assert values.grad is not None
-    # A token counts once for every row that holds it.
-    rows_of_line = torch.bincount(packing.line)[:, None]
-    times = torch.where(lines.owner == SHARED, rows_of_line, (lines.owner > 0).long())
-    assert_close(values.grad[..., 0], times.double())

@@ -32,14 +32,6 @@ def test_without_its_reward_term_it_is_sft_bit_for_bit(
     assert tiny.changed(tiny.weights(sft), hydra) == set()
 
 
-def test_reward_term_moves_the_trunk(plain_trunk: Path) -> None:
-    batches = [tiny.rated(6, seed) for seed in range(2)]
-    hydra, sft = HydraSFT(str(plain_trunk), reward_weight=0.5), SFT(str(plain_trunk))
-    tiny.steps_of(hydra, batches)
-    tiny.steps_of(sft, batches)
-    assert tiny.changed(tiny.weights(sft), hydra) == sft.trainable_names()
-
-
 @LORAS
 @pytest.mark.parametrize("pairs", [0, 2, 3], ids=["thumbs", "both", "pairs"])
 def test_without_rows_to_imitate_it_is_the_reward_model(
@@ -62,13 +54,6 @@ def test_without_rows_to_imitate_it_is_the_reward_model(
         ours_too = ours[name.replace(".reward.", ".sft.")]  # the adapters' names
         assert_close(ours_too, gradient, rtol=1e-9, atol=1e-12)
         assert gradient.abs().max() > 0 or name.endswith("bias")  # cancels in a pair
-
-
-def test_demonstrations_are_not_judged(plain_trunk: Path) -> None:
-    batch = tiny.rated(6, imitate=True)._replace(labelled=torch.zeros(6, dtype=torch.bool))
-    loss, stats = HydraSFT(str(plain_trunk), reward_weight=1.0).objective(batch)
-    assert stats["reward_loss"] == 0
-    assert loss == SFT(str(plain_trunk)).objective(batch)[0]
 
 
 def test_a_head_that_is_never_trained_cannot_be_normalized(plain_trunk: Path) -> None:

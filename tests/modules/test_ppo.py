@@ -18,7 +18,7 @@ from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.roles import Layout, TrainedRole
-from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO, Reinforce
+from lightning_perl.modules import PPO, HydraPPO, JointHydraPPO
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.rollouts.rollout import Rollout, Scored
@@ -318,8 +318,6 @@ def test_checkpointing_names_trained_roles(hydra_trunk: Path) -> None:
 
 # ---- who learns --------------------------------------------------------------------------------
 
-LORA_LAYOUTS = [layout for layout in LAYOUTS if layout != "full"]
-
 
 @pytest.mark.parametrize("layout", ["lora", "dynamic_lora", "perl", "hydra", "full"])
 @pytest.mark.parametrize("alone", ["policy", "value"])
@@ -478,26 +476,21 @@ def judging_head(trunk: Path) -> ScalarHead:
     return head
 
 
-@pytest.mark.parametrize(
-    ("kind", "sign"), [("PPO", 1), ("PPO", -1), ("Reinforce", 1)], ids=["", "flipped", "Reinforce"]
-)
-def test_policy_learns_what_the_reward_head_likes(kind: str, sign: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", [1, -1], ids=["as it is", "flipped"])
+def test_policy_learns_what_the_reward_head_likes(sign: int, tmp_path: Path) -> None:
     plain = tiny.save_trunk(tmp_path / "plain", hidden=32, spread=0.02)
     head = judging_head(plain)
     with torch.no_grad():
         head.weight.mul_(sign)
         head.bias.mul_(sign)
     trunk = tiny.with_head(plain, tmp_path / "trunk", head)
-    settings: dict[str, Any] = {
-        "lora": LoraSpec(4, 8.0),
-        "sampling": SamplingSpec(max_new_tokens=3),
-        "micro_batch_size": 64,
-        "optimizer": lambda params: torch.optim.AdamW(params, lr=0.02),
-    }
-    module = (
-        HydraPPO(str(trunk), ppo_epochs=2, **settings)
-        if kind == "PPO"
-        else Reinforce(str(trunk), **settings)
+    module = HydraPPO(
+        str(trunk),
+        lora=LoraSpec(4, 8.0),
+        sampling=SamplingSpec(max_new_tokens=3),
+        ppo_epochs=2,
+        micro_batch_size=64,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.02),
     )
     endings: list[float] = []
 
@@ -507,7 +500,7 @@ def test_policy_learns_what_the_reward_head_likes(kind: str, sign: int, tmp_path
         last = rollout.response_ids[rows, last_true(rollout.response_mask)]
         endings.append(float((last < GOOD).float().mean()))
 
-    batches = [tiny.prompts(64, seed, longest=3) for seed in range(20 // module.epochs)]
+    batches = [tiny.prompts(64, seed, longest=3) for seed in range(10)]
     trainer, _ = tiny.fit(
         module, tmp_path / "runs", batches, LambdaCallback(on_train_batch_start=look)
     )
@@ -519,27 +512,6 @@ def test_policy_learns_what_the_reward_head_likes(kind: str, sign: int, tmp_path
     logged = tiny.measured(module, tmp_path / "runs", [tiny.prompts(64, 99)])
     assert logged["val/score"] > logged["val/reference_score"] + 0.2
     assert logged["val/win_rate"] > 0.5
-
-
-def test_value_learns_the_returns(hydra_trunk: Path, tmp_path: Path) -> None:
-    module = tiny.hydra(
-        hydra_trunk,
-        trunk_dtype="float32",
-        ppo_epochs=20,
-        value_coef=1.0,
-        value_clip_range=100.0,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
-    )
-    rollout = module.collect(tiny.prompts(8), 0)
-    experience, first = module.experience(rollout, module.score(rollout))
-    module.update(experience, tiny.one_optimizer(module))
-    values = module.score(rollout).values
-    mask = rollout.response_mask
-    error = ((values - given(experience.returns))[mask] ** 2).mean()
-    assert (
-        error < 0.3 * ((given(experience.old_values) - given(experience.returns))[mask] ** 2).mean()
-    )
-    assert "explained_variance" in first
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -13,12 +13,10 @@ import torch
 from jsonargparse import ArgumentParser
 from torch.testing import assert_close
 
-from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
 from lightning_perl.modules import PPO, HydraPPO, Reinforce
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.rewards import Brevity
-from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
 from tests.modules.own_rewards import shortest_wins
 
@@ -120,25 +118,6 @@ def test_parts_are_logged_in_training_and_validation(
         expected = [2 * mine + learned * theirs for mine, theirs in zip(own, judged, strict=True)]
         assert total == pytest.approx(expected, rel=1e-4)
         assert all(one < 0 for one in own)
-
-
-def test_policy_learns_a_python_reward_alone(tmp_path: Path) -> None:
-    trunk = tiny.save_trunk(tmp_path / "trunk", hidden=32, spread=0.02)
-    module = Reinforce(
-        str(trunk),
-        lora=LoraSpec(4, 8.0),
-        sampling=SamplingSpec(max_new_tokens=6),
-        micro_batch_size=64,
-        learned_reward_weight=0.0,
-        reward_function=shortest_wins,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=0.02),
-    )
-    _, folder = tiny.fit(
-        module, tmp_path / "runs", [tiny.prompts(64, seed, longest=3) for seed in range(15)]
-    )
-    scores = logged_under(folder, "rollout/")["rollout/score"]
-    assert len(scores) == 15
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.8
 
 
 # ---- refusals ------------------------------------------------------------------------------------

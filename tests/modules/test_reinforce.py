@@ -24,15 +24,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 def perl(trunk: Path, **options: Any) -> Reinforce:
-    """Reinforce in float64 unless said otherwise, gradients unclipped."""
-    settings: dict[str, Any] = {
-        "lora": tiny.LORA,
-        "sampling": tiny.SAMPLING,
-        "micro_batch_size": 3,
-        "max_grad_norm": tiny.NO_CLIP,
-        "trunk_dtype": "float64",
-    }
-    return Reinforce(str(trunk), **{**settings, **options})
+    return tiny.on_policy(Reinforce, trunk, **options)
 
 
 # ---- by hand -------------------------------------------------------------------------------------

@@ -199,19 +199,6 @@ def test_lm_term_with_an_adapter_leaves_the_trunk_alone(plain_trunk: Path) -> No
     assert any(gradient.any() for name, gradient in gradients.items() if ".lora_B" in name)
 
 
-def test_centering_keeps_scores_around_zero(plain_trunk: Path) -> None:
-    batches = [separable(seed, True) for seed in range(20)]
-    offsets = []
-    for center_coef in (0.0, 1.0):
-        module = RewardModel(str(plain_trunk), tiny.LORA, center_coef=center_coef, optimizer=quick)
-        with torch.no_grad():
-            module.heads()["reward"].bias.fill_(3.0)
-        tiny.steps_of(module, batches)
-        offsets.append(float(module.scores(separable(99, True)).detach().mean().abs()))
-    assert offsets[0] > 2
-    assert offsets[1] < 1
-
-
 def test_balanced_weight_is_the_datas(plain_trunk: Path, tmp_path: Path) -> None:
     module = RewardModel(str(plain_trunk), tiny.LORA, positive_weight=None)
     with pytest.raises(RuntimeError, match=r"positive_weight is None .* call `module.balance"):
@@ -273,17 +260,6 @@ def test_demonstrations_score_zero_on_average_with_deviation_one(
     probe = tiny.rated(16, 77)
     with torch.no_grad():
         assert torch.equal(module.scores(probe).argsort(), plain.scores(probe).argsort())
-
-
-def test_normalizing_twice_changes_nothing(plain_trunk: Path) -> None:
-    module = RewardModel(str(plain_trunk), trunk_dtype="float64")
-    batches = [tiny.rated(6, seed) for seed in range(3)]
-    module.normalize(batches)
-    before = module.heads()["reward"].weight.clone()
-    mean, deviation = module.normalize(batches)
-    assert mean == pytest.approx(0, abs=1e-9)
-    assert deviation == pytest.approx(1, rel=1e-9)
-    assert_close(module.heads()["reward"].weight, before)
 
 
 def test_nothing_to_normalize_by_is_refused_before_training(

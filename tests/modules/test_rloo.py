@@ -22,15 +22,7 @@ from tests.modules import tiny
 
 
 def rloo(trunk: Path, **options: Any) -> RLOO:
-    settings: dict[str, Any] = {
-        "samples": 3,
-        "lora": tiny.LORA,
-        "sampling": tiny.SAMPLING,
-        "micro_batch_size": 6,
-        "max_grad_norm": tiny.NO_CLIP,
-        "trunk_dtype": "float64",
-    }
-    return RLOO(str(trunk), **{**settings, **options})
+    return tiny.on_policy(RLOO, trunk, **{"samples": 3, "micro_batch_size": 6, **options})
 
 
 def responses(rollout: Rollout) -> list[tuple[int, ...]]:

@@ -28,17 +28,6 @@ def test_loss_is_the_models_own_cross_entropy_of_the_rows_to_imitate(plain_trunk
     assert stats["lm_tokens"].item() == (labels != -100).sum().item()
 
 
-def test_rows_that_are_only_judged_are_read_past(plain_trunk: Path) -> None:
-    module = SFT(str(plain_trunk), trunk_dtype="float64")
-    batch = tiny.rated(6)
-    ids = batch.ids.clone()
-    ids[~batch.imitate] = 5  # other words in the judged rows
-    assert_close(module.objective(batch._replace(ids=ids))[0], module.objective(batch)[0])
-    ids = batch.ids.clone()
-    ids[batch.imitate] = 5
-    assert module.objective(batch._replace(ids=ids))[0] != module.objective(batch)[0]
-
-
 def test_validation_loss_weighs_tokens_not_batches(plain_trunk: Path, tmp_path: Path) -> None:
     module = SFT(str(plain_trunk), trunk_dtype="float64")
     batches = [tiny.rated(2, seed=1), tiny.rated(8, seed=2), tiny.rated(3, seed=3, imitate=False)]

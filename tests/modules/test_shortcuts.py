@@ -137,22 +137,6 @@ def test_what_was_not_drawn_from_the_scored_distribution_is_scored_again(hydra_t
     assert module.collect(tiny.prompts(4), 0, role="reference").logprobs is None
 
 
-def test_rows_are_cut_to_their_longest(hydra_trunk: Path) -> None:
-    module = tiny.hydra(hydra_trunk, score_batch_size=1)
-    rollout = module.collect(tiny.prompts(8), 0)
-    read = []
-    forward = type(module.policy_trunk).forward
-    trunk: Any = module.policy_trunk
-    trunk.forward = lambda ids, mask, cache=None: (
-        read.append(int(ids.numel())),  # type: ignore[func-returns-value]
-        forward(trunk, ids, mask, cache),
-    )[1]
-    module.score(rollout)
-    tokens = rollout.sequences().attention_mask.sum(1)
-    # One row at a time: exactly its own tokens, once for the critic, once for reference and reward.
-    assert sorted(read) == sorted([*tokens.tolist(), *tokens.tolist()])
-
-
 def test_at_rest_the_weights_are_cast_once_and_never_remembered(hydra_trunk: Path) -> None:
     module = tiny.hydra(hydra_trunk)
     tiny.train_adapters(module)

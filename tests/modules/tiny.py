@@ -6,7 +6,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,6 +35,7 @@ from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.rollout import Experience, Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 
+Method = TypeVar("Method", bound=OnPolicy)
 WORDS = 24
 HIDDEN = 16
 LORA = LoraSpec(rank=2, alpha=4.0)
@@ -212,18 +213,21 @@ def batches_for(module: AdapterModule, count: int = 2) -> list[PromptBatch] | li
     return [rated(6, seed, pairs=seed % 3) for seed in range(count)]
 
 
-def hydra(trunk: Path, **options: Any) -> PPO:
-    """PPO on one trunk, float64 unless said otherwise, gradients unclipped."""
+def on_policy(kind: type[Method], trunk: Path, **options: Any) -> Method:
+    """A method, float64 unless said otherwise, gradients unclipped."""
     settings: dict[str, Any] = {
-        "layout": "hydra",
         "lora": LORA,
         "sampling": SAMPLING,
-        "ppo_epochs": 1,
         "micro_batch_size": 3,
         "max_grad_norm": NO_CLIP,
         "trunk_dtype": "float64",
     }
-    return PPO(str(trunk), **{**settings, **options})
+    return kind(str(trunk), **{**settings, **options})
+
+
+def hydra(trunk: Path, **options: Any) -> PPO:
+    """PPO on one trunk."""
+    return on_policy(PPO, trunk, **{"layout": "hydra", "ppo_epochs": 1, **options})
 
 
 def train_adapters(module: AdapterModule, seed: int = 0, scale: float = 0.3) -> None:

@@ -56,21 +56,6 @@ def test_neighbours_share_no_noise() -> None:
     assert len(set(streams.flatten().tolist())) > 0.999 * streams.numel()
 
 
-def test_uniforms_are_uniform_and_uncorrelated() -> None:
-    numbers = noise(0, 0, range(2000), 100)
-    counts = torch.histc(numbers, bins=200, min=0, max=1)
-    # Chi-square with 199 degrees of freedom: mean 199, standard deviation 20.
-    assert abs(float(((counts - 1000) ** 2 / 1000).sum()) - 199) < 5 * 20
-    for other in (
-        numbers.roll(1, 0),
-        numbers.roll(1, 1),
-        noise(0, 1, range(2000), 100),
-        noise(1, 0, range(2000), 100),
-    ):
-        together = torch.stack([numbers.flatten(), other.flatten()])
-        assert abs(float(torch.corrcoef(together)[0, 1])) < 5 / math.sqrt(numbers.numel())
-
-
 @pytest.mark.parametrize("bits", [0, -1, 0x7FFFFF, 0xFFFFFF, 0x400000])
 def test_a_uniform_is_never_0_or_1(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_mix", lambda state: torch.full_like(state, bits))
