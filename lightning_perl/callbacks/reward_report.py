@@ -60,7 +60,10 @@ class RewardReport(Callback):
         measures = pl_module.measures if isinstance(pl_module, Measured) else None
         if measures is None or not measures.values or not trainer.is_global_zero:
             return
-        print("\n".join(reward_table(measures)), flush=True)
+        splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+        same = splits is not None and splits.test is splits.val
+        rows = "the validation rows (there are no test rows)" if same else "test rows"
+        print("\n".join(reward_table(measures, rows)), flush=True)
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         pictures = {"reliability": reliability_figure(measures), "scores": score_figure(measures)}
@@ -73,10 +76,10 @@ class RewardReport(Callback):
         rank_zero_info(f"drew {' and '.join(pictures)} in {folder}")
 
 
-def reward_table(measures: RewardMeasures) -> list[str]:
+def reward_table(measures: RewardMeasures, rows: str = "test rows") -> list[str]:
     """One line per measure: the model's value, that of length alone, and the number of rows."""
     lines = [
-        f"reward model on test rows: {rated_rows(measures)}",
+        f"reward model on {rows}: {rated_rows(measures)}",
         f"  {'':26}{'model':>10}{'length':>10}{'rows':>10}",
     ]
     for key, name, baseline in _LINES:
@@ -90,9 +93,12 @@ def reward_table(measures: RewardMeasures) -> list[str]:
 def rated_rows(measures: RewardMeasures) -> str:
     """How many pairs and thumbs there were."""
     up = len(measures.good_scores) - measures.pairs
+    down = len(measures.bad_scores) - measures.pairs
     parts = [f"{measures.pairs} pairs"] if measures.pairs else []
     if measures.thumbs:
-        parts.append(f"{measures.thumbs} thumbs ({up} up, {measures.thumbs - up} down)")
+        middle = measures.thumbs - up - down
+        between = f", {middle} in the middle" if middle else ""
+        parts.append(f"{measures.thumbs} thumbs ({up} up, {down} down{between})")
     return ", ".join(parts)
 
 

@@ -149,6 +149,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         if self.on_bad_row == "raise":
             raise BadRow(reason, message)
         self.report.rejected[reason] += 1
+        self.report.messages.append((reason, message))
 
     def distinct(self, items: Iterable[Item]) -> list[Item]:
         """Drops rows that repeat another, and counts those whose labels contradict each other.
@@ -230,6 +231,13 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         self._reported_to = trainer
         for logger in trainer.loggers:
             logger.log_metrics(self.report.numbers(), step=0)
+        # On every rank: the folder is the first one's.
+        folder = trainer.log_dir or trainer.default_root_dir
+        dry: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.report.messages and trainer.is_global_zero and not dry:
+            file = Path(folder) / "rejected_rows.csv"
+            self.report.write_rejected(file)
+            rank_zero_info(f"{len(self.report.messages)} rejected rows are listed in {file}")
 
     @property
     def template(self) -> str:

@@ -1,8 +1,8 @@
 """How public preference data writes its rows: each dialect says what it looks like, and reads a row as our own.
 
 A dialect is a function from a row to rows in the names of `PreferenceDataModule`'s columns. It changes names and
-nesting, and leaves texts and messages to :mod:`lightning_perl.data.messages`; a row without a preference is a
-`Tie`. The first dialect that a row looks like reads it; :func:`flat` reads all others.
+nesting, and leaves texts and messages to :mod:`lightning_perl.data.messages`. Where no answer was preferred, it says
+``tie``. The first dialect that a row looks like reads it; :func:`flat` reads all others.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _ALIASES = {name: aliases.split() for name, aliases in ALIASES.items()}
 _VERDICT = re.compile(
     r"(?:\A|[_.-])(labels?|ratings?|scores?|rewards?|ranks?|ranking|preference|preferred|winner|choice|verdict|"
     r"votes?|upvotes?|thumbs?|feedback|ties?|margin|strength|helpfulness|correctness|coherence|complexity|"
-    r"verbosity|toxicity|harmlessness|honesty|quality|safe|chosen|rejected|better|worse|best|worst|liked|kto)"
+    r"verbosity|toxicity|harmlessness|honesty|quality|safer?|chosen|rejected|better|worse|best|worst|liked|kto)"
     r"(?:\Z|[_.-])",
     re.IGNORECASE,
 )
-_STEMS = "response answer output completion summary generation conversation orig_response human_ref model_output reply"
+_STEMS = "response answer output completion summary generation conversation orig_response human_ref reply"
 _SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
 _AB = [
     (f"{stem}{dash}{first}", f"{stem}{dash}{second}", first, second)
@@ -59,21 +59,10 @@ _AB = [
     for dash in ("_", "", "-")
     for first, second in _SUFFIXES
 ]
-_VERDICTS = [
-    "preference",
-    "better_response_id",
-    "winner",
-    "choice",
-    "preferred",
-    "preferred_response",
-    "human_preference",
-    "orig_preference",
-    "verdict",
-    "selected",
-    "better",
-    "chosen",
-    "label",
-]
+_VERDICTS = (
+    "preference better_response_id winner choice preferred preferred_response human_preference orig_preference "
+    "verdict selected better chosen label"
+)
 #: Verdicts that are below 0 where the first answer is better, and above where the second is.
 _SIGNED = ("preference_strength", "overall_preference")
 
@@ -83,13 +72,6 @@ class Dialect(NamedTuple):
 
     keys: tuple[frozenset[str], ...]
     read: Callable[[AnyRow], Iterable[OwnRow]]
-
-
-class Tie(BadRow):
-    """A row whose judge preferred neither answer: nothing to learn, and nothing wrong."""
-
-    def __init__(self) -> None:
-        super().__init__("ties", "neither answer was preferred")
 
 
 @lru_cache(maxsize=1024)
@@ -144,15 +126,15 @@ def value_at(row: AnyRow, path: str) -> Any:  # noqa: ANN401
     return value
 
 
-def side_of(verdict: object, first: str = "first", second: str = "second") -> int:
-    """Returns 0 or 1 for the preferred answer, whose columns end with ``first`` and ``second``; raises `Tie`.
+def side_of(verdict: object, first: str = "first", second: str = "second") -> int | None:
+    """Returns 0 or 1 for the preferred one of two answers, whose columns end with these words, and None for a tie.
 
     Letters mean the first and the second answer whatever their columns are called; numbers only where the columns
     are numbered so.
     """
     said = str(verdict).strip().lower()
     if re.match(r"tie|both|neither|equal|same|none\Z", said):
-        raise Tie
+        return None
     last = re.split(r"[_\s-]", said)[-1].removesuffix(".0")
     for side, names in enumerate(((first, "a", "first"), (second, "b", "second"))):
         if last in {name.lower() for name in names} and not isinstance(verdict, bool):
@@ -165,18 +147,17 @@ def side_of(verdict: object, first: str = "first", second: str = "second") -> in
 
 
 def _judged(
-    first: object, second: object, side: int, *verdict: str, **more: object
+    first: object, second: object, side: int | None, *verdict: str, **more: object
 ) -> list[OwnRow]:
-    """Returns a pair; ``verdict`` names the columns that said which answer is better."""
-    answers = (first, second)
-    return [{"chosen": answers[side], "rejected": answers[1 - side], "verdict": verdict, **more}]
+    """Returns a pair, or a tie; ``verdict`` names the columns that said which answer is better."""
+    better, worse = (second, first) if side else (first, second)
+    tie = {"tie": True} if side is None else {}
+    return [{"chosen": better, "rejected": worse, "verdict": verdict, **more, **tie}]
 
 
-def _by_scores(scores: Iterable[object]) -> int:
+def _by_scores(scores: Iterable[object]) -> int | None:
     one, other = (float(str(score)) for score in scores)
-    if one == other:
-        raise Tie
-    return int(other > one)
+    return None if one == other else int(other > one)
 
 
 @lru_cache(maxsize=1024)
@@ -193,7 +174,7 @@ def two_answers(row: AnyRow) -> list[OwnRow]:
         if row.get(key) is not None:
             strength = float(row[key])
             return _judged(*answers, _by_scores((-strength, strength)), key, **own)
-    for key in _VERDICTS:
+    for key in _VERDICTS.split():
         if row.get(key) is not None:
             return _judged(*answers, side_of(row[key], first, second), key, **own)
     for form in ("score_{}", "score{}", "rating_{}", "rating{}", "winner_model_{}"):
@@ -257,8 +238,6 @@ def _shp(row: AnyRow) -> list[OwnRow]:
 
 def _arena(row: AnyRow) -> list[OwnRow]:
     """Chatbot Arena as Kaggle had it: JSON lists of the prompts and of both models' answers."""
-    if int(row["winner_tie"]):
-        raise Tie
     cells = [row[key] for key in ("prompt", "response_a", "response_b")]
     said: list[Any] = [parse_json(cell) if isinstance(cell, str) else cell for cell in cells]
     one, other = (
@@ -270,7 +249,8 @@ def _arena(row: AnyRow) -> list[OwnRow]:
         for answers in said[1:]
     )
     winners = [f"winner_{name}" for name in ("model_a", "model_b", "tie")]
-    return _judged(one, other, int(row["winner_model_b"]), *winners)
+    side = None if int(row["winner_tie"]) else int(row["winner_model_b"])
+    return _judged(one, other, side, *winners)
 
 
 def _dolly(row: AnyRow) -> list[OwnRow]:

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any, Literal, Protocol, TypeAlias
 
 from lightning_perl.data import dialects
-from lightning_perl.data.dialects import ALIASES, Tie, value_at, verdict_keys
+from lightning_perl.data.dialects import ALIASES, value_at, verdict_keys
 from lightning_perl.data.messages import (
     answer_of,
     prompt_of,
@@ -48,6 +48,13 @@ _PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
 _UP = "1 1.0 true yes up thumbs_up good positive desirable"
 _DOWN = "0 0.0 false no down thumbs_down bad negative undesirable"
 _LABELS = dict.fromkeys(_UP.split(), 1.0) | dict.fromkeys(_DOWN.split(), 0.0)
+
+
+class Tie(BadRow):
+    """A row whose judge preferred neither answer: nothing to learn, and nothing wrong."""
+
+    def __init__(self) -> None:
+        super().__init__("ties", "neither answer was preferred")
 
 
 class ReadsRows(Protocol):
@@ -154,19 +161,15 @@ class RowReader:
         whole = any(given.keys() >= set(kind) for kind in _KINDS)
         if whole and self.dialect is None:
             return [own | given for own in dialects.flat(_without(row, self.columns))]
-        try:
-            return dialects.read(row, self.dialect)
-        except Tie:
-            # A question to which two answers were as good is a prompt like others.
-            if self.prompts:
-                return dialects.flat(row)
-            raise
+        return dialects.read(row, self.dialect)
 
     def _judged(self, named: dict[str, Any], kind: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """Yields a row, with pairs in place of two answers and a preference, or of many answers."""
         if "second" in kind:
             answers = named["first"], named["second"]
             side = dialects.side_of(named["preference"])
+            if side is None:
+                raise Tie
             yield named | {"chosen": answers[side], "rejected": answers[1 - side]}
         elif "answers" in kind:
             marks = (

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count, Finite, FractionBelowOne
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.dialects import DIALECTS, NAMES, Tie
+from lightning_perl.data.dialects import DIALECTS, NAMES
 from lightning_perl.data.folds import held_out, stable_hash
 from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
-from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader
+from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader, Tie
 from lightning_perl.data.reading import Source, Sources, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
 from lightning_perl.data.rows import (

@@ -95,6 +95,9 @@ def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str,
     """
     for number, line in _lines(file, "\n"):
         where = f"{file}:{number}"
+        if number == 1 and line.startswith("["):
+            yield from json_rows(file, bad_row)
+            return
         if not line.strip() or not _is_utf8(line, where, bad_row):
             continue
         try:
@@ -112,16 +115,23 @@ def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str,
 
 @_counts_unreadable
 def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of a file that is one JSON array; ``where`` counts them from 1."""
+    """Yields the objects of a file that is one JSON array, or has one; ``where`` counts them from 1."""
     lines = _lines(file, "\n")
     text = "".join(line for n, line in lines if _is_utf8(line, f"{file}:{n}", _unreadable))
     try:
         rows = parse_json(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            # JSON lines under the name of an array, as on the hub.
+            yield from jsonl_rows(file, bad_row)
+            return
         raise UnreadableFile(
             "broken JSON",
             f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the file again.",
         ) from error
+    if isinstance(rows, dict):
+        arrays = [value for value in rows.values() if isinstance(value, list)]
+        rows = arrays[0] if len(arrays) == 1 else rows
     if not isinstance(rows, list):
         raise UnreadableFile(
             "wrong type",
@@ -136,8 +146,9 @@ def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, 
 
 @_counts_unreadable
 def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the rows of a comma-separated file under the names of its header."""
-    table = _table(file, "excel", "CSV")
+    """Yields the rows of a comma- or (``.tsv``) tab-separated file under the names of its header."""
+    tabs = _suffix(file) == ".tsv"
+    table = _table(file, "excel-tab" if tabs else "excel", "TSV" if tabs else "CSV")
     where, header = next(table)
     _is_utf8("".join(header), where, _unreadable)
     # Spreadsheets leave columns without a name, as many as they like.
@@ -169,7 +180,7 @@ def tsv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, list[str]]]
 @_counts_unreadable
 def parquet_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the rows of a Parquet file, a part of it in memory at a time."""
-    _refuse_html(file)
+    _refuse_stand_ins(file)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(str(file)) as table:
@@ -201,16 +212,16 @@ def arrow_rows(
 
 def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
     """Yields the lines of a file with their numbers, bytes that are not UTF-8 as surrogates."""
-    _refuse_html(file)
+    _refuse_stand_ins(file)
     number, blank = 0, True
-    data = gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115
+    data = gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")  # noqa: SIM115
     try:
         for number, line in enumerate(
             TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline), start=1
         ):
             if blank and line.strip():
                 blank = False
-                _refuse_html(file, line.encode(errors="replace"))
+                _refuse_stand_ins(file, line.encode(errors="replace"))
             yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UnreadableFile(
@@ -226,8 +237,8 @@ def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
         )
 
 
-def _refuse_html(file: Path, head: bytes | None = None) -> None:
-    """Refuses a web page: a server's error page is plain text, whatever the file's name says."""
+def _refuse_stand_ins(file: Path, head: bytes | None = None) -> None:
+    """Refuses a web page and a pointer of Git LFS: both are plain text, whatever the file's name says."""
     if head is None:
         with file.open("rb") as data:
             head = data.read(512)
@@ -236,6 +247,12 @@ def _refuse_html(file: Path, head: bytes | None = None) -> None:
             "web page",
             f"{file}:1: a web page in place of data, as a server sends when it has no such file. "
             "Delete it and download the file itself.",
+        )
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        raise UnreadableFile(
+            "LFS pointer",
+            f"{file}:1: a pointer of Git LFS in place of data. Fetch the file itself with `git lfs pull`, or "
+            "download it from the repository's page.",
         )
 
 
@@ -307,10 +324,10 @@ class Source:
                 "of a .jsonl, .json, .csv or .parquet file, or owner/name of a data set of the hub."
             )
         suffix = _suffix(file)
-        if suffix not in _READERS or file.name.endswith(".parquet.gz"):
+        if suffix not in _READERS or file.name.lower().endswith(".parquet.gz"):
             raise ValueError(
-                f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .json, .csv "
-                "(also with .gz) or .parquet."
+                f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .json, .csv, "
+                ".tsv (also with .gz) or .parquet."
             )
         return _READERS[suffix](file, bad_row)
 
@@ -415,13 +432,15 @@ def shuffled_stream(
 _READERS: dict[str, Callable[[Path, BadRowHook], Rows]] = {
     ".jsonl": jsonl_rows,
     ".json": json_rows,
+    ".ndjson": jsonl_rows,
     ".csv": csv_rows,
+    ".tsv": csv_rows,
     ".parquet": parquet_rows,
 }
 
 
 def _suffix(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def _listed(argument: str, rows: Sequence[Mapping[str, Any]], bad_row: BadRowHook) -> Rows:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from lightning_perl.data.rows import PromptExample, RatedExample
 from lightning_perl.metrics import auroc
+
+_PLACE = re.compile(r"(.*?):(\d+): ")
 
 
 @dataclass
@@ -146,6 +151,8 @@ class DataReport:
     conflicts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    #: The messages of the rejected rows, each with its reason.
+    messages: list[tuple[str, str]] = field(default_factory=list)
     template: str = ""
 
     @property
@@ -175,7 +182,12 @@ class DataReport:
             total += f", {self.duplicates} duplicates dropped"
         if self.conflicts:
             total += f", {self.conflicts} conflicting labels"
-        lines = [total, *(f"{name}: {report}" for name, report in self.splits.items())]
+        # Where there are no test rows of their own, measures of a test are those of the validation.
+        same = self.splits.get("test") is self.splits.get("val")
+        lines = [total] + [
+            f"{name}: {'the validation rows' if name == 'test' and same else report}"
+            for name, report in self.splits.items()
+        ]
         titled = (("rejected", self.rejected), ("left out", self.left_out), ("noted", self.notes))
         for title, counts in titled:
             if counts:
@@ -184,6 +196,16 @@ class DataReport:
         if self.template:
             lines.append(f"template: {self.template}")
         return "\n".join(lines)
+
+    def write_rejected(self, file: Path) -> None:
+        """Lists the rejected rows: file, line, reason and message."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as table:
+            rows = csv.writer(table)
+            rows.writerow(("file", "line", "reason", "message"))
+            for reason, message in self.messages:
+                place = _PLACE.match(message)
+                rows.writerow((*(place.groups() if place else ("", "")), reason, message))
 
 
 def quantile(counts: Counter[int], share: float) -> int:

@@ -156,6 +156,25 @@ class Supervised(AdapterModule):
         self.log("train/loss", loss.detach(), batch_size=len(batch.ids), prog_bar=True)
         return {"loss": loss, "tokens": {"step": int(batch.attention_mask.sum())}}
 
+    def setup(self, stage: str) -> None:
+        """Refuse training rows of which none says what is to be learned, as far as their report knows.
+
+        Raises:
+            ValueError: No training row has a thumb or stands in a pair.
+        """
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        train: Any = getattr(getattr(data, "report", None), "splits", {}).get("train")
+        kept = getattr(train, "kept", 0)
+        if stage != "fit" or not kept or not (self.needs_ratings or self.heads()):
+            return
+        thumbs = 0 if getattr(self, "needs_pairs", False) else train.up + train.down + train.even
+        if train.pairs + thumbs == 0:
+            raise ValueError(
+                f"{type(self).__name__} finds no row to learn a preference from among {kept} training rows. "
+                f"Give rows with {self.rating_columns}; for demonstrations alone use SFT."
+            )
+
     def on_train_epoch_end(self) -> None:
         """Refuse to go on where there was nothing to learn a preference from.
 

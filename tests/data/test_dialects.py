@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 
+from lightning_perl.batches import RatedBatch
 from lightning_perl.data import PreferenceDataModule
-from lightning_perl.data.rows import Item, Pair, Row
+from lightning_perl.data.dialects import DIALECTS, dialect_of
+from lightning_perl.data.own_rows import Columns
+from lightning_perl.data.rows import BadRow, Item, Pair, Row, Turn
 
 ASK = [{"role": "user", "content": "Tea?"}]
 YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
@@ -119,6 +125,10 @@ ANSWERS: dict[str, tuple[dict[str, Any], float | None]] = {
         {"text": "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"},
         None,
     ),
+    "openai_axis": (
+        {"info": {"article": "Tea?"}, "summary": {"text": "Yes.", "axes": {"overall": 7}}},
+        1.0,
+    ),
     "question_answer": ({"question": "Tea?", "answer": "Yes."}, None),
 }
 
@@ -148,7 +158,248 @@ def test_pairs(tokenizer_dir: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers(tokenizer_dir: Path, name: str) -> None:
     row, label = ANSWERS[name]
-    (item,) = read([row], tokenizer_dir)
+    (item,) = read([row], tokenizer_dir, rating_range=(1, 7))
     assert isinstance(item, Row)
     assert texts(item) == ("Yes.", ["Tea?"])
     assert (item.label, item.imitate) == (label, label != 0.0)
+
+
+def whole(question: str, answer: str) -> str:
+    return f"{question}\n\nAssistant: {answer}"
+
+
+SPOKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "an answer begins with its prompt": (
+        {"prompt": "Is tea hot?", "response": "Is tea hot? Yes."}, ["Is tea hot?"], ["Yes."],
+    ),
+    "both answers begin with the prompt": (
+        {"prompt": "Q", "chosen": whole("Q", "Yes."), "rejected": whole("Q", "No.")}, ["Q"], ["Yes.", "No."],
+    ),
+    "one answer repeats the prompt's words": (
+        {"prompt": "Q", "chosen": "Q is one.", "rejected": "No."}, ["Q"], ["Q is one.", "No."],
+    ),
+    "input": ({"instruction": "Cut.", "input": "A text.", "output": "A."}, ["Cut.\n\nA text."], ["A."]),
+    "history": (
+        {"query": "Milk?", "response": "Yes.", "history": [["Tea?", "No."]]}, ["Tea?", "No.", "Milk?"], ["Yes."],
+    ),
+    "system": ({"system": "Brief.", "prompt": "Q", "response": "A"}, ["Brief.", "Q"], ["A"]),
+    "an answer of weight 0": (
+        {"messages": [*ASK, NO | {"weight": 0}, *ASK, YES | {"weight": 1}]}, ["Tea?", "No.", "Tea?"], ["Yes."],
+    ),
+    "calls of tools": (
+        {"messages": [
+            *ASK,
+            {
+                "role": "assistant", "content": None,
+                "tool_calls": [{"function": {"name": "menu", "arguments": "{}"}}],
+            },
+            {"role": "tool", "name": "menu", "content": "[]"}, NO,
+        ]},
+        ["Tea?"], ["call menu {}", "menu []", "No."],
+    ),
+    "parts of a message": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Tea?"}]}, YES]}, ["Tea?"], ["Yes."],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPOKEN)
+def test_what_was_asked_and_what_was_answered(tokenizer_dir: Path, kind: str) -> None:
+    row, asked, answered = SPOKEN[kind]
+    (item,) = read([row], tokenizer_dir)
+    sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+    assert [turn.text for turn in sides[0].context] == asked
+    assert [turn.text for side in sides for turn in side.response] == answered
+
+
+def test_several_answers_become_pairs(tokenizer_dir: Path) -> None:
+    row = {"prompt": "Q", "answers": list("abcd"), "scores": [1, 3, 3, "2.5"]}
+    (pair,) = read([row], tokenizer_dir)
+    assert isinstance(pair, Pair)
+    assert (texts(pair.chosen)[0], texts(pair.rejected)[0]) == ("b", "a")
+    pairs = read([row], tokenizer_dir, answer_pairs="all")
+    said = [
+        "".join(texts(side)[0] for side in (p.chosen, p.rejected))
+        for p in pairs
+        if isinstance(p, Pair)
+    ]
+    assert said == ["bd", "ba", "cd", "ca", "da"]
+
+
+TIES: list[dict[str, Any]] = [
+    {**PAIRS["trl_preference"], "tie": True},
+    {**PAIRS["chatbot_arena"], "winner": "tie (bothbad)"},
+    {**PAIRS["helpsteer2_preference"], "preference_strength": 0},
+    {**PAIRS["distilabel"], "ratings": [3, 3]},
+    ARENA | WON | {"winner_tie": 1},
+]
+
+
+def test_ties_are_left_out_and_counted(tokenizer_dir: Path) -> None:
+    rows = [*TIES, {**PAIRS["trl_preference"], "tie": False}]
+    module = PreferenceDataModule(str(tokenizer_dir), rows, val_fraction=0.0)
+    module.setup()
+    assert module.report.left_out == {"ties": len(TIES)}
+    assert module.report.rows == len(rows)
+    (prompt,) = read(rows, tokenizer_dir, rows="prompts")
+    assert isinstance(prompt, Row)
+    assert prompt.context == (Turn("user", "Tea?"),)
+
+
+def test_a_strength_may_be_the_margin_of_a_pair(tokenizer_dir: Path) -> None:
+    rows = [
+        PAIRS["helpsteer2_preference"],
+        {**PAIRS["helpsteer2_preference"], "prompt": "Q", "preference_strength": -1.5},
+    ]
+    columns: Columns = {"margin": "preference_strength"}
+    module = PreferenceDataModule(
+        str(tokenizer_dir), rows, columns=columns, val_fraction=0.0, bucket=False
+    )
+    module.setup()
+    (batch,) = module.train_dataloader()
+    assert isinstance(batch, RatedBatch)
+    assert batch.margins is not None
+    assert sorted(batch.margins.tolist()) == [1.5, 3.0]
+    with pytest.raises(BadRow, match="margin -1 says that the rejected answer is the better"):
+        read([{**PAIRS["trl_preference"], "margin": -1}], tokenizer_dir)
+
+
+MARKED = {"prompt": "Q", "response": "A", "helpfulness": 4, "verbosity": "2"}
+
+
+def test_attributes_are_chosen_weighted_or_refused(tokenizer_dir: Path) -> None:
+    for column, label in (
+        ("helpfulness", 1.0),
+        ({"helpfulness": 0.5, "verbosity": 1.0}, 1.0),
+        ("verbosity", 0.5),
+    ):
+        (row,) = read([MARKED], tokenizer_dir, columns={"rating": column}, rating_range=(0, 4))
+        assert isinstance(row, Row)
+        assert row.label == label
+    with pytest.raises(
+        BadRow, match="the column 'helpfulness' says how good the answer is, and would not"
+    ):
+        read([MARKED], tokenizer_dir)
+    (row,) = read([MARKED], tokenizer_dir, columns={"rating": None})
+    assert isinstance(row, Row)
+    assert row.label is None
+
+
+def test_verdicts_that_are_not_read_are_named(tokenizer_dir: Path) -> None:
+    module = PreferenceDataModule(str(tokenizer_dir), [PAIRS["pku_safe_rlhf"]], val_fraction=0.0)
+    module.read()
+    assert module.report.notes == {
+        "rows whose column 'safer_response_id' looks like a verdict and is not read": 1
+    }
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no verdict": ({"prompt": "Q", "response_1": "A", "response_2": "B"}, "expected one of"),
+    "a number that names no column": (
+        {"prompt": "Q", "response_a": "A", "response_b": "B", "winner": 1},
+        "preference 1 does not say which",
+    ),
+    "two columns for one": (
+        {"question": "Q", "query": "R", "response": "A"},
+        "could each be the prompt",
+    ),
+    "a broken cell": (
+        {"prompt": "[{'role': 'user', 'content': 'Q}]", "response": "A"},
+        "neither JSON nor",
+    ),
+    "an unrelated prompt": (
+        {"prompt": "Which?", "chosen": [*ASK, YES], "rejected": [*ASK, NO]},
+        r"leave it out with columns: \{prompt: null\}",
+    ),
+    "half a dialect": (
+        {"info": {}, "summaries": [], "choice": 0},
+        "looks like a row of 'openai_comparisons'",
+    ),
+    "a weight between": (
+        {"messages": [*ASK, YES | {"weight": 0.5}]},
+        "weight of a message in messages must be 0 or",
+    ),
+    "steps": ({"prompt": "Q", "completions": ["a"], "labels": [True]}, "expected one of"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_not_understood_is_refused(tokenizer_dir: Path, kind: str) -> None:
+    row, words = WRONG[kind]
+    with pytest.raises(BadRow, match=words):
+        read([row], tokenizer_dir)
+
+
+def test_a_column_can_be_left_out_or_lie_deeper(tokenizer_dir: Path) -> None:
+    row = {"prompt": "Which?", "chosen": [*ASK, YES], "rejected": [*ASK, NO]}
+    (pair,) = read([row], tokenizer_dir, columns={"prompt": None})
+    assert isinstance(pair, Pair)
+    assert texts(pair.chosen) == ("Yes.", ["Tea?"])
+    deep = {"said": {"by": [{"q": "Tea?"}], "to": "Yes."}}
+    (row_,) = read([deep], tokenizer_dir, columns={"prompt": "said.by.0.q", "response": "said.to"})
+    assert isinstance(row_, Row)
+    assert texts(row_) == ("Yes.", ["Tea?"])
+
+
+def by_hand(row: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """A row as its owner reads it; also named by a YAML."""
+    return (
+        None
+        if row["q"] == ""
+        else {"prompt": row["q"], "response": row["a"], "label": row["a"] == "Yes."}
+    )
+
+
+def test_a_function_reads_rows(tokenizer_dir: Path) -> None:
+    rows = [{"q": "Tea?", "a": "Yes."}, {"q": "", "a": ""}]
+    (row,) = read(rows, tokenizer_dir, read_row=by_hand)
+    assert isinstance(row, Row)
+    assert (texts(row), row.label) == (("Yes.", ["Tea?"]), 1.0)
+    with pytest.raises(BadRow, match=r"data.train:1: data.read_row raised KeyError: 'q'"):
+        read([{"a": 1}], tokenizer_dir, read_row=by_hand)
+
+
+def test_a_dialect_may_be_named(tokenizer_dir: Path) -> None:
+    row = {"prompt": "Q", "response": "A", **PAIRS["alpaca_farm"]}
+    assert dialect_of(tuple(row)) == "two_answers"
+    with pytest.raises(ValueError, match=r"data.dialect: unknown 'trl'; there are"):
+        read([row], tokenizer_dir, dialect="trl")
+    with pytest.raises(BadRow, match="looks like a row of 'webgpt', but cannot be read so"):
+        read([row], tokenizer_dir, dialect="webgpt")
+
+
+def test_the_documentation_lists_every_format() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name in (*PAIRS, *ANSWERS):
+        assert f"[{name}]`" in table
+    for name in DIALECTS:
+        assert f"`{name}`" in table
+
+
+def test_human_turns_decide_the_split(tokenizer_dir: Path) -> None:
+    rows = [
+        {"system": system, "prompt": f"Question {number}?{end}", "response": f"{system} {number}"}
+        for number in range(20)
+        for system, end in (("Brief.", ""), ("Kind.", " \n"))
+    ]
+    train, val, _ = PreferenceDataModule(str(tokenizer_dir), rows, val_fraction=0.3).read()
+    groups = [{row.dialog for row in part if isinstance(row, Row)} for part in (train, val)]
+    assert [len(group) for group in groups] == [14, 6]
+    assert (len(train), len(val)) == (28, 12)
+
+
+def test_rejected_rows_are_listed(tokenizer_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        *(PAIRS["trl_preference"] | {"prompt": f"{n}"} for n in range(4)),
+        {"prompt": "Q", "response": ""},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    module = PreferenceDataModule(str(tokenizer_dir), str(file), on_bad_row="reject")
+    module.setup()
+    module.trainer = Trainer(default_root_dir=tmp_path, logger=False, enable_checkpointing=False)
+    module.train_dataloader()
+    with (tmp_path / "rejected_rows.csv").open(newline="", encoding="utf-8") as table:
+        (listed,) = csv.DictReader(table)
+    assert (listed["file"], listed["line"], listed["reason"]) == (str(file), "5", "empty answer")
+    assert "Remove the row" in listed["message"]

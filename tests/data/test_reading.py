@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from lightning_perl.data.reading import (
+    Source,
     csv_rows,
     json_rows,
     jsonl_rows,
@@ -88,6 +89,34 @@ def test_a_json_array(tmp_path: Path, ending: str) -> None:
         (b'[\n"\xff"]', "not UTF-8", r"2: not UTF-8 \(byte 0xff\). Save"),
     ):
         only(json_rows, save(file, data), reason, words)
+
+
+ROW = {"a": "b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.json", '{"a": "b"}\n\n{"a": "b"}\n'),
+        ("rows.json", '{"version": 1, "data": [{"a": "b"},\n{"a": "b"}]}'),
+        ("rows.JSON.GZ", '[{"a": "b"}, {"a": "b"}]'),
+        ("rows.jsonl", '[{"a": "b"},\n{"a": "b"}]'),
+        ("rows.ndjson", '{"a": "b"}\n{"a": "b"}'),
+        ("rows.TSV", "a\nb\nb\n"),
+    ],
+)
+def test_rows_under_another_ending_are_read(tmp_path: Path, name: str, text: str) -> None:
+    data = text.encode()
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
+    assert [row for _, row in Source("data.train", str(file)).rows(Bad())] == [ROW, ROW]
+
+
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+    for reader in READERS:
+        file = save(tmp_path / "rows", pointer)
+        only(reader, file, "LFS pointer", "1: a pointer of Git LFS .*git lfs pull")
 
 
 def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
