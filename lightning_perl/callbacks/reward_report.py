@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_perl.callbacks.console import show
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.metrics import BINS, RewardMeasures
 
@@ -60,7 +61,7 @@ class RewardReport(Callback):
         measures = pl_module.measures if isinstance(pl_module, Measured) else None
         if measures is None or not measures.values or not trainer.is_global_zero:
             return
-        print("\n".join(reward_table(measures)), flush=True)
+        show("\n".join(reward_table(measures)))
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         pictures = {"reliability": reliability_figure(measures), "scores": score_figure(measures)}
