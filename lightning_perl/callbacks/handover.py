@@ -81,8 +81,7 @@ class Handover(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to lose."""
-        self._began = True
+        """Let Ctrl-C wait for the end of a batch."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return
@@ -96,11 +95,11 @@ class Handover(Callback):
 
         signal.signal(signal.SIGINT, stop)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whatever is measured is kept."""
+    def on_train_batch_start(self, *_: object, **__: object) -> None:
+        """From here on there is something to lose."""
         self._began = True
 
-    on_test_start = on_predict_start = on_validation_start
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand over; a dry run (``fast_dev_run``) writes nothing.
