@@ -19,7 +19,25 @@ from pathlib import Path
 
 from lightning_perl.data import PreferenceDataModule
 
-WORDS = "tea milk hot cold green black leaf cup water sugar honey lemon ginger slow warm bitter sweet".split()
+WORDS = [
+    "tea",
+    "milk",
+    "hot",
+    "cold",
+    "green",
+    "black",
+    "leaf",
+    "cup",
+    "water",
+    "sugar",
+    "honey",
+    "lemon",
+    "ginger",
+    "slow",
+    "warm",
+    "bitter",
+    "sweet",
+]
 
 
 def sentence(draw: random.Random, words: int) -> str:

@@ -21,6 +21,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 
 import lightning_perl
 from lightning_perl.cli import config_source, main, packaged_configs
+from lightning_perl.commands.going_on import newest_checkpoint
 from tests.conftest import TinyTrunk
 from tests.data.orders import prompt_data
 from tests.modules import tiny
@@ -208,18 +209,51 @@ def test_an_optimizer_is_chosen_in_yaml(trunk: str) -> None:
     }  # fmt: skip
 
 
-def test_resume_and_validate_from_a_checkpoint(trunk: str) -> None:
+def test_resume_and_validate_from_a_checkpoint(
+    trunk: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit("--model.trunk", trunk)
     (checkpoint,) = Path("runs/tiny/version_0/checkpoints").glob("*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["trunk"] == trunk
-    fit("--model.trunk", trunk, "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint))
+    later = ("--model.trunk", trunk, "--trainer.max_epochs", "2", "--model.kl_coef", "0.7")
+    fit(*later, "--ckpt_path", "last")
     assert [
         row["train/episodes"] for row in rows_of("runs/tiny/version_1") if row["train/episodes"]
     ] == ["12.0", "16.0"]
+    # What is given now wins over the checkpoint's.
+    saved = yaml.safe_load(Path("runs/tiny/version_1/config.yaml").read_text(encoding="utf-8"))
+    assert saved["model"]["init_args"]["kl_coef"] == 0.7
+    assert saved["ckpt_path"] == str(checkpoint)
     configs = [flag for name in ("model", "data", "trainer") for flag in ("-c", f"{name}.yaml")]
     main(["validate", *configs, "--model.trunk", trunk, "--ckpt_path", str(checkpoint)])
     (row,) = rows_of("runs/tiny/version_2")
     assert float(row["val/response_tokens"]) > 0
+    # The newest is cut short: the one before is taken, or there is none.
+    for path in Path("runs/tiny").glob("version_1/checkpoints/*.ckpt"):
+        path.write_bytes(path.read_bytes()[:999])
+    assert (
+        newest_checkpoint(yaml.safe_load(Path("trainer.yaml").read_text())["trainer"], True)
+        == checkpoint
+    )
+    checkpoint.unlink()
+    flags = [*configs, "--model.trunk", trunk]
+    code, printed = exits(capsys, "fit", *flags, "--ckpt_path", "last")
+    assert code == 2
+    assert "no checkpoint to go on from in runs/tiny/*/checkpoints/*.ckpt" in printed
+    assert "is not a zip file" in printed
+    assert not Path("runs/tiny/version_3").exists()
+
+
+def test_settings_that_a_resumed_run_cannot_change(
+    trunk: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("--model.trunk", trunk)
+    (checkpoint,) = Path("runs/tiny/version_0/checkpoints").glob("*.ckpt")
+    configs = [flag for name in ("model", "data", "trainer") for flag in ("-c", f"{name}.yaml")]
+    flags = [*configs, "--model.trunk", trunk, "--ckpt_path", str(checkpoint)]
+    code, printed = exits(capsys, "fit", *flags, "--model.lora.rank", "3", "--model.seed", "1")
+    assert code == 2
+    assert "which cannot change: lora.rank is 3, there 2, seed is 1, there 0" in printed
 
 
 def test_a_run_is_quiet_about_what_is_known(

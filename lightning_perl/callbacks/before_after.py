@@ -6,6 +6,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lightning_perl.callbacks.console import show
+
 
 class BeforeAfter(Callback):
     """At the end of ``fit``, prints held-out measures of the last validation: reference -> policy.
@@ -19,7 +21,7 @@ class BeforeAfter(Callback):
         """Print, if there was a validation."""
         lines = before_after(dict(trainer.callback_metrics))
         if lines:
-            print("\n".join(["held-out prompts, reference -> policy", *lines]))
+            show("\n".join(["held-out prompts, reference -> policy", *lines]))
 
 
 def before_after(measures: dict[str, Tensor]) -> list[str]:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_perl.arguments import Checked, Count, CountOrZero
+from lightning_perl.callbacks.console import show
 from lightning_perl.callbacks.phase_meter import PhaseMeter, cuda_device
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.phases import WHOLE_BATCH, PhaseCallback
@@ -93,7 +94,7 @@ class CudaMemoryMonitor(PhaseMeter):
             name, title = "peak_allocated", "peak GiB"
         phases = [f"{key} {peaks[name] / GIB:.2f}" for key, peaks in self._fit.items()]
         if trainer.is_global_zero and phases:
-            print(f"memory ({title}): {' | '.join(phases)}", flush=True)
+            show(f"memory ({title}): {' | '.join(phases)}")
 
 
 def _keep_largest(largest: dict[str, int], peaks: dict[str, int]) -> None:
@@ -225,7 +226,7 @@ class CudaMemorySnapshot(Checked, PhaseCallback):
         while path.exists():
             path = self._into / f"{name}_{next(numbers)}.pickle"
         torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
-        print(f"memory snapshot: {path} (open it at https://pytorch.org/memory_viz)", flush=True)
+        show(f"memory snapshot: {path} (open it at https://pytorch.org/memory_viz)")
 
 
 def _is_out_of_memory(exception: BaseException | None) -> bool:

@@ -33,7 +33,7 @@ class HandsOver(Protocol):
 
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    """The trainer's own callbacks that save checkpoints."""
+    """The callbacks that save checkpoints."""
     return [call for call in trainer.checkpoint_callbacks if isinstance(call, ModelCheckpoint)]
 
 
@@ -81,8 +81,7 @@ class Handover(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to lose."""
-        self._began = True
+        """Let Ctrl-C wait for the end of a batch."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return
@@ -96,11 +95,11 @@ class Handover(Callback):
 
         signal.signal(signal.SIGINT, stop)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whatever is measured is kept."""
+    def on_train_batch_start(self, *_: object, **__: object) -> None:
+        """From here on there is something to lose."""
         self._began = True
 
-    on_test_start = on_predict_start = on_validation_start
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand over; a dry run (``fast_dev_run``) writes nothing.
@@ -120,27 +119,29 @@ class Handover(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave what there is: a checkpoint, unless the error came inside a batch, and the weights."""
+        """Leave weights and a checkpoint, unless the error came inside a batch: it is about the training then."""
+        stopped_by = type(exception).__name__
         if isinstance(exception, SIGTERMException):
-            exception.code = 128 + (signal.SIGINT if self._interrupted else signal.SIGTERM)
+            number = signal.SIGINT if self._interrupted else signal.SIGTERM
+            exception.code, stopped_by = 128 + number, number.name
         if not self._began:
             give_back(trainer)
         fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not self._began or self._ended or not fitting or trainer.global_step == 0:
+        trained = fitting and self._began and trainer.global_step > 0
+        asked = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+        if self._ended or not trained or not (asked or _between_batches(trainer)):
             return
-        name = "Ctrl-C" if self._interrupted else type(exception).__name__
         try:
             self._save(trainer)
-            self._hand_over(trainer, pl_module, name)
+            self._hand_over(trainer, pl_module, stopped_by)
         except Exception as error:  # the first one is the one to raise
             rank_zero_warn(f"Nothing is handed over: {error}")
 
     def _save(self, trainer: Trainer) -> None:
         """Save a checkpoint where this step has none; one from inside a batch could not go on exactly."""
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         savers = [call for call in model_checkpoints(trainer) if not call.save_weights_only]
         saved = [call._last_global_step_saved for call in savers]
-        if savers and trainer.global_step not in saved and progress.processed == progress.ready:
+        if savers and trainer.global_step not in saved and _between_batches(trainer):
             path = run_folder(trainer) / "checkpoints" / "stopped.ckpt"
             trainer.save_checkpoint(path)
             rank_zero_info(f"saved {path}")
@@ -171,6 +172,11 @@ class Handover(Callback):
         rank_zero_info(f"handed over in {folder}")
         if stopped_by:
             rank_zero_info(f"unfinished, {note}; to go on, add --ckpt_path last")
+
+
+def _between_batches(trainer: Trainer) -> bool:
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(progress.processed == progress.ready)
 
 
 def _require_finite(module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_perl.callbacks.console import show
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.metrics import BINS, RewardMeasures
 
@@ -63,7 +64,7 @@ class RewardReport(Callback):
         splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
         same = splits is not None and splits.test is splits.val
         rows = "the validation rows (there are no test rows)" if same else "test rows"
-        print("\n".join(reward_table(measures, rows)), flush=True)
+        show("\n".join(reward_table(measures, rows)))
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         pictures = {"reliability": reliability_figure(measures), "scores": score_figure(measures)}

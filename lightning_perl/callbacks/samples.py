@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_perl.arguments import Checked, Count
 from lightning_perl.batches import Answers, PromptBatch
+from lightning_perl.callbacks.console import show
 from lightning_perl.callbacks.run_folder import run_folder
 
 # Characters of a text in the printed table; the file holds all of it.
@@ -88,7 +89,7 @@ class SampleWriter(Checked, Callback):
         """Writes the final samples and prints them."""
         self._write(trainer, pl_module)
         if trainer.is_global_zero and self._samples:
-            print(sample_table(self._samples), flush=True)
+            show(sample_table(self._samples))
         self._before = None
         self._chunks = []
 

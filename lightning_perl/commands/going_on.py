@@ -96,4 +96,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(plain, Mapping):
             yield from _flat(plain, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", list(plain) if isinstance(plain, tuple) else plain
+            # jsonargparse wraps a dataclass that has subclasses.
+            yield (
+                f"{prefix}{key}".replace("init_args.", ""),
+                list(plain) if isinstance(plain, tuple) else plain,
+            )

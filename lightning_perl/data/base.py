@@ -115,6 +115,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         self.weights: list[float] | None = None
         self._examples: dict[str, list[Any]] = {}
         self._sources: dict[str, list[int]] = {}
+        # Of the last split that was read: the test rows.
+        self._places: list[str] = []
         self._distinct = 0
         self._reported_to: Trainer | None = None
 
@@ -204,7 +206,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
                 self._examples[name] = self._examples["val"]
                 continue
             report = self.report.splits[name] = SplitReport()
-            self._examples[name], self._sources[name] = self._encode(encoder, items, report)
+            self._examples[name], self._sources[name], places = self._encode(encoder, items, report)
+            self._places = places
         self.splits = splits
         self.report.template = f"{encoder.template}, an answer ends with {encoder.ending!r}"
         self.report.notes.update(encoder.notes)
@@ -256,8 +259,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     def _encode(
         self, encoder: TurnEncoder, items: list[Item], report: SplitReport
-    ) -> tuple[list[Any], list[int]]:
-        """Returns the examples of a split, and the numbers of their sources."""
+    ) -> tuple[list[Any], list[int], list[str]]:
+        """Returns the examples of a split, the numbers of their sources, and where their rows were read."""
         prompts = self.rows == "prompts"
         limits = self.max_tokens, self.max_response_tokens
         sourced = [(first_row(item).source, item) for item in items]
@@ -275,7 +278,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             number += len(rows)
         for example in examples:
             report.keep(example)
-        return examples, [source for source, *_ in encoded]
+        places = [first_row(item).where for _, item, rows in encoded for _ in rows]
+        return examples, [source for source, *_ in encoded], places
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
@@ -299,6 +303,10 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         return self._fixed("test")
 
     predict_dataloader = test_dataloader
+
+    def where(self, row: int) -> str:
+        """Returns file and line of a test row, by its number; nothing where rows are streamed."""
+        return self._places[row] if self._places else ""
 
     def _fixed(self, split: str) -> FixedLoader | FixedStream:
         self.log_report()

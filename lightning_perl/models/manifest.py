@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.whole import MANIFEST_FILE, require_whole
@@ -25,7 +26,7 @@ def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str,
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = trunk.adapters.merged(adapter)
-    _plain_model(trunk).save_pretrained(folder, state_dict=weights)
+    _save_model(_plain_model(trunk), folder, weights)
     trunk.tokenizer.save_pretrained(folder)
     dtypes = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
     own = {
@@ -106,6 +107,18 @@ def _trained_on(trunk: Trunk) -> dict[str, str]:
         "quantization": trunk.quantization,
     }
     return {key: value for key, value in about.items() if value is not None}
+
+
+def _save_model(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write a model and its generation settings as they were read, which older transformers may find invalid."""
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def _plain_model(trunk: Trunk) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_perl.arguments import Checked, CountOrZero
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
 from lightning_perl.callbacks.handover import Handover
+from lightning_perl.callbacks.predictions import PredictionWriter
 from lightning_perl.callbacks.resume import Resume
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.models.adapters import LoraSpec
@@ -130,7 +131,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""
         if self._trainer is not None:
             claim(self.trainer)
-        return [Handover(), Resume()]
+        return [Handover(), Resume(), PredictionWriter()]
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings and data that would make the numbers wrong."""

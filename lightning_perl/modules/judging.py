@@ -58,5 +58,8 @@ class Judging(Supervised):
         self.on_validation_epoch_end()
 
     def predict_step(self, batch: RatedBatch, batch_idx: int) -> dict[str, Any]:
-        """Row numbers and scores."""
-        return {"row": batch.row, "score": self.scores(batch)}
+        """Row numbers, which answer of a pair it is, and scores."""
+        answers: list[str | None] = [None] * len(batch.row)
+        for chosen, rejected in batch.pairs.tolist():
+            answers[chosen], answers[rejected] = "chosen", "rejected"
+        return {"row": batch.row, "answer": answers, "score": self.scores(batch)}

@@ -35,6 +35,7 @@ from lightning_perl.modules.safety import (
     require_equal_logprobs,
     require_trainable,
     require_unmoved,
+    warn_if_far,
 )
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe
 
@@ -360,6 +361,7 @@ class OnPolicy(Evaluation):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)
             described = {**describe(rollout, scored._replace(scores=scores)), **parts}
+            warn_if_far(described["kl"], described["response_tokens"])
             scored = scored._replace(scores=self.shaped_scores(scores, rollout.stopped))
             if greedy is not None:
                 baseline = self.shaped_scores(self.scores(greedy), greedy.stopped)

@@ -176,14 +176,13 @@ class Supervised(AdapterModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        """Refuse to go on where there was nothing to learn a preference from.
-
-        Raises:
-            ValueError: No row of the epoch had a thumb or stood in a pair.
-        """
+        """Refuse to go on where there was nothing to learn a preference from."""
         # A dry run reads a batch or two of the epoch, perhaps none of them rated.
-        dry: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if (self.needs_ratings or self.heads()) and self.rated == 0 and not dry:
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._require_ratings()
+
+    def _require_ratings(self) -> None:
+        if (self.needs_ratings or self.heads()) and self.rated == 0:
             outcome = "its reward head is still random" if self.heads() else "it learned nothing"
             raise ValueError(
                 f"{type(self).__name__} saw no row to learn a preference from in a whole epoch, so {outcome}. "
@@ -238,6 +237,8 @@ class Supervised(AdapterModule):
 
     def write(self, folder: Path) -> Path:
         """Write what is handed over below ``folder``, and return its own folder."""
+        if self.heads():
+            self._require_ratings()
         if self.adapter == OFF or not self.keeps_adapter:
             self.save_trunk(folder / "trunk")
             return folder / "trunk"
