@@ -238,6 +238,8 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         try:
             with module.phase("score"):
                 scored = module.score(rollout, by_length=False)
+                if module.greedy_baseline:
+                    scored = scored._replace(baseline=scored.scores)
             experience, _ = module.experience(rollout, scored)
             learned = -(-learned_rows // module.samples_learned) * module.samples_learned
             piece = experience.rows(torch.arange(learned))

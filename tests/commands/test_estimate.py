@@ -38,7 +38,24 @@ from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.weightless import materialize, weightless
-from lightning_perl.modules import PPO, RLOO, SFT, Reinforce, RewardModel
+from lightning_perl.modules import (
+    DPO,
+    GRPO,
+    INPO,
+    IPO,
+    KTO,
+    PPO,
+    RAFT,
+    RDPO,
+    RLOO,
+    SFT,
+    Reinforce,
+    ReMax,
+    RewardModel,
+    SuperHF,
+)
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.pairwise import Pairwise
 from lightning_perl.optim import HostAdamW
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.conftest import TinyTrunk
@@ -201,6 +218,31 @@ def test_samples_of_a_prompt_without_a_critic() -> None:
     few = rehearsal(rloo(sampling=SamplingSpec(32, batch_size=2)), load, block=1).peaks()
     assert few["rollout"].kinds["cache"] == peaks["rollout"].kinds["cache"] / 4
     assert few["actor"].total == peaks["actor"].total
+
+
+@pytest.mark.parametrize("kind", [GRPO, INPO, RAFT, ReMax, SuperHF])
+def test_relatives_on_policy_are_known(kind: type[OnPolicy]) -> None:
+    def make(micro: int) -> Callable[[], OnPolicy]:
+        settings = {} if kind is ReMax else {"samples": 4}
+        settings |= {"sampling": SamplingSpec(32), "lora": LoraSpec(16, 1.0)}
+        return lambda: kind("x", micro_batch_size=micro, score_batch_size=2, **settings)
+
+    load = LOAD._replace(rows=4 if kind is ReMax else 16)
+    few, many = (rehearsal(make(micro), load, block=1).peaks() for micro in (2, 4))
+    assert set(few) == {"rollout", "score", "actor", "optimizer"}
+    assert few["actor"].kinds["activations"] < many["actor"].kinds["activations"]
+    for kind_of in ("adapters", "optimizer"):
+        assert few["optimizer"].kinds[kind_of] == many["optimizer"].kinds[kind_of]
+
+
+@pytest.mark.parametrize("kind", [DPO, IPO, KTO, RDPO])
+def test_relatives_of_pairs_and_thumbs_are_known(kind: type[Pairwise]) -> None:
+    load = LOAD._replace(pairs=kind is not KTO)
+    pairwise = rehearsal(lambda: kind("x", lora=LoraSpec(16, 1.0)), load, block=1).peaks()
+    tuned = rehearsal(lambda: SFT("x", LoraSpec(16, 1.0)), load, block=1).peaks()
+    # The reference is the same trunk, and its pass keeps nothing for backward: the memory of a fine-tuning.
+    ours, theirs = highest(pairwise), highest(tuned)
+    assert ours == pytest.approx(theirs, rel=0.01)
 
 
 def test_a_module_made_without_weights_reads_nothing() -> None:
