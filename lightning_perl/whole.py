@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors import SafetensorError
 
 MANIFEST_FILE = "manifest.json"
 
@@ -87,6 +88,8 @@ def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
         for manifest in list(beside.rglob(MANIFEST_FILE)):
             _seal(manifest, about)
             _replace(manifest.parent, folder / manifest.parent.relative_to(beside))
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder}: not written, what was there stays as it was ({error})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -111,7 +111,7 @@ class Handover(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         timers = (call for call in trainer.callbacks if isinstance(call, Timer))  # type: ignore[attr-defined]
-        late = any((timer.time_remaining() or 1) <= 0 for timer in timers)
+        late = trainer.should_stop and any((timer.time_remaining() or 1) <= 0 for timer in timers)
         if trainer.should_stop:
             self._save(trainer)
         self._hand_over(trainer, pl_module, "the time limit" if late else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    patterns = list(_patterns(trainer))
-    found = {path for pattern in patterns for path in Path().glob(pattern)}
-    ours = [path for path in found if "latest" not in path.parts and not path.name.startswith(".")]
+    places = list(_places(trainer))
+    found = {path for folder, pattern in places for path in folder.glob(pattern)}
+    ours = [path for path in found if path.parents[1].name != "latest"]
     passed_over = []
     for path in sorted(ours, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         problem = damage(path)
@@ -38,14 +39,15 @@ def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
         if not problem:
             return path
         passed_over.append(f"{path}: {problem}")
+    looked = " or ".join(str(folder / pattern) for folder, pattern in places)
     raise FileNotFoundError(
-        f"--ckpt_path last: no checkpoint to go on from in {' or '.join(patterns)}. Leave --ckpt_path out to "
+        f"--ckpt_path last: no checkpoint to go on from in {looked}. Leave --ckpt_path out to "
         "begin, or give a file. " + "; ".join(passed_over)
     )
 
 
-def _patterns(trainer: Mapping[str, Any]) -> Iterator[str]:
-    root = trainer.get("default_root_dir") or "."
+def _places(trainer: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    root = Path(trainer.get("default_root_dir") or ".")
     loggers = trainer.get("logger")
     first = loggers[0] if isinstance(loggers, list) and loggers else loggers
     if isinstance(first, Mapping):
@@ -56,20 +58,29 @@ def _patterns(trainer: Mapping[str, Any]) -> Iterator[str]:
             version = given.get("id") or "*"
         folder = Path(given.get("save_dir") or root, name)
         run = f"version_{version}" if isinstance(version, int) else version
-        yield str(folder / run / "checkpoints/*.ckpt")
+        yield folder, f"{run}/checkpoints/*.ckpt"
     else:
-        yield str(Path(root, "version_*/checkpoints/*.ckpt"))
-        yield str(Path(root, "lightning_logs/version_*/checkpoints/*.ckpt"))
+        yield root, "version_*/checkpoints/*.ckpt"
+        yield root / "lightning_logs", "version_*/checkpoints/*.ckpt"
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         folder = callback.get("init_args", {}).get("dirpath")
         if folder:
-            yield str(Path(folder, "*.ckpt"))
+            yield Path(folder), "*.ckpt"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint without its tensors in memory, and without code in it."""
-    stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """A checkpoint without its tensors in memory.
+
+    Raises:
+        ValueError: It would run code.
+    """
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than weights and settings; it is not loaded"
+        ) from error
     return stored
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 
@@ -58,7 +59,8 @@ def fit(
     ckpt_path = options.pop("ckpt_path", None)
     keep = ModelCheckpoint(save_last=True, every_n_train_steps=100)
     settings = {"logger": logger, "enable_checkpointing": True} | options
-    trainer = quiet_trainer(folder, [*callbacks, keep], **settings)
+    limit = Timer(duration={"hours": 1})
+    trainer = quiet_trainer(folder, [*callbacks, limit, keep], **settings)
     module = module or Counter(lambda module: None)
     trainer.fit(module, Rows(5), ckpt_path=ckpt_path)
     return Path(logger.log_dir), module
@@ -69,7 +71,9 @@ def kill(number: signal.Signals) -> Callable[[Trainer], object]:
 
 
 def out_of_time(trainer: Trainer) -> None:
-    trainer.should_stop = True
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer):
+            callback._duration = 0.0
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def out_of_time(trainer: Trainer) -> None:
         (Act(fail, "on_train_epoch_end"), None),
         (Act(out_of_time), 0),
     ],
-    ids=["SIGTERM", "Ctrl-C", "another callback fails", "should_stop"],
+    ids=["SIGTERM", "Ctrl-C", "another callback fails", "max_time"],
 )
 def test_a_stopped_run_hands_over_and_goes_on(stop: Act, code: int | None, tmp_path: Path) -> None:
     if code == 0:
@@ -93,7 +97,7 @@ def test_a_stopped_run_hands_over_and_goes_on(stop: Act, code: int | None, tmp_p
     folder = tmp_path / "run/latest/trunk"
     assert load_file(folder / "model.safetensors")["weight"] == -learned
     about = json.loads((folder / "manifest.json").read_text())
-    assert ("unfinished" in about) == (code != 0)
+    assert "unfinished" in about
     newest = max((tmp_path / "run/version_0/checkpoints").iterdir(), key=os.path.getmtime)
     again, module = fit(tmp_path, ckpt_path=newest)
     assert (again.name, module.weight.item()) == ("version_1", -5)
@@ -112,14 +116,24 @@ class Diverging(Counter):
         torch.nn.init.constant_(self.weight, float("nan"))
 
 
+class FullDisk(Counter):
+    def hand_over(self, folder: Path) -> None:
+        super().hand_over(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
-    [(Counter, {"max_steps": 0}, "Nothing was trained"), (Diverging, {}, "are not finite")],
+    [
+        (Counter, {"max_steps": 0}, "Nothing was trained"),
+        (Diverging, {}, "are not finite"),
+        (FullDisk, {}, r"run/version_0: not written, .*No space"),
+    ],
 )
-def test_what_was_not_trained_or_is_not_finite_is_not_handed_over(
+def test_what_is_untrained_not_finite_or_not_whole_is_not_handed_over(
     kind: type[Counter], options: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises((RuntimeError, OSError), match=words):
         fit(tmp_path, module=kind(lambda module: None), **options)
     assert not list(tmp_path.rglob("trunk"))
 
