@@ -260,11 +260,14 @@ class PreferenceDataModule(ConversationDataModule):
 
         prompts = self.rows == "prompts"
         limits = self.max_tokens, self.max_response_tokens
-        encoded = self.encoder.encode_all(of_the_split(), *limits, prompts, bad_row, split.rejected)
+        encoder = self.encoder
+        encoded = encoder.encode_all(of_the_split(), *limits, prompts, bad_row, split.rejected)
         for (place, number), item, sides in encoded:
             example = example_of(item, sides, number, prompts)
             split.keep(example)
             yield place, example
+        if split is self.report.splits["train"]:
+            self.report.notes.update(encoder.notes)
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
         """Yields an epoch's rows of all streams, shuffled."""

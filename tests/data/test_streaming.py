@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule, tokenization
@@ -60,6 +61,21 @@ def test_a_stream_yields_what_is_yielded_in_memory(build: Build, tmp_path: Path)
         )
     check_counts(stream.report, 200)
     assert stream.report.splits["train"] == whole.report.splits["train"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_what_a_chat_template_changes_is_noted_once(tokenizer_dir: Path, streaming: bool) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    talk = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    told = PreferenceDataModule(
+        tokenizer, [{"messages": talk}], val_fraction=0.0, streaming=streaming
+    )
+    told.setup()
+    for _ in range(2):
+        list(told.train_dataloader())
+    noted = "dialogs whose last answer alone counts: the template rewrites others"
+    assert told.report.notes == {noted: 1}
 
 
 def test_prompts_are_held_out_by_their_hash(build: Build, tmp_path: Path) -> None:
