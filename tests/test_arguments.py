@@ -10,8 +10,10 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
 
 from lightning_perl import arguments, callbacks, data, modules, rewards
 from lightning_perl.arguments import Checked
@@ -153,3 +155,23 @@ def refused(kind: type, name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name} must be .*, got "):
         kind(**{name: value})
     assert name in refusal(kind, f"--x.{name}={value}")
+
+
+def adamw(lr: float = 1e-4, **values: Any) -> OptimizerCallable:
+    return lambda params: torch.optim.AdamW(params, lr=lr, **values)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (adamw(0.0), "model.optimizer: lr must be above 0 and finite, got 0.0"),
+        (adamw(math.inf), "model.optimizer: lr must be above 0 and finite, got inf"),
+        (adamw(eps=math.inf), "model.optimizer: eps must be finite, got inf"),
+        (adamw(-1.0), "model.optimizer: Invalid learning rate: -1.0"),
+    ],
+)
+def test_an_optimizer_that_cannot_learn_is_refused(
+    optimizer: OptimizerCallable, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        modules.SFT("is not read", optimizer=optimizer)

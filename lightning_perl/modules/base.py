@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_perl.arguments import Checked, CountOrZero
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
@@ -46,6 +49,22 @@ def default_optimizer(learning_rate: float) -> OptimizerCallable:
     """
     values = {"betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0.0, "fused": True}
     return lambda params: torch.optim.AdamW(params, lr=learning_rate, **values)  # type: ignore[arg-type]
+
+
+def require_rates(optimizer: OptimizerCallable) -> None:
+    """Refuse an optimizer that cannot learn, by making one for a single weight.
+
+    Raises:
+        ValueError: A learning rate of 0, or a setting that is not finite or that the optimizer refuses.
+    """
+    try:
+        group = optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
+    except ValueError as error:
+        raise ValueError(f"model.optimizer: {error}") from error
+    for name, value in group.items():
+        if isinstance(value, float) and not (math.isfinite(value) and (name != "lr" or value > 0)):
+            least = "above 0 and " if name == "lr" else ""
+            raise ValueError(f"model.optimizer: {name} must be {least}finite, got {value}.")
 
 
 Stats = dict[str, Tensor]
@@ -86,6 +105,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         scheduler: LRSchedulerCallable | None = None,
         seed: CountOrZero = 0,
     ) -> None:
+        require_rates(optimizer)
         super().__init__()
         self.trunk_dtype: TrunkDtype = trunk_dtype
         self.checkpointing = checkpointing
@@ -122,10 +142,16 @@ class AdapterModule(Checked, LightningModule, ABC):
         optimizer = self._make_optimizer(self.parameter_groups())
         if self._make_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self._make_scheduler(optimizer)
+        config = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if not isinstance(scheduler, WatchingPlateau):
+                raise MisconfigurationException(
+                    "model.scheduler: torch's ReduceLROnPlateau does not say what it watches. Use class_path: "
+                    "lightning.pytorch.cli.ReduceLROnPlateau and its monitor, such as val/loss."
+                )
+            config |= {"interval": "epoch", "monitor": scheduler.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     def configure_callbacks(self) -> list[Callback]:
         """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""
@@ -133,34 +159,44 @@ class AdapterModule(Checked, LightningModule, ABC):
             claim(self.trainer)
         return [Handover(), Resume(), PredictionWriter()]
 
-    def setup(self, stage: str) -> None:
-        """Refuse trainer settings and data that would make the numbers wrong."""
-        precision = self.trainer.precision
+    @classmethod
+    def refuse(cls, trainer: Trainer, rows: str | None) -> None:
+        """Refuse a trainer's settings, and rows of another kind, before data is read and weights are loaded."""
+        precision = trainer.precision
         if precision != "32-true":
             raise MisconfigurationException(
                 f"trainer.precision must stay 32-true, got {precision!r}: Lightning would cast or autocast "
                 "the adapters, whose weights, gradients and moments must be fp32. For bf16 matrix products "
                 "set model.init_args.trunk_dtype: bfloat16."
             )
-        if self.trainer.world_size > 1:
+        if trainer.world_size > 1:
             raise MisconfigurationException(
-                f"{type(self).__name__} is tested on one device only, got {self.trainer.world_size}: "
+                f"{cls.__name__} is tested on one device only, got {trainer.world_size}: "
                 "gradients and logged means of several processes are not verified yet. Set "
                 "trainer.devices: 1 (and trainer.num_nodes: 1)."
             )
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "trainer.overfit_batches would exchange the loaders' samplers, by which a run resumes exactly. "
+                "Use data with as few rows as shall be learned by heart, and more trainer.max_epochs."
+            )
+        if rows not in (None, cls.rows):
+            raise ValueError(
+                f"{cls.__name__} learns from {cls.rows}, but data.rows is {rows!r}. Set "
+                f"data.init_args.rows: {cls.rows}."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Refuse trainer settings and data that would make the numbers wrong."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.refuse(self.trainer, data.rows if isinstance(data, Bounded) else None)
         if self.automatic_optimization and self.trainer.accumulate_grad_batches > 1:
             rank_zero_warn(
                 "With accumulate_grad_batches every batch weighs the same, however many tokens or thumbs it "
                 "has: the step is not quite that of one larger batch."
             )
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         self._agree_on_template(getattr(data, "template", None))
         if isinstance(data, Bounded):
-            if data.rows != self.rows:
-                raise ValueError(
-                    f"{type(self).__name__} learns from {self.rows}, but data.rows is {data.rows!r}. Set "
-                    f"data.init_args.rows: {self.rows}."
-                )
             self._refuse_longer_than_window(data)
 
     def _agree_on_template(self, template: str | None) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -371,11 +373,30 @@ class OnPolicy(Evaluation):
         scored, first_value_stats = self.values_of(rollout, scored, self.manual_backward)
         experience, stats = self.experience(rollout, scored)
         trained = self._learn(experience, first_value_stats)
-        if self._make_scheduler is not None:
-            self.lr_schedulers().step()  # type: ignore[union-attr]
+        scheduler = None if self._make_scheduler is None else self.lr_schedulers()
+        if scheduler is not None and not isinstance(scheduler, WatchingPlateau):
+            scheduler.step()  # type: ignore[union-attr]
         learned = int(experience.sequences.attention_mask.sum()) * self.epochs
         rollouts = [rollout, greedy] if greedy else [rollout]
         return self._account(rollouts, learned, described, {**stats, **trained})
+
+    def on_validation_end(self) -> None:
+        """A scheduler that watches a measure is stepped after each validation, the others after each rollout.
+
+        Raises:
+            ValueError: Validation does not log that measure.
+        """
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if not fitting or self._make_scheduler is None:
+            return
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, WatchingPlateau):
+            logged = self.trainer.callback_metrics
+            if scheduler.monitor not in logged:
+                raise ValueError(
+                    f"model.scheduler watches {scheduler.monitor!r}; validation logs {sorted(logged)}."
+                )
+            scheduler.step(logged[scheduler.monitor])
 
     def _greedy(self, prompts: PromptBatch) -> Rollout:
         """The policy's likeliest responses, one per prompt."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.cli import ReduceLROnPlateau
 from peft import PeftModel
 from torch import Tensor
 from torch.testing import assert_close
@@ -165,6 +167,28 @@ def test_scheduler_steps_once_per_rollout_batch(hydra_trunk: Path, tmp_path: Pat
     tiny.fit(module, tmp_path, [tiny.prompts(4, seed) for seed in range(3)], look)
     expected = [[scale * 1e-4, scale * 4e-5, scale * 4e-5] for scale in (1, 0.5, 0.25)]
     assert rates == [pytest.approx(one) for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "refused"),
+    [("val/score", None), ("val/scores", "watches 'val/scores'; validation logs .*'val/score'")],
+)
+def test_a_scheduler_that_watches_is_stepped_after_each_validation(
+    monitor: str, refused: str | None, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    # A threshold that nothing reaches: every validation but the first is one without progress.
+    module = tiny.hydra(
+        hydra_trunk,
+        scheduler=lambda optimizer: ReduceLROnPlateau(
+            optimizer, monitor, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs"
+        ),
+    )
+    trainer, _ = tiny.quiet_trainer(tmp_path, max_epochs=3)
+    batches = tiny.Batches([tiny.prompts(4)])
+    with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+        trainer.fit(module, batches, batches)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        assert rates == [pytest.approx(1e-4 / 4)] * 3
 
 
 TRAINED = {
