@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lightning_perl.models.manifest import note_template
 from lightning_perl.models.quantization import (
@@ -152,10 +155,65 @@ def _load_model(
         # Without a map transformers would take the GPU where there is one; here the trainer moves modules.
         how = loading_config(quantization, options["dtype"])
         options = {**options, "quantization_config": how, "device_map": {"": "cpu"}}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, config=config, **options)
+    try:
+        if find_adapter_config_file(where) is not None:
+            raise ValueError(
+                f"trunk: {where} also holds an adapter (adapter_config.json), which would change the trunk's own "
+                "answers. Merge it into the weights, or move it to a folder of its own."
+            )
+        # Shapes that differ are reported with the missing weights, instead of raised one by one.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"trunk: the weights in {where} cannot be read ({str(error).splitlines()[0]}). Was a file lost, or an "
+            "upload or download cut short?"
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    _require_all_weights(where, *loaded)
     if quantization is not None and prepare(model, options["dtype"]) == 0:
         raise ValueError(
             f"trunk: transformers found nothing to quantize in {where} ({type(model).__name__}), whose linear "
             "layers are of a class of their own. Leave `quantization` out."
         )
     return model
+
+
+def _require_all_weights(where: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Refuse weights that transformers drew at random because the files have none; name those left out.
+
+    Tied weights are not reported as missing, and buffers are computed.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted(report["unexpected_keys"])
+    misshapen = sorted(report["mismatched_keys"])
+    missing = sorted(key for key in report["missing_keys"] if key in weights)
+    if missing or misshapen:
+        shapes = [f"{key} {tuple(got)} instead of {tuple(own)}" for key, got, own in misshapen]
+        raise ValueError(
+            f"trunk: {where} does not hold the weights of {type(model).__name__}: {len(missing)} are missing "
+            f"({', '.join(missing[:3])}), {len(shapes)} have another shape ({', '.join(shapes[:1])}), "
+            f"{len(unknown)} are unknown ({', '.join(unknown[:3])}). {_likely_cause(model, missing, unknown)}"
+        )
+    if unknown:
+        rank_zero_warn(
+            f"trunk: {len(unknown)} tensors in {where} are no weights of {type(model).__name__} and are left out: "
+            f"{', '.join(unknown[:3])}."
+        )
+
+
+def _likely_cause(model: PreTrainedModel, missing: list[str], unknown: list[str]) -> str:
+    pairs = ((key, name) for name in missing for key in unknown if key.endswith(f".{name}"))
+    prefix = next((key.removesuffix(name) for key, name in pairs), None)
+    if prefix is not None:
+        return (
+            f"Its keys begin with {prefix!r}: save the model itself, not what torch.compile, DDP or PEFT wrapped "
+            "around it."
+        )
+    if any(".lora_" in key or ".base_layer." in key for key in unknown):
+        return "Its layers carry adapters: merge them into the weights before saving."
+    if missing and not any(key.startswith(model.base_model_prefix + ".") for key in missing):
+        made = ", ".join(model.config.architectures or ())
+        return f"Its LM head is missing: a classifier or a reward model (architectures: {made})?"
+    return "Does config.json belong to these weights, and are all their files there?"

@@ -80,6 +80,78 @@ def test_weights_that_are_not_finite_are_refused(tiny_trunk: TinyTrunk, tmp_path
         load_trunk(str(tmp_path))
 
 
+Weights = dict[str, torch.Tensor]
+
+
+def _prefixed(prefix: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {prefix + key: value for key, value in weights.items()}
+
+
+def _without(part: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {key: value for key, value in weights.items() if part not in key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _without("layers.1.mlp.up"),
+            r"1 are missing \(model.layers.1.mlp.up_proj.weight\).*all their files",
+        ),
+        (_prefixed("module."), r"unknown \(module.*begin with 'module.': save the model itself"),
+        (_prefixed("base_model.model."), r"begin with 'base_model.model.'"),
+        (_without("lm_head"), r"\(lm_head.weight\).*Its LM head is missing: .*Qwen2ForCausalLM"),
+        (
+            lambda weights: weights | {"model.norm.weight": torch.ones(8)},
+            r"1 have another shape \(model.norm.weight \(8,\) instead of \(32,\)\)",
+        ),
+        (
+            lambda weights: {
+                key.replace("q_proj.w", "q_proj.base_layer.w"): value
+                for key, value in weights.items()
+            },
+            "carry adapters: merge them",
+        ),
+    ],
+)
+def test_weights_that_would_be_drawn_at_random_are_refused(
+    tiny_trunk: TinyTrunk, tmp_path: Path, change: Callable[[Weights], Weights], message: str
+) -> None:
+    shutil.copytree(tiny_trunk("qwen2"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_trunk(str(tmp_path))
+
+
+def test_weights_that_are_left_out_are_named(tiny_trunk: TinyTrunk, tmp_path: Path) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    save_file(
+        load_file(file) | {"score.weight": torch.ones(1, 32)}, file, metadata={"format": "pt"}
+    )
+    with pytest.warns(UserWarning, match=r"1 tensors in .* are left out: score.weight"):
+        assert (
+            load_trunk(str(tmp_path)).fingerprint() == load_trunk(str(tiny_trunk())).fingerprint()
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", "{}", "also holds an adapter .*Merge it"),
+        ("model.safetensors", "half", "cannot be read .*cut short"),
+    ],
+)
+def test_a_folder_with_a_file_that_should_not_be_so_is_refused(
+    tiny_trunk: TinyTrunk, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_trunk(str(tmp_path))
+
+
 @pytest.mark.parametrize("family", DROPPING)
 def test_dropout_is_zero_also_in_train_mode(tiny_trunk: TinyTrunk, family: str) -> None:
     settings = FAMILIES[family]
