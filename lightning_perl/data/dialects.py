@@ -1,8 +1,8 @@
 """How public preference data writes its rows: each dialect says what it looks like, and reads a row as our own.
 
 A dialect is a function from a row to rows in the names of `PreferenceDataModule`'s columns. It changes names and
-nesting, and leaves texts and messages to :mod:`lightning_perl.data.messages`. Where no answer was preferred, it says
-``tie``. The first dialect that a row looks like reads it; :func:`flat` reads all others.
+nesting, and leaves texts and messages to :mod:`lightning_perl.data.messages`. Where no answer was preferred, it
+says ``tie``. The first dialect that a row looks like reads it; :func:`flat` reads all others.
 """
 
 from __future__ import annotations

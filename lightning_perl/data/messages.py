@@ -79,9 +79,7 @@ def transcript(text: str) -> list[dict[str, str]] | None:
             continue
         _, *parts = tag.split(start)
         said = zip(parts[::2], parts[1::2], strict=True)
-        found = [{"role": name.lower(), "content": _ENDS.sub("", words)} for name, words in said]
-        # A prompt may end with the tag of the answer.
-        return found[:-1] if not found[-1]["content"].strip() and len(found) > 1 else found
+        return [{"role": name.lower(), "content": _ENDS.sub("", words)} for name, words in said]
     return None
 
 
@@ -144,7 +142,10 @@ def prompt_of(value: object) -> tuple[Turn, ...]:
     """Returns the turns of a prompt: a text, or messages."""
     value = unpacked(value, "prompt")
     if isinstance(value, list):
-        return turns_of(value, "prompt")
+        turns = turns_of(value, "prompt")
+        # A prompt may end with the tag of the answer.
+        opened = len(turns) > 1 and turns[-1].role == "agent" and not turns[-1].text.strip()
+        return turns[:-1] if opened else turns
     if not isinstance(value, str):
         raise wrong_type("prompt", "a string or a list of messages", value)
     if not value.strip():

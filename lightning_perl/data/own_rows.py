@@ -238,6 +238,7 @@ class RowReader:
         wanted = "; ".join(" + ".join(names.get(name, name) for name in kind) for kind in kinds)
         null = sorted(key for key, value in row.items() if value is None)
         empty = f" (null: {null})" if null else ""
+        got = sorted(key[:40] for key in row)
         close = [
             near
             for name in names.values()
@@ -247,7 +248,7 @@ class RowReader:
         meant = f" Did you mean {close[0]!r}?" if close else ""
         return BadRow(
             "missing column",
-            f"missing column: got {sorted(row)}{empty}, expected one of: {wanted}.{meant} Map your names with "
+            f"missing column: got {got}{empty}, expected one of: {wanted}.{meant} Map your names with "
             "data.columns, for example {prompt: question}, or read the rows with data.read_row.",
         )
 

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from jinja2 import TemplateError
@@ -145,16 +145,20 @@ class TurnEncoder:
             self._end = tokenizer.encode(self._ends.ending, add_special_tokens=False)
         bos = tokenizer.bos_token_id
         self._start: list[int] = [] if bos is None else [int(bos)]
+        # One object for each id, which all rows share: an integer takes four times the place of a reference.
+        self._shared: dict[int, int] = {}
         # Dialogs share most of their turns: each rated row repeats the rows before it.
-        self._text: Callable[[str], list[int]] = lru_cache(MOST_CACHED)(
-            partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
-        )
+        self._text: Callable[[str], list[int]] = lru_cache(MOST_CACHED)(self._tokens)
         # The answers of a pair have one prompt.
         self._asked = lru_cache(1)(self.encode_prompt)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         # The longest first: one may begin like another. A text may spell a stand-in, too.
         names = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self._spelled = re.compile("|".join([*map(re.escape, names), _STAND_IN.pattern]))
+
+    def _tokens(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [self._shared.setdefault(token, token) for token in ids]
 
     def _content(self, turn: Turn) -> list[int]:
         # A chat template ends its generation prompt where the answer's first letter belongs.

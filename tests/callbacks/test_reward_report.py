@@ -43,6 +43,16 @@ def measures_of(batch: RatedBatch, scores: torch.Tensor) -> RewardMeasures:
     return found
 
 
+def test_the_headline_says_which_rows_and_counts_what_lies_in_the_middle() -> None:
+    batch = tiny.rated(4)._replace(
+        label=torch.tensor([1.0, 0.5, 0.25, 0.5]), labelled=torch.ones(4).bool()
+    )
+    table = reward_table(measures_of(batch, torch.randn(4)), "the validation rows")
+    assert (
+        table[0] == "reward model on the validation rows: 4 thumbs (1 up, 1 down, 2 in the middle)"
+    )
+
+
 def test_a_test_prints_and_draws(
     trunk: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from lightning_perl.batches import RatedBatch
@@ -15,6 +17,8 @@ from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.dialects import DIALECTS, dialect_of
 from lightning_perl.data.own_rows import Columns
 from lightning_perl.data.rows import BadRow, Item, Pair, Row, Turn
+from lightning_perl.modules import DPO, RewardModel
+from tests.modules import tiny
 
 ASK = [{"role": "user", "content": "Tea?"}]
 YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
@@ -350,6 +354,24 @@ def by_hand(row: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]] | None
     )
 
 
+def test_a_config_names_the_function(tokenizer_dir: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(PreferenceDataModule, "data")
+    rows = [{"q": "Tea?", "a": "Yes."}]
+    function = {"class_path": f"{__name__}.by_hand"}
+    columns = {"rating": {"a": 0.5}, "prompt": None}
+    config = {
+        "tokenizer": str(tokenizer_dir),
+        "train": rows,
+        "read_row": function,
+        "columns": columns,
+    }
+    parsed = parser.parse_object({"data": config})
+    module = parser.instantiate_classes(parsed).data
+    assert module.train_sources[0].place == rows
+    assert yaml.safe_load(parser.dump(parsed))["data"]["columns"] == columns
+
+
 def test_a_function_reads_rows(tokenizer_dir: Path) -> None:
     rows = [{"q": "Tea?", "a": "Yes."}, {"q": "", "a": ""}]
     (row,) = read(rows, tokenizer_dir, read_row=by_hand)
@@ -386,6 +408,18 @@ def test_human_turns_decide_the_split(tokenizer_dir: Path) -> None:
     groups = [{row.dialog for row in part if isinstance(row, Row)} for part in (train, val)]
     assert [len(group) for group in groups] == [14, 6]
     assert (len(train), len(val)) == (28, 12)
+
+
+def test_a_reward_model_refuses_rows_without_verdicts(tokenizer_dir: Path, tmp_path: Path) -> None:
+    rows = [ANSWERS["openai_chat"][0], {"prompt": "Milk?", "response": "No."}]
+    trunk = tiny.save_trunk(tmp_path / "trunk")
+    for kind, words in ((RewardModel, "`label`, or with"), (DPO, "`chosen` and")):
+        module = kind(str(trunk), lora=tiny.LORA)
+        trainer, _ = tiny.quiet_trainer(tmp_path)
+        refused = f"{kind.__name__} finds no row to learn a preference from among 1 tr.* rows with {words}"
+        with pytest.raises(ValueError, match=refused):
+            trainer.fit(module, datamodule=PreferenceDataModule(str(tokenizer_dir), rows))
+        assert trainer.global_step == 0
 
 
 def test_rejected_rows_are_listed(tokenizer_dir: Path, tmp_path: Path) -> None:
