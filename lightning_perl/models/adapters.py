@@ -349,11 +349,11 @@ def _ends(name: str) -> list[str]:
 
 
 def _weight_read_directly(model: nn.Module, name: str) -> bool:
-    """Whether Mamba reads a layer's weight without calling the layer or its adapter, at least in training."""
+    """Whether Mamba or AltUp read a layer's weight past its adapter, without calling it, at least in training."""
     parent, _, last = name.rpartition(".")
     mixer, parts = model.get_submodule(parent), ("A_log", "conv1d", "in_proj")
     past = last in ("x_proj", "dt_proj", "out_proj")
-    return past and all(hasattr(mixer, part) for part in parts)
+    return last == "correction_coefs" or (past and all(hasattr(mixer, part) for part in parts))
 
 
 def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:

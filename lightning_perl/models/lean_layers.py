@@ -179,7 +179,8 @@ class FrozenLinearWithAdapter(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         y, inner = fused_product(rows, weight, bias, down, up)
         ctx.save_for_backward(rows, weight, down, up, inner)
-        return y.view(*x.shape[:-1], -1)
+        # OLMo clamps it in place, which autograd refuses for a view.
+        return cast(Tensor, torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
 
     @staticmethod
     @once_differentiable

@@ -232,9 +232,7 @@ class Roles(nn.Module):
     @contextmanager
     def training_pass(self, group: Sequence[Role]) -> Iterator[None]:
         """A pass that roles of one group are trained on, its activations kept or computed again."""
-        # Only where some are named, the others differ: without any, all passes are in train mode.
-        checkpointed = not self.checkpointed or not self.checkpointed.isdisjoint(group)
-        with self.trunk(group[0]).training_pass(checkpointed):
+        with self.trunk(group[0]).training_pass(not self.checkpointed.isdisjoint(group)):
             yield
 
     def groups(self, names: Iterable[Name]) -> list[tuple[Name, ...]]:

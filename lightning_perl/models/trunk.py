@@ -291,7 +291,7 @@ class Trunk(nn.Module):
         values = self._text_config().to_dict()
         # GPT-Neo has its own name for them, and counts its windows in columns.
         layers = set(values.get("layer_types") or values.get("attention_layers") or ())
-        if layers - FULL_LAYERS - LOCAL_LAYERS:
+        if self.model._is_stateful or layers - FULL_LAYERS - LOCAL_LAYERS:
             # Convolutions and recurrences would run from one row into the next.
             return 0
         if layers and layers <= FULL_LAYERS:
@@ -419,13 +419,19 @@ class Trunk(nn.Module):
 
     @contextmanager
     def training_pass(self, checkpointed: bool = True) -> Iterator[None]:
-        """Train mode if ``checkpointed``: only there does transformers recompute activations in backward."""
-        was_training = self.model.training
-        self.model.train(checkpointed)
+        """Train mode for adapter dropout and, if ``checkpointed``, for what recomputes activations in backward.
+
+        Nothing else is put into train mode, where routers draw and some layers read weights past their adapters.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        for name, module in self.model.named_modules():
+            recomputes = checkpointed and getattr(module, "gradient_checkpointing", False)
+            module.training = bool(recomputes) or ".lora_dropout." in name
         try:
             yield
         finally:
-            self.model.train(was_training)
+            for module, mode in modes:
+                module.training = mode
 
     def _two_rows(self) -> tuple[Tensor, Tensor]:
         """Ids and mask, the second row padded on the left. Shape: ``(2, 8)`` each."""

@@ -26,6 +26,7 @@ from lightning_perl.callbacks.predictions import PredictionWriter
 from lightning_perl.callbacks.resume import Resume
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import agree_on_template
 from lightning_perl.models.quantization import Quantization
@@ -277,12 +278,27 @@ class AdapterModule(Checked, LightningModule, ABC):
         checkpoint["state_dict"] = {key: state[key] for key in state if key in trainable}
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["trained_on"] = self._trained_on()
+
+    def _trained_on(self) -> dict[str, str]:
+        """Shapes of the adapters, and fingerprints of the frozen trunks and heads that they were trained on."""
+        about = {}
+        for name, module in self.named_modules():
+            if not isinstance(module, Trunk | ScalarHead):
+                continue
+            for adapter, spec in module.adapters.specs.items() if isinstance(module, Trunk) else ():
+                targets = ", ".join(spec.targets) or "all linear layers"
+                about[f"LoRA {adapter!r}"] = f"rank {spec.rank}, alpha {spec.alpha:g}, {targets}"
+            own = (weight for key, weight in module.named_parameters() if ".lora_" not in key)
+            if not any(weight.requires_grad for weight in own):
+                about[name] = module.fingerprint()
+        return about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose keys are not exactly those trained here.
+        """Refuse a checkpoint whose keys are not exactly those trained here, or that was trained on other weights.
 
         Raises:
-            ValueError: An adapter has another name, or the checkpoint is another layout's.
+            ValueError: It is another layout's, or another trunk's, or its adapters have another shape.
         """
         stored, trainable = set(checkpoint["state_dict"]), self.trainable_names()
         if stored != trainable:
@@ -291,6 +307,14 @@ class AdapterModule(Checked, LightningModule, ABC):
                 f"{sorted(trainable - stored)[:3]}, unknown {sorted(stored - trainable)[:3]} "
                 f"({len(trainable - stored)} and {len(stored - trainable)} in all). It belongs to another "
                 "layout, LoRA shape or trunk."
+            )
+        here, there = self._trained_on(), checkpoint.get("trained_on", {})
+        changed = [key for key in here if there.get(key, here[key]) != here[key]]
+        if changed:
+            raise ValueError(
+                f"The checkpoint does not fit {type(self).__name__}, it was trained on others: "
+                + "; ".join(f"{key} is {here[key]}, there {there[key]}" for key in changed)
+                + ". Give the trunk, reward and lora that it was trained with, or leave ckpt_path out."
             )
         self._rng = checkpoint["rng"]
 

@@ -503,14 +503,12 @@ class OnPolicy(Evaluation):
             "rollout_index": self.rollout_index,
             "episodes": self.episodes,
             "tokens": self.tokens,
-            "fingerprints": fingerprints(self.roles),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
         super().on_load_checkpoint(checkpoint)
         progress = checkpoint["on_policy"]
-        require_unmoved(self.roles, progress["fingerprints"], "in the checkpoint")
         self.rollout_index = progress["rollout_index"]
         self.episodes, self.tokens = progress["episodes"], progress["tokens"]
 

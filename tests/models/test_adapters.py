@@ -289,7 +289,8 @@ def test_a_bf16_trunk_has_fp32_adapters_gradients_and_heads(tiny_trunk: TinyTrun
     with torch.no_grad():
         answers = half.answer(rows, ("policy", "value", "reference", "reward"))
         precise = exact.answer(rows, ("policy", "value", "reference", "reward"))
-    for name, answer in answers._asdict().items():
+    for name in ("policy", "value", "reference", "reward"):
+        answer = getattr(answers, name)
         assert answer.dtype == torch.float32, name
         assert_close(answer, getattr(precise, name), atol=0.15, rtol=0.1)
     with half("policy") as trunk:

@@ -149,10 +149,10 @@ def test_padding_on_either_side_changes_nothing(
             single = padded(rows=(row,))
             alone = roles.answer(single, ROLES)
             count = single.response_mask.shape[1]
-            for name, one in alone._asdict().items():
+            for name in ROLES:
                 many = getattr(together, name)[row]
                 many = many if name == "reward" else many[:count]
-                assert_close(many, one[0], atol=tolerance, rtol=tolerance)
+                assert_close(many, getattr(alone, name)[0], atol=tolerance, rtol=tolerance)
 
 
 _ROLES: dict[tuple[Path, str], Roles] = {}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig
 
-from lightning_perl.models.adapters import OFF
+from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.loading import TrunkDtype, load_trunk, without_dropout
 from lightning_perl.models.manifest import save_trunk
 from tests.conftest import TinyTrunk
@@ -160,10 +160,9 @@ def test_dropout_is_zero_also_in_train_mode(tiny_trunk: TinyTrunk, family: str) 
     trunk = load_trunk(str(tiny_trunk(family)))
     with torch.no_grad(), trunk.switch.use(OFF):
         quiet = trunk(rows.ids, rows.attention_mask)
-        with trunk.training_pass():
-            assert trunk.model.training
-            torch.manual_seed(0)
-            assert torch.equal(trunk(rows.ids, rows.attention_mask), quiet)
+        trunk.model.train()
+        torch.manual_seed(0)
+        assert torch.equal(trunk(rows.ids, rows.attention_mask), quiet)
     rates = [module.p for module in trunk.model.modules() if isinstance(module, torch.nn.Dropout)]
     assert not any(rates)
 
@@ -181,16 +180,24 @@ def test_dropout_of_a_configuration_inside_another_is_zero() -> None:
     assert kept == (config.rms_norm_eps, text.init_std, inner.n_layer)
 
 
-def test_a_training_pass_gives_the_mode_back(tiny_trunk: TinyTrunk) -> None:
-    trunk = load_trunk(str(tiny_trunk()))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_pass_trains_blocks_that_recompute_and_gives_the_mode_back(
+    tiny_trunk: TinyTrunk, checkpointing: bool
+) -> None:
+    trunk = load_trunk(str(tiny_trunk()), checkpointing=checkpointing)
+    trunk.adapters.add("actor", LoraSpec(rank=2, targets=("q_proj",), dropout=0.1), 0)
+    drops = {f"model.layers.{n}.self_attn.q_proj.lora_dropout.actor" for n in (0, 1)}
+    blocks = {"model", "model.layers.0", "model.layers.1"} if checkpointing else set()
+
+    def trained() -> set[str]:
+        return {name for name, module in trunk.model.named_modules() if module.training}
+
     for mode in (False, True):
         trunk.model.train(mode)
+        before = trained()
         with trunk.training_pass():
-            assert trunk.model.training
-        assert trunk.model.training == mode
-        with pytest.raises(KeyError), trunk.training_pass():
-            raise KeyError
-        assert trunk.model.training == mode
+            assert trained() == blocks | drops
+        assert trained() == before
 
 
 def test_a_trunk_knows_its_sizes(tiny_trunk: TinyTrunk) -> None:

@@ -33,6 +33,7 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.safety import clip_by_group
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
+from tests.conftest import TinyTrunk
 from tests.modules import tiny
 
 Make = Callable[[str], AdapterModule]
@@ -112,6 +113,31 @@ def test_checkpoint_of_another_layout_is_refused(
             module, tiny.Batches(tiny.batches_for(module)), ckpt_path=path, weights_only=True
         )
     assert tiny.changed(before, module) == set()
+
+
+@pytest.mark.parametrize("kind", [SFT, RewardModel, HydraSFT])
+@pytest.mark.parametrize(
+    ("seed", "alpha", "words"),
+    [
+        (1, 16.0, r"others: trunk is \w{16}, there \w{16}\. Give the trunk"),
+        (0, 64.0, r"LoRA '\w+' is rank 2, alpha 64, all linear layers, there rank 2, alpha 16, "),
+    ],
+)
+def test_checkpoint_of_other_weights_or_another_scale_is_refused(
+    tiny_trunk: TinyTrunk,
+    tmp_path: Path,
+    kind: type[SFT | RewardModel],
+    seed: int,
+    alpha: float,
+    words: str,
+) -> None:
+    path = fitted(kind(str(tiny_trunk()), lora=LoraSpec(rank=2)), tmp_path)
+    arguments: dict[str, Any] = {
+        "trunk": str(tiny_trunk(seed=seed)),
+        "lora": LoraSpec(rank=2, alpha=alpha),
+    }
+    with pytest.raises(ValueError, match=words):
+        kind.load_from_checkpoint(path, weights_only=True, **arguments)
 
 
 def test_every_argument_comes_back_from_a_checkpoint(hydra_trunk: Path, tmp_path: Path) -> None:
