@@ -220,12 +220,6 @@ class AdapterModule(Checked, LightningModule, ABC):
                 "sampling.max_new_tokens."
             )
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
-        """Refuse what a loader of the user's own yields, where it is no batch of this module's kind."""
-        kind = PromptBatch if self.rows == "prompts" else RatedBatch
-        require_batch(batch, kind, type(self).__name__, self._trunks[0].vocabulary_size)
-        return batch
-
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Tell every `PhaseCallback` of the trainer, if there is one, that a phase begins and ends."""
@@ -324,11 +318,25 @@ class AdapterModule(Checked, LightningModule, ABC):
             if isinstance(optimizer, HostAdamW):
                 optimizer.rest()
 
-    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        """Restore torch's generators, which only adapter dropout uses, to where the checkpoint left them.
+    def require_batch(self, batch: object) -> None:
+        """Refuse what a loader of the user's own yields, where it is no batch of this module's kind."""
+        kind = PromptBatch if self.rows == "prompts" else RatedBatch
+        require_batch(batch, kind, type(self).__name__, self._trunks[0].vocabulary_size)
 
-        Not on loading, because making a loader's iterator may draw numbers too.
+    def on_validation_batch_start(
+        self, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Refuse a foreign batch."""
+        self.require_batch(batch)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Refuse a foreign batch, and put torch's generators where the checkpoint left them.
+
+        Only adapter dropout uses those. Not on loading: making a loader's iterator may draw numbers too.
         """
+        self.require_batch(batch)
         if self._rng is None:
             return
         torch.set_rng_state(self._rng["cpu"].cpu())

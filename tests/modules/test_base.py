@@ -189,7 +189,7 @@ def test_other_precisions_are_refused(
         tiny.quiet_trainer(tmp_path, precision=precision).trainer.validate(module, batches)
     assert trainer.global_step == 0
     assert not list(folder.rglob("*.safetensors"))
-    with pytest.raises(MisconfigurationException, match="trainer.overfit_batches would exchange"):
+    with pytest.raises(MisconfigurationException, match=r"trainer\.overfit_batches would exchange"):
         tiny.quiet_trainer(tmp_path, overfit_batches=1).trainer.fit(module, batches)
     for name, value in module.state_dict().items():
         assert_close(value, before[name], check_dtype=False)
