@@ -205,26 +205,20 @@ class RowReader:
         self, row: Mapping[str, Any], named: dict[str, Any], kind: tuple[str, ...]
     ) -> None:
         """Names the verdicts that are not used; refuses to imitate an answer that has one, or that lost it."""
-        demonstrated = kind in (("prompt", "response"), ("messages",))
-        imitates_all = {"label", "rating"} & {
-            n for n, column in self.columns.items() if column is None
+        unread = {name for name, column in self.columns.items() if column is None}
+        imitated = kind in (("prompt", "response"), ("messages",)) and not unread & {
+            "label",
+            "rating",
         }
-        if demonstrated and not imitates_all:
-            for name in ("label", "rating"):
-                for column in [self.columns.get(name), *ALIASES[name].split()]:
-                    if isinstance(column, str) and column in row and row[column] is None:
-                        raise BadRow(
-                            f"{name} is null",
-                            f"{column} is null, so whether the answer is good is not known. Leave the column "
-                            "out of demonstrations, or set on_bad_row: reject.",
-                        )
+        if imitated:
+            self._refuse_null(row)
         used = {alias for name in named if name in ALIASES for alias in ALIASES[name].split()}
         used |= {
             str(path).split(".")[0] for column in self.columns.values() for path in _paths(column)
         }
         used |= set(named.get("verdict", ()))
         for column in [column for column in verdict_keys(row) if column not in used]:
-            if demonstrated and not imitates_all:
+            if imitated:
                 raise BadRow(
                     "verdict that is not used",
                     f"the column {column!r} says how good the answer is, and would not be read. Name what it is "
@@ -232,6 +226,21 @@ class RowReader:
                     "{rating: null} to imitate every answer.",
                 )
             self.notes[f"rows whose column {column!r} looks like a verdict and is not read"] += 1
+
+    def _refuse_null(self, row: Mapping[str, Any]) -> None:
+        # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.
+        columns = [
+            (name, column)
+            for name in ("label", "rating")
+            for column in [self.columns.get(name), *ALIASES[name].split()]
+        ]
+        for name, column in columns:
+            if isinstance(column, str) and column in row and row[column] is None:
+                raise BadRow(
+                    f"{name} is null",
+                    f"{column} is null, so whether the answer is good is not known. Leave the column "
+                    "out of demonstrations, or set on_bad_row: reject.",
+                )
 
     def _missing(self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> BadRow:
         names = {name: column for name, column in self.columns.items() if isinstance(column, str)}

@@ -58,11 +58,11 @@ class PreferenceDataModule(ConversationDataModule):
     or ``assistant``; an answer is a string or a list of one assistant message, which may follow the messages of
     the prompt. In CSV a list is written as JSON. Chosen and thumbs-up answers, and those rated above the middle,
     also enter the language-modelling loss of Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft
-    target of the cross-entropy. A label or rating that is there but null is a bad row. Columns named like a verdict
-    that is not read are refused beside demonstrations and reported beside others. Formats of public data sets and
-    other trainers are recognised (docs/data.md).
+    target of the cross-entropy. A label or rating that is there but null is a bad row. Columns named like a
+    verdict that is not read are refused beside demonstrations and reported beside others. Formats of public data
+    sets and other trainers are recognised (docs/data.md).
 
-    Rows of one dialog (the same words up to the first user turn) go to one split. Duplicates are used once.
+    Rows of one dialog (the same first user turn) go to one split. Duplicates are used once.
 
     A corpus in another form needs a file with one of these kinds of rows, and ``columns``. BOLT English SMS/Chat
     (LDC2018T19), for example, holds conversations in XML without summaries: write each as ``{"conversation":
@@ -80,13 +80,13 @@ class PreferenceDataModule(ConversationDataModule):
         test: Where the test rows come from, as ``val``. None: the validation rows.
         val_fraction: Share of the training prompts that is held out when ``val`` is None.
         columns: The file's names for ours, for example ``{prompt: question, chosen: better}``; also dotted paths,
-            several columns with weights (``rating: {helpfulness: 0.7, correctness: 0.3}``), and null for a column that
-            is not to be read.
+            several columns with weights (``rating: {helpfulness: 0.7, correctness: 0.3}``), and null for a column
+            that is not to be read.
         dialect: Name of the public format that the rows have (docs/data.md lists them). None: what they look like.
-        read_row: Python function that turns a row of the file into one with the columns above, into a list of them,
-            or into None to leave it out.
-        answer_pairs: What to learn from several answers with scores or ranks. ``best_worst``: one pair, the best and
-            the worst. ``all``: every pair of unequal ones.
+        read_row: Python function that turns a row of the file into one with the columns above, into a list of
+            them, or into None to leave it out.
+        answer_pairs: What to learn from several answers with scores or ranks. ``best_worst``: one pair, the best
+            and the worst. ``all``: every pair of unequal ones.
         rating_range: The lowest and the highest rating there can be. What lies outside is a bad row.
         streaming: Read and encode training rows while training, for files that do not fit into memory. The loader
             then has no length: give ``trainer.max_steps``, and ``val_check_interval`` as a number of batches.
