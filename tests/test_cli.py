@@ -431,10 +431,25 @@ def test_a_wrong_word_costs_one_line(
     assert error.endswith(line)
 
 
-def test_a_printed_config_can_be_read_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_printed_config_can_be_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [
+        "--model=SFT",
+        "--model.trunk=packaged:quickstart/trunk",
+    ]  # its optimizer is a function
     with pytest.raises(SystemExit):
-        main(["fit", "--config=quickstart", "--print_config"])
+        main(
+            [
+                "fit",
+                *model,
+                "--data=PreferenceDataModule",
+                "--data.train=rows.jsonl",
+                "--print_config",
+            ]
+        )
     printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
     with pytest.raises(SystemExit):
-        main(["fit", "--config", printed, "--print_config"])
+        main(["fit", f"--config={tmp_path}/printed.yaml", "--print_config"])
     assert capsys.readouterr().out == printed

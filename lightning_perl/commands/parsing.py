@@ -30,6 +30,8 @@ class Parser(LightningArgumentParser):
     def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
         """A module's own default function has no YAML form; left out, the module takes it again."""
         cfg = cfg.clone()
+        if "skip_none" in settings:  # Lightning's name for it, which jsonargparse has deprecated
+            settings["skip_unset"] = settings.pop("skip_none")
         for key, value in list(cfg.items()):
             if isinstance(value, FunctionType) and "<lambda>" in value.__qualname__:
                 del cfg[key]
