@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
@@ -34,6 +33,7 @@ from lightning_perl.commands.estimate import add_arguments
 from lightning_perl.commands.estimate import run as estimate
 from lightning_perl.commands.going_on import FIXED, SHAPES, changes, newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
+from lightning_perl.commands.parsing import Parser
 from lightning_perl.packaged import PREFIX, unpackaged
 from lightning_perl.whole import damage
 
@@ -128,14 +128,9 @@ class SaveRunConfig(SaveConfigCallback):
         """Write the file; called on rank zero."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config.clone()
-        for key, value in list(config.items()):
-            # A module's own default function has no YAML form; left out, the module takes it again.
-            if isinstance(value, FunctionType) and "<lambda>" in value.__qualname__:
-                del config[key]
         earlier = len(list(folder.glob("config*.yaml")))  # of parts that went on in this folder
         path = folder / (f"config_{earlier + 1}.yaml" if earlier else self.config_filename)
-        self.parser.save(config, str(path), overwrite=True, multifile=False)
+        self.parser.save(self.config, str(path), overwrite=True, multifile=False)
 
 
 class PerlCLI(LightningCLI):
@@ -143,7 +138,7 @@ class PerlCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """LightningCLI's parser with our ``--config``."""
-        parser = LightningArgumentParser(**kwargs)
+        parser = Parser(**kwargs)
         parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
         return parser
 

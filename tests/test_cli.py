@@ -405,3 +405,51 @@ def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path:
     assert run.stderr.splitlines()[-1].startswith(f"ValueError: {bare} has no reward head")
     assert "args parameter" not in run.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--model.score_clip=-1", "model.score_clip must be above 0 and finite or null, got -1"),
+        ("--model.lora.alpha=0", "model.lora.alpha must be above 0 and finite, got '0'"),
+        ("--model.score_clp=1", "HydraPPO has no score_clp; did you mean score_clip?"),
+        ("--model.lora.rnk=1", "LoraSpec has no rnk; did you mean rank?"),
+        ("--model=HydraPP", "model: there is no class HydraPP; did you mean HydraPPO?"),
+        (
+            "--trainer.max_epoch=4",
+            "there is no --trainer.max_epoch; did you mean trainer.max_epochs?",
+        ),
+    ],
+)
+def test_a_wrong_word_costs_one_line(
+    arguments: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=quickstart", arguments])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert error.endswith(line)
+
+
+def test_a_printed_config_can_be_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [
+        "--model=SFT",
+        "--model.trunk=packaged:quickstart/trunk",
+    ]  # its optimizer is a function
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                *model,
+                "--data=PreferenceDataModule",
+                "--data.train=rows.jsonl",
+                "--print_config",
+            ]
+        )
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={tmp_path}/printed.yaml", "--print_config"])
+    assert capsys.readouterr().out == printed

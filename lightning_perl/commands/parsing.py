@@ -1,0 +1,78 @@
+"""The command line's parser: says what is wrong in one line, and what was perhaps meant."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pkgutil import resolve_name
+from types import FunctionType
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_perl import callbacks, data, modules, rewards
+
+CLASSES = [name for room in (modules, data, rewards, callbacks) for name in room.__all__]
+
+
+def meant(given: str, names: Iterable[str]) -> str:
+    """Ends a message about an unknown name with the known one that is nearest, if any is near."""
+    near = get_close_matches(given, list(names), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser with short errors, whose dumps can be read again."""
+
+    def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
+        """A module's own default function has no YAML form; left out, the module takes it again."""
+        cfg = cfg.clone()
+        if "skip_none" in settings:  # Lightning's name for it, which jsonargparse has deprecated
+            settings["skip_unset"] = settings.pop("skip_none")
+        for key, value in list(cfg.items()):
+            if isinstance(value, FunctionType) and "<lambda>" in value.__qualname__:
+                del cfg[key]
+        return str(super().dump(cfg, *args, **settings))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with one line."""
+        unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
+        if unknown:
+            names = [option.removeprefix("--") for option in self._option_string_actions]
+            message = f"there is no --{unknown[1]}{meant(unknown[1], names)}"
+        elif (
+            "Parser key" in message and self.exit_on_error
+        ):  # else inside of another parser's error
+            message = in_short(message)
+        super().error(message, ex)
+
+
+def in_short(message: str) -> str:
+    """One line of jsonargparse's account of all the types that it tried: the innermost key and its rules."""
+    keys = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key]
+    owners = re.findall(r"Problem with given class_path '([^']+)'", message)
+    inner = message[message.rindex("Parser key") :]
+    key = ".".join(dict.fromkeys(keys))
+    if unknown := re.search(r"Option '([^']+)' is not accepted", inner):
+        return f"{key}: {owners[-1]} has no {unknown[1]}{meant(unknown[1], _arguments(owners[-1]))}"
+    if unknown := re.search(r"dot import path string: (\S+)", inner):
+        return f"{key}: there is no class {unknown[1]}{meant(unknown[1], CLASSES)}"
+    rules = re.findall(r"(?:Expected an? |Not of type \w+: must be )(.+)", inner)
+    given = re.search(r"Given value: (?:NestedArg\(.*val=)?(.{0,80}?)\)?$", inner, re.M)
+    if not rules:
+        return " ".join(message.split())
+    plain = [re.sub(r"typing\.|<class '(?:.*\.)?(\w+)'>", r"\1", rule) for rule in rules]
+    # Where a class was being made, the last one says that there might have been none.
+    plain = plain[:-1] if owners and len(plain) > 1 else plain
+    expected = " or ".join(dict.fromkeys(plain)).replace("NoneType", "null")
+    return f"{key} must be {expected}" + (f", got {given[1]}" if given else "")
+
+
+def _arguments(path: str) -> set[str]:
+    """Names of the arguments of a class and of its bases."""
+    found: Any = resolve_name(path)
+    makers = [vars(base)["__init__"] for base in found.__mro__ if "__init__" in vars(base)]
+    return {name for maker in makers for name in inspect.signature(maker).parameters}
