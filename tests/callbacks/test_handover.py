@@ -86,7 +86,12 @@ def out_of_time(trainer: Trainer) -> None:
     ],
     ids=["SIGTERM", "Ctrl-C", "another callback fails", "max_time"],
 )
-def test_a_stopped_run_hands_over_and_goes_on(stop: Act, code: int | None, tmp_path: Path) -> None:
+def test_a_stopped_run_hands_over_and_goes_on(
+    stop: Act, code: int | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    # A shell's background job ignores Ctrl-C; so would the tests in one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     if code == 0:
         fit(tmp_path, stop)
     else:
