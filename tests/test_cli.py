@@ -134,24 +134,6 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--vocabulary_size" in printed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "key"),
-    [
-        (["--trainer.max_epoch", "1"], "max_epoch"),
-        (["--config", "{model: {init_args: {lora: {rnk: 4}}}}"], "rnk"),
-        (["--config", "{modle: 1}"], "modle"),
-    ],
-)
-def test_unknown_keys_are_refused_by_name(
-    arguments: list[str], key: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, printed = exits(capsys, "fit", "--config", "quickstart", *arguments)
-    assert code == 2
-    error = printed.partition("error:")[2]
-    assert key in error
-    assert "not accept" in error or "nrecognized" in error
-
-
 # ---- what a run leaves ---------------------------------------------------------------------------
 
 
@@ -414,6 +396,7 @@ def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path:
         ("--model.lora.alpha=0", "model.lora.alpha must be above 0 and finite, got '0'"),
         ("--model.score_clp=1", "HydraPPO has no score_clp; did you mean score_clip?"),
         ("--model.lora.rnk=1", "LoraSpec has no rnk; did you mean rank?"),
+        ("--config={modle: 1}", "does not accept option 'modle'; did you mean model?"),
         ("--model=HydraPP", "model: there is no class HydraPP; did you mean HydraPPO?"),
         (
             "--trainer.max_epoch=4",
