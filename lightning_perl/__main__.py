@@ -6,7 +6,7 @@ import os
 # model on a few shared cores is many times slower otherwise.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from lightning_perl.cli import main
+from lightning_perl.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

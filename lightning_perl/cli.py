@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -34,6 +37,7 @@ from lightning_perl.commands.estimate import run as estimate
 from lightning_perl.commands.going_on import FIXED, SHAPES, changes, newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
+from lightning_perl.modules.base import AdapterModule
 from lightning_perl.packaged import PREFIX, unpackaged
 from lightning_perl.whole import damage
 
@@ -196,10 +200,28 @@ class PerlCLI(LightningCLI):
                 rank_zero_info(f"  with {key} {now}; it was {before}")
 
     def before_instantiate_classes(self) -> None:
-        """Show no progress bar for a trunk on this disk; downloads keep theirs."""
+        """Refuse what needs no data and no weights, and show progress bars for downloads alone."""
+        self._refuse_early(self.config[self.subcommand])
         trunk = str(self.config.get(f"{self.subcommand}.model.init_args.trunk", ""))
         if trunk.startswith(PREFIX) or Path(trunk).exists():
             disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _refuse_early(given: Namespace) -> None:
+        """What the module's `setup` would refuse, once the trunk is loaded and the data read."""
+        module = resolve_name(given.model.class_path)
+        keys = ("accelerator", "strategy", "devices", "num_nodes", "precision", "overfit_batches")
+        device = {key: given.trainer[key] for key in keys}
+        if not issubclass(module, AdapterModule) or not isinstance(device["strategy"], str):
+            return
+        messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        level = messages.level
+        messages.setLevel(logging.ERROR)  # the run's own trainer says which devices there are
+        try:
+            trainer = Trainer(**device, logger=False, enable_checkpointing=False, callbacks=None)
+        finally:
+            messages.setLevel(level)
+        module.refuse(trainer, given.get("data.init_args.rows"))
 
     def instantiate_classes(self) -> None:
         """Make the objects, and raise a constructor's own error where one refuses its arguments.
@@ -288,3 +310,16 @@ def main(args: Sequence[str] | None = None) -> None:
         args=given,
         **ANY_MODULE_ON_ANY_DATA,
     )
+
+
+def run() -> None:
+    """`main`, ended with one line where this package or Lightning refuses something; a fault keeps its trace."""
+    try:
+        main()
+    except Exception as error:
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(origin.filename).is_relative_to(Path(__file__).parent)
+        refusal = ours and (origin.line or "").startswith("raise ")
+        if not refusal and not isinstance(error, MisconfigurationException):
+            raise
+        sys.exit(f"error: {error}")

@@ -43,9 +43,12 @@ class Parser(LightningArgumentParser):
         if unknown:
             names = [option.removeprefix("--") for option in self._option_string_actions]
             message = f"there is no --{unknown[1]}{meant(unknown[1], names)}"
-        elif (
-            "Parser key" in message and self.exit_on_error
-        ):  # else inside of another parser's error
+        elif unknown := re.match(r"Subcommand '.+' does not accept option '(\w+)", message):
+            message += meant(
+                unknown[1], ("model", "data", "trainer", "ckpt_path", "seed_everything")
+            )
+        # A parser that raises is inside of another one, which reports its error too.
+        elif "Parser key" in message and self.exit_on_error:
             message = in_short(message)
         super().error(message, ex)
 
