@@ -44,7 +44,7 @@ BASE: Sizes = {
     "batch": 16, "micro": 4, "prompt": 64, "response": 64, "stop": 0.0,
 }  # fmt: skip
 TINY: Sizes = {
-    "hidden": 16, "layers": 2, "heads": 2, "vocab": 64, "rank": 2,
+    "hidden": 16, "layers": 2, "heads": 2, "vocab": 320, "rank": 2,
     "batch": 4, "micro": 2, "prompt": 4, "response": 4, "stop": 0.0,
 }  # fmt: skip
 
@@ -74,12 +74,12 @@ AXES = {
     "rank": Axis((4, 16, 64, 256), (2, 4)),
     "vocab": Axis(
         (16384, 32768, 65536, 131072),
-        (64, 128),
+        (320, 640),
         {"hidden": 64, "layers": 2, "batch": 8, "micro": 8, "response": 128},
         "8 x 128 positions of 16,384 logits are one chunk: from there on there are more chunks",
     ),
     "stop": Axis(
-        # One token always ends a response: of 1024, or of 64.
+        # One token always ends a response: of 1024, or of 320.
         (1 / 1024, 1 / 64, 1 / 32, 1 / 16, 1 / 8),
         (1 / 64, 1 / 4),
         {"hidden": 512, "layers": 2, "heads": 8, "batch": 128, "prompt": 8},

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import (
@@ -112,26 +113,35 @@ def problem(value: object, hint: Any) -> str | None:  # noqa: ANN401 (any type)
     return rule
 
 
+def require_allowed(kind: type, settings: Mapping[str, Any]) -> None:
+    """Refuse what the types of a class's arguments rule out.
+
+    A dataclass calls it in ``__post_init__``; with `Checked` as a base, jsonargparse would want a ``class_path``.
+
+    Raises:
+        ValueError: With the class, the argument, what it must be, and what it is.
+    """
+    hints = _hints(kind)
+    for name, value in settings.items():
+        if rule := problem(value, hints.get(name)):
+            raise ValueError(f"{kind.__name__}.{name} must be {rule}, got {value!r}.")
+
+
 class Checked:
     """Refuses what the types of arguments rule out, before ``__init__`` and those of the bases run."""
 
     def __new__(cls, *args: Any, **settings: Any) -> Any:  # noqa: ANN401
-        """Look at what was given; defaults are trusted.
-
-        Raises:
-            ValueError: With the class, the argument, what it must be, and what it is.
-        """
-        hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
+        """Look at what was given; defaults are trusted."""
         names = list(inspect.signature(cls).parameters)
-        for name, value in {**dict(zip(names, args, strict=False)), **settings}.items():
-            if rule := problem(value, hints.get(name)):
-                raise ValueError(f"{cls.__name__}.{name} must be {rule}, got {value!r}.")
+        require_allowed(cls, {**dict(zip(names, args, strict=False)), **settings})
         return super().__new__(cls)
 
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     """Types of the arguments of a class and of its bases, which take what it passes on."""
+    if is_dataclass(kind):
+        return get_type_hints(kind)
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if "__init__" in vars(base) and issubclass(base, Checked):

@@ -397,7 +397,7 @@ def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path:
         ("--model.score_clip=-1", "model.score_clip must be above 0 and finite or null, got -1"),
         ("--model.lora.alpha=0", "model.lora.alpha must be above 0 and finite, got '0'"),
         ("--model.score_clp=1", "HydraPPO has no score_clp; did you mean score_clip?"),
-        ("--model.lora.rnk=1", "LoraSpec has no rnk; did you mean rank?"),
+        ("--model.lora.rnk=1", "there is no lora.rnk; did you mean lora.rank?"),
         ("--config={modle: 1}", "does not accept option 'modle'; did you mean model?"),
         ("--model=HydraPP", "model: there is no class HydraPP; did you mean HydraPPO?"),
         (

@@ -59,6 +59,9 @@ def in_short(message: str) -> str:
     owners = re.findall(r"Problem with given class_path '([^']+)'", message)
     inner = message[message.rindex("Parser key") :]
     key = ".".join(dict.fromkeys(keys))
+    if unknown := re.search(r"there is no --(\S+; did you mean \S+|\S+)", inner):
+        # A dataclass's own parser has looked for the name already.
+        return f"{key}: there is no {unknown[1]}"
     if unknown := re.search(r"Option '([^']+)' is not accepted", inner):
         return f"{key}: {owners[-1]} has no {unknown[1]}{meant(unknown[1], _arguments(owners[-1]))}"
     if unknown := re.search(r"dot import path string: (\S+)", inner):

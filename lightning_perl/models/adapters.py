@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_perl.arguments import Checked, Count, FractionBelowOne, Positive, Text
+from lightning_perl.arguments import Count, FractionBelowOne, Positive, Text, require_allowed
 from lightning_perl.models.lean_layers import OFF as OFF
 from lightning_perl.models.lean_layers import AdapterSwitch, adapted_linear
 from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
@@ -41,7 +41,7 @@ NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
-class LoraSpec(Checked):
+class LoraSpec:
     """A low-rank adapter (2106.09685): ``W x + alpha / rank * B A x``.
 
     Args:
@@ -62,7 +62,8 @@ class LoraSpec(Checked):
     dropout: FractionBelowOne = 0.0
 
     def __post_init__(self) -> None:
-        """YAML gives a list; a frozen spec must be hashable and safe to pickle."""
+        """Refuse what cannot mean anything; a list, as YAML gives it, becomes a tuple, which can be hashed."""
+        require_allowed(type(self), vars(self))
         object.__setattr__(self, "targets", tuple(self.targets))
 
 

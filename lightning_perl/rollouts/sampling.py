@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from lightning_perl.arguments import (
-    Checked,
     Count,
     CountOrZero,
     FractionAboveZero,
     NonNegative,
     Text,
+    require_allowed,
 )
 from lightning_perl.functional.logprobs import at_least_fp32
 
 
 @dataclass(frozen=True)
-class SamplingSpec(Checked):
+class SamplingSpec:
     """How responses are drawn.
 
     Args:
@@ -48,7 +48,8 @@ class SamplingSpec(Checked):
     batch_size: Count | None = None
 
     def __post_init__(self) -> None:
-        """YAML gives a list; a frozen spec must be hashable and safe to pickle."""
+        """Refuse what cannot mean anything; a list, as YAML gives it, becomes a tuple, which can be hashed."""
+        require_allowed(type(self), vars(self))
         object.__setattr__(self, "stop", tuple(self.stop))
 
     @property

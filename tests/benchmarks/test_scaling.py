@@ -23,7 +23,7 @@ def test_memory_grows_as_it_should_at_toy_size(script: Script, tmp_path: Path) -
     assert found["batch"]["update, MB"] < 0.3
     assert found["batch"]["rollout, MB"] > 0.4
     assert found["micro"]["update, MB"] > 0.6
-    assert found["layers"]["update, MB"] > 0.5
+    assert found["layers"]["update, MB"] > 0.3
 
 
 def test_a_rollout_is_fitted_against_its_tokens(script: Script) -> None:

@@ -223,7 +223,7 @@ def test_samples_of_a_prompt_without_a_critic() -> None:
 @pytest.mark.parametrize("kind", [GRPO, INPO, RAFT, ReMax, SuperHF])
 def test_relatives_on_policy_are_known(kind: type[OnPolicy]) -> None:
     def make(micro: int) -> Callable[[], OnPolicy]:
-        settings = {} if kind is ReMax else {"samples": 4}
+        settings: dict[str, Any] = {} if kind is ReMax else {"samples": 4}
         settings |= {"sampling": SamplingSpec(32), "lora": LoraSpec(16, 1.0)}
         return lambda: kind("x", micro_batch_size=micro, score_batch_size=2, **settings)
 
