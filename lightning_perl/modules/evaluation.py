@@ -87,17 +87,7 @@ class Evaluation(AdapterModule):
                 "learned_reward_weight is 0 and there is no reward_function with a weight, so every "
                 "score would be 0. Give one of them."
             )
-        if layout == "joint_hydra" and "value" not in self.trained_roles:
-            raise ValueError(
-                f"layout joint_hydra is one adapter for actor and critic, and {type(self).__name__} trains no "
-                "critic. Use layout hydra, which is the same without one."
-            )
-        named = self.checkpointing if isinstance(self.checkpointing, list) else []
-        if untrained := [role for role in named if role not in self.trained_roles]:
-            raise ValueError(
-                f"checkpointing: {untrained} are no trained roles of {type(self).__name__}, which trains "
-                f"{list(self.trained_roles)}. Give true, false, or some of those."
-            )
+        self._require_trained(layout)
         self.roles = Roles(
             layout,
             unpackaged(trunk),
@@ -122,6 +112,20 @@ class Evaluation(AdapterModule):
         self.score_batch_size = score_batch_size
         self.gold = gold
         self._reference_gold: list[Tensor] = []
+
+    def _require_trained(self, layout: Layout) -> None:
+        """Refuse a layout and a checkpointing that are about a role which is not trained."""
+        if layout == "joint_hydra" and "value" not in self.trained_roles:
+            raise ValueError(
+                f"layout joint_hydra is one adapter for actor and critic, and {type(self).__name__} trains no "
+                "critic. Use layout hydra, which is the same without one."
+            )
+        named = self.checkpointing if isinstance(self.checkpointing, list) else []
+        if untrained := [role for role in named if role not in self.trained_roles]:
+            raise ValueError(
+                f"checkpointing: {untrained} are no trained roles of {type(self).__name__}, which trains "
+                f"{list(self.trained_roles)}. Give true, false, or some of those."
+            )
 
     @property
     def policy_trunk(self) -> Trunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -392,3 +393,23 @@ def test_refused_pairwise(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         kind(str(gpt2_trunk), **options)
+
+
+def test_the_method_of_the_docs_trains(hydra_trunk: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/adding_a_method.md").read_text(encoding="utf-8")
+    source = tmp_path / "my_methods.py"
+    source.write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("my_methods", source)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    module = found.BatchMean(
+        str(hydra_trunk), lora=tiny.LORA, sampling=tiny.SAMPLING, trunk_dtype="float64"
+    )
+    _, experience = tiny.experienced(module, tiny.prompts(4))
+    assert abs(float(experience.advantages[:, 0].sum())) < 1e-12
+    _, folder = tiny.fit(module, tmp_path, [tiny.prompts(4)])
+    assert (folder / "adapters/actor").is_dir()
+    with pytest.raises(ValueError, match=r"BatchMean\.kl_coef must be at least 0"):
+        found.BatchMean(str(hydra_trunk), kl_coef=-1.0)
