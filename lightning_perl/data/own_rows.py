@@ -152,6 +152,9 @@ class RowReader:
             absent = {name for name in mapped - named.keys() if self.columns[name] not in row}
             if half or kind is None or absent:
                 raise self._missing(row, _KINDS)
+            if kind == _DIALOGS and isinstance(unpacked(named["chosen"], "chosen"), str):
+                # Two answers, and not two dialogs: a prompt is missing.
+                raise self._missing(row, (_PAIR,))
             if _thumb(named.get("tie", False), "tie"):
                 raise Tie
             self._check_verdicts(row, named, kind)
@@ -250,7 +253,7 @@ class RowReader:
         got = sorted(key[:40] for key in row)
         close = [
             near
-            for name in names.values()
+            for name in dict.fromkeys(names.get(part, part) for kind in kinds for part in kind)
             if name not in row
             for near in get_close_matches(name, row, 1)
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -79,6 +80,12 @@ def load_head(folder: Path, name: str) -> ScalarHead:
     shapes = architecture()
     if shapes is not None:
         return ScalarHead(shapes.get_text_config(decoder=True).hidden_size)
+    if not folder.is_dir():
+        beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = get_close_matches(folder.name, beside, 1)
+        raise ValueError(
+            f"There is no folder {folder}{f'; did you mean {near[0]}?' if near else '.'}"
+        )
     tensors = _stored(folder)
     if f"{name}.weight" not in tensors:
         found = sorted({key.rsplit(".", 1)[0] for key in tensors}) if tensors else "no heads file"
