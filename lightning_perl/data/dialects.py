@@ -47,9 +47,15 @@ _ALIASES = {name: aliases.split() for name, aliases in ALIASES.items()}
 _VERDICT = re.compile(
     r"(?:\A|[_.-])(labels?|ratings?|scores?|rewards?|ranks?|ranking|preference|preferred|winner|choice|verdict|"
     r"votes?|upvotes?|thumbs?|feedback|ties?|margin|strength|helpfulness|correctness|coherence|complexity|"
-    r"verbosity|toxicity|harmlessness|honesty|quality|safer?|chosen|rejected|better|worse|best|worst|liked|kto)"
+    r"verbosity|toxicity|harmlessness|honesty|quality|safer?|chosen|rejected|better|worse|best|worst|liked?|dislikes?|"
+    r"reactions?|stars?|grade|good|bad|kto)"
     r"(?:\Z|[_.-])",
     re.IGNORECASE,
+)
+#: What may stand before the side in a verdict: "model_a", "response 1", "2.0".
+_SIDE = re.compile(
+    r"(?:(?:the )?(?:\w+[ _-])?(?:assistant|model|response|answer|output|completion|summary|choice|option|text)"
+    r"[ _-]?)?([a-z]|first|second|\d+)(?:\.0)?"
 )
 _STEMS = "response answer output completion summary generation conversation orig_response human_ref reply"
 _SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
@@ -76,7 +82,8 @@ class Dialect(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _verdict_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(key for key in keys if _VERDICT.search(key))
+    # userRating is read as user_Rating.
+    return tuple(key for key in keys if _VERDICT.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key)))
 
 
 def verdict_keys(row: AnyRow) -> list[str]:
@@ -133,9 +140,10 @@ def side_of(verdict: object, first: str = "first", second: str = "second") -> in
     are numbered so.
     """
     said = str(verdict).strip().lower()
-    if re.match(r"tie|both|neither|equal|same|none\Z", said):
+    if re.match(r"(?:tied?|both|neither|equal|same|none)\b", said):
         return None
-    last = re.split(r"[_\s-]", said)[-1].removesuffix(".0")
+    match = _SIDE.fullmatch(said)
+    last = match[1] if match else ""
     for side, names in enumerate(((first, "a", "first"), (second, "b", "second"))):
         if last in {name.lower() for name in names} and not isinstance(verdict, bool):
             return side
@@ -170,6 +178,13 @@ def two_answers(row: AnyRow) -> list[OwnRow]:
     one, other, first, second = _two_answers(tuple(row)) or ("first", "second", "first", "second")
     own = _shared({key: value for key, value in row.items() if key not in (one, other)})
     answers = row[one], row[other]
+    third = other.removesuffix(second) + {"1": "2", "2": "3", "b": "c", "B": "C"}.get(second, "3")
+    if row.get(third) is not None:
+        raise BadRow(
+            "several answers",
+            f"there is a third answer, {third!r}, which would not be read. Name the answers and their scores or "
+            "ranks in data.columns (answers, scores or ranks), or read the row with data.read_row.",
+        )
     for key in _SIGNED:
         if row.get(key) is not None:
             strength = float(row[key])
@@ -263,6 +278,12 @@ def _context(row: AnyRow) -> list[OwnRow]:
     """HelpSteer3, ColossalAI, OpenRLHF: the messages before the answers stand in ``context``."""
     column = next(key for key in ("context", "context_messages", "trajectory") if key in row)
     rest = {key: value for key, value in row.items() if key != column}
+    if any(own.get("prompt") is not None for own in flat(rest)):
+        raise BadRow(
+            "two prompts",
+            f"{column!r} and another column could each be the prompt. Say which is in data.columns, for example "
+            f"{{prompt: {column}}}, or {{prompt: prompt, input: {column}}} for both.",
+        )
     return read(rest | {"prompt": row[column]})
 
 

@@ -92,9 +92,12 @@ def turns_of(value: object, column: str) -> tuple[Turn, ...]:
 
 
 def weights_of(value: object, column: str) -> list[bool]:
-    """Returns which messages are to be imitated, as ``weight`` says of each: 1 (or nothing) or 0."""
+    """Returns which messages are to be imitated, as ``weight``, ``train`` or ``loss`` says; nothing is 1."""
     messages: Any = unpacked(value, column)
-    weights = [message.get("weight", 1) for message in messages]
+    weights = [
+        next((message[key] for key in ("weight", "train", "loss") if key in message), 1)
+        for message in messages
+    ]
     for weight in weights:
         if weight not in (0, 1, None):
             raise wrong_type(f"the weight of a message in {column}", "0 or 1", weight)

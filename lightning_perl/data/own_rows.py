@@ -31,6 +31,7 @@ Turns: TypeAlias = tuple[Turn, ...]
 
 _PAIR = ("prompt", "chosen", "rejected")
 _DIALOGS = ("chosen", "rejected")
+_MARKS = {"label", "rating", "preference", "scores", "ranks"}
 _KINDS = (
     _PAIR,
     _DIALOGS,
@@ -215,7 +216,15 @@ class RowReader:
         }
         if imitated:
             self._refuse_null(row)
-        used = {alias for name in named if name in ALIASES for alias in ALIASES[name].split()}
+        idle = sorted(name for name in _MARKS - set(kind) if self.columns.get(name))
+        if idle:
+            raise BadRow(
+                "mapped verdict that is not used",
+                f"data.columns maps {idle}, which a row of the kind {' + '.join(kind)} has no use for. Take it "
+                "out of data.columns, or read the row with data.read_row.",
+            )
+        taken = [name for name in named if name in ALIASES and (name in kind or name not in _MARKS)]
+        used = {alias for name in taken for alias in ALIASES[name].split()}
         used |= {
             str(path).split(".")[0] for column in self.columns.values() for path in _paths(column)
         }

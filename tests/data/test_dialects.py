@@ -298,6 +298,30 @@ def test_verdicts_that_are_not_read_are_named(tokenizer_dir: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a number below 0": (
+        {"prompt": "q", "response_0": "a", "response_1": "b", "label": -1},
+        "preference -1 does not say",
+    ),
+    "a verdict in words": (
+        {"prompt": "q", "response_a": "a", "response_b": "b", "preference": "not b"},
+        "preference 'not b' does not say",
+    ),
+    "two prompts": (
+        {"context": "c", "prompt": "q", "chosen": "a", "rejected": "b"},
+        "'context' and another column could each be the prompt",
+    ),
+    "a third answer": (
+        {"prompt": "q", "response_1": "a", "response_2": "b", "response_3": "c", "preference": 1},
+        "there is a third answer, 'response_3'",
+    ),
+    "a reaction": (
+        {"prompt": "q", "response": "a", "reaction": "dislike"},
+        "'reaction' says how good the answer is",
+    ),
+    "a name in camel case": (
+        {"prompt": "q", "response": "a", "userRating": 1},
+        "'userRating' says how good the answer is",
+    ),
     "no verdict": ({"prompt": "Q", "response_1": "A", "response_2": "B"}, "expected one of"),
     "a number that names no column": (
         {"prompt": "Q", "response_a": "A", "response_b": "B", "winner": 1},

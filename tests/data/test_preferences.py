@@ -222,7 +222,7 @@ BAD: list[tuple[str, str, object]] = [
     ("wrong type", r"label must be 1, 0, .*got str \('fine'\)", thumb(1, label="fine")),
     ("wrong type", "messages must be a list of .*got str", {"messages": "hello"}),
     ("missing column", r"missing column: got .*prompt \+ chosen \+ rejected", two("a", "b")),
-    ("missing column", "Did you mean 'promt'", {"promt": "x", **two("a", "b")}),
+    ("missing column", "missing column: .*Did you mean 'promt'", {"promt": "x", **two("a", "b")}),
     ("wrong type", "expected an object, got list", [[1]]),
     ("no answer", "messages hold no assistant message", {"messages": talk("x")}),
     ("no answer", "chosen or .* end with", two(talk("q", "a", "r"), talk("q", "a", "s"))),
