@@ -509,7 +509,7 @@ def test_tilde_paths_are_expanded(
         tiny.hydra(Path("~/trunk"), layout=layout, reward=reward)
     with pytest.raises(FileNotFoundError, match="trunk: ~/nothing is no model folder"):
         SFT("~/nothing")
-    with pytest.raises(ValueError, match=f"{tmp_path}/nothing has no reward head"):
+    with pytest.raises(ValueError, match=f"There is no folder {tmp_path}/nothing"):
         perl("~/trunk", "~/nothing")
 
 
