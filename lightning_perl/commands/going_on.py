@@ -107,7 +107,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(plain, Mapping):
             yield from _flat(plain, f"{prefix}{key}.")
         else:
-            # jsonargparse wraps a dataclass that has subclasses.
+            # A reward or another object of a class is compared by its arguments.
             yield (
                 f"{prefix}{key}".replace("init_args.", ""),
                 list(plain) if isinstance(plain, tuple) else plain,

@@ -23,9 +23,9 @@ def kto(
     """``w_y (1 - sigmoid(+-beta (ratio - z)))``, Eq. 8, a mean over the judged rows.
 
     Args:
-        ratios: Shape: ``(B,)``.
-        desirable: True on thumbs up. Shape: ``(B,)``, bool.
-        undesirable: True on thumbs down. Shape: ``(B,)``, bool.
+        ratios: Shape: ``(B,)``, as are the two masks.
+        desirable: True on thumbs up.
+        undesirable: True on thumbs down.
         anchor: The paper's ``z``, see `kl_anchor`. Shape: ``()``.
         beta: How fast a gain or loss saturates.
         desirable_weight: Weight of thumbs up, the paper's lambda_D.
@@ -35,11 +35,8 @@ def kto(
         Shape: ``()``; 0 where nothing is judged.
     """
     gains = beta * (ratios - anchor)
-    losses = torch.where(
-        desirable,
-        desirable_weight * torch.sigmoid(-gains),
-        undesirable_weight * torch.sigmoid(gains),
-    )
+    good, bad = torch.sigmoid(-gains), torch.sigmoid(gains)
+    losses = torch.where(desirable, desirable_weight * good, undesirable_weight * bad)
     return masked_mean(losses, desirable | undesirable)
 
 

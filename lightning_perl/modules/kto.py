@@ -19,7 +19,8 @@ class KTO(Pairwise):
     """Learns a policy from thumbs (2402.01306): PERL's Taskmaster has no pairs. A pair counts as one up, one down.
 
     The anchor, an estimate of KL(policy || reference), comes from every prompt with the response to another one,
-    and costs a forward pass of each; it needs batches of several prompts. A rating is up above 0.5.
+    and costs a forward pass of each; a mean over the batch at hand, it needs batches of several prompts.
+    A rating is up above 0.5.
 
     Args:
         trunk: Folder or hub name of the SFT trunk.

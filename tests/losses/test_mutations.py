@@ -372,7 +372,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("empty batch", "max(len(chosen), 1)", "len(chosen)"),
     ],
     "kto": [
-        ("thumbs swapped", "torch.sigmoid(-gains)", "torch.sigmoid(gains)"),
+        ("thumbs swapped", "good, bad = (torch.sigmoid(-gains), torch.sigmoid(gains))",
+         "bad, good = (torch.sigmoid(-gains), torch.sigmoid(gains))"),
         ("anchor the wrong way", "ratios - anchor", "ratios + anchor"),
         ("unjudged rows count", "desirable | undesirable", "desirable == desirable"),
         ("one weight for both", "undesirable_weight * ", "desirable_weight * "),
