@@ -22,8 +22,22 @@ from typing import NamedTuple
 
 LIMITS = {
     "package": 12500, "data": 3600, "plumbing": 350, "longest body": 40, "deepest nesting": 3,
-    "modules/ppo.py": 170, "modules/reinforce.py": 90, "modules/rloo.py": 80, "tests per package line": 1.25,
+    "modules/ppo.py": 170, "modules/reinforce.py": 90, "modules/inpo.py": 110, "longest other leaf": 80,
+    "longest loss file": 45, "tests per package line": 1.25,
 }  # fmt: skip
+LEAVES = [
+    "dpo",
+    "grpo",
+    "hydra_ppo",
+    "ipo",
+    "kto",
+    "raft",
+    "rdpo",
+    "remax",
+    "rloo",
+    "sft",
+    "superhf",
+]
 PLUMBED = ("data", "modules")
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.AsyncFor, ast.AsyncWith)
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -159,6 +173,8 @@ def main() -> None:
         "package": total["lines"],
         "data": rooms["data"]["lines"],
         "plumbing": pipes.total(),
+        "longest other leaf": max(found[f"modules/{leaf}.py"] for leaf in LEAVES),
+        "longest loss file": max(n for file, n in found.items() if file.startswith("losses/")),
         "longest body": bodies[0].body,
         "deepest nesting": deep[0].nesting,
         "tests per package line": total["tests"] / total["lines"],

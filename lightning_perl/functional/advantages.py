@@ -6,9 +6,12 @@ token ``t`` is chosen; the reward at column ``t`` is what choosing it paid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from lightning_perl.functional.logprobs import k1
 from lightning_perl.functional.sequences import last_true
 
 
@@ -18,6 +21,7 @@ def token_rewards(
     reference_logprobs: Tensor,
     response_mask: Tensor,
     kl_coef: float,
+    estimator: Callable[[Tensor, Tensor], Tensor] = k1,
 ) -> Tensor:
     """``-kl_coef * (log pi - log ref)`` on every token, and the score on the last one (the EOS action).
 
@@ -29,10 +33,11 @@ def token_rewards(
         reference_logprobs: Shape: ``(B, R)``.
         response_mask: Where it is False, rewards are 0. Shape: ``(B, R)``, bool.
         kl_coef: The papers' beta.
+        estimator: What stands for the KL of a token, of the two log-probabilities.
     """
     columns = torch.arange(response_mask.shape[1], device=response_mask.device)
     is_last = (columns == last_true(response_mask).unsqueeze(-1)) & response_mask
-    penalty = -kl_coef * (logprobs - reference_logprobs)
+    penalty = -kl_coef * estimator(logprobs, reference_logprobs)
     rewards = penalty + is_last * scores.unsqueeze(-1)
     return torch.where(response_mask, rewards, torch.zeros_like(rewards))
 

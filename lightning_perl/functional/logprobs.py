@@ -5,10 +5,12 @@ Shapes: ``B`` rows, ``R`` scored positions, ``H`` hidden size, ``V`` vocabulary,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -235,3 +237,20 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """``exp(-d) - 1 + d``, never negative; ``expm1`` keeps the digits of small differences."""
     difference = logprobs - reference_logprobs
     return torch.expm1(-difference) + difference
+
+
+def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """``d^2 / 2``, never negative; biased, and close where policy and reference are."""
+    return 0.5 * (logprobs - reference_logprobs) ** 2
+
+
+def jensen_shannon(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Unbiased estimate of ``(KL(pi || m) + KL(ref || m)) / 2`` with ``m = (pi + ref) / 2``, never negative.
+
+    LoRA-RLHF (2309.09055) puts it in the place of the KL; the divergence itself is at most log 2. Its code takes
+    ``(max(log pi - log m, 0) + max(log ref - log m, 0)) / 2`` of the sampled token, which is biased.
+    """
+    difference = logprobs - reference_logprobs
+    policy_part = math.log(2) - F.softplus(-difference)
+    reference_part = torch.exp(-difference) * (math.log(2) - F.softplus(difference))
+    return 0.5 * (policy_part + reference_part)

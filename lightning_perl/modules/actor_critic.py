@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_perl.arguments import NonNegative, Positive
+from lightning_perl.arguments import CountOrZero, NonNegative, Positive
 from lightning_perl.functional.sequences import cuts
 from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
@@ -32,6 +32,7 @@ class ActorCritic(OnPolicy):
         critic_max_grad_norm: Clips the norms of the critic's and the value head's gradients. None: the actor's.
         critic_learning_rate: Learning rate of the critic. None: the optimizer's.
         head_learning_rate: Learning rate of the value head. None: the critic's.
+        critic_warmup: Rollouts at the beginning from which only the critic learns (PPO-max, 2307.04964).
         settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
@@ -45,11 +46,18 @@ class ActorCritic(OnPolicy):
         critic_max_grad_norm: Positive | None = None,
         critic_learning_rate: Positive | None = None,
         head_learning_rate: Positive | None = None,
+        critic_warmup: CountOrZero = 0,
         **settings: Any,
     ) -> None:
         norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
         super().__init__(trunk, max_grad_norm=max_grad_norm, **settings)
+        if critic_warmup and self.roles.seats["policy"] == self.roles.seats["value"]:
+            raise ValueError(
+                f"critic_warmup needs a critic of its own; layout {self.roles.layout} has one adapter for actor "
+                "and critic. Use layout hydra, or critic_warmup: 0."
+            )
         self.value_coef = value_coef
+        self.critic_warmup = critic_warmup
         self.max_grad_norms |= {"critic": norm, "head": norm}
         self.critic_learning_rate = critic_learning_rate
         self.head_learning_rate = (
@@ -77,6 +85,11 @@ class ActorCritic(OnPolicy):
         loss, stats = self.value_loss(answers.value, experience, size)
         weighted = self.value_coef * loss
         return weighted, {"value_loss": loss.detach(), "loss": weighted.detach(), **stats}
+
+    @property
+    def learning_roles(self) -> tuple[TrainedRole, ...]:
+        """At first the critic alone."""
+        return ("value",) if self.rollout_index < self.critic_warmup else self.trained_roles
 
     @property
     def values_come_later(self) -> bool:

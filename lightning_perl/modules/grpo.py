@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_perl.arguments import Count, FractionAboveZero, NonNegative, Positive, TwoOrMore
-from lightning_perl.functional.logprobs import k1, k3
-from lightning_perl.functional.masked import masked_mean, masked_row_sums
+from lightning_perl.functional.logprobs import k3
+from lightning_perl.functional.masked import masked_mean
 from lightning_perl.losses.grpo import group_advantages, response_weighted
 from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.modules.base import Stats
@@ -20,21 +20,19 @@ from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 class GRPO(OnPolicy):
     """Group relative policy optimization (2402.03300, Eq. 3 and 4); no critic.
 
-    A response's advantage is its score less the mean of its prompt's scores, over their standard deviation; the
-    loss is PPO's clipped surrogate plus ``kl_coef`` times the k3 estimate of the KL to the reference.
+    Advantages are scores less their prompt's mean, over the standard deviation; the loss is PPO's and a KL (k3).
 
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt, the paper's G; at least 2.
         epochs: Passes over each rollout batch.
         minibatch_size: Episodes per optimizer step. None: the whole rollout batch.
-        kl_coef: Weight of the KL to the reference, the paper's beta.
-        kl_in_reward: Subtract the KL from the score of a response instead of adding it to the loss.
+        kl_coef: Weight of the KL to the reference in the loss, the paper's beta.
+        kl_in_reward: Take that KL off the scores instead of adding it to the loss.
         clip_range: How far the ratio may move from 1 before its gradient stops.
-        clip_range_high: The same above 1, where it differs (DAPO, 2503.14476: 0.28). None: ``clip_range``.
+        clip_range_high: The same above 1 (DAPO, 2503.14476: 0.28). None: ``clip_range``.
         scale_by_group: Divide by the standard deviation of the prompt's scores. False: Dr. GRPO (2503.20783).
-        token_mean: Every token weighs the same. False: every response does, as in the paper, so that a token of a
-            long response weighs less.
+        token_mean: Every token weighs the same. False: every response does, as in the paper.
         settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
@@ -52,47 +50,31 @@ class GRPO(OnPolicy):
         token_mean: bool = False,
         **settings: Any,
     ) -> None:
-        high = clip_range if clip_range_high is None else clip_range_high
         super().__init__(trunk, samples=samples, **settings)
         self.learn_in(epochs, minibatch_size)
-        self.kl_coef = kl_coef
-        self.kl_in_reward = kl_in_reward
-        self.clip_range, self.clip_range_high = clip_range, high
+        self.kl_coef, self.kl_in_reward, self.token_mean = kl_coef, kl_in_reward, token_mean
+        self.clip_range, self.clip_range_high = clip_range, clip_range_high
         self.scale_by_group = scale_by_group
-        self.token_mean = token_mean
 
     def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
         """One advantage per response, the same on all of its tokens."""
-        mask, rewards = rollout.response_mask, scored.scores
-        if self.kl_in_reward:
-            kl = masked_row_sums(k1(scored.logprobs, scored.reference), mask)
-            rewards = rewards - self.kl_coef * kl
-        advantages = group_advantages(rewards, rollout.samples, self.scale_by_group)
-        experience = Experience(
-            rollout.sequences(), scored.logprobs, advantages.unsqueeze(1) * mask
-        )
+        mask, kl_coef = rollout.response_mask, self.kl_coef if self.kl_in_reward else 0.0
+        rewards = scored.scores - kl_coef * scored.kl(mask)
+        advantages = group_advantages(rewards, rollout.samples, self.scale_by_group).unsqueeze(1)
+        experience = Experience(rollout.sequences(), scored.logprobs, advantages * mask)
         return experience._replace(reference=scored.reference), {"reward": rewards.mean()}
 
     def policy_loss(
         self, answers: PolicyAnswers, experience: Experience, size: MinibatchSize
     ) -> tuple[Tensor, Stats]:
         """Clipped surrogate and KL, a mean over tokens or over responses."""
-        mask = experience.sequences.response_mask
-
-        def weighted(values: Tensor) -> Tensor:
-            return values if self.token_mean else response_weighted(values, mask, *size)
-
-        loss, stats = clipped_surrogate(
-            answers.logprobs,
-            experience.old_logprobs,
-            weighted(experience.advantages),
-            mask,
-            self.clip_range,
-            size.tokens,
-            self.clip_range_high,
-        )
+        mask, advantages = experience.sequences.response_mask, experience.advantages
+        kl = k3(answers.logprobs, given(experience.reference))
+        if not self.token_mean:
+            advantages, kl = (response_weighted(part, mask, *size) for part in (advantages, kl))
+        old, ranges = experience.old_logprobs, (self.clip_range, size.tokens, self.clip_range_high)
+        loss, stats = clipped_surrogate(answers.logprobs, old, advantages, mask, *ranges)
         if self.kl_in_reward or self.kl_coef == 0:
-            return loss, stats._asdict()
-        kl = weighted(k3(answers.logprobs, given(experience.reference)))
-        kl_loss = masked_mean(kl, mask, size.tokens)
-        return loss + self.kl_coef * kl_loss, {**stats._asdict(), "kl_loss": kl_loss.detach()}
+            return loss, stats
+        kl = masked_mean(kl, mask, size.tokens)
+        return loss + self.kl_coef * kl, {**stats, "kl_loss": kl.detach()}

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
@@ -26,9 +26,10 @@ from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import Sequences, cuts
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
-from lightning_perl.models.roles import Role, RoleAnswers
+from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import Evaluation
+from lightning_perl.modules.running import KLControl, seen
 from lightning_perl.modules.safety import (
     FiniteGuard,
     clip_by_group,
@@ -79,7 +80,8 @@ class OnPolicy(Evaluation):
 
     A leaf that goes over each rollout several times, or in minibatches, calls `learn_in`; one that sets
     ``greedy_baseline`` finds in ``scored.baseline`` what the policy's greedy responses earn; see `PolicyAnswers`
-    for ``entropy_gradient`` and ``full_kl``.
+    for ``entropy_gradient`` and ``full_kl``. One that sets ``kl_control`` reads its ``kl_coef`` as
+    ``steered_kl_coef``.
 
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
@@ -89,7 +91,9 @@ class OnPolicy(Evaluation):
         score_batch_size: Episodes per scoring pass. None: as ``micro_batch_size``.
         max_grad_norm: Clips the norm of the actor's gradient.
         max_episodes: Training stops once this many episodes were learned from. None: no limit.
-        score_clip: Scores are clipped to plus or minus this first. None: not at all (DeepSpeed-Chat: 5).
+        score_normalization: ``scale`` divides scores by their standard deviation over all episodes so far,
+            ``standardize`` takes their mean off first (PPO-max, 2307.04964). None: neither.
+        score_clip: Scores are then clipped to plus or minus this. None: not at all (DeepSpeed-Chat: 5).
         missing_eos_score: Score of a response without EOS, instead of its own (2403.17031: -1).
         missing_eos_penalty: Taken off the score of a response without EOS (TRL's rule).
         settings: Arguments of `Evaluation` and `AdapterModule`.
@@ -99,6 +103,8 @@ class OnPolicy(Evaluation):
     greedy_baseline: ClassVar[bool] = False
     full_kl: ClassVar[bool] = False
     entropy_gradient: bool = False
+    kl_coef: float
+    kl_control: KLControl = KLControl()
 
     def __init__(
         self,
@@ -108,6 +114,7 @@ class OnPolicy(Evaluation):
         score_batch_size: Count | None = None,
         max_grad_norm: Positive = 1.0,
         max_episodes: Count | None = None,
+        score_normalization: Literal["scale", "standardize"] | None = None,
         score_clip: Positive | None = None,
         missing_eos_score: Finite | None = None,
         missing_eos_penalty: NonNegative | None = None,
@@ -125,6 +132,7 @@ class OnPolicy(Evaluation):
         self.micro_batch_size = micro_batch_size
         self.max_grad_norms = {"actor": max_grad_norm}
         self.max_episodes = max_episodes
+        self.score_normalization = score_normalization
         self.score_clip = score_clip
         self.missing_eos_score = missing_eos_score
         self.missing_eos_penalty = missing_eos_penalty
@@ -133,6 +141,9 @@ class OnPolicy(Evaluation):
         self.rollout_index = 0
         self.episodes = 0
         self.tokens = 0
+        # What training itself changes; it goes into checkpoints.
+        self.running: dict[str, float] = {}
+        self.score_moments: dict[str, float] = {}
         self._fingerprints: dict[str, str] | None = None
 
     def learn_in(self, epochs: int, minibatch_size: int | None, kept: int | None = None) -> None:
@@ -196,7 +207,12 @@ class OnPolicy(Evaluation):
     # ---- the update, without a Trainer -----------------------------------------------------------
 
     def shaped_scores(self, scores: Tensor, stopped: Tensor) -> Tensor:
-        """Scores after clipping and the missing-EOS rule. Shape: ``(B,)``."""
+        """Scores after normalization, clipping and the missing-EOS rule. Shape: ``(B,)``."""
+        if self.score_moments.get("squares", 0.0) > 0:
+            if self.score_normalization == "standardize":
+                scores = scores - self.score_moments["mean"]
+            deviation = (self.score_moments["squares"] / self.score_moments["count"]) ** 0.5
+            scores = scores / deviation
         if self.score_clip is not None:
             scores = scores.clamp(-self.score_clip, self.score_clip)
         if self.missing_eos_score is not None:
@@ -239,7 +255,7 @@ class OnPolicy(Evaluation):
             episodes, samples = len(experience.old_logprobs), experience.sequences.samples
             for rows in self._minibatches(episodes, samples, epoch):
                 minibatch = experience.rows(rows.to(experience.old_logprobs.device))
-                groups = self.roles.groups(self.trained_roles)
+                groups = self.roles.groups(self.learning_roles)
                 if first_value_stats is not None:
                     groups.remove(("value",))
                     add(sums, first_value_stats)
@@ -364,6 +380,8 @@ class OnPolicy(Evaluation):
             scores, parts = self.rewarded(rollout, scored.scores)
             described = {**describe(rollout, scored._replace(scores=scores)), **parts}
             warn_if_far(described["kl"], described["response_tokens"])
+            if self.score_normalization is not None:
+                self.score_moments = seen(self.score_moments, scores)
             scored = scored._replace(scores=self.shaped_scores(scores, rollout.stopped))
             if greedy is not None:
                 baseline = self.shaped_scores(self.scores(greedy), greedy.stopped)
@@ -373,6 +391,7 @@ class OnPolicy(Evaluation):
         scored, first_value_stats = self.values_of(rollout, scored, self.manual_backward)
         experience, stats = self.experience(rollout, scored)
         trained = self._learn(experience, first_value_stats)
+        trained |= self._steer(float(described["kl"]), len(rollout.row))
         scheduler = None if self._make_scheduler is None else self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, WatchingPlateau):
             scheduler.step()  # type: ignore[union-attr]
@@ -397,6 +416,25 @@ class OnPolicy(Evaluation):
                     f"model.scheduler watches {scheduler.monitor!r}; validation logs {sorted(logged)}."
                 )
             scheduler.step(logged[scheduler.monitor])
+
+    def _steer(self, kl: float, episodes: int) -> Stats:
+        """Steer the weight of the KL towards its target, if it has one."""
+        if self.kl_control.target is None:
+            return {}
+        steered = self.kl_control.steered(self.steered_kl_coef, kl, episodes)
+        self.running["kl_coef"] = steered
+        return {"kl_coef": torch.tensor(steered)}
+
+    @property
+    def steered_kl_coef(self) -> float:
+        """Today's weight of the KL."""
+        fixed = self.kl_control.target is None
+        return self.kl_coef if fixed else self.running.get("kl_coef", self.kl_coef)
+
+    @property
+    def learning_roles(self) -> tuple[TrainedRole, ...]:
+        """The trained roles that learn from this rollout."""
+        return self.trained_roles
 
     def _greedy(self, prompts: PromptBatch) -> Rollout:
         """The policy's likeliest responses, one per prompt."""
@@ -503,6 +541,8 @@ class OnPolicy(Evaluation):
             "rollout_index": self.rollout_index,
             "episodes": self.episodes,
             "tokens": self.tokens,
+            "running": self.running,
+            "score_moments": self.score_moments,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -511,6 +551,8 @@ class OnPolicy(Evaluation):
         progress = checkpoint["on_policy"]
         self.rollout_index = progress["rollout_index"]
         self.episodes, self.tokens = progress["episodes"], progress["tokens"]
+        self.running = dict(progress.get("running", {}))
+        self.score_moments = dict(progress.get("score_moments", {}))
 
     def hand_over(self, folder: Path) -> None:
         """Write ``RUN/adapters/actor``, or the policy's trunk as ``RUN/policy`` in the layout full."""

@@ -17,7 +17,8 @@ from torchmetrics import MeanMetric
 from lightning_perl.arguments import NonNegative, Positive
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import at_last_response
-from lightning_perl.losses.reward import bradley_terry, centering, thumbs
+from lightning_perl.losses.bradley_terry import bradley_terry, centering
+from lightning_perl.losses.thumbs import thumbs
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.modules.base import Stats
@@ -111,8 +112,8 @@ class Scoring(Judging):
         thumb_loss, thumb = thumbs(scores, batch.label, batch.labelled, self.positive_weight)
         pairs, ratings = len(batch.pairs), batch.labelled.sum()
         loss = (pairs * pair_loss + ratings * thumb_loss) / (pairs + ratings).clamp(min=1)
-        accuracy = pair.accuracy if pairs else thumb.accuracy
-        return loss, {"reward_loss": loss.detach(), "accuracy": accuracy, "margin": pair.margin}
+        accuracy = (pair if pairs else thumb)["accuracy"]
+        return loss, {"reward_loss": loss.detach(), **pair, "accuracy": accuracy}
 
     def losses(self, batch: RatedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Stats]:
         """Language-modelling loss, its tokens, reward loss, scores and statistics, from one forward."""

@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_perl.arguments import NonNegative, TwoOrMore
-from lightning_perl.functional.logprobs import k1
-from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.rloo import leave_one_out
 from lightning_perl.modules.base import Stats
@@ -38,8 +36,7 @@ class RLOO(OnPolicy):
     def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
         """One advantage per response, the same on all of its tokens."""
         mask = rollout.response_mask
-        kl = masked_row_sums(k1(scored.logprobs, scored.reference), mask)
-        rewards = scored.scores - self.kl_coef * kl
+        rewards = scored.scores - self.kl_coef * scored.kl(mask)
         advantages = leave_one_out(rewards, rollout.samples).unsqueeze(1) * mask
         experience = Experience(rollout.sequences(), scored.logprobs, advantages)
         return experience, {"reward": rewards.mean()}

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lightning_perl.arguments import Count, NonNegative, TwoOrMore
 from lightning_perl.callbacks.run_folder import run_folder
-from lightning_perl.functional.logprobs import k1
-from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
@@ -62,8 +60,7 @@ class Selecting(OnPolicy):
 
     def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
         """The kept responses; a row's advantages are what it was ranked by."""
-        kl = masked_row_sums(k1(scored.logprobs, scored.reference), rollout.response_mask)
-        ranks = scored.scores - self.rank_kl_coef * kl
+        ranks = scored.scores - self.rank_kl_coef * scored.kl(rollout.response_mask)
         rows = kept_rows(ranks, rollout.samples, self.keeps_worst)
         kept = rollout.rows(rows)._replace(samples=self.samples_learned)
         self._kept = (kept, scored.scores[rows])

@@ -110,6 +110,10 @@ class Scored(NamedTuple):
     scores: Tensor
     baseline: Tensor | None = None
 
+    def kl(self, mask: Tensor) -> Tensor:
+        """``sum_t (log pi - log ref)_t`` of each response, in nats. Shape: ``(B,)``."""
+        return masked_row_sums(k1(self.logprobs, self.reference), mask)
+
     def rows(self, rows: Tensor) -> Scored:
         """The named rows only."""
         return Scored(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
@@ -158,7 +162,7 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
     lengths = rollout.response_tokens().float()
     return {
         "score": scored.scores.mean(),
-        "kl": masked_row_sums(k1(scored.logprobs, scored.reference), mask).mean(),
+        "kl": scored.kl(mask).mean(),
         "response_tokens": lengths.mean(),
         "truncated_fraction": (~rollout.stopped).float().mean(),
         "distinct_2": distinct_pairs(rollout.response_ids, mask),

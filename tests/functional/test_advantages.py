@@ -74,6 +74,8 @@ def check_token_rewards(fn: Callable[..., Tensor]) -> None:
                 expected[row][column] = score - 0.3 * kl
         rewards = fn(scores, logprobs, reference, mask, 0.3)
         assert_close(rewards, torch.tensor(expected).double(), rtol=1e-6, atol=1e-6)
+        squared = fn(torch.zeros(4), logprobs, reference, mask, 0.3, lambda p, q: (p - q) ** 2)
+        assert_close(squared, torch.where(mask, -0.3 * (logprobs - reference) ** 2, 0.0))
         check_hidden(
             lambda p, q, mask=mask, scores=scores: (fn(scores, p, q, mask, 0.3),),
             [logprobs, reference],

@@ -58,6 +58,22 @@ def check_k1(fn: Estimator) -> None:
         assert_close(gradient_of(expected, logits), torch.zeros_like(logits))
 
 
+def check_k2(fn: Estimator) -> None:
+    check_formula(fn, lambda d: d * d / 2)
+
+
+def check_jensen_shannon(fn: Estimator) -> None:
+    for seed in range(5):
+        logits, reference = policy_and_reference(seed)
+        middle = (0.5 * (logits.softmax(-1) + reference.softmax(-1))).log()
+        expected = 0.5 * (kl_of(logits, middle) + kl_of(reference, middle))
+        assert_close(expectation(fn, logits, reference), expected)
+        each = fn(logits.log_softmax(-1), reference.log_softmax(-1))
+        assert (each >= 0).all()
+    far = fn(torch.tensor([0.0, -60.0]), torch.tensor([-300.0, -0.5]))
+    assert far.isfinite().all()
+
+
 def check_k3(fn: Estimator) -> None:
     check_formula(fn, lambda d: math.exp(-d) - 1 + d)
     for seed in range(5):

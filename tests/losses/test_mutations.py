@@ -174,6 +174,17 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "k1": [
         ("sign", "logprobs - reference_logprobs", "reference_logprobs - logprobs"),
     ],
+    "k2": [
+        ("not halved", "0.5 * ", ""),
+        ("not squared", " ** 2", ""),
+    ],
+    "jensen_shannon": [
+        ("not halved", "0.5 * ", ""),
+        ("reference's part forgotten", "policy_part + reference_part", "policy_part"),
+        ("without importance weights", "torch.exp(-difference) * ", ""),
+        ("arguments swapped", "logprobs - reference_logprobs", "reference_logprobs - logprobs"),
+        ("the difference's sign", "softplus(difference)", "softplus(-difference)"),
+    ],
     "k3": [
         ("sign of the exponent", "expm1(-difference)", "expm1(difference)"),
         ("sign of the line", ") + difference", ") - difference"),
@@ -182,7 +193,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "token_rewards": [
         ("penalty is a bonus", "-kl_coef", "kl_coef"),
-        ("log ratio swapped", "logprobs - reference_logprobs", "reference_logprobs - logprobs"),
+        ("log ratio swapped", "(logprobs, reference_logprobs)", "(reference_logprobs, logprobs)"),
+        ("always k1", "estimator(logprobs, reference_logprobs)", "(logprobs - reference_logprobs)"),
         ("score one column later", "last_true(response_mask)", "(last_true(response_mask) + 1)"),
         ("score on every token", "is_last * scores", "response_mask * scores"),
         ("score instead of penalty", "penalty + is_last *", "~is_last * penalty + is_last *"),

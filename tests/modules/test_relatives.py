@@ -95,7 +95,8 @@ def grpo_loss(module: GRPO, twin: Twin, experience: Experience, scores: Tensor) 
         if module.scale_by_group:
             advantage = advantage / (group.std() + 1e-4)
         ratio = (twin.policy - old)[row][mask[row]].exp()
-        clipped = ratio.clamp(1 - module.clip_range, 1 + module.clip_range_high)
+        high = module.clip_range_high or module.clip_range
+        clipped = ratio.clamp(1 - module.clip_range, 1 + high)
         terms = -torch.minimum(ratio * advantage, clipped * advantage)
         if not module.kl_in_reward:
             gap = (twin.reference - twin.policy)[row][mask[row]]

@@ -32,6 +32,7 @@ from lightning_perl.modules import (
 )
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.running import KLControl
 from lightning_perl.optim import HostAdamW
 from tests.modules import tiny
 
@@ -65,6 +66,14 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "HydraPPO": lambda trunk: HydraPPO(trunk, **RL),
     "HydraPPO, moments on the host": lambda trunk: HydraPPO(
         trunk, **RL, optimizer=lambda params: HostAdamW(params, lr=1e-3)
+    ),
+    "PPO-max": lambda trunk: PPO(
+        trunk,
+        "hydra",
+        **RL,
+        score_normalization="standardize",
+        critic_warmup=3,
+        kl_control=KLControl(target=0.01, horizon=50),
     ),
     "PPO lora": lambda trunk: PPO(trunk, "lora", **RL),
     "PPO full": lambda trunk: PPO(trunk, "full", **RL),

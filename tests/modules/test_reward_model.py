@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.sequences import pad_right
-from lightning_perl.losses.reward import bradley_terry, centering, thumbs
+from lightning_perl.losses.bradley_terry import bradley_terry, centering
+from lightning_perl.losses.thumbs import thumbs
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import load_head
 from lightning_perl.models.loading import load_trunk

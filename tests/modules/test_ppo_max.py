@@ -1,0 +1,89 @@
+"""What PPO-max and LoRA-RLHF add to PPO: normalized scores, the critic's warm-up, the KL's control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_perl.functional.logprobs import jensen_shannon, k2, k3
+from lightning_perl.modules import JointHydraPPO
+from lightning_perl.modules.evaluation import given
+from lightning_perl.modules.running import KLControl, seen
+from tests.functional.test_kl import Estimator
+from tests.modules import tiny
+
+
+@pytest.mark.parametrize(("mode", "shift"), [("scale", 0.0), ("standardize", 1.0)])
+def test_scores_are_normalized_by_all_that_were_seen(
+    mode: str, shift: float, hydra_trunk: Path
+) -> None:
+    module = tiny.hydra(hydra_trunk, score_normalization=mode, score_clip=0.8)
+    rollouts = [torch.tensor(scores).double() for scores in ([5.0], [3.0, -4.0, 7.5], [1.0, 2.0])]
+    stopped = torch.ones(3, dtype=torch.bool)
+    assert_close(module.shaped_scores(rollouts[1], stopped), rollouts[1].clamp(-0.8, 0.8))
+    for scores in rollouts:
+        module.score_moments = seen(module.score_moments, scores)
+    infinite = torch.tensor([float("nan"), float("inf")])
+    module.score_moments = seen(module.score_moments, infinite)
+    every = torch.cat(rollouts)
+    normalized = (rollouts[1] - shift * every.mean()) / every.std(unbiased=False)
+    assert_close(module.shaped_scores(rollouts[1], stopped), normalized.clamp(-0.8, 0.8))
+
+
+def test_one_score_has_no_spread_to_be_divided_by(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, score_normalization="standardize")
+    module.score_moments = seen({}, torch.tensor([3.0, 3.0]))
+    assert module.shaped_scores(torch.tensor([3.0]), torch.ones(1, dtype=torch.bool)).item() == 3.0
+
+
+def test_kl_is_steered_to_its_target(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, kl_coef=0.5, kl_control=KLControl(target=4.0, horizon=100))
+    expected = 0.5
+    # Too much KL by a tenth, by far more than a fifth, and too little; a KL that is no number changes nothing.
+    for kl, error in ((4.4, 0.1), (40.0, 0.2), (1.0, -0.2), (float("nan"), 0.0)):
+        stats = module._steer(kl, 20)
+        expected *= 1 + error * 20 / 100
+        assert stats["kl_coef"].item() == pytest.approx(expected)
+    fixed = tiny.hydra(hydra_trunk, kl_coef=0.5)
+    assert fixed._steer(40.0, 20) == {}
+    assert fixed.steered_kl_coef == 0.5
+
+
+@pytest.mark.parametrize("estimator", [k2, k3, jensen_shannon])
+def test_rewards_and_the_loss_by_hand(estimator: Estimator, hydra_trunk: Path) -> None:
+    options = {"gae_lambda": 1.0, "kl_coef": 0.5, "whiten_advantages": False}
+    module = tiny.hydra(hydra_trunk, kl_control=KLControl(estimator.__name__), **options)  # type: ignore[arg-type]
+    tiny.train_adapters(module)
+    rollout = module.collect(tiny.prompts(5), 0)
+    scored, mask = module.score(rollout), rollout.response_mask
+    experience, _ = module.experience(rollout, scored)
+    kl = torch.where(mask, estimator(scored.logprobs, scored.reference), 0.0)
+    assert_close(given(experience.returns)[:, 0], scored.scores - 0.5 * kl.sum(1))
+
+    bold = tiny.hydra(hydra_trunk, entropy_coef=0.3, advantage_clip=0.05, **options)
+    tiny.train_adapters(bold)
+    clipped, _ = bold.experience(rollout, scored)
+    assert clipped.advantages.abs().max() == 0.05
+    with_bonus, steps = tiny.rehearse(bold, clipped)
+    bold.entropy_coef, bold.entropy_gradient = 0.0, False
+    without, plain_steps = tiny.rehearse(bold, clipped)
+    bonus = 0.3 * with_bonus["entropy"]
+    assert_close(with_bonus["policy_loss"], without["policy_loss"] - bonus)
+    actors = [key for key in steps[0] if ".actor." in key]
+    assert any(not torch.equal(steps[0][key], plain_steps[0][key]) for key in actors)
+
+
+def test_at_first_only_the_critic_learns(hydra_trunk: Path, tmp_path: Path) -> None:
+    module = tiny.hydra(hydra_trunk, trunk_dtype="float32", critic_warmup=1, ppo_epochs=2)
+    names = []
+    for folder, rollouts in (("first", 1), ("second", 2)):
+        before = tiny.weights(module)
+        batches = [tiny.prompts(6, seed) for seed in range(rollouts)]
+        tiny.fit(module, tmp_path / folder, batches[-1:])
+        names.append({name.split(".")[-2] for name in tiny.changed(before, module)})
+    assert names == [{"critic", "value_head"}, {"actor", "critic", "value_head"}]
+    with pytest.raises(ValueError, match="critic_warmup needs a critic of its own; layout joint_h"):
+        JointHydraPPO(str(hydra_trunk), critic_warmup=1)
