@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,8 +26,10 @@ from lightning_perl.data.loaders import (
 from lightning_perl.data.report import DataReport, SplitReport
 from lightning_perl.data.rows import (
     BadRow,
+    BadRowHook,
     Item,
     Splits,
+    Tie,
     collate_prompts,
     collate_rated,
     conflicting,
@@ -36,6 +38,9 @@ from lightning_perl.data.rows import (
 )
 from lightning_perl.data.tokenization import TurnEncoder, example_of, template_of
 from lightning_perl.packaged import unpackaged
+
+Raw = TypeVar("Raw")
+T = TypeVar("T")
 
 
 class ConversationDataModule(Checked, LightningDataModule, ABC):
@@ -152,6 +157,23 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             raise BadRow(reason, message)
         self.report.rejected[reason] += 1
         self.report.messages.append((reason, message))
+
+    def usable(
+        self,
+        rows: Iterable[tuple[str, Raw]],
+        read: Callable[[Raw, str], Iterable[T]],
+        bad_row: BadRowHook | None = None,
+    ) -> Iterator[T]:
+        """Yields what ``read`` makes of rows and their places; ``bad_row`` (None: our own) takes bad ones."""
+        for where, row in rows:
+            try:
+                yield from read(row, where)
+            except Tie as tie:
+                # Counted where bad rows are counted: once.
+                if bad_row in (None, self.bad_row):
+                    self.report.left_out[tie.reason] += 1
+            except BadRow as error:
+                (bad_row or self.bad_row)(error.reason, f"{where}: {error}")
 
     def distinct(self, items: Iterable[Item]) -> list[Item]:
         """Drops rows that repeat another, and counts those whose labels contradict each other.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,14 +16,14 @@ from lightning_perl.arguments import FractionBelowHalf
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.download import Remote, fetch_all
 from lightning_perl.data.folds import held_out
+from lightning_perl.data.messages import wrong_type
+from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.reading import csv_rows, jsonl_rows
-from lightning_perl.data.rows import BadRow, BadRowHook, Item, Pair, Row, Splits, Turn, first_row
+from lightning_perl.data.rows import BadRow, Item, Pair, Splits, first_row, rows_of
 
 Part: TypeAlias = Literal["train", "val", "test"]
 _PARTS: tuple[Part, ...] = ("train", "val", "test")
 _NAMES = {"val": "validation", "test": "test"}
-_Raw = TypeVar("_Raw")
-_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -50,78 +50,39 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     return [files[name] for name in sorted(files)]
 
 
-def wrong_type(where: str, rule: str, value: object) -> BadRow:
-    """Returns the bad row of a value that breaks a rule, such as ``'labels' must be 0 or 1``."""
-    return BadRow("wrong type", f"{where}: {rule}, got {repr(value)[:60]}.")
-
-
-def value_of(row: Mapping[str, Any], key: str, where: str) -> object:
+def value_of(row: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
     """Returns a value; raises BadRow where the key is missing."""
     if key not in row:
         raise BadRow(
             "missing key",
-            f"{where}: no key {key!r}; got {sorted(row)}. Is this the right file? Download it again, or set "
+            f"no key {key!r}; got {sorted(row)}. Is this the right file? Download it again, or set "
             "on_bad_row: reject.",
         )
-    value: object = row[key]
-    return value
+    return row[key]
 
 
-def text_of(row: Mapping[str, Any], key: str, where: str, strip: bool = True) -> str:
-    """Returns a text, without its outer white space unless ``strip`` is false; raises BadRow for anything else."""
-    value = value_of(row, key, where)
+def text_of(row: Mapping[str, Any], key: str) -> str:
+    """Returns a text without its outer white space; raises BadRow for anything else."""
+    value = value_of(row, key)
     if not isinstance(value, str):
-        raise wrong_type(where, f"{key!r} must be a string", value)
-    return value.strip() if strip else value
+        raise wrong_type(key, "a string", value)
+    return value.strip()
 
 
-def prompt_of(text: str, where: str) -> tuple[Turn, ...]:
-    """Returns a prompt of one user turn; raises BadRow where the text is empty."""
-    if not text:
-        raise BadRow("empty prompt", f"{where}: empty prompt. Set on_bad_row: reject.")
-    return (Turn("user", text),)
+def own_row(group: str, prompt: str, **answers: str) -> dict[str, Any]:
+    """Returns a prompt and its answers (``response``, or ``chosen`` and ``rejected``) in our columns.
 
-
-def demonstration(context: tuple[Turn, ...], answer: str, dialog: str, where: str) -> Row:
-    """Returns an answer to imitate."""
-    return Row(context, (Turn("agent", answer),), None, True, dialog, where)
-
-
-def preference(context: tuple[Turn, ...], better: str, worse: str, dialog: str, where: str) -> Pair:
-    """Returns a pair of answers, the better one also to imitate; raises BadRow where both are the same text."""
-    if better == worse:
-        raise BadRow(
-            "identical pair",
-            f"{where}: identical pair: both answers are the same text. Set on_bad_row: reject.",
-        )
-    rejected = Row(context, (Turn("agent", worse),), None, False, dialog, where)
-    return Pair(demonstration(context, better, dialog, where), rejected)
-
-
-def usable(
-    rows: Iterable[tuple[str, _Raw]],
-    read: Callable[[_Raw, str], _Read | None],
-    bad_row: BadRowHook,
-) -> Iterator[_Read]:
-    """Yields what ``read`` makes of the rows.
-
-    ``read`` raises BadRow for a row that cannot be used, which ``bad_row`` takes, and returns None for one that it
-    counted and passed over.
+    They become messages: a post that begins with ``User:`` is no dialog. ``group`` names the rows that are never
+    divided between splits.
     """
-    for where, row in rows:
-        try:
-            item = read(row, where)
-        except BadRow as error:
-            bad_row(error.reason, str(error))
-            continue
-        if item is not None:
-            yield item
+    said = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+    return {"prompt": [{"role": "user", "content": prompt}], "group": group, **said}
 
 
 class CorpusDataModule(ConversationDataModule):
     """A public corpus: files of a known layout, fetched if need be, with their authors' splits.
 
-    Leaves say where the files lie (:attr:`corpus_files`) and what a row is (:meth:`item`).
+    Leaves say where the files lie (:attr:`corpus_files`) and what a row is (:meth:`own`).
 
     The authors' splits are kept. A split that is not there is carved out of the training rows, by a hash of the
     prompt or dialog, so it is the same in every run. Where only a test or validation split is there, all three are
@@ -165,13 +126,11 @@ class CorpusDataModule(ConversationDataModule):
         """Where the files are published and how they lie."""
 
     @abstractmethod
-    def item(self, row: dict[str, Any], where: str, part: Part) -> tuple[Part, Item] | None:
-        """Returns what a row of a file is, and its split; None for a row that was counted and passed over.
+    def own(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns an object of a JSONL file, or a line of a CSV table, in our columns, with its ``group``.
 
-        Args:
-            row: An object of a JSONL file, or a line of a CSV table.
-            where: ``file:line``, for messages.
-            part: The split of the file.
+        ``part`` among them is the row's split, where its file does not say that. None is a row that was counted
+        and passed over.
 
         Raises:
             BadRow: The row cannot be used.
@@ -212,7 +171,7 @@ class CorpusDataModule(ConversationDataModule):
         empty = {part for part, _ in files}
         for part, file in files:
             rows = (csv_rows if ".csv" in file.suffixes[-2:] else jsonl_rows)(file, self.bad_row)
-            for own, item in usable(rows, partial(self.item, part=part), self.bad_row):
+            for own, item in self.usable(rows, partial(self._item, part=part)):
                 upstream[own].append(item)
                 empty.discard(part)
         for part in empty - {"train"}:
@@ -223,6 +182,15 @@ class CorpusDataModule(ConversationDataModule):
         if not upstream["train"] and "train" not in empty:
             self._train_on_held_out(upstream)
         return self._divide(upstream)
+
+    def _item(self, row: dict[str, Any], where: str, part: Part) -> Iterator[tuple[Part, Item]]:
+        own = self.own(row)
+        if own is None:
+            return
+        # With their answers, whatever `rows` is: both kinds of batches have the same splits.
+        for item in RowReader({}).read(own, where):
+            rows = [replace(row, dialog=own["group"]) for row in rows_of(item)]
+            yield own.get("part", part), Pair(rows[0], rows[1]) if rows[1:] else rows[0]
 
     def _train_on_held_out(self, upstream: dict[Part, list[Item]]) -> None:
         """Makes training rows of the validation rows, else of the test rows, and notes it."""

@@ -158,6 +158,8 @@ def _judged(
     first: object, second: object, side: int | None, *verdict: str, **more: object
 ) -> list[OwnRow]:
     """Returns a pair, or a tie; ``verdict`` names the columns that said which answer is better."""
+    if side not in (0, 1, None):
+        raise BadRow("unclear preference", f"{list(verdict)} must say 0 or 1.")
     better, worse = (second, first) if side else (first, second)
     tie = {"tie": True} if side is None else {}
     return [{"chosen": better, "rejected": worse, "verdict": verdict, **more, **tie}]
@@ -208,20 +210,17 @@ def _shared(row: AnyRow) -> OwnRow:
 def _comparison(row: AnyRow) -> list[OwnRow]:
     """OpenAI's summaries: two of a post or an article, of which a person chose one."""
     one, other = (summary["text"] for summary in row["summaries"])
-    return _judged(one, other, int(row["choice"]), "choice", prompt=_post(row["info"]))
+    return _judged(one, other, int(row["choice"]), "choice", prompt=post_prompt(row["info"]))
 
 
-def _post(info: AnyRow) -> str:
+def post_prompt(info: AnyRow) -> str:
+    """Returns the prompt for a summary of a Reddit post or an article, in the format of OpenAI's release."""
     if info.get("article"):
         return f"{info['article']}\n\nTL;DR:"
-    heads = (
-        ("SUBREDDIT", info.get("subreddit")),
-        ("TITLE", info.get("title")),
-        ("POST", info.get("post")),
-    )
-    lines = [
-        f"{head}: {f'r/{text}' if head == 'SUBREDDIT' else text}" for head, text in heads if text
-    ]
+    if not str(info.get("post") or "").strip():
+        raise BadRow("empty prompt", "empty prompt. Remove the row, or set on_bad_row: reject.")
+    heads = {"SUBREDDIT: r/": "subreddit", "TITLE: ": "title", "POST: ": "post"}
+    lines = [f"{head}{info[key].strip()}" for head, key in heads.items() if info.get(key)]
     return "\n\n".join([*lines, "TL;DR:"])
 
 
@@ -230,7 +229,7 @@ def _axis(row: AnyRow) -> list[OwnRow]:
     marks = row["summary"]["axes"]
     return [
         {
-            "prompt": _post(row["info"]),
+            "prompt": post_prompt(row["info"]),
             "response": row["summary"]["text"],
             "rating": marks.get("overall"),
         }

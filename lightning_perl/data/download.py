@@ -24,7 +24,7 @@ class Remote:
     Attributes:
         path: Its place below the data folder, with forward slashes.
         url: Where it is published.
-        sha256: Its checksum in hexadecimal; None where the authors may change the file.
+        sha256: Its checksum in hexadecimal, or how that begins; None where the authors may change the file.
     """
 
     path: str

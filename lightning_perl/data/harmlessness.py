@@ -12,17 +12,15 @@ is then not two replies to one prompt, and the pair is a bad row.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from typing import Any
 
-from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, preference, text_of
+from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, text_of
 from lightning_perl.data.download import Remote
-from lightning_perl.data.rows import BadRow, Item, Pair, Turn
+from lightning_perl.data.messages import transcript
+from lightning_perl.data.rows import BadRow
 
 # A revision, so that the files behind the checksums stay.
 _HUB = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
-_TAG = re.compile(r"\n\n(Human|Assistant):")
 _SPLITS: tuple[Part, ...] = ("train", "test")
 
 
@@ -42,59 +40,22 @@ def hh_corpus(name: str, *sums: str) -> Corpus:
     )
 
 
-def chosen_and_rejected(row: Mapping[str, Any], where: str) -> Pair:
-    """Returns the pair of a row as Anthropic publishes it."""
-    chosen, rejected = (text_of(row, key, where, strip=False) for key in ("chosen", "rejected"))
-    return transcript_pair(chosen, rejected, where)
-
-
-def parse_transcript(text: str, where: str) -> tuple[Turn, ...]:
-    """Returns the turns of a transcript, without outer white space.
-
-    Raises:
-        BadRow: Text before the first tag, or no tag at all.
-    """
-    before, *parts = _TAG.split(text)
-    if before.strip() or not parts:
+def dialogs(chosen: str, rejected: str) -> dict[str, Any]:
+    """Returns two transcripts in our columns; their group is the first turn."""
+    better, worse = transcript(chosen), transcript(rejected)
+    if better is None or worse is None:
         raise BadRow(
             "no transcript",
-            f"{where}: a transcript begins with a blank line and Human:, got {text[:40]!r}. Is it the right file?",
+            f"a transcript begins with Human:, got {(rejected if better else chosen)[:40]!r}. Right file?",
         )
-    return tuple(
-        Turn("user" if tag == "Human" else "agent", words.strip())
-        for tag, words in zip(parts[::2], parts[1::2], strict=True)
-    )
-
-
-def transcript_pair(chosen: str, rejected: str, where: str) -> Pair:
-    """Returns the pair of two transcripts; its dialog is the first turn.
-
-    An empty reply is left for the encoder to reject, which needs no answers for prompts alone.
-
-    Raises:
-        BadRow: No transcript, identical ones, or ones that differ before their last replies.
-    """
-    better, worse = (parse_transcript(text, where) for text in (chosen, rejected))
-    if better != worse and better[:-1] != worse[:-1]:
-        raise BadRow(
-            "contexts differ before the last reply",
-            f"{where}: the transcripts differ before their last replies ({len(better)} and {len(worse)} turns), "
-            "so they are no answers to one prompt. Set on_bad_row: reject.",
-        )
-    context = better[:-1]
-    if not context or (better[-1].role, worse[-1].role) != ("agent", "agent"):
-        raise BadRow(
-            "no answer",
-            f"{where}: a transcript that does not end with the assistant's reply to a human turn.",
-        )
-    dialog = json.dumps(context[0], ensure_ascii=False)
-    return preference(context, better[-1].text, worse[-1].text, dialog, where)
+    group = json.dumps(["user", better[0]["content"]], ensure_ascii=False)
+    return {"chosen": better, "rejected": worse, "group": group}
 
 
 _CORPUS = hh_corpus(
     "harmless-base",
-    "bf3e1ecd3db61bf21d190f69351d26670c67aababa0fd282fa008c17a7202217",
-    "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
+    "bf3e1ecd3db61bf2",
+    "ebfaaed21162a4de",
 )
 
 
@@ -115,6 +76,6 @@ class HarmlessnessDataModule(CorpusDataModule):
         """Where harmless-base lies."""
         return _CORPUS
 
-    def item(self, row: dict[str, Any], where: str, part: Part) -> tuple[Part, Item]:
-        """Returns the pair of a row."""
-        return part, chosen_and_rejected(row, where)
+    def own(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the two dialogs of a row."""
+        return dialogs(text_of(row, "chosen"), text_of(row, "rejected"))

@@ -16,15 +16,13 @@ from lightning_perl.data.corpus import (
     Corpus,
     CorpusDataModule,
     Part,
-    preference,
-    prompt_of,
+    own_row,
     text_of,
     value_of,
-    wrong_type,
 )
 from lightning_perl.data.download import Remote
-from lightning_perl.data.harmlessness import chosen_and_rejected, hh_corpus, transcript_pair
-from lightning_perl.data.rows import Item, Pair
+from lightning_perl.data.harmlessness import dialogs, hh_corpus
+from lightning_perl.data.messages import wrong_type
 
 _SUBREDDITS = (
     "askacademia askanthropology askbaking askcarguys askculinary askdocs askengineers askhistorians askhr "
@@ -40,8 +38,8 @@ _SHP_SPLITS: tuple[tuple[Part, str], ...] = (
 _CORPORA = {
     "hh": hh_corpus(
         "helpful-base",
-        "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
-        "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
+        "518a5bf288456fc9",
+        "8be3fc1a13b27901",
     ),
     "shp": Corpus(
         home="Download the subreddits' folders (each with train.json, validation.json and test.json) of "
@@ -98,37 +96,35 @@ class HelpfulnessDataModule(CorpusDataModule):
         """Where the corpus lies."""
         return _CORPORA[self.corpus]
 
-    def item(self, row: dict[str, Any], where: str, part: Part) -> tuple[Part, Item] | None:
+    def own(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the pair of a row; None below ``min_score_ratio``."""
-        if self.corpus == "hh":
-            read = chosen_and_rejected if "text" not in row else _scored_pair
-            return part, read(row, where)
-        ratio = value_of(row, "score_ratio", where)
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-            raise wrong_type(where, "'score_ratio' must be a number", ratio)
-        if ratio < self.min_score_ratio:
-            self.report.left_out["below data.min_score_ratio"] += 1
-            return None
-        return part, _voted_pair(row, where)
+        if self.corpus == "shp":
+            ratio = value_of(row, "score_ratio")
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+                raise wrong_type("score_ratio", "a number", ratio)
+            if ratio < self.min_score_ratio:
+                self.report.left_out["below data.min_score_ratio"] += 1
+                return None
+            return _voted(row)
+        if "text" in row:
+            return dialogs(*_by_score(row))
+        return dialogs(text_of(row, "chosen"), text_of(row, "rejected"))
 
 
-def _scored_pair(row: dict[str, Any], where: str) -> Pair:
+def _by_score(row: dict[str, Any]) -> tuple[str, str]:
     match row:
         case {
             "text": [str(first), str(second)],
             "score": [int() | float() as first_score, int() | float() as second_score],
         } if first_score != second_score:
-            better, worse = (first, second) if first_score > second_score else (second, first)
-            return transcript_pair(better, worse, where)
-    rule = "expected two transcripts under 'text' and two different numbers under 'score'"
-    raise wrong_type(where, rule, row.get("score"))
+            return (first, second) if first_score > second_score else (second, first)
+    raise wrong_type("'text' and 'score'", "two transcripts and two different numbers", row)
 
 
-def _voted_pair(row: dict[str, Any], where: str) -> Pair:
-    first, second = (text_of(row, key, where) for key in ("human_ref_A", "human_ref_B"))
-    label = value_of(row, "labels", where)
+def _voted(row: dict[str, Any]) -> dict[str, Any]:
+    label = value_of(row, "labels")
     if label not in (0, 1):
-        raise wrong_type(where, "'labels' must be 0 or 1", label)
-    better, worse = (first, second) if label else (second, first)
-    context = prompt_of(text_of(row, "history", where), where)
-    return preference(context, better, worse, text_of(row, "post_id", where), where)
+        raise wrong_type("labels", "0 or 1", label)
+    better, worse = (f"human_ref_{side}" for side in ("AB" if label else "BA"))
+    sides = {"chosen": text_of(row, better), "rejected": text_of(row, worse)}
+    return own_row(text_of(row, "post_id"), text_of(row, "history"), **sides)

@@ -25,7 +25,7 @@ _WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|content|value|text)["']
 _TAGS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"(?:\A|\n\n)(Human|Assistant|System):",
+        r"(?:\A|\n\n)(Human|Assistant|\ASystem):",
         r"(?:\A|\n)\s*(User|USER|Assistant|ASSISTANT|System|SYSTEM):",
         r"\s*### ?(Human|User|Assistant|System|Instruction|Response):",
         r"<\|im_start\|>(system|user|assistant)\n",
@@ -79,7 +79,9 @@ def transcript(text: str) -> list[dict[str, str]] | None:
             continue
         _, *parts = tag.split(start)
         said = zip(parts[::2], parts[1::2], strict=True)
-        return [{"role": name.lower(), "content": _ENDS.sub("", words)} for name, words in said]
+        return [
+            {"role": name.lower(), "content": _ENDS.sub("", words).strip()} for name, words in said
+        ]
     return None
 
 
@@ -148,12 +150,14 @@ def prompt_of(value: object) -> tuple[Turn, ...]:
         turns = turns_of(value, "prompt")
         # A prompt may end with the tag of the answer.
         opened = len(turns) > 1 and turns[-1].role == "agent" and not turns[-1].text.strip()
-        return turns[:-1] if opened else turns
-    if not isinstance(value, str):
+        turns = turns[:-1] if opened else turns
+    elif isinstance(value, str):
+        turns = (Turn("user", value),)
+    else:
         raise wrong_type("prompt", "a string or a list of messages", value)
-    if not value.strip():
-        raise BadRow("empty prompt", "empty prompt. Remove the row.")
-    return (Turn("user", value),)
+    if not any(turn.text.strip() for turn in turns):
+        raise BadRow("empty prompt", "empty prompt. Remove the row, or set on_bad_row: reject.")
+    return turns
 
 
 def same(turns: tuple[Turn, ...]) -> tuple[tuple[str, str], ...]:
@@ -162,7 +166,10 @@ def same(turns: tuple[Turn, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
-    """Returns an answer: a text, or an assistant message that may follow the messages of the prompt."""
+    """Returns an answer: a text, or an assistant message that may follow the messages of the prompt.
+
+    The encoder refuses an empty one, as prompts alone need none.
+    """
     value = unpacked(value, column)
     if isinstance(value, list):
         turns = turns_of(value, column)
@@ -176,10 +183,6 @@ def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
         value = turns[-1].text
     if not isinstance(value, str):
         raise wrong_type(column, "a string or one assistant message", value)
-    if not value.strip():
-        raise BadRow(
-            "empty answer", f"empty answer in {column}. Remove the row, or set on_bad_row: reject."
-        )
     return Turn("agent", value)
 
 

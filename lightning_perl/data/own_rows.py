@@ -23,7 +23,7 @@ from lightning_perl.data.messages import (
     without_prompt,
     wrong_type,
 )
-from lightning_perl.data.rows import BadRow, Item, Pair, Row, Turn
+from lightning_perl.data.rows import BadRow, Item, Pair, Row, Tie, Turn
 
 Columns: TypeAlias = dict[str, str | dict[str, float] | None]
 """From a name of ours to the file's column, a dotted path, several columns with weights, or None: not read."""
@@ -49,13 +49,6 @@ _PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
 _UP = "1 1.0 true yes up thumbs_up good positive desirable"
 _DOWN = "0 0.0 false no down thumbs_down bad negative undesirable"
 _LABELS = dict.fromkeys(_UP.split(), 1.0) | dict.fromkeys(_DOWN.split(), 0.0)
-
-
-class Tie(BadRow):
-    """A row whose judge preferred neither answer: nothing to learn, and nothing wrong."""
-
-    def __init__(self) -> None:
-        super().__init__("ties", "neither answer was preferred")
 
 
 class ReadsRows(Protocol):
@@ -95,13 +88,17 @@ class RowReader:
         """
         for written in self._written(row):
             for named in self._named(written):
-                if self.prompts:
-                    context = self._context(written, named)
-                    yield Row(context, (), None, False, opening(context), where, source)
-                elif "chosen" in named:
-                    yield self._pair(named, where, source)
-                else:
-                    yield from self._answers(named, where, source)
+                yield from self.read(named, where, source)
+
+    def read(self, named: dict[str, Any], where: str, source: int = 0) -> Iterator[Item]:
+        """Yields what a row in our columns is; see :meth:`items`."""
+        if self.prompts:
+            context = self._context(named)
+            yield Row(context, (), None, False, opening(context), where, source)
+        elif "chosen" in named:
+            yield self._pair(named, where, source)
+        else:
+            yield from self._answers(named, where, source)
 
     def _written(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if self.read_row is None:
@@ -142,28 +139,34 @@ class RowReader:
             kind = next((kind for kind in _KINDS if named.keys() >= set(kind)), None)
             if self.prompts:
                 # Answers without a prompt are dialogs, which begin with it.
-                dialogs = (
-                    kind is not None and kind[0] in ("first", "answers") and "prompt" not in named
-                )
-                yield next(self._judged(named, kind)) if dialogs and kind else named
-                continue
-            # Half of a kind, or a mapped column that is not there, is a slip, not a row of another kind.
-            mapped = {name for name, column in self.columns.items() if column}
-            half = ("chosen" in named) != ("rejected" in named)
-            absent = {name for name in mapped - named.keys() if self.columns[name] not in row}
-            if half or kind is None or absent:
-                raise self._missing(row, _KINDS)
-            if kind == _DIALOGS and isinstance(unpacked(named["chosen"], "chosen"), str):
-                # Two answers, and not two dialogs: a prompt is missing.
-                raise self._missing(row, (_PAIR,))
-            if _thumb(named.get("tie", False), "tie"):
-                raise Tie
-            self._check_verdicts(row, named, kind)
-            yield from self._judged(named, kind)
+                if kind and kind[0] in ("first", "answers") and "prompt" not in named:
+                    named = next(self._judged(named, kind))
+                if not _has(named, _PROMPT_KINDS):
+                    raise self._missing(row, _PROMPT_KINDS)
+                yield named
+            else:
+                self._check_columns(row, named, kind)
+                yield from self._judged(named, kind or ())
+
+    def _check_columns(
+        self, row: Mapping[str, Any], named: dict[str, Any], kind: tuple[str, ...] | None
+    ) -> None:
+        """Refuses rows that are half of a kind, ties, and verdicts without use."""
+        mapped = {name for name, column in self.columns.items() if column}
+        half = ("chosen" in named) != ("rejected" in named)
+        absent = {name for name in mapped - named.keys() if self.columns[name] not in row}
+        # A mapped column that is not there is a slip, too.
+        if half or kind is None or absent:
+            raise self._missing(row, _KINDS)
+        if kind == _DIALOGS and isinstance(unpacked(named["chosen"], "chosen"), str):
+            # Two answers, and not two dialogs: a prompt is missing.
+            raise self._missing(row, (_PAIR,))
+        if _thumb(named.get("tie", False), "tie"):
+            raise Tie
+        self._check_verdicts(row, named, kind)
 
     def _recognised(self, row: Mapping[str, Any], given: dict[str, Any]) -> list[dict[str, Any]]:
-        whole = any(given.keys() >= set(kind) for kind in _KINDS)
-        if whole and self.dialect is None:
+        if _has(given, _KINDS) and self.dialect is None:
             return [own | given for own in dialects.flat(_without(row, self.columns))]
         return dialects.read(row, self.dialect)
 
@@ -275,18 +278,17 @@ class RowReader:
 
     # ---- rows ------------------------------------------------------------------------------------
 
-    def _context(self, row: Mapping[str, Any], named: dict[str, Any]) -> Turns:
+    def _context(self, named: dict[str, Any]) -> Turns:
         """Returns the prompt of a row of any kind."""
         if "prompt" in named:
-            return _surrounded(prompt_of(named["prompt"]), named)
-        if "messages" in named:
+            turns = prompt_of(named["prompt"])
+        elif "messages" in named:
             turns = turns_of(named["messages"], "messages")
             if turns[-1].role == "agent":
                 turns = turns[: _agents(turns)[0]]
-            return _surrounded(turns, named)
-        if "chosen" in named and "rejected" in named:
-            return _surrounded(_common_prompt(named), named)
-        raise self._missing(row, _PROMPT_KINDS)
+        else:
+            turns = _common_prompt(named)
+        return _surrounded(turns, named)
 
     def _pair(self, named: dict[str, Any], where: str, source: int) -> Pair:
         prompt, sides = self._sides(named)
@@ -383,6 +385,11 @@ def opening(turns: Turns) -> str:
     """Returns the group of a row: the first human turn of its dialog, whatever the system says before it."""
     human = [Turn(turn.role, turn.text.strip()) for turn in turns if turn.role == "user"][:1]
     return json.dumps(human or same(turns), ensure_ascii=False)
+
+
+def _has(named: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether a row has the columns of one of these kinds."""
+    return any(named.keys() >= set(kind) for kind in kinds)
 
 
 def _paths(column: str | dict[str, float] | None) -> list[str]:

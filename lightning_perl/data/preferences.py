@@ -15,7 +15,7 @@ from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.dialects import DIALECTS, NAMES
 from lightning_perl.data.folds import held_out, stable_hash
 from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
-from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader, Tie
+from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader
 from lightning_perl.data.reading import Source, Sources, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
 from lightning_perl.data.rows import (
@@ -190,15 +190,8 @@ class PreferenceDataModule(ConversationDataModule):
     def _items(
         self, number: int, source: Source, bad_row: BadRowHook, streaming: bool = False
     ) -> Iterator[Item]:
-        for where, row in source.rows(bad_row, streaming):
-            try:
-                yield from self._reader.items(row, where, number)
-            except Tie as tie:
-                # Counted where bad rows are counted: once.
-                if bad_row == self.bad_row:
-                    self.report.left_out[tie.reason] += 1
-            except BadRow as error:
-                bad_row(error.reason, f"{where}: {error}")
+        rows = source.rows(bad_row, streaming)
+        return self.usable(rows, partial(self._reader.items, source=number), bad_row)
 
     def _open_streams(self) -> None:
         """Finds out before the run which files are not there, and which have no row at all."""

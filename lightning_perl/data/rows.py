@@ -24,6 +24,13 @@ class BadRow(ValueError):
         self.reason = reason
 
 
+class Tie(BadRow):
+    """A row whose judge preferred neither answer: nothing to learn, and nothing wrong."""
+
+    def __init__(self) -> None:
+        super().__init__("ties", "neither answer was preferred")
+
+
 BadRowHook: TypeAlias = Callable[[str, str], None]
 """Takes a few words to count by and the whole message of a bad row. May raise."""
 
@@ -82,9 +89,14 @@ class Splits(NamedTuple):
     test: list[Item]
 
 
+def rows_of(item: Item) -> tuple[Row, ...]:
+    """Returns a row, or the chosen and the rejected one of a pair."""
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+
+
 def first_row(item: Item) -> Row:
     """Returns a row, or the chosen row of a pair: both have one context, dialog and place."""
-    return item.chosen if isinstance(item, Pair) else item
+    return rows_of(item)[0]
 
 
 def judgement(item: Item) -> tuple[object, object]:

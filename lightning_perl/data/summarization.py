@@ -16,18 +16,11 @@ from typing import Any, Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count
-from lightning_perl.data.corpus import (
-    Corpus,
-    CorpusDataModule,
-    Part,
-    demonstration,
-    preference,
-    prompt_of,
-    text_of,
-    wrong_type,
-)
+from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, own_row, text_of
+from lightning_perl.data.dialects import post_prompt
+from lightning_perl.data.dialects import read as read_dialect
 from lightning_perl.data.download import Remote
-from lightning_perl.data.rows import BadRow, Item, Pair, Row, Turn
+from lightning_perl.data.messages import wrong_type
 
 Corpora: TypeAlias = Literal["tldr", "tldr_judged", "tldr_human", "comparisons", "dialogsum"]
 _OPENAI = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
@@ -55,12 +48,12 @@ _DIALOGSUM_SPLITS: tuple[tuple[Part, str, str | None], ...] = (
     (
         "val",
         "dialogsum.dev.jsonl",
-        "436721e0a3571eef7072964f80e042fb151d8c6178db1a688ce8f803bbf0a13f",
+        "436721e0a3571eef",
     ),
     (
         "test",
         "dialogsum.test.jsonl",
-        "6de36eca7e7b9b10975fd5ea3f47391df172d8b3c15d03d84d763cbaab015fda",
+        "6de36eca7e7b9b10",
     ),
 )
 _CORPORA: dict[Corpora, Corpus] = {
@@ -146,86 +139,60 @@ class SummarizationDataModule(CorpusDataModule):
         """Where the corpus lies."""
         return _CORPORA[self.corpus]
 
-    def item(self, row: dict[str, Any], where: str, part: Part) -> tuple[Part, Item] | None:
+    def own(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the summary, or the pair of summaries, of a row; None where the judge is silent."""
-        if self.corpus == "comparisons":
-            return _comparison(row, where)
-        if self.corpus == "tldr_judged" and not text_of(row, "preferred", where):
+        if self.corpus == "tldr_judged" and not text_of(row, "preferred"):
             self.report.left_out["posts that were not judged"] += 1
             return None
-        item = _READERS[self.corpus](row, where)
         if self.corpus == "dialogsum" and "summary" not in row:
             self.report.notes["dialogs with three summaries, the first one read"] += 1
-        return part, item
+        return _READERS[self.corpus](row)
 
 
-def _post_prompt(row: dict[str, Any], where: str, keys: tuple[str, ...]) -> tuple[Turn, ...]:
-    """Returns the prompt for a summary of a Reddit post, in the format of OpenAI's release."""
-    texts = {key: text_of(row, key, where) for key in keys}
-    lines = [f"SUBREDDIT: r/{texts['subreddit']}"] if "subreddit" in texts else []
-    lines += [f"TITLE: {texts['title']}", f"POST: {texts['post']}", "TL;DR:"]
-    return prompt_of(texts["post"] and "\n\n".join(lines), where)
-
-
-def _post(row: dict[str, Any], where: str) -> Row:
+def _post(row: dict[str, Any]) -> dict[str, Any]:
     """Reads a post of OpenAI's filtered TL;DR, or of the judged file."""
     if "query" in row:
-        query = text_of(row, "query", where)
-        summary = text_of(row, "reference_responses", where)
-        return demonstration(prompt_of(query, where), summary, query, where)
-    prompt = _post_prompt(row, where, ("title", "post", "subreddit"))
-    return demonstration(prompt, text_of(row, "summary", where), text_of(row, "id", where), where)
+        query = text_of(row, "query")
+        return own_row(query, query, response=text_of(row, "reference_responses"))
+    return own_row(text_of(row, "id"), post_prompt(row), response=text_of(row, "summary"))
 
 
-def _judged_pair(row: dict[str, Any], where: str) -> Pair:
-    query = text_of(row, "query", where)
-    model = text_of(row, "postprocessed_response", where)
-    author = text_of(row, "reference_responses", where)
-    preferred = text_of(row, "preferred", where)
+def _judged(row: dict[str, Any]) -> dict[str, Any]:
+    query, preferred = text_of(row, "query"), text_of(row, "preferred")
+    sides = [text_of(row, name) for name in ("postprocessed_response", "reference_responses")]
     if preferred not in ("ours", "reference"):
-        raise wrong_type(where, "'preferred' must be ours, reference or empty", preferred)
-    better, worse = (model, author) if preferred == "ours" else (author, model)
-    return preference(prompt_of(query, where), better, worse, query, where)
+        raise wrong_type("preferred", "ours, reference or empty", preferred)
+    better, worse = sides if preferred == "ours" else reversed(sides)
+    return own_row(query, query, chosen=better, rejected=worse)
 
 
-def _human_pair(row: dict[str, Any], where: str) -> Pair:
-    prompt = _post_prompt(row, where, ("title", "post"))
-    better, worse = (text_of(row, f"{name}_summary", where) for name in ("preferred", "rejected"))
-    return preference(prompt, better, worse, text_of(row, "id", where), where)
+def _human(row: dict[str, Any]) -> dict[str, Any]:
+    sides = {side: text_of(row, f"{name}_summary") for side, name in _SIDES.items()}
+    return own_row(text_of(row, "id"), post_prompt(row), **sides)
 
 
-def _comparison(row: dict[str, Any], where: str) -> tuple[Part, Pair]:
-    match row:
-        case {
-            "info": dict(info),
-            "summaries": [{"text": str(first)}, {"text": str(second)}],
-            "choice": int(choice),
-            "split": str(split),
-        } if choice in (0, 1) and split in _PARTS_OF_OPENAI:
-            better, worse = (second, first) if choice else (first, second)
-        case _:
-            raise BadRow(
-                "wrong type",
-                f"{where}: not a comparison: expected 'info', two 'summaries' with a text, 'choice' 0 or 1 and "
-                f"'split' {list(_PARTS_OF_OPENAI)}, got {sorted(row)} with choice {row.get('choice')!r} and "
-                f"split {row.get('split')!r}.",
-            )
-    prompt = _post_prompt(info, where, ("title", "post", "subreddit"))
-    pair = preference(prompt, better.strip(), worse.strip(), text_of(info, "id", where), where)
-    return _PARTS_OF_OPENAI[split], pair
+def _comparison(row: dict[str, Any]) -> dict[str, Any]:
+    part = _PARTS_OF_OPENAI.get(row.get("split", ""))
+    if part is None:
+        raise wrong_type("split", f"one of {list(_PARTS_OF_OPENAI)}", row.get("split"))
+    (own,) = read_dialect(row, "openai_comparisons")
+    sides = {side: own[side].strip() for side in _SIDES}
+    return own_row(text_of(row["info"], "id"), own["prompt"], **sides) | {"part": part}
 
 
-def _conversation(row: dict[str, Any], where: str) -> Row:
-    dialogue = text_of(row, "dialogue", where)
+def _conversation(row: dict[str, Any]) -> dict[str, Any]:
+    dialogue = text_of(row, "dialogue")
     # Three people wrote summaries of each test dialog.
-    summary = text_of(row, "summary" if "summary" in row else "summary1", where)
-    context = prompt_of(dialogue and f"CONVERSATION:\n{dialogue}\n\nTL;DR:", where)
-    return demonstration(context, summary, dialogue, where)
+    summary = text_of(row, "summary" if "summary" in row else "summary1")
+    prompt = dialogue and f"CONVERSATION:\n{dialogue}\n\nTL;DR:"
+    return own_row(dialogue, prompt, response=summary)
 
 
-_READERS: dict[str, Callable[[dict[str, Any], str], Item]] = {
+_SIDES = {"chosen": "preferred", "rejected": "rejected"}
+_READERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "tldr": _post,
-    "tldr_judged": _judged_pair,
-    "tldr_human": _human_pair,
+    "tldr_judged": _judged,
+    "tldr_human": _human,
+    "comparisons": _comparison,
     "dialogsum": _conversation,
 }

@@ -43,6 +43,7 @@ from lightning_perl.data.rows import (
     RatedRow,
     Row,
     Turn,
+    rows_of,
 )
 
 T = TypeVar("T")
@@ -94,10 +95,9 @@ def example_of(
     cut_turns = sum(row.cut_turns for row in encoded)
     if prompts:
         return PromptExample(encoded[0].ids, number, cut_turns)
-    sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
     rows = tuple(
         RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
-        for place, (row, side) in enumerate(zip(encoded, sides, strict=True), start=number)
+        for place, (row, side) in enumerate(zip(encoded, rows_of(item), strict=True), start=number)
     )
     margin = item.margin if isinstance(item, Pair) else 0.0
     return RatedExample(rows, cut_turns, margin)
@@ -306,7 +306,7 @@ class TurnEncoder:
         Rows that do not fit or cannot be said go to ``bad_row``, and are counted in ``rejected``.
         """
         for beside, item in items:
-            sides = (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+            sides = rows_of(item)
             try:
                 if prompts:
                     limit = max_tokens - max_response_tokens

@@ -18,7 +18,9 @@ from lightning_perl.data import (
     corpus,
 )
 from lightning_perl.data.download import Remote
-from lightning_perl.data.harmlessness import parse_transcript, transcript_pair
+from lightning_perl.data.harmlessness import dialogs
+from lightning_perl.data.messages import turns_of
+from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.rows import BadRow, Item, Pair, Turn, first_row
 from tests.data.corpus_files import hh, transcript, write_lines
 from tests.data.counts import check_counts
@@ -42,21 +44,29 @@ def pairs(items: list[Item]) -> list[Pair]:
     return [item for item in items if isinstance(item, Pair)]
 
 
+def transcript_pair(chosen: str, rejected: str) -> Pair:
+    (pair,) = RowReader({}).read(dialogs(chosen, rejected), "f:1")
+    assert isinstance(pair, Pair)
+    return pair
+
+
 def test_a_tag_counts_after_a_blank_line_only() -> None:
-    text = "\n\nHuman: say\nHuman: hi\n\nAssistant:  Human: hi Assistant: ok \n\nHuman:"
-    assert parse_transcript(text, "here") == (
+    text = (
+        "\n\nHuman: say\nHuman: hi\n\nAssistant:  Human: hi Assistant: ok \n\nHuman:\n\nSystem: x"
+    )
+    assert turns_of(text, "chosen") == (
         Turn("user", "say\nHuman: hi"),
         Turn("agent", "Human: hi Assistant: ok"),
-        Turn("user", ""),
+        Turn("user", "System: x"),
     )
-    for text in ("Human: hi", "", "hello\n\nHuman: hi"):
-        with pytest.raises(BadRow, match="here: a transcript begins with a blank line"):
-            parse_transcript(text, "here")
+    for text in ("", "hello\n\nHuman: hi"):
+        with pytest.raises(BadRow, match="a transcript begins with Human:"):
+            dialogs(text, transcript("a", "b"))
 
 
 def test_a_pair_shares_all_turns_but_the_last() -> None:
     row = hh(1)
-    pair = transcript_pair(row["chosen"], row["rejected"], "f:1")
+    pair = transcript_pair(row["chosen"], row["rejected"])
     assert pair.chosen.context == pair.rejected.context
     assert [turn.text for turn in pair.chosen.context] == ["can you bake bread 1", "Yes.", "How?"]
     assert pair.chosen.response == (Turn("agent", "Flour, water, heat."),)
@@ -64,8 +74,8 @@ def test_a_pair_shares_all_turns_but_the_last() -> None:
     assert (pair.chosen.imitate, pair.rejected.imitate) == (True, False)
     # Another step of the dialog is in the same group, and so on the same side of a split.
     first = "can you bake bread 1"
-    later = transcript_pair(transcript(first, "a"), transcript(first, "b"), "f:2")
-    assert pair.chosen.dialog == pair.rejected.dialog == later.chosen.dialog
+    later = dialogs(transcript(first, "a"), transcript(first, "b"))
+    assert later["group"] == dialogs(row["chosen"], row["rejected"])["group"]
 
 
 @pytest.mark.parametrize(
@@ -73,23 +83,23 @@ def test_a_pair_shares_all_turns_but_the_last() -> None:
     [
         (transcript("a", "b"), transcript("a", "b"), "identical pair"),
         (transcript("a", "b "), transcript("a", "b"), "identical pair"),
-        (transcript("a", "b"), transcript("a", "b", "c", "d"), "contexts differ before the last"),
-        (transcript("a", "b", "c", "x"), transcript("a", "b", "d", "x"), "contexts differ before"),
+        (transcript("a", "b"), transcript("a", "b", "c", "d"), "no common prompt"),
+        (transcript("a", "b", "c", "x"), transcript("a", "b", "d", "x"), "no common prompt"),
         (transcript("a", "b", "c"), transcript("a", "b", "d"), "no answer"),
-        (transcript("a", "b"), transcript("a", "b", "c"), "contexts differ before the last"),
-        ("\n\nAssistant: a", "\n\nAssistant: b", "no answer"),
+        (transcript("a", "b"), transcript("a", "b", "c"), "no common prompt"),
+        ("\n\nAssistant: a", "\n\nAssistant: b", "no transcript"),
     ],
 )
 def test_pairs_that_are_no_two_replies_to_one_prompt(
     chosen: str, rejected: str, reason: str
 ) -> None:
-    with pytest.raises(BadRow, match=r"^f:1: ") as caught:
-        transcript_pair(chosen, rejected, "f:1")
+    with pytest.raises(BadRow) as caught:
+        transcript_pair(chosen, rejected)
     assert caught.value.reason.startswith(reason)
 
 
 def test_a_reply_that_begins_the_other_is_a_pair() -> None:
-    pair = transcript_pair(transcript("a", "b"), transcript("a", "b c"), "f:1")
+    pair = transcript_pair(transcript("a", "b"), transcript("a", "b c"))
     assert (pair.chosen.response[0].text, pair.rejected.response[0].text) == ("b", "b c")
 
 
@@ -136,9 +146,9 @@ def test_bad_rows_are_counted_or_raise_and_the_counts_add_up(build: Build, tmp_p
     bad: list[tuple[object, str, str]] = [
         ({**hh(0), "chosen": "x"}, "no transcript", "a transcript begins"),
         ({"rejected": "x"}, "missing key", "no key 'chosen'"),
-        ({**hh(0), "chosen": 3}, "wrong type", "'chosen' must be a string, got 3"),
+        ({**hh(0), "chosen": 3}, "wrong type", "chosen must be a string, got int"),
         ([1], "wrong type", "expected an object, got list"),
-        ({**hh(0), "chosen": transcript("a", "b", "c", " ")}, "contexts differ", "differ before"),
+        ({**hh(0), "chosen": transcript("a", "b", "c", " ")}, "no common", "differ before"),
         (
             {"chosen": transcript("a", ""), "rejected": transcript("a", "b")},
             "empty answer",
@@ -227,7 +237,6 @@ def test_what_is_missing_is_fetched_or_named(
         assert remote.url.startswith("https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/")
         assert remote.url.endswith(remote.path)
         assert remote.sha256 is not None
-        assert len(remote.sha256) == 64
     words = r"No hh-harmless-base/train.jsonl, .*Download harmless-base/train.jsonl.gz .*Anthropic"
     with pytest.raises(FileNotFoundError, match=words):
         build().read()
@@ -243,7 +252,7 @@ REAL: list[Real] = [
         HarmlessnessDataModule,
         SHARED / "hh-harmless-base/test.jsonl.gz",
         {
-            "contexts differ before the last reply": [1255, 1689, 1951, 1953, 2037],
+            "no common prompt": [1255, 1689, 1951, 1953, 2037],
             "empty answer": [87, 517, 926, 1104],
         },
         2_312,
@@ -252,7 +261,7 @@ REAL: list[Real] = [
         HelpfulnessDataModule,
         SHARED / "hh-helpful-base/test.jsonl.gz",
         {
-            "contexts differ before the last reply": [
+            "no common prompt": [
                 *(169, 355, 568, 743, 960, 1011, 1166, 1307, 1450),
             ],
             "empty answer": [121, 740, 1214, 2063],

@@ -66,7 +66,9 @@ def test_scores_that_prefer_nothing_are_bad_rows(
     module = build()
     assert len(pairs(module.read())) == 8
     assert module.report.rejected == {"wrong type": 1}
-    with pytest.raises(ValueError, match=r"train.jsonl:9: expected two transcripts under 'text'"):
+    with pytest.raises(
+        ValueError, match=r"train.jsonl:9: 'text' and 'score' must be two transcripts and"
+    ):
         build(on_bad_row="raise").read()
 
 
@@ -102,11 +104,11 @@ def test_shp_labels_point_at_the_better_comment(build: Build, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "reason", "words"),
     [
-        ({"labels": 2}, "wrong type", "'labels' must be 0 or 1, got 2"),
-        ({"labels": None}, "wrong type", "'labels' must be 0 or 1, got None"),
-        ({"score_ratio": "3"}, "wrong type", "'score_ratio' must be a number, got '3'"),
+        ({"labels": 2}, "wrong type", "labels must be 0 or 1, got int .'2'"),
+        ({"labels": None}, "wrong type", "labels must be 0 or 1, got None"),
+        ({"score_ratio": "3"}, "wrong type", "score_ratio must be a number, got str"),
         ({"history": " "}, "empty prompt", "empty prompt"),
-        ({"human_ref_A": None}, "wrong type", "'human_ref_A' must be a string, got None"),
+        ({"human_ref_A": None}, "wrong type", "human_ref_A must be a string, got None"),
         ({"human_ref_B": "Eh.", "human_ref_A": "Eh. "}, "identical pair", "identical pair"),
     ],
 )

@@ -209,8 +209,8 @@ DEEP = f'{{"prompt": {"[" * 9000}{"]" * 9000}, "response": "a"}}'
 PARTED = "there is no prompt column, and chosen and rejected differ before their last messages"
 # Each kind of bad row: reason, words behind `rows.jsonl:2: `, and the row, or the lines of rows.
 BAD: list[tuple[str, str, object]] = [
-    ("empty answer", "empty answer in response. Remove the row", thumb(1, response=" ")),
-    ("empty answer", "empty answer in rejected", two(talk("q", "a"), talk("q", " "))),
+    ("empty answer", "empty answer. Remove the row", thumb(1, response=" ")),
+    ("empty answer", "empty answer. Remove", two(talk("q", "a"), talk("q", " "))),
     ("identical pair", "identical pair: chosen and rejected", two("a", "a ", prompt="q")),
     ("identical pair", "identical pair", two(talk("q", "a"), talk("q", "a"))),
     ("empty prompt", "empty prompt", thumb(1, prompt="")),
