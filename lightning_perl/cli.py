@@ -22,7 +22,6 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 import lightning_perl
@@ -32,14 +31,14 @@ import lightning_perl.data
 import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
+from lightning_perl.callbacks.resume import changes
 from lightning_perl.commands.estimate import add_arguments
 from lightning_perl.commands.estimate import run as estimate
-from lightning_perl.commands.going_on import FIXED, SHAPES, changes, newest_checkpoint, read
+from lightning_perl.commands.going_on import newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.packaged import PREFIX, unpackaged
-from lightning_perl.whole import damage
 
 PROGRAM = "python -m lightning_perl"
 CONFIG_HELP = (
@@ -169,35 +168,18 @@ class PerlCLI(LightningCLI):
                 path = newest_checkpoint(given.trainer.as_dict(), resumed)
                 given.ckpt_path = str(path)
                 self._continue_in(given.trainer.logger, path.parent.parent.name)
-            self._compare_settings(Path(path), given.model.as_dict(), resumed)
+            stored = read(Path(path))
+            if resumed:  # what `Resume` would refuse once the trunk is loaded and the data read
+                model = given.model.as_dict()
+                changes({"class": model["class_path"].split(".")[-1], **model["init_args"]}, stored)
         except (OSError, ValueError) as error:
-            self.parser.error(str(error))
+            self.parser.error(f"--ckpt_path {path}: {error}")
 
     @staticmethod
     def _continue_in(logger: Any, run: str) -> None:  # noqa: ANN401 (a Namespace, a list or none)
         """Let Weights & Biases go on with its run; other loggers number the parts of a run."""
         if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
             logger.init_args.id = run
-
-    @staticmethod
-    def _compare_settings(path: Path, model: dict[str, Any], resumed: bool) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"--ckpt_path {path}: there is no such file")
-        if problem := damage(path):
-            raise ValueError(f"--ckpt_path {path} is no whole checkpoint: {problem}")
-        changed = changes(model, read(path).get("hyper_parameters", {}))
-        fixed = {
-            k: v for k, v in changed.items() if k.split(".")[0] in (FIXED if resumed else SHAPES)
-        }
-        if fixed:
-            wrong = ", ".join(
-                f"{key} is {now}, there {before}" for key, (before, now) in fixed.items()
-            )
-            raise ValueError(f"--ckpt_path {path} has other settings, which cannot change: {wrong}")
-        if resumed:
-            rank_zero_info(f"goes on from {path}")
-            for key, (before, now) in changed.items():
-                rank_zero_info(f"  with {key} {now}; it was {before}")
 
     def before_instantiate_classes(self) -> None:
         """Refuse what needs no data and no weights, and show progress bars for downloads alone."""

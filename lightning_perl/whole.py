@@ -7,6 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -20,6 +21,16 @@ MANIFEST_FILE = "manifest.json"
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint file, or None: ``torch.load`` does not look at its checksums."""
+    try:
+        found = checkpoint.stat()
+    except OSError as error:
+        return str(error)
+    return _damage(checkpoint, found.st_mtime_ns, found.st_size)
+
+
+@cache
+def _damage(checkpoint: Path, *_version: int) -> str | None:
+    """Read the checksums of a file as it stands, once."""
     try:
         with ZipFile(checkpoint) as parts:
             broken = parts.testzip()

@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_perl.callbacks.handover import model_checkpoints
 
+FIXED = ("class", "layout", "lora", "seed", "samples")
+"""What a run may not change on its way: shapes, and what its random numbers depend on."""
 GIVEN = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps")
 """Settings of a parameter group that are taken as they are given now."""
+PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+"""What ReduceLROnPlateau has seen; the rest of its state are settings."""
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A datamodule that tells its training rows from others.
+
+    Attributes:
+        trained_rows: ``rows``, a digest of them, and ``sources``, the names of their files, for people.
+    """
+
+    trained_rows: dict[str, str]
 
 
 class Resume(Callback):
     """Mends what Lightning forgets or keeps too faithfully when a run goes on.
 
-    The best checkpoint of earlier parts stays the best. A run that was stopped inside an epoch (by max_episodes or
-    max_time) goes on inside it. Learning rates and weight decay are those given now, where the checkpoint's state
-    has others; a scheduled rate is scaled. every_n_train_steps also saves where a batch makes several steps and
-    passes the number instead of meeting it.
+    A checkpoint of another class, layout, LoRA shape, seed or number of samples, or of other training rows, is
+    refused; other settings are those given now, and the log names them. Learning rates and weight decay are those
+    that a run with today's optimizer and scheduler would have reached. The best checkpoint of earlier parts stays
+    the best. A run that was stopped inside an epoch (by max_episodes or max_time) goes on inside it.
+    every_n_train_steps also saves where a batch makes several steps and passes the number instead of meeting it.
     """
 
     def __init__(self) -> None:
-        self._given: list[dict[str, Any]] = []
         self._steps = 0
+        self._groups: list[dict[str, Any]] = []
+        self._schedules: list[dict[str, Any]] = []
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Do not count an epoch that was stopped inside, as Lightning does, so that the rest is not left out."""
+        """Say what was trained, and on which rows; an epoch that was stopped inside is not counted."""
+        checkpoint["class"] = type(pl_module).__name__
+        checkpoint["data"] = _trained_rows(trainer)
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         if not trainer.should_stop or not 0 < batches < trainer.fit_loop.max_batches:
             return
+        # Lightning counts it, so that the rest would be left out.
         for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             for key in ("processed", "completed"):
                 counts[key] = min(counts[key], counts["started"] - 1)
@@ -42,7 +66,23 @@ class Resume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the best of earlier parts, which lie in other folders, as long as its file is there."""
+        """Refuse another run's checkpoint; keep the best of earlier parts as long as its file is there.
+
+        Raises:
+            ValueError: It is another run's.
+        """
+        if trainer.state.fn != "fit":
+            return
+        now = {"class": type(pl_module).__name__, **pl_module.hparams}
+        for key, (before, given) in changes(now, checkpoint).items():
+            rank_zero_info(f"goes on with {key} {given}; it was {before}")
+        here, there = _trained_rows(trainer), checkpoint.get("data")
+        if here and there and here["rows"] != there["rows"]:
+            raise ValueError(
+                f"The checkpoint was trained on other rows: data is {here['rows']} of {here['sources']}, there "
+                f"{there['rows']} of {there['sources']}. Give the same data (files may have moved), or begin a "
+                "run of its own on the trunk or adapter that was handed over."
+            )
         states = checkpoint.get("callbacks", {})
         for callback in model_checkpoints(trainer):
             state = states.get(callback.state_key)
@@ -50,25 +90,34 @@ class Resume(Callback):
                 state["dirpath"] = callback.dirpath
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the learning rates before a checkpoint's state replaces them."""
-        self._given = [_settings(group) for group in _groups(trainer)]
+        """Note settings before a checkpoint's state replaces them."""
+        for group in _groups(trainer):
+            group.setdefault("initial_lr", group["lr"])
+        self._groups = [{k: group[k] for k in GIVEN if k in group} for group in _groups(trainer)]
+        configs = trainer.lr_scheduler_configs
+        self._schedules = [dict(config.scheduler.state_dict()) for config in configs]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put them back."""
+        """Go by today's settings."""
         self._steps = trainer.global_step
-        rates = [
-            (_rate(group), _rate(given))
-            for group, given in zip(_groups(trainer), self._given, strict=True)
-        ]
-        for group, given, (before, now) in zip(_groups(trainer), self._given, rates, strict=True):
-            scheduled = group["lr"] * now / before if before else now
-            group.update(given | {"lr": group["lr"] if now == before else scheduled})
-        for config in trainer.lr_scheduler_configs:
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = [now for _, now in rates]
-        if any(before != now for before, now in rates):
-            changed = ", ".join(f"{before:g} -> {now:g}" for before, now in rates)
-            rank_zero_info(f"learning rates, the checkpoint's -> those given now: {changed}")
+        if not trainer.ckpt_path:
+            return
+        groups = _groups(trainer)
+        before = [group["lr"] for group in groups]
+        for group, given in zip(groups, self._groups, strict=True):
+            # A checkpoint from elsewhere may not say which rate was asked for.
+            asked = group.get("initial_lr", group["lr"])
+            same = given["initial_lr"] == asked
+            scaled = group["lr"] if same else group["lr"] * given["initial_lr"] / asked
+            group.update(given | {"lr": scaled})
+        for config, given in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
+            _go_by(given, config.scheduler, self._groups)
+        now = [group["lr"] for group in groups]
+        if now != before:
+            changed = ", ".join(f"{b:g} -> {n:g}" for b, n in zip(before, now, strict=True))
+            rank_zero_info(
+                f"learning rates, the checkpoint's -> by the settings given now: {changed}"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save where the steps of this batch passed a multiple of ``every_n_train_steps``."""
@@ -82,16 +131,62 @@ class Resume(Callback):
                     callback._save_last_checkpoint(trainer, candidates)
 
 
+def changes(now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ: key, the checkpoint's value, the one given now. Unknown keys are passed over.
+
+    Args:
+        now: ``class``, the module's name, and its arguments.
+        checkpoint: One that a run goes on from.
+
+    Raises:
+        ValueError: One of `FIXED` differs.
+    """
+    stored = {"class": checkpoint.get("class"), **checkpoint.get("hyper_parameters", {})}
+    flat_before, flat_now = dict(_flat(stored)), dict(_flat(now))
+    shared = sorted(flat_before.keys() & flat_now.keys())
+    changed = {k: (flat_before[k], flat_now[k]) for k in shared if flat_before[k] != flat_now[k]}
+    fixed = [key for key in changed if key.split(".")[0] in FIXED]
+    if fixed:
+        wrong = ", ".join(f"{key} is {changed[key][1]}, there {changed[key][0]}" for key in fixed)
+        raise ValueError(f"The checkpoint has other settings, which cannot change: {wrong}")
+    return changed
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        if isinstance(plain, Mapping):
+            yield from _flat(plain, f"{prefix}{key}.")
+        elif plain is not None:
+            # A reward or another object of a class is compared by its arguments.
+            name = f"{prefix}{key}".replace("init_args.", "")
+            yield name, list(plain) if isinstance(plain, tuple) else plain
+
+
+def _go_by(
+    given: dict[str, Any],
+    scheduler: LRScheduler | ReduceLROnPlateau,
+    groups: list[dict[str, Any]],
+) -> None:
+    """Bring a scheduler and its rates where a fresh one with today's settings stands after as many steps."""
+    state = scheduler.state_dict()
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.load_state_dict(given | {key: state[key] for key in PROGRESS})
+        return
+    scheduler.load_state_dict(given)
+    for group, own in zip(scheduler.optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*before `optimizer.step")
+        for _ in range(state["last_epoch"]):
+            scheduler.step()
+
+
+def _trained_rows(trainer: Trainer) -> dict[str, str] | None:
+    data = trainer.datamodule  # type: ignore[attr-defined]  # set by `fit`, undeclared
+    return data.trained_rows if isinstance(data, Fingerprinted) else None
+
+
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     optimizers: list[Optimizer] = trainer.optimizers
     return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    # A scheduler may be in the middle of changing the others.
-    return {key: group[key] for key in GIVEN if key in group}
-
-
-def _rate(group: dict[str, Any]) -> float:
-    """The learning rate that was asked for, before a scheduler changes it."""
-    return float(group.get("initial_lr", group["lr"]))

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Checked, Count, CountOrZero
+from lightning_perl.data.folds import stable_hash
 from lightning_perl.data.loaders import (
     Collate,
     FixedLoader,
@@ -33,6 +34,7 @@ from lightning_perl.data.rows import (
     collate_prompts,
     collate_rated,
     conflicting,
+    digest_of,
     first_row,
     judgement,
 )
@@ -113,6 +115,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         self.chat_template = chat_template
         #: Whether training rows are read while training; the report then comes after the first pass.
         self.streaming = False
+        self.streamed: list[str] = []
         self.report = DataReport()
         self.announced = False
         self.splits: Splits | None = None
@@ -263,6 +266,17 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             file = Path(folder) / "rejected_rows.csv"
             self.report.write_rejected(file)
             rank_zero_info(f"{len(self.report.messages)} rejected rows are listed in {file}")
+
+    @cached_property
+    def trained_rows(self) -> dict[str, str]:
+        """Tells the training rows from others, for checkpoints; a stream is known by its sources alone."""
+        items, examples = self.splits.train if self.splits else [], self._examples["train"]
+        files = sorted({first_row(item).where.rpartition(":")[0] for item in items})
+        sources = ", ".join(files or self.streamed)
+        digest = stable_hash(sources)[:16] if self.streaming else digest_of(examples)
+        rows = "a stream" if self.streaming else f"{len(examples)} rows"
+        weights = f" and weights {self.weights}" if self.weights else ""
+        return {"rows": f"{rows} with digest {digest}{weights}", "sources": sources}
 
     @property
     def template(self) -> str:

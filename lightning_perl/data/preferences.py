@@ -150,6 +150,10 @@ class PreferenceDataModule(ConversationDataModule):
             self.report.notes,
         )
         self.streaming = streaming
+        self.streamed = [
+            source.place if isinstance(source.place, str) else source.argument
+            for source in self.train_sources
+        ]
         self.shuffle_block = shuffle_block
         self._holds_out = streaming and val is None and val_fraction > 0
         self._streams: list[tuple[int, Source]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
@@ -166,6 +168,16 @@ class PromptExample(NamedTuple):
     def tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.ids)
+
+
+def digest_of(examples: Iterable[RatedExample | PromptExample]) -> str:
+    """Returns a hash of examples as a model reads them, the same on every machine."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for row in example.rows if isinstance(example, RatedExample) else (example,):
+            digest.update(array("q", row.ids).tobytes())
+            digest.update(repr((row[2:], example[1:])).encode())
+    return digest.hexdigest()[:16]
 
 
 def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:

@@ -7,6 +7,7 @@ error. Here the layers ask one `AdapterSwitch` which adapter to apply, and no fl
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -189,6 +190,13 @@ class Adapters:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's weights."""
         return list(self.tensors(name).values())
+
+    def fingerprint(self, name: str) -> str:
+        """A hash of the adapter's values."""
+        digest = hashlib.sha256()
+        for weight in self.parameters(name):
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def copy(self, source: str, target: str) -> None:
         """Overwrite the weights of ``target`` with the values of ``source``, whose layers are the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ class AdapterModule(Checked, LightningModule, ABC):
     ) -> None:
         require_rates(optimizer)
         super().__init__()
+        # Lightning would begin anew. Here, since a filter holds in its process and pytest forgets it.
+        warnings.filterwarnings("error", message=".*last.* is set, but there is no last checkpoint")
         self.trunk_dtype: TrunkDtype = trunk_dtype
         self.checkpointing = checkpointing
         self.attention = attention
@@ -275,17 +278,20 @@ class AdapterModule(Checked, LightningModule, ABC):
         checkpoint["trained_on"] = self._trained_on()
 
     def _trained_on(self) -> dict[str, str]:
-        """Shapes of the adapters, and fingerprints of the frozen trunks and heads that they were trained on."""
+        """Shapes of the adapters, and fingerprints of the frozen trunks, heads and adapters that they need."""
         about = {}
         for name, module in self.named_modules():
-            if not isinstance(module, Trunk | ScalarHead):
-                continue
-            for adapter, spec in module.adapters.specs.items() if isinstance(module, Trunk) else ():
+            if isinstance(module, Trunk | ScalarHead):
+                own = (weight for key, weight in module.named_parameters() if ".lora_" not in key)
+                if not any(weight.requires_grad for weight in own):
+                    about[name] = module.fingerprint()
+        for adapters in (trunk.adapters for trunk in self._trunks):
+            for name, spec in adapters.specs.items():
                 targets = ", ".join(spec.targets) or "all linear layers"
-                about[f"LoRA {adapter!r}"] = f"rank {spec.rank}, alpha {spec.alpha:g}, {targets}"
-            own = (weight for key, weight in module.named_parameters() if ".lora_" not in key)
-            if not any(weight.requires_grad for weight in own):
-                about[name] = module.fingerprint()
+                shape = f"rank {spec.rank}, alpha {spec.alpha:g}, {targets}"
+                trained = adapters.parameters(name)[0].requires_grad
+                weights = "" if trained else f", weights {adapters.fingerprint(name)}"
+                about[f"LoRA {name!r}"] = shape + weights
         return about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -305,10 +311,13 @@ class AdapterModule(Checked, LightningModule, ABC):
         here, there = self._trained_on(), checkpoint.get("trained_on", {})
         changed = [key for key in here if there.get(key, here[key]) != here[key]]
         if changed:
+            settings = checkpoint.get("hyper_parameters", {})
+            names = [f"{k} {settings[k]}" for k in ("trunk", "reward") if settings.get(k)]
             raise ValueError(
                 f"The checkpoint does not fit {type(self).__name__}, it was trained on others: "
                 + "; ".join(f"{key} is {here[key]}, there {there[key]}" for key in changed)
-                + ". Give the trunk, reward and lora that it was trained with, or leave ckpt_path out."
+                + f". Give the trunk, reward and lora that it was trained with ({', '.join(names)}), or leave "
+                "ckpt_path out."
             )
         self._rng = checkpoint["rng"]
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
+from torch.optim import lr_scheduler
 
 from lightning_perl.callbacks.handover import best_checkpoint
 from lightning_perl.modules.base import AdapterModule
@@ -211,29 +213,52 @@ def test_the_best_of_earlier_parts_stays_the_best(tmp_path: Path) -> None:
     assert load_file(tmp_path / "run/version_1/trunk/model.safetensors")["weight"] == -2
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_learning_rates_are_those_given_now(scheduled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "later", "rate"),
+    [
+        (None, {}, 0.1),
+        # What the one given now yields after the five steps of the first part.
+        (partial(lr_scheduler.StepLR, step_size=1, gamma=0.5), {}, 0.1 * 0.5**5),
+        (partial(lr_scheduler.StepLR, step_size=1, gamma=0.5), {"step_size": 4}, 0.1 * 0.5),
+        # The first part came to its end, where the rate is 0.
+        (partial(lr_scheduler.CosineAnnealingLR, T_max=5), {"T_max": 10}, 0.1 * 0.5),
+        # Nothing to replay: the rate that was reached is scaled.
+        (partial(lr_scheduler.ReduceLROnPlateau, patience=0), {"factor": 0.5}, 0.1 * 0.1**4),
+    ],
+)
+def test_rates_and_schedules_are_those_given_now(
+    schedule: Callable[..., Any] | None,
+    later: dict[str, float],
+    rate: float,
+    tmp_path: Path,
+) -> None:
     class Scheduled(Counter):
-        rate = 1.0
+        rate, changed = 1.0, dict[str, float]()
 
         def configure_optimizers(self) -> Any:  # noqa: ANN401
             optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, weight_decay=self.rate)
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-            return ([optimizer], [scheduler]) if scheduled else optimizer
+            schedulers = [schedule(optimizer, **self.changed)] if schedule else []
+            return [optimizer], [{"scheduler": one, "monitor": ""} for one in schedulers]
+
+        def on_train_batch_end(self, *_: object) -> None:
+            if scheduler := self.lr_schedulers():
+                step: Any = scheduler.step  # type: ignore[union-attr]
+                step(*[1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else [])
 
     folder, _ = fit(tmp_path, module=Scheduled(lambda module: None))
-    later = Scheduled(lambda module: None)
-    later.rate = 0.1
-    rates: list[float] = []
+    module = Scheduled(lambda module: None)
+    module.rate, module.changed = 0.1, later
+    groups: list[dict[str, Any]] = []
     watch = Act(
-        lambda trainer: rates.append(trainer.optimizers[0].param_groups[0]["lr"]),
+        lambda trainer: groups.append(dict(trainer.optimizers[0].param_groups[0])),
         "on_train_epoch_start",
     )
     path = folder / "checkpoints/last.ckpt"
-    fit(tmp_path, watch, module=later, ckpt_path=path, max_epochs=2)
-    (state,) = torch.load(path, weights_only=True)["optimizer_states"]
-    assert rates[0] == pytest.approx(0.1 * state["param_groups"][0]["lr"])
-    assert later.trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
+    fit(tmp_path, watch, module=module, ckpt_path=path, max_epochs=2)
+    assert groups[0]["lr"] == pytest.approx(rate)
+    assert groups[0]["weight_decay"] == 0.1
+    for config in module.trainer.lr_scheduler_configs:
+        assert later.items() <= vars(config.scheduler).items()
 
 
 def test_every_n_train_steps_counts_steps_that_batches_pass(tmp_path: Path) -> None:

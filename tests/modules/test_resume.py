@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import (
     DPO,
     GRPO,
     INPO,
+    IPO,
     KTO,
     PPO,
     RAFT,
@@ -162,3 +165,85 @@ def test_lightnings_own_checkpoints_resume_too(
     later.fit(again, loader_for(again), ckpt_path=paths[1], weights_only=True)
     assert later.global_step == trainer.global_step
     assert tiny.changed(tiny.weights(module), again) == set()
+
+
+def rows_of(*words: str) -> list[dict[str, Any]]:
+    return [{"prompt": f"{word} w4", "chosen": "w5", "rejected": "w6 w7"} for word in words]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "data", "words"),
+    [
+        (RewardModel, {"seed": 1}, {}, "cannot change: seed is 1, there 0"),
+        (DPO, {}, {}, "cannot change: class is DPO, there IPO"),
+        (RLOO, {"samples": 3}, {}, "cannot change: samples is 3, there 2"),
+        (
+            RewardModel,
+            {},
+            {"train": rows_of("w8", "w9", "w3")},
+            "other rows: data is 3 rows with digest .* of data.train, there 3 rows with digest ",
+        ),
+        (
+            RewardModel,
+            {},
+            {"streaming": True},
+            "data is a stream with digest .* of data.train, there 3",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_from_python(
+    kind: type[AdapterModule],
+    options: dict[str, Any],
+    data: dict[str, Any],
+    words: str,
+    hydra_trunk: Path,
+    tmp_path: Path,
+) -> None:
+    def run(
+        made: type[AdapterModule],
+        data: dict[str, Any],
+        ckpt_path: str | Path | None = None,
+        **options: Any,
+    ) -> Path:
+        make: Any = made
+        if issubclass(made, RLOO):
+            options = {"samples": 2, "sampling": tiny.SAMPLING, **options}
+        module = make(str(hydra_trunk), lora=tiny.LORA, **options)
+        rows = {"train": rows_of("w8", "w9", "w10"), "val_fraction": 0.0, "rows": made.rows, **data}
+        datamodule = PreferenceDataModule(hydra_trunk, batch_size=1, max_response_tokens=8, **rows)
+        trainer, folder = tiny.quiet_trainer(tmp_path, max_steps=3, max_epochs=2)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+        (path,) = (folder / "checkpoints").glob("*.ckpt")
+        return path
+
+    path = run(IPO if kind is DPO else kind, {})
+    with pytest.raises(ValueError, match=words):
+        run(kind, data, path, **options)
+    with pytest.raises(UserWarning, match="there is no last checkpoint"):
+        run(kind, data, "last")
+
+
+def test_another_reward_is_refused_by_name(plain_trunk: Path, tmp_path: Path) -> None:
+    folders = []
+    for seed in (0, 1):
+        reward_model = RewardModel(str(plain_trunk), tiny.LORA, seed=seed)
+        _, folder = tiny.fit(reward_model, tmp_path, tiny.batches_for(reward_model))
+        folders.append(str(folder / "adapters/reward"))
+    path = tmp_path / "perl.ckpt"
+
+    def policy(reward: str) -> PPO:
+        return PPO(str(plain_trunk), "perl", reward=reward, **RL)
+
+    with pytest.raises(KilledError):
+        tiny.fit(policy(folders[0]), tmp_path, tiny.batches_for(policy(folders[0])), Watch(path, 1))
+    shutil.move(folders[0], tmp_path / "moved")
+    for reward in (folders[1], str(tmp_path / "moved")):
+        trainer, _ = tiny.quiet_trainer(tmp_path)
+        module = policy(reward)
+        arguments = (module, tiny.Batches(tiny.batches_for(module)))
+        if reward == folders[1]:
+            words = rf"LoRA 'reward' is rank 2.*there rank 2.*\(trunk .*, reward .*{folders[0]}.*\)"
+            with pytest.raises(ValueError, match=words):
+                trainer.fit(*arguments, ckpt_path=path)
+        else:
+            trainer.fit(*arguments, ckpt_path=path)
