@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_perl.arguments import Checked, CountOrZero
+from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
 from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.predictions import PredictionWriter
@@ -91,6 +91,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         optimizer: Makes the one optimizer from the parameter groups.
         scheduler: Makes the learning-rate scheduler, which is stepped once per optimizer step (RL: once per
             rollout batch). None: the learning rates stay.
+        loraplus_lr_ratio: How many times the learning rate of ``A`` every adapter's ``B`` gets (LoRA+, 2402.12354:
+            about 16); PEFT's name for it. None: the same for both.
         seed: Seed of fresh adapters and heads, and in RL of sampling and shuffling.
     """
 
@@ -105,6 +107,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         shortcuts: bool | Shortcuts = True,
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
+        loraplus_lr_ratio: AtLeastOne | None = None,
         seed: CountOrZero = 0,
     ) -> None:
         require_rates(optimizer)
@@ -123,6 +126,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         self._rng: dict[str, Any] | None = None
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
+        self.loraplus_lr_ratio = loraplus_lr_ratio
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -143,7 +147,9 @@ class AdapterModule(Checked, LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (a dozen forms, see Lightning)
         """One optimizer, so that ``global_step`` counts updates."""
-        optimizer = self._make_optimizer(self.parameter_groups())
+        optimizer = self._make_optimizer(list(self._split_groups()))
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_ratio", 1.0)
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)
@@ -156,6 +162,28 @@ class AdapterModule(Checked, LightningModule, ABC):
                 )
             config |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _split_groups(self) -> Iterator[dict[str, Any]]:
+        """The groups; with LoRA+ each as two of the same name, the second with the ``B`` of its adapters.
+
+        Raises:
+            ValueError: LoRA+ without an adapter that is trained.
+        """
+        if self.loraplus_lr_ratio is None:
+            yield from self.parameter_groups()
+            return
+        named = [(name, weight) for name, weight in self.named_parameters() if weight.requires_grad]
+        ups = {id(weight) for name, weight in named if ".lora_B." in name}
+        for group in self.parameter_groups():
+            for up, ratio in ((False, 1.0), (True, self.loraplus_lr_ratio)):
+                part = [weight for weight in group["params"] if (id(weight) in ups) == up]
+                if part:
+                    yield {**group, "params": part, "lr_ratio": ratio}
+        if not ups:
+            raise ValueError(
+                "loraplus_lr_ratio is the ratio of two learning rates of an adapter, and none is trained here. "
+                "Give lora, or leave it out."
+            )
 
     def configure_callbacks(self) -> list[Callback]:
         """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""

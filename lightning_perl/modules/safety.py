@@ -158,7 +158,7 @@ def require_trainable(optimizer: Optimizer) -> None:
 
 
 def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str, Tensor]:
-    """Clip each parameter group's gradient norm on its own.
+    """Clip the gradient norm of each parameter group, or of all that share a name, on its own.
 
     Args:
         optimizer: An optimizer whose groups carry names.
@@ -167,8 +167,10 @@ def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str
     Returns:
         Norms before clipping, by group name.
     """
-    norms = {}
+    named: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
-        limit = limits.get(group["name"], float("inf"))
-        norms[group["name"]] = nn.utils.clip_grad_norm_(group["params"], limit)
-    return norms
+        named.setdefault(group["name"], []).extend(group["params"])
+    return {
+        name: nn.utils.clip_grad_norm_(weights, limits.get(name, float("inf")))
+        for name, weights in named.items()
+    }

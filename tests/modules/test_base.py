@@ -29,6 +29,7 @@ from lightning_perl.modules import (
     RewardModel,
 )
 from lightning_perl.modules.base import AdapterModule, default_optimizer
+from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.safety import clip_by_group
 from lightning_perl.phases import PhaseCallback
@@ -243,6 +244,32 @@ def test_default_optimizer_writes_every_value() -> None:
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (group["lr"], group["eps"], group["weight_decay"]) == (3e-4, 1e-5, 0.0)
     assert group["betas"] == (0.9, 0.999)
+
+
+def test_lora_plus_gives_up_projections_their_own_rate(hydra_trunk: Path) -> None:
+    module = HydraPPO(
+        str(hydra_trunk),
+        lora=tiny.LORA,
+        critic_learning_rate=0.02,
+        loraplus_lr_ratio=16.0,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.01),
+    )
+    optimizer = module.configure_optimizers()
+    owner = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            rate = 0.01 if ".actor." in name else 0.02
+            expected = rate * (16 if ".lora_B." in name else 1)
+            assert owner[id(weight)]["lr"] == pytest.approx(expected), name
+            weight.grad = torch.ones_like(weight)
+    # A and B are clipped together, as one group is.
+    actor = [one for name, one in module.named_parameters() if ".actor." in name]
+    norms = clip_by_group(optimizer, {"actor": 1.0})
+    assert set(norms) == {"actor", "critic", "head"}
+    assert_close(norms["actor"], torch.tensor(float(sum(one.numel() for one in actor))).sqrt())
+    assert_close(sum(given(one.grad).pow(2).sum() for one in actor), torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"loraplus_lr_ratio is the ratio of .* none is trained"):
+        SFT(str(hydra_trunk), loraplus_lr_ratio=16.0).configure_optimizers()
 
 
 def test_groups_are_clipped_by_their_own_limits() -> None:
