@@ -84,6 +84,18 @@ class RatedBatch(NamedTuple):
     margins: Tensor | None = None
 
 
+class MixedBatch(NamedTuple):
+    """Prompts to answer, and texts that are learned beside what is answered.
+
+    Attributes:
+        prompts: The prompts.
+        texts: Rows to imitate.
+    """
+
+    prompts: PromptBatch
+    texts: RatedBatch
+
+
 class Answers(NamedTuple):
     """What one role answers to some prompts, as people read it.
 

@@ -358,7 +358,7 @@ GOOD = '{"prompt": "hi", "response": "hello", "label": 1}\n'
         (
             GOOD + '{"prompt": "hi", "response": " ", "label": 0}\n',
             {},
-            "rows.jsonl:2: empty answer in response. Remove the row, or set on_bad_row: reject",
+            "rows.jsonl:2: empty answer. Remove the row, or set on_bad_row: reject",
         ),
         (
             GOOD + json.dumps({"prompt": "tea " * 99, "response": "no", "label": 0}) + "\n",

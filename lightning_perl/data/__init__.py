@@ -4,6 +4,7 @@ from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.corpus import CorpusDataModule
 from lightning_perl.data.harmlessness import HarmlessnessDataModule
 from lightning_perl.data.helpfulness import HelpfulnessDataModule
+from lightning_perl.data.mixed import MixedDataModule
 from lightning_perl.data.preferences import PreferenceDataModule
 from lightning_perl.data.summarization import SummarizationDataModule
 from lightning_perl.data.taskmaster import TaskmasterDataModule
@@ -13,6 +14,7 @@ __all__ = [
     "CorpusDataModule",
     "HarmlessnessDataModule",
     "HelpfulnessDataModule",
+    "MixedDataModule",
     "PreferenceDataModule",
     "SummarizationDataModule",
     "TaskmasterDataModule",

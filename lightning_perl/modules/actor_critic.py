@@ -18,7 +18,8 @@ from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, add, size_of
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.updating import MinibatchSize, add, size_of
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -33,7 +34,7 @@ class ActorCritic(OnPolicy):
         critic_learning_rate: Learning rate of the critic. None: the optimizer's.
         head_learning_rate: Learning rate of the value head. None: the critic's.
         critic_warmup: Rollouts at the beginning from which only the critic learns (PPO-max, 2307.04964).
-        settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
+        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     trained_roles: ClassVar[tuple[TrainedRole, ...]] = ("policy", "value")

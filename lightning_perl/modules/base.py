@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
-from lightning_perl.batches import Bounded, PromptBatch, RatedBatch
+from lightning_perl.batches import Bounded, MixedBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.predictions import PredictionWriter
 from lightning_perl.callbacks.resume import Resume
@@ -357,8 +357,12 @@ class AdapterModule(Checked, LightningModule, ABC):
 
     def require_batch(self, batch: object) -> None:
         """Refuse what a loader of the user's own yields, where it is no batch of this module's kind."""
+        name, vocabulary = type(self).__name__, self._trunks[0].vocabulary_size
+        if self.rows == "prompts" and isinstance(batch, MixedBatch):
+            require_batch(batch.texts, RatedBatch, name, vocabulary)
+            batch = batch.prompts
         kind = PromptBatch if self.rows == "prompts" else RatedBatch
-        require_batch(batch, kind, type(self).__name__, self._trunks[0].vocabulary_size)
+        require_batch(batch, kind, name, vocabulary)
 
     def on_validation_batch_start(
         self, batch: object, batch_idx: int, dataloader_idx: int = 0

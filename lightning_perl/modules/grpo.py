@@ -13,7 +13,8 @@ from lightning_perl.losses.grpo import group_advantages, response_weighted
 from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, PolicyAnswers
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -33,7 +34,7 @@ class GRPO(OnPolicy):
         clip_range_high: The same above 1 (DAPO, 2503.14476: 0.28). None: ``clip_range``.
         scale_by_group: Divide by the standard deviation of the prompt's scores. False: Dr. GRPO (2503.20783).
         token_mean: Every token weighs the same. False: every response does, as in the paper.
-        settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
+        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(

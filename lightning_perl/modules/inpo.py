@@ -11,8 +11,8 @@ from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.losses.inpo import inpo
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
 from lightning_perl.modules.selecting import Selecting
+from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience
 
 
@@ -28,7 +28,7 @@ class INPO(Selecting):
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         eta: Step size of a round; the smaller, the larger the step (the paper: 0.0075, a log-odds of 66.7 nats).
         tau: Weight of the KL to the reference; above 0 and below ``eta``. None: a third of ``eta``.
-        settings: Arguments of `Selecting`, `OnPolicy`, `Evaluation` and `AdapterModule`.
+        settings: Arguments of `Selecting`, `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     keeps_worst: ClassVar[bool] = True

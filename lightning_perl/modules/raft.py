@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_perl.arguments import Count
 from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.modules.base import Stats
-from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
 from lightning_perl.modules.selecting import Selecting
+from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience
 
 
@@ -24,7 +24,7 @@ class RAFT(Selecting):
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         epochs: Passes over the kept responses of each rollout batch.
-        settings: Arguments of `Selecting`, `OnPolicy`, `Evaluation` and `AdapterModule`.
+        settings: Arguments of `Selecting`, `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(self, trunk: str, epochs: Count = 2, **settings: Any) -> None:

@@ -11,7 +11,8 @@ from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.remax import greedy_advantages
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, PolicyAnswers
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -24,7 +25,7 @@ class ReMax(OnPolicy):
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         kl_coef: Weight of the KL to the reference in the reward.
-        settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
+        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     greedy_baseline: ClassVar[bool] = True

@@ -10,7 +10,8 @@ from lightning_perl.arguments import NonNegative, TwoOrMore
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.rloo import leave_one_out
 from lightning_perl.modules.base import Stats
-from lightning_perl.modules.on_policy import MinibatchSize, OnPolicy, PolicyAnswers
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -24,7 +25,7 @@ class RLOO(OnPolicy):
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt, the paper's k; at least 2.
         kl_coef: Weight of the KL to the reference in the reward, the paper's beta (0.03 to 0.10).
-        settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
+        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(

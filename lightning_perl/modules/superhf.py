@@ -10,8 +10,8 @@ from lightning_perl.arguments import NonNegative, TwoOrMore
 from lightning_perl.losses.superhf import anchored_cross_entropy
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
 from lightning_perl.modules.selecting import Selecting
+from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience
 
 
@@ -25,7 +25,7 @@ class SuperHF(Selecting):
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt, the paper's superbatch.
         kl_coef: Weight of the KL (the authors' code: 0.23).
-        settings: Arguments of `Selecting`, `OnPolicy`, `Evaluation` and `AdapterModule`.
+        settings: Arguments of `Selecting`, `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     full_kl: ClassVar[bool] = True

@@ -50,6 +50,7 @@ TASKMASTER: dict[str, Any] = {
 #: The value of every key, by class; `train` and `data_dir` have to be given.
 KEYS = {
     "PreferenceDataModule": SHARED | OWN,
+    "MixedDataModule": SHARED | OWN | {"texts": "b", "texts_batch_size": 8, "rows": "prompts"},
     "HarmlessnessDataModule": CORPUS | {"data_dir": "a", "test_fraction": 0.1},
     "HelpfulnessDataModule": CORPUS
     | {"data_dir": "a", "test_fraction": 0.1, "corpus": "hh", "min_score_ratio": 1.0},
@@ -62,7 +63,8 @@ GIVEN = {"train", "data_dir"}
 
 def given(name: str) -> list[str]:
     key = (GIVEN & KEYS[name].keys()).pop()
-    return ["--model", "SFT", "--model.trunk", "t", "--data", name, f"--data.{key}", "a"]
+    texts = ["--data.texts", "b"] if "texts" in KEYS[name] else []
+    return ["--model", "SFT", "--model.trunk", "t", "--data", name, f"--data.{key}", "a", *texts]
 
 
 def test_every_datamodule_is_here() -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
+from lightning_perl.batches import MixedBatch
 from lightning_perl.functional.logprobs import jensen_shannon, k2, k3
 from lightning_perl.modules import JointHydraPPO
 from lightning_perl.modules.evaluation import given
@@ -87,3 +89,57 @@ def test_at_first_only_the_critic_learns(hydra_trunk: Path, tmp_path: Path) -> N
     assert names == [{"critic", "value_head"}, {"actor", "critic", "value_head"}]
     with pytest.raises(ValueError, match="critic_warmup needs a critic of its own; layout joint_h"):
         JointHydraPPO(str(hydra_trunk), critic_warmup=1)
+
+
+def test_texts_are_imitated_beside_every_step(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, lm_weight=0.4, ppo_epochs=2, minibatch_size=3)
+    tiny.train_adapters(module)
+    _, experience = tiny.experienced(module, tiny.prompts(6))
+    texts = tiny.rated(5, seed=3)
+    assert 0 < texts.imitate.sum() < 5
+    plain, without = tiny.rehearse(module, experience)
+    optimizer = torch.optim.SGD(module.parameter_groups(), lr=0.0)
+    steps: list[dict[str, Tensor]] = []
+
+    def record(*_: object) -> None:
+        named = module.named_parameters()
+        steps.append({name: one.grad.clone() for name, one in named if one.grad is not None})
+
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.register_step_pre_hook(record)
+    stats = module.update(experience, optimizer, texts=texts)
+    # The same texts through the trunk's own forward, one by one.
+    trunk, total = module.policy_trunk, torch.zeros((), dtype=torch.float64)
+    counted = texts.response_mask & texts.imitate.unsqueeze(1)
+    with module.roles("policy"):
+        for ids, seen, mask in zip(texts.ids, texts.attention_mask, counted, strict=True):
+            hidden = trunk(ids[None], seen[None])
+            logits = trunk.project(hidden)[0].log_softmax(-1)
+            total = total - logits[:-1].gather(1, ids[1:, None])[:, 0][mask[1:]].sum()
+    loss = total / counted.sum()
+    assert_close(stats["lm_loss"], loss.detach())
+    actor = [name for name in steps[0] if ".actor." in name]
+    extra = torch.autograd.grad(loss, [dict(module.named_parameters())[name] for name in actor])
+    assert len(steps) == len(without) == 4
+    for step, before in zip(steps, without, strict=True):
+        for name, gradient in zip(actor, extra, strict=True):
+            assert_close(step[name], before[name] + 0.4 * gradient)
+        assert all(torch.equal(step[name], before[name]) for name in step if name not in actor)
+    assert plain["policy_loss"] == stats["policy_loss"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "mixed", "words"),
+    [
+        (0.0, True, "0, and the data gives texts"),
+        (0.1, False, "0.1, and the data gives no texts"),
+    ],
+)
+def test_texts_without_a_weight_and_a_weight_without_texts(
+    weight: float, mixed: bool, words: str, hydra_trunk: Path
+) -> None:
+    module = tiny.hydra(hydra_trunk, lm_weight=weight)
+    prompts = tiny.prompts(2)
+    with pytest.raises(ValueError, match=words):
+        module.on_train_batch_start(MixedBatch(prompts, tiny.rated(2)) if mixed else prompts, 0)

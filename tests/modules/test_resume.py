@@ -12,7 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 
+from lightning_perl.batches import MixedBatch
 from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.models.adapters import LoraSpec
@@ -75,6 +77,7 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
         "hydra",
         **RL,
         score_normalization="standardize",
+        lm_weight=0.1,
         critic_warmup=3,
         kl_control=KLControl(target=0.01, horizon=50),
     ),
@@ -91,10 +94,15 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
 BATCHES = 4
 
 
-def loader_for(module: AdapterModule) -> ResumableLoader:
+def loader_for(module: AdapterModule) -> ResumableLoader | CombinedLoader:
     """Four batches in an order that changes with the epoch."""
     batches = tiny.batches_for(module, BATCHES)
-    return ResumableLoader(batches, 1, itemgetter(0), seed=3, bucket=False)
+    loader = ResumableLoader(batches, 1, itemgetter(0), seed=3, bucket=False)
+    if isinstance(module, OnPolicy) and module.lm_weight:
+        texts = [tiny.rated(3, seed) for seed in range(BATCHES - 1)]
+        fewer = ResumableLoader(texts, 1, itemgetter(0), seed=4, bucket=False)
+        return CombinedLoader(MixedBatch(loader, fewer), "max_size_cycle")  # type: ignore[arg-type]
+    return loader
 
 
 class KilledError(Exception):

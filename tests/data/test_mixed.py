@@ -1,0 +1,28 @@
+"""Prompts with texts beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lightning_perl.batches import MixedBatch, PromptBatch, RatedBatch
+from lightning_perl.data import MixedDataModule
+
+
+def test_texts_stand_beside_every_batch_of_prompts(tokenizer_dir: Path) -> None:
+    prompts = [{"prompt": f"w{row} w1 w2"} for row in range(4, 14)]
+    texts = [{"prompt": f"w{row}", "response": "w5 w6"} for row in range(3)]
+    data = MixedDataModule(
+        str(tokenizer_dir), prompts, texts, 2, batch_size=3, max_tokens=24, max_response_tokens=8
+    )
+    data.setup()
+    batches = [batch for batch, _, _ in iter(data.train_dataloader())]
+    # Nine prompts are three batches (one is held out); three texts are two, and begin again.
+    assert [type(batch) for batch in batches] == [MixedBatch] * 3
+    assert all(isinstance(batch.prompts, PromptBatch) for batch in batches)
+    assert all(isinstance(batch.texts, RatedBatch) for batch in batches)
+    assert sorted(torch.cat([batch.prompts.row for batch in batches]).tolist()) == list(range(9))
+    assert [len(batch.texts.ids) for batch in batches[:2]] == [2, 1]
+    assert all(bool(batch.texts.imitate.all()) for batch in batches)
+    assert isinstance(next(iter(data.val_dataloader())), PromptBatch)
