@@ -29,6 +29,7 @@ from lightning_perl.data.rows import RatedExample, RatedRow, collate_rated
 from lightning_perl.functional import logprobs
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import materialize
+from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.safety import clip_by_group
@@ -72,6 +73,8 @@ class Rehearsal(ABC, Generic[AnyModule]):
                 f"Rows may be {tokens} tokens long ({load.prompt_tokens} of the prompt, "
                 f"{load.response_tokens} of the response), but the trunk has positions for {window} only."
             )
+        if isinstance(module, ActorCritic):
+            module.critic_warmup = 0  # After it more is learned at once.
         self.module = module
         self.load = load
         self.trunks = [part for part in module.modules() if isinstance(part, Trunk)]

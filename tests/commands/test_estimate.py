@@ -235,6 +235,13 @@ def test_relatives_on_policy_are_known(kind: type[OnPolicy]) -> None:
         assert few["optimizer"].kinds[kind_of] == many["optimizer"].kinds[kind_of]
 
 
+def test_the_actor_is_counted_though_the_critic_begins_alone() -> None:
+    plain, begins = (
+        rehearsal(ppo("hydra", critic_warmup=warmup), LOAD, block=1).peaks() for warmup in (0, 2)
+    )
+    assert begins == plain
+
+
 @pytest.mark.parametrize("kind", [DPO, IPO, KTO, RDPO])
 def test_relatives_of_pairs_and_thumbs_are_known(kind: type[Pairwise]) -> None:
     load = LOAD._replace(pairs=kind is not KTO)
