@@ -21,20 +21,22 @@ OwnRow: TypeAlias = dict[str, Any]
 
 #: What a column of ours is called elsewhere; the house's own name comes first.
 ALIASES = {
-    "prompt": "prompt question instruction query user_input user_prompt orig_instruction",
+    "prompt": "prompt question instruction query user_input user_prompt orig_instruction context_messages "
+    "trajectory",
     "chosen": "chosen chosen_response preferred preferred_response preferred_output better response_j pos_resp "
-    "accepted",
-    "rejected": "rejected rejected_response dispreferred dispreferred_response non_preferred_output worse "
-    "response_k neg_resp",
+    "pos accepted",
+    "rejected": "rejected rejected_response rejected_messages dispreferred dispreferred_response "
+    "non_preferred_output worse response_k neg_resp neg",
     "response": "response completion output answer reply",
     "messages": "messages conversations conversation dialog",
     "label": "label kto_tag thumb thumbs_up is_safe",
     "rating": "rating",
     "system": "system system_prompt system_message",
-    "input": "input",
+    "input": "input context",
     "history": "history",
     "tie": "tie",
     "margin": "margin",
+    "weight": "weight sample_weight",
     "first": "first",
     "second": "second",
     "preference": "preference",
@@ -43,12 +45,15 @@ ALIASES = {
     "ranks": "ranks",
 }
 NAMES = tuple(ALIASES)
+#: Those that say what an answer, or a row, is worth.
+MARKS = frozenset({"label", "rating", "preference", "scores", "ranks", "weight"})
 _ALIASES = {name: aliases.split() for name, aliases in ALIASES.items()}
 _VERDICT = re.compile(
     r"(?:\A|[_.-])(labels?|ratings?|scores?|rewards?|ranks?|ranking|preference|preferred|winner|choice|verdict|"
     r"votes?|upvotes?|thumbs?|feedback|ties?|margin|strength|helpfulness|correctness|coherence|complexity|"
     r"verbosity|toxicity|harmlessness|honesty|quality|safer?|chosen|rejected|better|worse|best|worst|liked?|dislikes?|"
-    r"reactions?|stars?|grade|good|bad|kto)"
+    r"reactions?|stars?|grade|good|bad|kto|correct|incorrect|correct(?:ed|ions?)|revis(?:ed|ions?)|edited|passed|"
+    r"flagged|harmful|toxic|unsafe)"
     r"(?:\Z|[_.-])",
     re.IGNORECASE,
 )
@@ -98,16 +103,18 @@ def _names(keys: tuple[str, ...]) -> dict[str, list[str]]:
     for name, aliases in _ALIASES.items():
         here = [alias for alias in aliases if alias in keys]
         if here:
-            found[name] = here[:1] if here[0] == name else here
+            # The house's own name comes first, but for prompts: the other one may be what the answer is about.
+            found[name] = here[:1] if here[0] == name != "prompt" else here
     return found
 
 
 def flat(row: AnyRow) -> list[OwnRow]:
-    """Returns the row with our names for its columns; refuses two columns that could both be one of ours."""
+    """Returns the row with our names for its columns; refuses two that could both be one of ours and differ."""
     own = {}
     for name, columns in _names(tuple(row)).items():
         filled = [column for column in columns if row[column] is not None]
-        if len(filled) > 1:
+        filled = [column for column in filled if row[column] != ""] or filled[:1]
+        if any(row[column] != row[filled[0]] for column in filled[1:]):
             raise BadRow(
                 "ambiguous columns",
                 f"the columns {filled} could each be the {name}. Name one in data.columns: "
@@ -162,7 +169,7 @@ def _judged(
         raise BadRow("unclear preference", f"{list(verdict)} must say 0 or 1.")
     better, worse = (second, first) if side else (first, second)
     tie = {"tie": True} if side is None else {}
-    return [{"chosen": better, "rejected": worse, "verdict": verdict, **more, **tie}]
+    return [{"chosen": better, "rejected": worse, "read": verdict, **more, **tie}]
 
 
 def _by_scores(scores: Iterable[object]) -> int | None:
@@ -198,7 +205,7 @@ def two_answers(row: AnyRow) -> list[OwnRow]:
         columns = form.format(first), form.format(second)
         if None not in (scores := [row.get(column) for column in columns]):
             return _judged(*answers, _by_scores(scores), *columns, **own)
-    return [{"first": answers[0], "second": answers[1], **own}]
+    return [{"first": answers[0], "second": answers[1], "sides": (first, second), **own}]
 
 
 def _shared(row: AnyRow) -> OwnRow:
@@ -267,31 +274,18 @@ def _arena(row: AnyRow) -> list[OwnRow]:
     return _judged(one, other, side, *winners)
 
 
-def _dolly(row: AnyRow) -> list[OwnRow]:
-    """Dolly: what the instruction is about stands in ``context``."""
-    (own,) = flat({key: value for key, value in row.items() if key != "context"})
-    return [own | {"input": row["context"]}]
-
-
-def _context(row: AnyRow) -> list[OwnRow]:
-    """HelpSteer3, ColossalAI, OpenRLHF: the messages before the answers stand in ``context``."""
-    column = next(key for key in ("context", "context_messages", "trajectory") if key in row)
-    rest = {key: value for key, value in row.items() if key != column}
-    if any(own.get("prompt") is not None for own in flat(rest)):
-        raise BadRow(
-            "two prompts",
-            f"{column!r} and another column could each be the prompt. Say which is in data.columns, for example "
-            f"{{prompt: {column}}}, or {{prompt: prompt, input: {column}}} for both.",
-        )
-    return read(rest | {"prompt": row[column]})
-
-
 def _swift(row: AnyRow) -> list[OwnRow]:
     """ms-swift: the last message is the better answer, the worse one stands beside the dialog."""
     messages = next(row[key] for key in _ALIASES["messages"] if key in row)
     (own,) = flat(row)
     own.pop("messages", None)
     return [own | {"prompt": messages[:-1], "chosen": messages[-1:]}]
+
+
+def _step(row: AnyRow) -> list[OwnRow]:
+    """Step-DPO: the steps before the one that was judged begin both answers."""
+    steps = row["initial_reason_steps"]
+    return flat({**row, **{side: f"{steps}{row[side]}" for side in ("chosen", "rejected")}})
 
 
 def _openai_preference(row: AnyRow) -> list[OwnRow]:
@@ -330,7 +324,7 @@ def _parallel(row: AnyRow) -> list[OwnRow]:
     )
     marks = next(key for key in ("ratings", "scores", "score", "ranks", "rank") if key in row)
     kind = "ranks" if "rank" in marks else "scores"
-    return [_shared(row) | {"answers": row[column], kind: row[marks], "verdict": (marks,)}]
+    return [_shared(row) | {"answers": row[column], kind: row[marks], "read": (marks,)}]
 
 
 def _argilla(row: AnyRow) -> list[OwnRow]:
@@ -344,7 +338,12 @@ def _argilla(row: AnyRow) -> list[OwnRow]:
         raise BadRow(
             "no submitted response", "no submitted response in this record. Set on_bad_row: reject."
         )
-    return read({**row["fields"], **values})
+    fields = dict(row["fields"])
+    ranking = next((value for value in values.values() if isinstance(value, list)), None)
+    if ranking is None:
+        return read({**fields, **values})
+    answers = [fields.pop(entry["value"]) for entry in ranking]
+    return [_shared(fields) | {"answers": answers, "ranks": [entry["rank"] for entry in ranking]}]
 
 
 def _tree(row: AnyRow) -> list[OwnRow]:
@@ -386,13 +385,6 @@ _LISTS = (
     "answers ranks",
     "text score",
 )
-_CONTEXTS = (
-    "context chosen rejected",
-    "context response1 response2",
-    "context completions",
-    "trajectory chosen rejected",
-    "context_messages chosen rejected",
-)
 #: By name, in the order in which they are tried.
 DIALECTS: dict[str, Dialect] = {
     "argilla": Dialect(_keys("fields responses"), _argilla),
@@ -405,9 +397,8 @@ DIALECTS: dict[str, Dialect] = {
     "webgpt": Dialect(_keys("question answer_0 answer_1 score_0 score_1"), _webgpt),
     "shp": Dialect(_keys("history human_ref_A human_ref_B labels"), _shp),
     "arena": Dialect(_keys("prompt response_a response_b winner_model_b winner_tie"), _arena),
-    "ms_swift": Dialect(_keys("messages rejected_response"), _swift),
-    "dolly": Dialect(_keys("instruction context response"), _dolly),
-    "context": Dialect(_keys(*_CONTEXTS), _context),
+    "step_dpo": Dialect(_keys("initial_reason_steps chosen rejected"), _step),
+    "ms_swift": Dialect(_keys("messages rejected_response", "messages rejected_messages"), _swift),
     "parallel_lists": Dialect(_keys(*_LISTS), _parallel),
     "answer_objects": Dialect(
         _keys("completions", "answers", "responses_and_scores", "responses"), _answer_objects
@@ -445,3 +436,10 @@ def read(row: AnyRow, name: str | None = None) -> list[OwnRow]:
             f"looks like a row of {name!r}, but cannot be read so ({type(error).__name__}: {error}). Mend it, "
             "name its columns in data.columns, or read it with data.read_row.",
         ) from error
+
+
+def columns_of(row: AnyRow, name: str | None = None) -> set[str]:
+    """Returns the columns by which a row is known to be of a dialect."""
+    name = name or dialect_of(tuple(row))
+    keys = DIALECTS[name].keys if name else ()
+    return {key for wanted in keys for key in wanted} | {*(_two_answers(tuple(row)) or ())[:2]}

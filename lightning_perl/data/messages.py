@@ -26,6 +26,7 @@ _TAGS = tuple(
     re.compile(pattern)
     for pattern in (
         r"(?:\A|\n\n)(Human|Assistant|\ASystem):",
+        r"(?:\A|\n)(prompter|assistant):",
         r"(?:\A|\n)\s*(User|USER|Assistant|ASSISTANT|System|SYSTEM):",
         r"\s*### ?(Human|User|Assistant|System|Instruction|Response):",
         r"<\|im_start\|>(system|user|assistant)\n",
@@ -47,11 +48,21 @@ def unpacked(value: object, column: str) -> object:
     """Returns the messages that a text, an array or a single message stands for; other values as they are."""
     if isinstance(value, Mapping):
         return [value] if _role_and_words(value) else value
+    if isinstance(value, list):
+        return [turn for message in value for turn in _question_and_answer(message)]
     if not isinstance(value, str):
         return value
     if _WRITTEN.match(value):
         return _read_cell(value, column)
     return transcript(value) or value
+
+
+def _question_and_answer(message: object) -> list[object]:
+    """Returns a message, or the two of a question with its answer."""
+    match message:
+        case {"input": str(asked), "output": str(answered)}:
+            return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return [message]
 
 
 def _read_cell(text: str, column: str) -> list[Any]:
@@ -172,6 +183,12 @@ def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
     """
     value = unpacked(value, column)
     if isinstance(value, list):
+        if all(isinstance(text, str) for text in value):
+            raise BadRow(
+                "several answers",
+                f"{column} holds {len(value)} answers. Name them in data.columns as answers, and what they are "
+                "worth as scores or ranks.",
+            )
         turns = turns_of(value, column)
         if turns[-1].role != "agent" or not _follows(turns[:-1], prompt):
             raise BadRow(
@@ -190,20 +207,15 @@ def _follows(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
     return not turns or same(turns) == same(prompt)
 
 
-_AGENT_TAG = re.compile(
-    r"\s*(?:###? ?)?(?:Assistant|ASSISTANT|Agent|Response|<\|assistant\|>):?\s*"
-)
+_AGENT_TAG = re.compile(r"\s*(?:(?:### ?)?(?:Assistant|ASSISTANT|Response):|<\|assistant\|>)\s*")
 
 
 def without_prompt(answers: list[str], prompt: str) -> list[str] | None:
-    """Returns answers that all begin with their prompt without it; None where one does not."""
-    asked = prompt.strip()
-    rest = []
-    for answer in answers:
-        said = answer.strip()
-        if not said.startswith(asked) or not said[len(asked) : len(asked) + 1].isspace():
-            return None
-        words = said[len(asked) :]
-        tag = _AGENT_TAG.match(words)
-        rest.append(words[tag.end() :] if tag and ":" in tag[0] else words.strip())
-    return rest
+    """Returns answers that all begin with their prompt, or with their speaker's tag, without it; else None."""
+    asked, said = prompt.strip(), [answer.strip() for answer in answers]
+    if all(words.startswith(asked) and words[len(asked) :][:1].isspace() for words in said):
+        said = [words[len(asked) :].strip() for words in said]
+    tags = [tag.end() for words in said if (tag := _AGENT_TAG.match(words))]
+    if len(tags) == len(said):
+        said = [words[tag:] for words, tag in zip(said, tags, strict=True)]
+    return None if said == [answer.strip() for answer in answers] else said

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal, Protocol, TypeAlias
 
 from lightning_perl.data import dialects
-from lightning_perl.data.dialects import ALIASES, value_at, verdict_keys
+from lightning_perl.data.dialects import ALIASES, MARKS, value_at, verdict_keys
 from lightning_perl.data.messages import (
     answer_of,
     prompt_of,
@@ -31,7 +32,6 @@ Turns: TypeAlias = tuple[Turn, ...]
 
 _PAIR = ("prompt", "chosen", "rejected")
 _DIALOGS = ("chosen", "rejected")
-_MARKS = {"label", "rating", "preference", "scores", "ranks"}
 _KINDS = (
     _PAIR,
     _DIALOGS,
@@ -49,6 +49,23 @@ _PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
 _UP = "1 1.0 true yes up thumbs_up good positive desirable"
 _DOWN = "0 0.0 false no down thumbs_down bad negative undesirable"
 _LABELS = dict.fromkeys(_UP.split(), 1.0) | dict.fromkeys(_DOWN.split(), 0.0)
+
+
+_MAP = (
+    "Map your names with data.columns, for example {prompt: question}, or read the rows with "
+    "data.read_row."
+)
+#: What to do with rows that have these columns and cannot be read as they are.
+_FIXES = (
+    (
+        {"completions", "labels"},
+        "Labels of single steps are not learned: join the steps to one response with one label in data.read_row.",
+    ),
+    (
+        {"role", "parent_id"},
+        "These are single messages: read the file of whole trees, or join them to dialogs first.",
+    ),
+)
 
 
 class ReadsRows(Protocol):
@@ -69,6 +86,7 @@ class RowReader:
 
     Attributes:
         notes: What is worth knowing of the rows, and of how many.
+        unread: Columns that are not read, and of how many rows.
     """
 
     columns: Columns
@@ -78,6 +96,7 @@ class RowReader:
     answer_pairs: Literal["best_worst", "all"] = "best_worst"
     read_row: ReadsRows | None = None
     notes: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
 
     def items(self, row: Mapping[str, Any], where: str, source: int) -> Iterator[Item]:
         """Yields the rows and pairs of a row of a file, mostly one.
@@ -127,15 +146,12 @@ class RowReader:
         """Yields a row in our columns: by ``columns``, else by what it looks like."""
         given = {name: _value(row, column) for name, column in self.columns.items() if column}
         given = {name: value for name, value in given.items() if value is not None}
-        unread = {name for name, column in self.columns.items() if column is None}
-        if unread:
-            hidden = {alias for name in unread for alias in ALIASES[name].split()}
-            row = {key: value for key, value in row.items() if key not in hidden}
+        # Where a column was named, or none, the other ones that could be it are not meant.
+        hidden = {alias for name in self.columns for alias in ALIASES[name].split()}
+        row = {key: value for key, value in row.items() if key in self._mapped or key not in hidden}
         for own in self._recognised(row, given):
             named = {name: value for name, value in own.items() if value is not None} | given
-            # Alone, an input is the prompt; beside an instruction it is what that is about.
-            if "input" in named and "prompt" not in named:
-                named["prompt"] = named.pop("input")
+            _place_input(named)
             kind = next((kind for kind in _KINDS if named.keys() >= set(kind)), None)
             if self.prompts:
                 # Answers without a prompt are dialogs, which begin with it.
@@ -147,6 +163,18 @@ class RowReader:
             else:
                 self._check_columns(row, named, kind)
                 yield from self._judged(named, kind or ())
+
+    @property
+    def _sides_named(self) -> list[str]:
+        """How numbers in a verdict name the first and the second answer: as their columns are numbered."""
+        columns = [str(self.columns.get(name))[-1] for name in ("first", "second")]
+        return columns if all(map(str.isdigit, columns)) else ["first", "second"]
+
+    @cached_property
+    def _mapped(self) -> set[str]:
+        """The columns that `data.columns` names."""
+        paths = {path for column in self.columns.values() for path in _paths(column)}
+        return paths | {path.partition(".")[0] for path in paths}
 
     def _check_columns(
         self, row: Mapping[str, Any], named: dict[str, Any], kind: tuple[str, ...] | None
@@ -163,21 +191,36 @@ class RowReader:
             raise self._missing(row, (_PAIR,))
         if _thumb(named.get("tie", False), "tie"):
             raise Tie
+        if kind == _PAIR and named.get("input") and "context" in {*row} - self._mapped:
+            raise BadRow(
+                "two prompts",
+                "'context' and another column could each be the prompt. Say which is in data.columns, for example "
+                "{prompt: context}, or {prompt: prompt, input: context} for both.",
+            )
         self._check_verdicts(row, named, kind)
 
     def _recognised(self, row: Mapping[str, Any], given: dict[str, Any]) -> list[dict[str, Any]]:
         if _has(given, _KINDS) and self.dialect is None:
-            return [own | given for own in dialects.flat(_without(row, self.columns))]
+            rest = {key: value for key, value in row.items() if key not in self._mapped}
+            return [own | given for own in dialects.flat(rest)]
         return dialects.read(row, self.dialect)
 
     def _judged(self, named: dict[str, Any], kind: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """Yields a row, with pairs in place of two answers and a preference, or of many answers."""
         if "second" in kind:
             answers = named["first"], named["second"]
-            side = dialects.side_of(named["preference"])
+            side = dialects.side_of(named["preference"], *named.get("sides", self._sides_named))
             if side is None:
                 raise Tie
             yield named | {"chosen": answers[side], "rejected": answers[1 - side]}
+        elif kind == _PAIR and any(_texts(named[name]) for name in _DIALOGS):
+            # Several good answers, or several bad ones.
+            better, worse = (
+                side if _texts(side) else [side] for side in (named[name] for name in _DIALOGS)
+            )
+            yield from self._ranked(
+                named | {"answers": [*better, *worse]}, [1.0] * len(better) + [0.0] * len(worse)
+            )
         elif "answers" in kind:
             marks = (
                 [-_number(mark, "ranks") for mark in named["ranks"]] if "ranks" in kind else None
@@ -219,28 +262,32 @@ class RowReader:
         }
         if imitated:
             self._refuse_null(row)
-        idle = sorted(name for name in _MARKS - set(kind) if self.columns.get(name))
+        idle = sorted(name for name in MARKS - set(kind) if self.columns.get(name))
         if idle:
             raise BadRow(
                 "mapped verdict that is not used",
                 f"data.columns maps {idle}, which a row of the kind {' + '.join(kind)} has no use for. Take it "
                 "out of data.columns, or read the row with data.read_row.",
             )
-        taken = [name for name in named if name in ALIASES and (name in kind or name not in _MARKS)]
+        taken = [name for name in named if name in ALIASES and (name in kind or name not in MARKS)]
         used = {alias for name in taken for alias in ALIASES[name].split()}
-        used |= {
-            str(path).split(".")[0] for column in self.columns.values() for path in _paths(column)
-        }
-        used |= set(named.get("verdict", ()))
-        for column in [column for column in verdict_keys(row) if column not in used]:
-            if imitated:
+        used |= self._mapped | {*named.get("read", ()), *dialects.columns_of(row, self.dialect)}
+        verdicts = verdict_keys(row) if imitated else []
+        for column in [column for column in row if column not in used]:
+            if column in verdicts:
                 raise BadRow(
                     "verdict that is not used",
                     f"the column {column!r} says how good the answer is, and would not be read. Name what it is "
                     f"in data.columns: {{label: {column}}} for thumbs, {{rating: {column}}} with rating_range, or "
                     "{rating: null} to imitate every answer.",
                 )
-            self.notes[f"rows whose column {column!r} looks like a verdict and is not read"] += 1
+            if column in ALIASES["weight"].split() and row[column] not in (None, 1, "1"):
+                raise BadRow(
+                    "weight that is not used",
+                    f"{column!r} weights the row, which no loss does. Name what it is in data.columns: "
+                    f"{{margin: {column}}} for the margin of a pair, or {{weight: null}} to count all rows alike.",
+                )
+            self.unread[column] += 1
 
     def _refuse_null(self, row: Mapping[str, Any]) -> None:
         # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.
@@ -267,13 +314,13 @@ class RowReader:
             near
             for name in dict.fromkeys(names.get(part, part) for kind in kinds for part in kind)
             if name not in row
-            for near in get_close_matches(name, row, 1)
+            for near in get_close_matches(name, row, 1, 0.75)
         ]
         meant = f" Did you mean {close[0]!r}?" if close else ""
+        fix = next((fix for keys, fix in _FIXES if keys <= row.keys()), _MAP)
         return BadRow(
             "missing column",
-            f"missing column: got {got}{empty}, expected one of: {wanted}.{meant} Map your names with "
-            "data.columns, for example {prompt: question}, or read the rows with data.read_row.",
+            f"missing column: got {got}{empty}, expected one of: {wanted}.{meant} {fix}",
         )
 
     # ---- rows ------------------------------------------------------------------------------------
@@ -323,17 +370,14 @@ class RowReader:
             return prompt, self._without_prompt(sides, asked)
         dialogs = [unpacked(side, name) for side, name in zip(sides, _DIALOGS, strict=True)]
         if len(prompt) == 1 and all(isinstance(d, list) and len(d) > 1 for d in dialogs):
-            # Some data sets repeat one question of a dialog beside the two dialogs.
-            common = _common_prompt(named)
-            if same(prompt)[0] in same(common):
-                return common, sides
+            return _whole_prompt(prompt, _common_prompt(named)), sides
         return prompt, sides
 
     def _without_prompt(self, answers: list[Any], prompt: str) -> list[Any]:
         rest = without_prompt(answers, prompt)
         if rest is None:
             return answers
-        self.notes["rows whose answers began with their prompt, which was cut off"] += 1
+        self.notes["rows whose answers began with their prompt or speaker, which was cut off"] += 1
         return rest
 
     def _answers(self, named: dict[str, Any], where: str, source: int) -> Iterator[Row]:
@@ -350,6 +394,8 @@ class RowReader:
             prompt = prompt_of(asked)
             if isinstance(asked, str) and isinstance(answer, str):
                 (answer,) = self._without_prompt([answer], asked)
+            elif isinstance(answer, list) and len(answer) > 1 and not _texts(answer):
+                prompt = _whole_prompt(prompt, turns_of(answer, "response")[:-1])
             yield prompt, (answer_of(answer, "response", prompt),)
             return
         turns = turns_of(named["messages"], "messages")
@@ -392,6 +438,10 @@ def _has(named: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> bool:
     return any(named.keys() >= set(kind) for kind in kinds)
 
 
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _paths(column: str | dict[str, float] | None) -> list[str]:
     return [column] if isinstance(column, str) else list(column or ())
 
@@ -406,10 +456,17 @@ def _value(row: Mapping[str, Any], column: str | dict[str, float]) -> Any:  # no
     return sum(weight * _number(values[path], path) for path, weight in column.items())
 
 
-def _without(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    """Returns a row without the columns that were given a name of ours."""
-    paths = {path for column in columns.values() for path in _paths(column)}
-    return {key: value for key, value in row.items() if key not in paths}
+def _place_input(named: dict[str, Any]) -> None:
+    """Makes of an input the prompt where there is none, and its history where it is messages."""
+    about = named.get("input")
+    if about is None:
+        return
+    if not named.keys() & {"prompt", "messages"}:
+        named |= {"prompt": about, "input": ""}
+    elif not isinstance(unpacked(about, "input"), str) and "history" not in named:
+        named |= {"history": about, "input": ""}
+    elif about == named.get("prompt"):
+        named["input"] = ""
 
 
 def _surrounded(prompt: Turns, named: dict[str, Any]) -> Turns:
@@ -430,6 +487,11 @@ def _surrounded(prompt: Turns, named: dict[str, Any]) -> Turns:
     if isinstance(system, str) and system.strip() and prompt[0].role != "system":
         prompt = (Turn("system", system), *prompt)
     return prompt
+
+
+def _whole_prompt(prompt: Turns, turns: Turns) -> Turns:
+    """Returns the turns before an answer: some data sets repeat one question of a dialog beside the dialog."""
+    return turns if len(prompt) == 1 and same(prompt)[0] in same(turns) else prompt
 
 
 def _common_prompt(named: dict[str, Any]) -> Turns:
@@ -464,7 +526,7 @@ def _thumb(value: object, column: str) -> float:
 def _margin(named: dict[str, Any]) -> float:
     """Returns by how much the scores of a pair should differ; a signed strength says more than its size."""
     margin = _number(named.get("margin", 0.0), "margin")
-    if margin < 0 and not named.get("verdict"):
+    if margin < 0 and not named.get("read"):
         raise BadRow(
             "margin below 0", f"margin {margin:g} says that the rejected answer is the better one."
         )

@@ -148,6 +148,7 @@ class PreferenceDataModule(ConversationDataModule):
             answer_pairs,
             read_row,
             self.report.notes,
+            self.report.unread,
         )
         self.streaming = streaming
         self.streamed = [

@@ -151,6 +151,8 @@ class DataReport:
     conflicts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    #: Columns that were not read, and of how many rows.
+    unread: Counter[str] = field(default_factory=Counter)
     #: The messages of the rejected rows, each with its reason.
     messages: list[tuple[str, str]] = field(default_factory=list)
     template: str = ""
@@ -188,8 +190,13 @@ class DataReport:
             f"{name}: {'the validation rows' if name == 'test' and same else report}"
             for name, report in self.splits.items()
         ]
-        titled = (("rejected", self.rejected), ("left out", self.left_out), ("noted", self.notes))
-        for title, counts in titled:
+        titled = {
+            "rejected": self.rejected,
+            "left out": self.left_out,
+            "noted": self.notes,
+            "columns not read": self.unread,
+        }
+        for title, counts in titled.items():
             if counts:
                 items = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
                 lines.append(f"{title}: {items}")

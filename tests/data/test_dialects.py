@@ -52,6 +52,9 @@ PAIRS: dict[str, dict[str, Any]] = {
     "orca_dpo": {"system": "", "question": "Tea?", "chosen": "Yes.", "rejected": "No."},
     "stack_exchange_paired": {"question": "Tea?", "response_j": "Yes.", "response_k": "No."},
     "ms_swift": {"messages": [*ASK, YES], "rejected_response": "No."},
+    "ms_swift_messages": {"messages": [*ASK, YES], "rejected_messages": [*ASK, NO]},
+    "positive_and_negative": {"query": "Tea?", "pos": ["Yes."], "neg": ["No."]},
+    "step_dpo": {"prompt": "Tea?", "initial_reason_steps": "", "chosen": "Yes.", "rejected": "No."},
     "openai_preference": {
         "input": {"messages": ASK}, "preferred_output": [YES], "non_preferred_output": [NO],
     },
@@ -102,6 +105,12 @@ PAIRS: dict[str, dict[str, Any]] = {
         "fields": {"prompt": "Tea?", "response_1": "No.", "response_2": "Yes."},
         "responses": {"preference": [{"value": "response_2", "status": "submitted"}]},
     },
+    "argilla_ranking": {
+        "fields": {"prompt": "Tea?", "response-1": "No.", "response-2": "Yes."},
+        "responses": {"ranking": [{"value": [
+            {"value": "response-1", "rank": 2}, {"value": "response-2", "rank": 1},
+        ]}]},
+    },
     "own_columns": {"prompt": "Tea?", "first": "No.", "second": "Yes.", "preference": "second"},
     "own_ranks": {"prompt": "Tea?", "answers": ["No.", "Yes."], "ranks": [2, 1]},
 }  # fmt: skip
@@ -123,6 +132,9 @@ ANSWERS: dict[str, tuple[dict[str, Any], float | None]] = {
     ),
     "sharegpt": ({"conversations": [HUMAN, GOOD]}, None),
     "beavertails": ({"prompt": "Tea?", "response": "Yes.", "is_safe": False}, 0.0),
+    "squad_like": ({"context": "", "question": "Tea?", "answer": "Yes."}, None),
+    "question_and_answer_turns": ({"conversation": [{"input": "Tea?", "output": "Yes."}]}, None),
+    "kto_dialogs": ({"prompt": "Tea?", "completion": [*ASK, YES], "label": True}, 1.0),
     "dolly": ({"instruction": "Tea?", "context": "", "response": "Yes."}, None),
     "guanaco": ({"text": "### Human: Tea?### Assistant: Yes."}, None),
     "chatml_text": (
@@ -187,6 +199,26 @@ SPOKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         {"query": "Milk?", "response": "Yes.", "history": [["Tea?", "No."]]}, ["Tea?", "No.", "Milk?"], ["Yes."],
     ),
     "system": ({"system": "Brief.", "prompt": "Q", "response": "A"}, ["Brief.", "Q"], ["A"]),
+    "context": (
+        {"context": "A text.", "question": "Q", "answer": "A"}, ["Q\n\nA text."], ["A"],
+    ),
+    "messages before the instruction": (
+        {"context": [HUMAN, GOOD], "instruction": HUMAN | {"value": "Milk?"}, "chosen": GOOD, "rejected": POOR},
+        ["Tea?", "Yes.", "Milk?"], ["Yes.", "No."],
+    ),
+    "a dialog beside its first question": (
+        {"prompt": "Tea?", "completion": [*ASK, NO, *ASK, YES], "label": 1}, ["Tea?", "No.", "Tea?"], ["Yes."],
+    ),
+    "tags of a prompter": (
+        {"prompt": "prompter: Tea?\nassistant: No.\nprompter: Q", "response": "A"}, ["Tea?", "No.", "Q"], ["A"],
+    ),
+    "answers that begin with their speaker": (
+        {"prompt": "Q", "chosen": "Assistant: Yes.", "rejected": "Assistant: No."}, ["Q"], ["Yes.", "No."],
+    ),
+    "steps before the judged one": (
+        {"prompt": "Q", "initial_reason_steps": "1. ", "chosen": "Yes.", "rejected": "No."}, ["Q"],
+        ["1. Yes.", "1. No."],
+    ),
     "an answer of weight 0": (
         {"messages": [*ASK, NO | {"weight": 0}, *ASK, YES | {"weight": 1}]}, ["Tea?", "No.", "Tea?"], ["Yes."],
     ),
@@ -228,6 +260,8 @@ def test_several_answers_become_pairs(tokenizer_dir: Path) -> None:
         if isinstance(p, Pair)
     ]
     assert said == ["bd", "ba", "cd", "ca", "da"]
+    row = {"prompt": "Q", "chosen": ["a", "b"], "rejected": "c"}
+    assert len(read([row], tokenizer_dir, answer_pairs="all")) == 2
 
 
 TIES: list[dict[str, Any]] = [
@@ -292,9 +326,8 @@ def test_attributes_are_chosen_weighted_or_refused(tokenizer_dir: Path) -> None:
 def test_verdicts_that_are_not_read_are_named(tokenizer_dir: Path) -> None:
     module = PreferenceDataModule(str(tokenizer_dir), [PAIRS["pku_safe_rlhf"]], val_fraction=0.0)
     module.read()
-    assert module.report.notes == {
-        "rows whose column 'safer_response_id' looks like a verdict and is not read": 1
-    }
+    assert module.report.unread == {"safer_response_id": 1}
+    assert "columns not read: 1 safer_response_id" in str(module.report)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -347,7 +380,30 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [*ASK, YES | {"weight": 0.5}]},
         "weight of a message in messages must be 0 or",
     ),
-    "steps": ({"prompt": "Q", "completions": ["a"], "labels": [True]}, "expected one of"),
+    "steps": (
+        {"prompt": "Q", "completions": ["a"], "labels": [True]},
+        "Labels of single steps are not learned: join the steps",
+    ),
+    "single messages": (
+        {"text": "a", "role": "prompter", "parent_id": "1"},
+        "These are single messages: read the file of whole trees",
+    ),
+    "an instruction beside a prompt": (
+        {"prompt": "p", "instruction": "i", "chosen": "a", "rejected": "b"},
+        r"could each be the prompt. Name one in data.columns: \{prompt: prompt\}",
+    ),
+    "a weight of the row": (
+        {**PAIRS["trl_preference"], "weight": 0.5},
+        r"'weight' weights the row, .*\{margin: weight\} .*\{weight: null\}",
+    ),
+    "answers without marks": (
+        {"prompt": "q", "output": ["a", "b"]},
+        "response holds 2 answers. Name them in data.columns as answers",
+    ),
+    "a correction": (
+        {"question": "q", "answer": "a", "correction": "b"},
+        "'correction' says how good the answer is",
+    ),
 }
 
 
@@ -359,6 +415,18 @@ def test_what_is_not_understood_is_refused(tokenizer_dir: Path, kind: str) -> No
 
 
 def test_a_column_can_be_left_out_or_lie_deeper(tokenizer_dir: Path) -> None:
+    two = {
+        "prompt": "p",
+        "instruction": "i",
+        "response1": "a",
+        "response2": "b",
+        "annotator": 2,
+        "weight": 2,
+    }
+    columns: Columns = {"prompt": "instruction", "preference": "annotator", "margin": "weight"}
+    (pair,) = read([two], tokenizer_dir, columns=columns)
+    assert isinstance(pair, Pair)
+    assert (texts(pair.chosen), pair.margin) == (("b", ["i"]), 2.0)
     row = {"prompt": "Which?", "chosen": [*ASK, YES], "rejected": [*ASK, NO]}
     (pair,) = read([row], tokenizer_dir, columns={"prompt": None})
     assert isinstance(pair, Pair)
