@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
@@ -136,6 +136,28 @@ class SaveRunConfig(SaveConfigCallback):
         self.parser.save(self.config, str(path), overwrite=True, multifile=False)
 
 
+def refuse_early(given: Namespace, trainer_settings: dict[str, Any]) -> None:
+    """What the module's `setup` would refuse, once the trunk is loaded and the data read."""
+    module = resolve_name(given.model.class_path)
+    strategy = trainer_settings.get("strategy", "auto")
+    if not issubclass(module, AdapterModule) or not isinstance(strategy, str):
+        return
+    for key in ("optimizer", "lr_scheduler"):
+        if given.get(key):
+            raise ValueError(
+                f"--{key} would replace the module's parameter groups and their learning rates. Give "
+                f"--model.{key.removeprefix('lr_')} instead."
+            )
+    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = messages.level
+    messages.setLevel(logging.ERROR)  # the run's own trainer says which devices there are
+    try:
+        trainer = Trainer(**trainer_settings, logger=False, enable_checkpointing=False)
+    finally:
+        messages.setLevel(level)
+    module.refuse(trainer, given.get("data.init_args.rows"))
+
+
 class PerlCLI(LightningCLI):
     """LightningCLI in subclass mode: any module on any data, with the trunk's tokenizer."""
 
@@ -163,17 +185,14 @@ class PerlCLI(LightningCLI):
         if path is None or "://" in str(path):
             return
         resumed = self.config.subcommand == "fit"
-        try:
-            if path == "last":
-                path = newest_checkpoint(given.trainer.as_dict(), resumed)
-                given.ckpt_path = str(path)
-                self._continue_in(given.trainer.logger, path.parent.parent.name)
-            stored = read(Path(path))
-            if resumed:  # what `Resume` would refuse once the trunk is loaded and the data read
-                model = given.model.as_dict()
-                changes({"class": model["class_path"].split(".")[-1], **model["init_args"]}, stored)
-        except (OSError, ValueError) as error:
-            self.parser.error(f"--ckpt_path {path}: {error}")
+        if path == "last":
+            path = newest_checkpoint(given.trainer.as_dict(), resumed)
+            given.ckpt_path = str(path)
+            self._continue_in(given.trainer.logger, path.parent.parent.name)
+        stored = read(Path(path))
+        if resumed:  # what `Resume` would refuse once the trunk is loaded and the data read
+            model = given.model.as_dict()
+            changes({"class": model["class_path"].split(".")[-1], **model["init_args"]}, stored)
 
     @staticmethod
     def _continue_in(logger: Any, run: str) -> None:  # noqa: ANN401 (a Namespace, a list or none)
@@ -183,27 +202,12 @@ class PerlCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what needs no data and no weights, and show progress bars for downloads alone."""
-        self._refuse_early(self.config[self.subcommand])
-        trunk = str(self.config.get(f"{self.subcommand}.model.init_args.trunk", ""))
+        given = self.config[self.subcommand]
+        keys = ("accelerator", "strategy", "devices", "num_nodes", "precision", "overfit_batches")
+        refuse_early(given, {key: given.trainer[key] for key in keys})
+        trunk = str(given.get("model.init_args.trunk", ""))
         if trunk.startswith(PREFIX) or Path(trunk).exists():
             disable_progress_bar()  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def _refuse_early(given: Namespace) -> None:
-        """What the module's `setup` would refuse, once the trunk is loaded and the data read."""
-        module = resolve_name(given.model.class_path)
-        keys = ("accelerator", "strategy", "devices", "num_nodes", "precision", "overfit_batches")
-        device = {key: given.trainer[key] for key in keys}
-        if not issubclass(module, AdapterModule) or not isinstance(device["strategy"], str):
-            return
-        messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        level = messages.level
-        messages.setLevel(logging.ERROR)  # the run's own trainer says which devices there are
-        try:
-            trainer = Trainer(**device, logger=False, enable_checkpointing=False, callbacks=None)
-        finally:
-            messages.setLevel(level)
-        module.refuse(trainer, given.get("data.init_args.rows"))
 
     def instantiate_classes(self) -> None:
         """Make the objects, and raise a constructor's own error where one refuses its arguments.
@@ -230,7 +234,12 @@ class EstimateCLI(PerlCLI):
         add_arguments(parser)
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is read from disk."""
+        """Refuse what `fit` refuses, whatever devices there are here."""
+        trainer = self.config.trainer
+        devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
+        settings = {key: trainer[key] for key in ("num_nodes", "precision", "overfit_batches")}
+        settings |= {"accelerator": "cpu", "devices": devices if str(devices).isdigit() else 1}
+        refuse_early(self.config, settings)
 
     def instantiate_classes(self) -> None:
         """Nothing is made."""
@@ -262,7 +271,7 @@ def silence_known() -> None:
 
 def run_new_trunk(args: Sequence[str]) -> None:
     """``new-trunk`` takes the arguments of the function."""
-    parser = ArgumentParser(prog=f"{PROGRAM} new-trunk", allow_abbrev=False)
+    parser = Parser(prog=f"{PROGRAM} new-trunk", allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
     parser.add_function_arguments(new_trunk)
     chosen = parser.instantiate(parser.parse_args(args)).as_dict()

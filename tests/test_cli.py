@@ -191,9 +191,7 @@ def test_an_optimizer_is_chosen_in_yaml(trunk: str) -> None:
     }  # fmt: skip
 
 
-def test_resume_and_validate_from_a_checkpoint(
-    trunk: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_and_validate_from_a_checkpoint(trunk: str) -> None:
     fit("--model.trunk", trunk)
     (checkpoint,) = Path("runs/tiny/version_0/checkpoints").glob("*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["trunk"] == trunk
@@ -218,24 +216,21 @@ def test_resume_and_validate_from_a_checkpoint(
         == checkpoint
     )
     checkpoint.unlink()
-    flags = [*configs, "--model.trunk", trunk]
-    code, printed = exits(capsys, "fit", *flags, "--ckpt_path", "last")
-    assert code == 2
-    assert "no checkpoint to go on from in runs/tiny/*/checkpoints/*.ckpt" in printed
-    assert "is not a zip file" in printed
+    words = r"no checkpoint to go on from in runs/tiny/\*/checkpoints/\*.ckpt.*is not a zip file"
+    with pytest.raises(FileNotFoundError, match=words):
+        main(["fit", *configs, "--model.trunk", trunk, "--ckpt_path", "last"])
     assert not Path("runs/tiny/version_3").exists()
 
 
-def test_settings_that_a_resumed_run_cannot_change(
-    trunk: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_that_a_resumed_run_cannot_change(trunk: str) -> None:
     fit("--model.trunk", trunk)
-    (checkpoint,) = Path("runs/tiny/version_0/checkpoints").glob("*.ckpt")
-    configs = [flag for name in ("model", "data", "trainer") for flag in ("-c", f"{name}.yaml")]
-    flags = [*configs, "--model.trunk", trunk, "--ckpt_path", str(checkpoint)]
-    code, printed = exits(capsys, "fit", *flags, "--model.lora.rank", "3", "--model.seed", "1")
-    assert code == 2
-    assert "which cannot change: lora.rank is 3, there 2, seed is 1, there 0" in printed
+    words = "which cannot change: lora.rank is 3, there 2, seed is 1, there 0"
+    changed = ["--model.lora.rank", "3", "--model.seed", "1"]
+    with pytest.raises(ValueError, match=words):
+        fit("--model.trunk", trunk, "--ckpt_path", "last", *changed)
+    rows = {**DATA, "init_args": {**DATA["init_args"], "train": DATA["init_args"]["train"][::-1]}}
+    with pytest.raises(ValueError, match="other rows: data is 8 rows with digest"):
+        fit("--model.trunk", trunk, "--ckpt_path", "last", data=rows)
 
 
 def test_a_run_is_quiet_about_what_is_known(
@@ -401,6 +396,14 @@ def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path:
         ("--config={modle: 1}", "does not accept option 'modle'; did you mean model?"),
         ("--model=HydraPP", "model: there is no class HydraPP; did you mean HydraPPO?"),
         (
+            "--model.scheduler.gamma=0.5",
+            "model.scheduler.gamma: name its class first, as in --model.scheduler=StepLR",
+        ),
+        (
+            "--config={model: {init_args: {optimizer: {class_path: Adamw}}}}",
+            "model.optimizer: there is no class Adamw; did you mean AdamW?",
+        ),
+        (
             "--trainer.max_epoch=4",
             "there is no --trainer.max_epoch; did you mean trainer.max_epochs?",
         ),
@@ -411,9 +414,32 @@ def test_a_wrong_word_costs_one_line(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--config=quickstart", arguments])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
-    assert error.endswith(line)
+    assert error.endswith(f"{line} (all settings: python -m lightning_perl fit --help)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        ("--model=SFT --model.optimizer=torch.optim.AdamW --model.optimizer.lr=1e-4", 0),
+        ("--model=SFT --model.optimizer torch.optim.AdamW --model.optimizer.init_args.lr 1e-4", 0),
+        ("--config=quickstart --model.init_args.optimizer.lr 1e-4", 0),
+        # The default optimizer is a function without settings.
+        ("--model=SFT --model.optimizer.lr=1e-4", 2),
+    ],
+)
+def test_a_learning_rate_is_given_as_lightning_users_do(
+    flags: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped, printed = exits(capsys, "fit", *flags.split(), "--print_config")
+    assert stopped == code
+    if code == 0:
+        optimizer = yaml.safe_load(printed)["model"]["init_args"]["optimizer"]
+        assert optimizer["class_path"] == "torch.optim.AdamW"
+        assert optimizer["init_args"]["lr"] == 1e-4
+    else:
+        assert "name its class first, as in --model.optimizer=torch.optim.AdamW" in printed
 
 
 def test_a_printed_config_can_be_read_again(
@@ -446,13 +472,15 @@ def test_a_printed_config_can_be_read_again(
         ("--trainer.devices=2", "is tested on one device only, got 2"),
         ("--trainer.precision=bf16-mixed", "trainer.precision must stay 32-true"),
         ("--data.rows=rated", "HydraPPO learns from prompts, but data.rows is 'rated'"),
+        ("--optimizer=torch.optim.SGD", "--optimizer would replace the module's parameter groups"),
     ],
 )
+@pytest.mark.parametrize("command", ["fit", "estimate"])
 def test_what_needs_neither_data_nor_weights_is_refused_first(
-    flag: str, words: str, monkeypatch: pytest.MonkeyPatch
+    command: str, flag: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = [
-        "fit",
+        command,
         "--config=quickstart",
         "--model.trunk=is/not/read",
         "--data.train=nor_this.jsonl",

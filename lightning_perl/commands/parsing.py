@@ -12,16 +12,24 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import optim
 
 from lightning_perl import callbacks, data, modules, rewards
 
 CLASSES = [name for room in (modules, data, rewards, callbacks) for name in room.__all__]
+CLASSES += [name for room in (optim, optim.lr_scheduler) for name in dir(room) if name[0].isupper()]
+EXAMPLES = {
+    "torch.optim.Optimizer": "torch.optim.AdamW",
+    "typing.Union": "StepLR",  # of learning-rate schedulers
+}
+"""A class of each kind whose settings are often given alone; the kind as jsonargparse names it."""
 
 
 def meant(given: str, names: Iterable[str]) -> str:
     """Ends a message about an unknown name with the known one that is nearest, if any is near."""
-    near = get_close_matches(given, list(names), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    spelt = {name.lower(): name for name in names}
+    near = get_close_matches(given.lower(), spelt, 1)
+    return f"; did you mean {spelt[near[0]]}?" if near else ""
 
 
 class Parser(LightningArgumentParser):
@@ -47,10 +55,12 @@ class Parser(LightningArgumentParser):
             message += meant(
                 unknown[1], ("model", "data", "trainer", "ckpt_path", "seed_everything")
             )
-        # A parser that raises is inside of another one, which reports its error too.
-        elif "Parser key" in message and self.exit_on_error:
-            message = in_short(message)
-        super().error(message, ex)
+        if not self.exit_on_error:
+            # Inside of another parser, which reports its error too.
+            super().error(message, ex)
+        short = in_short(message) if "Parser key" in message else message
+        program = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
+        self.exit(2, f"error: {short} (all settings: {program} --help)\n")
 
 
 def in_short(message: str) -> str:
@@ -62,8 +72,13 @@ def in_short(message: str) -> str:
     if unknown := re.search(r"there is no --(\S+; did you mean \S+|\S+)", inner):
         # A dataclass's own parser has looked for the name already.
         return f"{key}: there is no {unknown[1]}"
-    if unknown := re.search(r"Option '([^']+)' is not accepted", inner):
-        return f"{key}: {owners[-1]} has no {unknown[1]}{meant(unknown[1], _arguments(owners[-1]))}"
+    if unknown := re.search(r"Option '([^']+)' is not accepted(?:.*class_path='([^']+)')?", inner):
+        owner = unknown[2] or owners[-1]
+        if owner in EXAMPLES:
+            return f"{key}.{unknown[1]}: name its class first, as in --{key}={EXAMPLES[owner]}"
+        return f"{key}: {owner} has no {unknown[1]}{meant(unknown[1], _arguments(owner))}"
+    if several := re.search(r"Multiple subclasses with name .*", inner):
+        return f"{key}: {several[0]}"
     if unknown := re.search(r"dot import path string: (\S+)", inner):
         return f"{key}: there is no class {unknown[1]}{meant(unknown[1], CLASSES)}"
     rules = re.findall(r"(?:Expected an? |Not of type \w+: must be )(.+)", inner)
