@@ -152,6 +152,11 @@ def save_corpora(folder: Path, rows: int = 24) -> Path:
     write_lines(folder / "dialogsum/dialogsum.test.jsonl.gz", test)
     chats = [{"conversation": f"CONVERSATION:\n#Person1#: tea {n}?\n\nTL;DR:"} for n in numbers]
     write_lines(folder / "bolt.jsonl", chats)
+    pairs = [
+        {"prompt": f"say {number}", "chosen": f"it is {number}", "rejected": "no"}
+        for number in range(rows)
+    ]
+    write_lines(folder / "pairs.jsonl", pairs)
     ui = [{"context": f"open item {n}", "action": f"tap {n}", "correct": n % 2} for n in numbers]
     write_lines(folder / "ui_automation.jsonl", ui)
     view = [

@@ -1,0 +1,310 @@
+"""Every method on a model that can speak, at equal episodes, where the true reward is known.
+
+    python benchmarks/real/methods.py --trunk runs/real/trunk --data_dir ../shared/data
+    python benchmarks/real/methods.py --trunk runs/real/trunk --data_dir ../shared/data --report
+
+Prompts are the first human turns of Anthropic's harmless-base. The reward is plain Python, `ShortAndOnTopic`: half
+a point for an answer of at most 20 words, half for one that uses a word of the question of five letters or more.
+Gold is the share of held-out answers that earn both: shortness alone is learned fast, by answers such as "A myth.",
+and does not count. On-policy methods learn from 512 episodes, the others in one pass from as many answers of the
+untrained model, two to a question, that the same reward put in order. Recipes are those of
+``benchmarks/bakeoff.py``, in batches of 32 episodes; the learning rate is one for all, tried with seed 100 on RLOO
+only. A JSON per run, finished runs are kept, one thread each. Writes ``benchmarks/reports/real/methods.md`` and
+``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bakeoff import METHODS, slug
+from perl_reward import read, spread
+from perl_rl import Course
+from record import machine, table
+from small_trunk import adam, fitted, resident_mb, run_missing
+
+from lightning_perl.data import HarmlessnessDataModule, PreferenceDataModule
+from lightning_perl.data.rows import first_row
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.modules import RLOO
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.rewards.function import EachAlone
+from lightning_perl.rollouts.sampling import SamplingSpec
+
+REPORT = Path("benchmarks/reports/real/methods.md")
+EPISODES, BATCH, PAIRS = 512, 32, 16
+RATE, TRIED, SEEDS = 5e-4, 100, (0, 1, 2)
+LORA = LoraSpec(16, alpha=16.0)
+SAMPLING = SamplingSpec(max_new_tokens=48, temperature=0.7)
+SIZES: dict[str, Any] = {"max_tokens": 192, "max_response_tokens": 48, "on_bad_row": "reject"}
+HELD_OUT = 64
+WORD = re.compile(r"[a-z']+")
+
+
+class ShortAndOnTopic(EachAlone):
+    """Half a point for at most 20 words, half for a word of the question of five letters or more."""
+
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """0, 0.5 or 1."""
+        words = WORD.findall(response.lower())
+        # The chat template's names of the turns stand on lines of their own.
+        question = prompt.rpartition("user\n")[2].rpartition("\nassistant")[0]
+        named = {word for word in WORD.findall(question.lower()) if len(word) >= 5} & {*words}
+        return 0.5 * (0 < len(words) <= 20) + 0.5 * bool(named)
+
+
+class HasBoth(ShortAndOnTopic):
+    """1 for an answer that earns both halves."""
+
+    def score(self, prompt: str, response: str, row: int) -> float:
+        """0 or 1."""
+        return float(super().score(prompt, response, row) == 1.0)
+
+
+def questions(trunk: Path, data_dir: Path) -> list[dict[str, str]]:
+    """First human turns of harmless-base, each once, of at most 60 words."""
+    data = HarmlessnessDataModule(str(trunk), data_dir, on_bad_row="reject")
+    firsts = [first_row(item).context[0].text for part in data.read() for item in part]
+    short = {text: None for text in firsts if len(WORD.findall(text.lower())) <= 60}
+    return [{"prompt": text} for text in short]
+
+
+def asked(trunk: Path, data_dir: Path, **options: Any) -> PreferenceDataModule:
+    """The questions, the first of them held out."""
+    rows = questions(trunk, data_dir)
+    test, val, train = rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT], rows[2 * HELD_OUT :]
+    sizes: dict[str, Any] = {"rows": "prompts", "val_batch_size": HELD_OUT, **SIZES}
+    return PreferenceDataModule(str(trunk), train, val, test, **sizes, **options)
+
+
+def policy(trunk: Path, make: Any = RLOO, **settings: Any) -> Any:  # noqa: ANN401 (any on-policy class)
+    """An on-policy module on the trunk, its reward in Python alone."""
+    fixed: dict[str, Any] = {
+        "lora": LORA,
+        "sampling": SAMPLING,
+        "learned_reward_weight": 0.0,
+        "reward_function": ShortAndOnTopic(),
+        "gold": HasBoth(),
+        "score_batch_size": 8,
+    }
+    return make(str(trunk), **fixed | settings | {"micro_batch_size": 8})
+
+
+def make_pairs(trunk: Path, data_dir: Path) -> dict[str, Any]:
+    """Two answers of the reference to each of 256 questions, the better one first."""
+    module, data = policy(trunk), asked(trunk, data_dir, batch_size=16, seed=TRIED)
+    data.setup()
+    rows, pairs, drawn = questions(trunk, data_dir)[2 * HELD_OUT :], [], 0
+    for batch in data.train_dataloader():
+        rollout = module.collect(batch, 0, "reference", samples=2)
+        scores = module.scores(rollout).view(-1, 2).tolist()
+        _, answers = module.texts(rollout)
+        for number, row in enumerate(batch.row.tolist()):
+            better = scores[number].index(max(scores[number]))
+            two = answers[2 * number : 2 * number + 2]
+            if scores[number][0] != scores[number][1] and all(map(str.strip, two)):
+                pairs.append(rows[row] | {"chosen": two[better], "rejected": two[1 - better]})
+        drawn += len(rollout.row)
+        if drawn >= EPISODES:
+            break
+    return {"pairs": pairs}
+
+
+def data_for(name: str, seed: int, trunk: Path, data_dir: Path, root: Path) -> PreferenceDataModule:
+    """What a method learns from."""
+    method = METHODS[name]
+    if method.rows == "prompts":
+        return asked(trunk, data_dir, batch_size=BATCH // method.samples, seed=seed)
+    pairs = json.loads((root / "pairs.json").read_text())["pairs"]
+    options: dict[str, Any] = {"val_fraction": 0.0, "batch_size": PAIRS, "seed": seed, **SIZES}
+    return PreferenceDataModule(str(trunk), pairs, **options)
+
+
+def train(
+    name: str, rate: float, seed: int, trunk: Path, data_dir: Path, root: Path
+) -> dict[str, Any]:
+    """One policy, its answers to the held-out questions, and what it took."""
+    warnings.filterwarnings("ignore")
+    method, course = METHODS[name], Course()
+    options = method.settings | {"seed": seed, "optimizer": adam(rate)}
+    before = resident_mb("VmRSS")
+    if issubclass(method.make, OnPolicy):
+        if "minibatch_size" in options:
+            options["minibatch_size"] = BATCH // 2
+        module = policy(trunk, method.make, max_episodes=EPISODES, **options)
+        callbacks: list[Any] = [course]
+    else:
+        module, callbacks = method.make(str(trunk), lora=LORA, **options), []
+    cpu = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        data = data_for(name, seed, trunk, data_dir, root)
+        fitted(module, data, 1, callbacks, limit_val_batches=0, default_root_dir=folder)
+        module.hand_over(Path(folder))
+        took = {
+            "cpu_minutes": (time.process_time() - cpu) / 60,
+            "fit_peak_mb": resident_mb("VmHWM") - before,
+            "updates": module.trainer.global_step,
+            "rollouts": course.rollouts,
+        }
+        found = judged(Path(folder) / "adapters/actor", trunk, data_dir, seed)
+    return {"method": name, "learning_rate": rate, "seed": seed, **took, **found}
+
+
+def judged(adapter: Path, trunk: Path, data_dir: Path, seed: int) -> dict[str, Any]:
+    """Answers of a handed-over policy to questions: held-out ones, or with the tried seed validation's."""
+    judge = policy(trunk)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, weight in judge.policy_trunk.adapters.tensors("actor").items():
+            weight.copy_(weights[f"base_model.model.{name}"])
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
+    trainer, data = Trainer(accelerator="cpu", **quiet), asked(trunk, data_dir)
+    answer = trainer.validate if seed == TRIED else trainer.test
+    (found,) = answer(judge, datamodule=data, verbose=False)
+    examples = judge.answer(next(iter(data.test_dataloader())), "policy")
+    shown = list(zip(examples.prompts, examples.responses, strict=True))[:3]
+    return {key.partition("/")[2]: value for key, value in found.items()} | {"examples": shown}
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+COLUMNS = {"gold": "gold", "score": "score", "KL, nats": "kl", "tokens": "response_tokens"}
+COLUMNS |= {"minutes (CPU)": "cpu_minutes", "peak MB": "fit_peak_mb", "updates": "updates"}
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Held-out gold over KL, a point per run."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(dict.fromkeys(run["method"] for run in runs)):
+        mine = [run for run in runs if run["method"] == name]
+        marker = "osD^v<>*PX"[number % 10]
+        axes.scatter(
+            [run["kl"] for run in mine], [run["gold"] for run in mine], label=name, marker=marker
+        )
+    axes.set(
+        xlabel="KL to the reference, nats per answer", ylabel="gold: answers that earn both halves"
+    )
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def write_report(root: Path, command: str) -> None:
+    """The table, three answers of each method, the plot."""
+    runs = [run for run in read(root / "runs") if run["seed"] in SEEDS]
+    rows = [
+        [
+            "reference",
+            "",
+            spread([run["reference_gold"] for run in runs]),
+            spread([run["reference_score"] for run in runs]),
+            "0",
+            *[""] * 4,
+        ]
+    ]
+    grouped = {name: [run for run in runs if run["method"] == name] for name in METHODS}
+    for name, mine in grouped.items():
+        if mine:
+            cells = [spread([run[key] for run in mine]) for key in COLUMNS.values()]
+            rows.append([name, str(len(mine)), *cells])
+    tried = [
+        f"{run['method']} {run['learning_rate']:g}: gold {run['gold']:.2f}, KL {run['kl']:.1f}"
+        for run in read(root / "tried")
+    ]
+    lines = [
+        "# Every method on a model that can speak",
+        "",
+        *(
+            line
+            for line in (__doc__ or "")
+            .partition("\n\n")[2]
+            .replace("    python", "\n    python")
+            .splitlines()
+        ),
+        "",
+        f"`{command}`; {machine()}",
+        "",
+        f"{EPISODES} episodes or answers, learning rate {RATE:g}, mean and (over seeds) standard deviation. "
+        f"Tried before, on validation questions: {'; '.join(tried)}.",
+        "",
+        *table(["method", "seeds", *COLUMNS], rows),
+        "",
+        f"![gold over KL]({REPORT.with_suffix('.png').name})",
+        "",
+        "## Answers to the same three questions, seed 0",
+    ]
+    for run in runs:
+        if run["seed"] == 0:
+            lines += ["", f"**{run['method']}**", ""]
+            lines += [f"- {answer.strip()[:200]!r}" for _, answer in run["examples"]]
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text("\n".join([*lines, ""]))
+    plot(runs, REPORT.with_suffix(".png"))
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--trunk", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=Path("runs/real/methods"))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument(
+        "--try", dest="rates", type=float, nargs="*", default=[], help="rates to try, not to report"
+    )
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    given: dict[str, Any] = {"trunk": args.trunk, "data_dir": args.data_dir, "root": args.root}
+    names = [name for name in args.methods if METHODS[name].rows != "thumbs"]
+    if not args.report:
+        pairs = partial(make_pairs, args.trunk, args.data_dir)
+        run_missing({args.root / "pairs.json": pairs}, args.workers)
+        if args.rates:
+            runs = {
+                args.root / f"tried/{slug(name)}_{rate:g}.json": partial(
+                    train, name, rate, TRIED, **given
+                )
+                for name, rate in product(names, args.rates)
+            }
+        else:
+            runs = {
+                args.root / f"runs/{slug(name)}_{seed}.json": partial(
+                    train, name, RATE, seed, **given
+                )
+                for seed, name in product(args.seeds, names)
+            }
+        run_missing(runs, args.workers)
+    if not args.rates:
+        write_report(
+            args.root,
+            "python benchmarks/real/methods.py --trunk runs/real/trunk --data_dir ../shared/data",
+        )
+
+
+if __name__ == "__main__":
+    main()
