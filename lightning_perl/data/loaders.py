@@ -287,20 +287,3 @@ class StreamingLoader:
         """Goes to a saved position; refuses one of another seed, block, batch size or order."""
         _refuse_other_data(state, self.state_dict(), ("seed", "block", "batch_size", "order"))
         self._go_to(Place(state["epoch"], state["rows"], state["batch"]))
-
-
-class FixedStream:
-    """Batches of rows that are read as they come, in order; every pass, and every rank, reads all."""
-
-    def __init__(
-        self, read: Callable[[], Iterator[Any]], batch_size: int, collate: Collate
-    ) -> None:
-        self.read = read
-        self.batch_size = batch_size
-        self.collate = collate
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yields the batches."""
-        stream = self.read()
-        while examples := list(islice(stream, self.batch_size)):
-            yield self.collate(examples)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -35,7 +35,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.chat import Ends, ends_of_answers, name_of, rendered
 from lightning_perl.data.rows import (
     BadRow,
-    BadRowHook,
     Item,
     Pair,
     PromptExample,
@@ -291,33 +290,6 @@ class TurnEncoder:
             )
         mask = prompt.response_mask + [True] * len(content)
         return Encoded([*prompt.ids, *content], mask, prompt.cut_turns)
-
-    def encode_all(
-        self,
-        items: Iterable[tuple[T, Item]],
-        max_tokens: int,
-        max_response_tokens: int,
-        prompts: bool,
-        bad_row: BadRowHook,
-        rejected: Counter[str],
-    ) -> Iterator[tuple[T, Item, list[Encoded]]]:
-        """Yields what stands beside an item, the item, and its rows, or its prompt alone, as tokens.
-
-        Rows that do not fit or cannot be said go to ``bad_row``, and are counted in ``rejected``.
-        """
-        for beside, item in items:
-            sides = rows_of(item)
-            try:
-                if prompts:
-                    limit = max_tokens - max_response_tokens
-                    encoded = [self.encode_prompt(sides[0].context, limit)]
-                else:
-                    encoded = [self.encode(row, max_tokens, max_response_tokens) for row in sides]
-            except BadRow as error:
-                rejected[error.reason] += 1
-                bad_row(error.reason, f"{sides[0].where}: {error}")
-            else:
-                yield beside, item, encoded
 
     def _encode_dialog(
         self, row: Row, prompt: Encoded, max_tokens: int, max_response_tokens: int

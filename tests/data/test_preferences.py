@@ -350,13 +350,17 @@ def test_a_file_that_is_no_data_stops_or_is_one_bad_row(
     file = tmp_path / name
     file.write_bytes(data)
     with pytest.raises(ValueError, match=f"{name}:{words}"):
-        build(file, streaming=streaming).setup()
-    arguments: dict[str, Any] = {"on_bad_row": "reject", "streaming": streaming}
+        build(file, val_fraction=0.0, streaming=streaming).setup()
+    arguments: dict[str, Any] = {
+        "on_bad_row": "reject",
+        "streaming": streaming,
+        "val_fraction": 0.0,
+    }
     alone = build(file, **arguments)
     with pytest.raises(ValueError, match=rf"no training row is left(.|\n)*rejected: 1 {reason}"):
         read_all(alone)
     good = jsonl(tmp_path, [thumb(number) for number in range(9)], "good.jsonl")
-    module = build([str(file), str(good)], val_fraction=0.0, **arguments)
+    module = build([str(file), str(good)], **arguments)
     for _ in range(2):
         assert sum(len(batch.ids) for batch in read_all(module)) == 9
     assert module.report.rejected == {reason: 1}
