@@ -97,8 +97,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         super().__init__()
         if max_response_tokens >= max_tokens:
             raise ValueError(
-                "data.max_response_tokens must leave room for a prompt below "
-                f"data.max_tokens = {max_tokens}, got {max_response_tokens}."
+                f"data.max_response_tokens must leave room for a prompt below data.max_tokens = {max_tokens}, "
+                f"got {max_response_tokens}."
             )
         self.tokenizer_source = tokenizer
         self.rows = rows
@@ -149,15 +149,15 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
-                "the trunk's folder (it holds tokenizer.json) or a hub name."
+                f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give the trunk's folder (it "
+                "holds tokenizer.json) or a hub name."
             ) from error
         return tokenizer
 
     def bad_row(self, reason: str, message: str) -> None:
         """Counts a bad row by its reason, or raises :class:`BadRow`, as ``on_bad_row`` says."""
         if self.on_bad_row == "raise":
-            raise BadRow(reason, message)
+            raise BadRow(message)
         self.report.rejected[reason] += 1
         self.report.messages.append((reason, message))
 

@@ -55,8 +55,8 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[tuple[list
     if not all(rows):
         empty = [number for number, members in enumerate(rows, start=1) if not members]
         raise ValueError(
-            f"data.train: sources {empty} (in their order) have a weight but no training row left. "
-            "Remove them, or look at the report for what was rejected."
+            f"data.train: sources {empty} (in their order) have a weight but no training row left. Remove them, "
+            "or look at the report for what was rejected."
         )
     epoch = max(len(members) / weight for members, weight in zip(rows, weights, strict=True))
     return [
@@ -71,9 +71,9 @@ def _refuse_other_data(
     for key in keys:
         if state.get(key) != own[key]:
             raise ValueError(
-                f"The checkpoint's data has {key} = {state.get(key)}, this run's has {own[key]}, "
-                "so the position in the epoch means nothing. Resume with the same data "
-                "arguments, or start a new run from the exported weights."
+                f"The checkpoint's data has {key} = {state.get(key)}, this run's has {own[key]}, so the position "
+                "in the epoch means nothing. Resume with the same data arguments, or start a new run from the "
+                "exported weights."
             )
 
 

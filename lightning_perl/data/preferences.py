@@ -131,8 +131,8 @@ class PreferenceDataModule(ConversationDataModule):
         for source in [*(self.val_sources or []), *(self.test_sources or [])]:
             if source.weight is not None:
                 raise ValueError(
-                    f"{source.argument}: rows to measure on are read as they are, so weights mean "
-                    "nothing. Give a list."
+                    f"{source.argument}: rows to measure on are read as they are, so weights mean nothing. Give "
+                    "a list."
                 )
         weights = [source.weight for source in self.train_sources if source.weight is not None]
         self.weights = weights or None
@@ -205,7 +205,7 @@ class PreferenceDataModule(ConversationDataModule):
     def _uncounted(self, reason: str, message: str) -> None:
         """Takes a bad row that is counted at another reading."""
         if self.on_bad_row == "raise":
-            raise BadRow(reason, message)
+            raise BadRow(message)
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""

@@ -153,7 +153,7 @@ def test_bad_rows_stop_a_stream_or_are_counted_once(build: Build, tmp_path: Path
     }
     check_counts(module.report, 20)
     for number, reason in ((1, "broken JSON"), (8, "missing column"), (10, "the answer takes")):
-        with pytest.raises(ValueError, match=rf"rows.jsonl:{number}: {reason}"):
+        with pytest.raises(ValueError, match=rf"rows.jsonl:{number}: .*{reason}"):
             read(build(file))
         lines[number - 1] = json.dumps(rows(1)[0])
         file.write_text("\n".join(lines))
