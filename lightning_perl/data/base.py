@@ -19,7 +19,6 @@ from lightning_perl.data.folds import stable_hash
 from lightning_perl.data.loaders import (
     Collate,
     FixedLoader,
-    FixedStream,
     ResumableLoader,
     StreamingLoader,
     mixture,
@@ -37,8 +36,9 @@ from lightning_perl.data.rows import (
     digest_of,
     first_row,
     judgement,
+    rows_of,
 )
-from lightning_perl.data.tokenization import TurnEncoder, example_of, template_of
+from lightning_perl.data.tokenization import Encoded, TurnEncoder, example_of, template_of
 from lightning_perl.packaged import unpackaged
 
 Raw = TypeVar("Raw")
@@ -97,8 +97,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         super().__init__()
         if max_response_tokens >= max_tokens:
             raise ValueError(
-                "data.max_response_tokens must leave room for a prompt below "
-                f"data.max_tokens = {max_tokens}, got {max_response_tokens}."
+                f"data.max_response_tokens must leave room for a prompt below data.max_tokens = {max_tokens}, "
+                f"got {max_response_tokens}."
             )
         self.tokenizer_source = tokenizer
         self.rows = rows
@@ -149,15 +149,15 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give "
-                "the trunk's folder (it holds tokenizer.json) or a hub name."
+                f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give the trunk's folder (it "
+                "holds tokenizer.json) or a hub name."
             ) from error
         return tokenizer
 
     def bad_row(self, reason: str, message: str) -> None:
         """Counts a bad row by its reason, or raises :class:`BadRow`, as ``on_bad_row`` says."""
         if self.on_bad_row == "raise":
-            raise BadRow(reason, message)
+            raise BadRow(message)
         self.report.rejected[reason] += 1
         self.report.messages.append((reason, message))
 
@@ -298,9 +298,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
     ) -> tuple[list[Any], list[int], list[str]]:
         """Returns the examples of a split, the numbers of their sources, and where their rows were read."""
         prompts = self.rows == "prompts"
-        limits = self.max_tokens, self.max_response_tokens
         sourced = [(first_row(item).source, item) for item in items]
-        encoded = list(encoder.encode_all(sourced, *limits, prompts, self.bad_row, report.rejected))
+        encoded = list(self.encoded(encoder, sourced, self.bad_row, report))
         if prompts:
             first: dict[tuple[int, ...], Any] = {}
             for entry in encoded:
@@ -317,6 +316,31 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         places = [first_row(item).where for _, item, rows in encoded for _ in rows]
         return examples, [source for source, *_ in encoded], places
 
+    def encoded(
+        self,
+        encoder: TurnEncoder,
+        items: Iterable[tuple[T, Item]],
+        bad_row: BadRowHook,
+        report: SplitReport,
+    ) -> Iterator[tuple[T, Item, list[Encoded]]]:
+        """Yields what stands beside an item, the item, and its rows, or its prompt alone, as tokens.
+
+        Rows that do not fit or cannot be said go to ``bad_row``, and are counted in ``report``.
+        """
+        limits = self.max_tokens, self.max_response_tokens
+        for beside, item in items:
+            rows = rows_of(item)
+            try:
+                if self.rows == "prompts":
+                    sides = [encoder.encode_prompt(rows[0].context, limits[0] - limits[1])]
+                else:
+                    sides = [encoder.encode(row, *limits) for row in rows]
+            except BadRow as error:
+                report.rejected[error.reason] += 1
+                bad_row(error.reason, f"{rows[0].where}: {error}")
+            else:
+                yield beside, item, sides
+
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
@@ -330,11 +354,11 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             None if self.weights is None else mixture(self._sources["train"], self.weights),
         )
 
-    def val_dataloader(self) -> FixedLoader | FixedStream:
+    def val_dataloader(self) -> FixedLoader:
         """Returns the validation rows in their order."""
         return self._fixed("val")
 
-    def test_dataloader(self) -> FixedLoader | FixedStream:
+    def test_dataloader(self) -> FixedLoader:
         """Returns the test rows in their order."""
         return self._fixed("test")
 
@@ -344,7 +368,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         """Returns file and line of a test row, by its number; nothing where rows are streamed."""
         return self._places[row] if self._places else ""
 
-    def _fixed(self, split: str) -> FixedLoader | FixedStream:
+    def _fixed(self, split: str) -> FixedLoader:
         self.log_report()
         return FixedLoader(
             self._examples[split], self.val_batch_size, self.collate, self.num_workers

@@ -16,10 +16,10 @@ from lightning_perl.arguments import FractionBelowHalf
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.download import Remote, fetch_all
 from lightning_perl.data.folds import held_out
-from lightning_perl.data.messages import wrong_type
+from lightning_perl.data.messages import reading, wrong_type
 from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.reading import csv_rows, jsonl_rows
-from lightning_perl.data.rows import BadRow, Item, Pair, Splits, first_row, rows_of
+from lightning_perl.data.rows import Item, Pair, Splits, first_row, rows_of
 
 Part: TypeAlias = Literal["train", "val", "test"]
 _PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -32,9 +32,8 @@ class Corpus:
 
     Attributes:
         home: Where it comes from and its licence, for a person who has to fetch it by hand.
-        layouts: Each a tuple of (split, pattern below the data folder). The first layout of which
-            any file is there is read. Files may be gzip-compressed. A corpus that its authors did
-            not divide is all ``train``.
+        layouts: Each a tuple of (split, pattern below the data folder). The first layout of which any file is
+            there is read. Files may be gzip-compressed. A corpus that its authors did not divide is all ``train``.
         remotes: The files in their official place; empty where they may not be downloaded.
     """
 
@@ -50,20 +49,9 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     return [files[name] for name in sorted(files)]
 
 
-def value_of(row: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
-    """Returns a value; raises BadRow where the key is missing."""
-    if key not in row:
-        raise BadRow(
-            "missing key",
-            f"no key {key!r}; got {sorted(row)}. Is this the right file? Download it again, or set "
-            "on_bad_row: reject.",
-        )
-    return row[key]
-
-
 def text_of(row: Mapping[str, Any], key: str) -> str:
     """Returns a text without its outer white space; raises BadRow for anything else."""
-    value = value_of(row, key)
+    value = row[key]
     if not isinstance(value, str):
         raise wrong_type(key, "a string", value)
     return value.strip()
@@ -184,7 +172,8 @@ class CorpusDataModule(ConversationDataModule):
         return self._divide(upstream)
 
     def _item(self, row: dict[str, Any], where: str, part: Part) -> Iterator[tuple[Part, Item]]:
-        own = self.own(row)
+        with reading(type(self).__name__):
+            own = self.own(row)
         if own is None:
             return
         # With their answers, whatever `rows` is: both kinds of batches have the same splits.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
-from lightning_perl.data.messages import transcript
+from lightning_perl.data.messages import reading, transcript
 from lightning_perl.data.reading import parse_json
 from lightning_perl.data.rows import BadRow
 
@@ -116,9 +116,8 @@ def flat(row: AnyRow) -> list[OwnRow]:
         filled = [column for column in filled if row[column] != ""] or filled[:1]
         if any(row[column] != row[filled[0]] for column in filled[1:]):
             raise BadRow(
-                "ambiguous columns",
-                f"the columns {filled} could each be the {name}. Name one in data.columns: "
-                f"{{{name}: {filled[0]}}}.",
+                f"ambiguous columns: the columns {filled} could each be the {name}. Name one in data.columns: "
+                f"{{{name}: {filled[0]}}}."
             )
         if filled:
             own[name] = row[filled[0]]
@@ -155,9 +154,8 @@ def side_of(verdict: object, first: str = "first", second: str = "second") -> in
         if last in {name.lower() for name in names} and not isinstance(verdict, bool):
             return side
     raise BadRow(
-        "unclear preference",
-        f"preference {verdict!r} does not say which of two answers is better. Write first, second or tie (or read "
-        "the row with data.read_row).",
+        f"unclear preference: preference {verdict!r} does not say which of two answers is better. Write first, "
+        "second or tie (or read the row with data.read_row)."
     )
 
 
@@ -166,7 +164,7 @@ def _judged(
 ) -> list[OwnRow]:
     """Returns a pair, or a tie; ``verdict`` names the columns that said which answer is better."""
     if side not in (0, 1, None):
-        raise BadRow("unclear preference", f"{list(verdict)} must say 0 or 1.")
+        raise BadRow(f"unclear preference: {list(verdict)} must say 0 or 1.")
     better, worse = (second, first) if side else (first, second)
     tie = {"tie": True} if side is None else {}
     return [{"chosen": better, "rejected": worse, "read": verdict, **more, **tie}]
@@ -190,9 +188,9 @@ def two_answers(row: AnyRow) -> list[OwnRow]:
     third = other.removesuffix(second) + {"1": "2", "2": "3", "b": "c", "B": "C"}.get(second, "3")
     if row.get(third) is not None:
         raise BadRow(
-            "several answers",
-            f"there is a third answer, {third!r}, which would not be read. Name the answers and their scores or "
-            "ranks in data.columns (answers, scores or ranks), or read the row with data.read_row.",
+            f"several answers: there is a third answer, {third!r}, which would not be read. Name the answers and "
+            "their scores or ranks in data.columns (answers, scores or ranks), or read the row with "
+            "data.read_row."
         )
     for key in _SIGNED:
         if row.get(key) is not None:
@@ -225,7 +223,7 @@ def post_prompt(info: AnyRow) -> str:
     if info.get("article"):
         return f"{info['article']}\n\nTL;DR:"
     if not str(info.get("post") or "").strip():
-        raise BadRow("empty prompt", "empty prompt. Remove the row, or set on_bad_row: reject.")
+        raise BadRow("empty prompt. Remove the row, or set on_bad_row: reject.")
     heads = {"SUBREDDIT: r/": "subreddit", "TITLE: ": "title", "POST: ": "post"}
     lines = [f"{head}{info[key].strip()}" for head, key in heads.items() if info.get(key)]
     return "\n\n".join([*lines, "TL;DR:"])
@@ -308,9 +306,8 @@ def _answer_objects(row: AnyRow) -> list[OwnRow]:
     mark = next((key for key in marks_of if all(key in answer for answer in answers)), None)
     if text is None or mark is None:
         raise BadRow(
-            "several answers",
-            f"{column} holds answers without one of {list(texts)} or without one of {list(marks_of)}. Read the "
-            "row with data.read_row.",
+            f"several answers: {column} holds answers without one of {list(texts)} or without one of "
+            f"{list(marks_of)}. Read the row with data.read_row."
         )
     rest = {key: value for key, value in row.items() if key != column}
     marks = {"ranks" if mark == "rank" else "scores": [answer[mark] for answer in answers]}
@@ -335,9 +332,7 @@ def _argilla(row: AnyRow) -> list[OwnRow]:
         if given:
             values[name] = given[0]["value"]
     if not values:
-        raise BadRow(
-            "no submitted response", "no submitted response in this record. Set on_bad_row: reject."
-        )
+        raise BadRow("no submitted response in this record. Set on_bad_row: reject.")
     fields = dict(row["fields"])
     ranking = next((value for value in values.values() if isinstance(value, list)), None)
     if ranking is None:
@@ -408,6 +403,9 @@ DIALECTS: dict[str, Dialect] = {
 }
 
 
+_FIX = "Mend it, name its columns in data.columns, read it with data.read_row"
+
+
 @lru_cache(maxsize=1024)
 def dialect_of(keys: tuple[str, ...]) -> str | None:
     """Returns the name of the dialect that a row with these columns looks like; None for our own columns."""
@@ -425,17 +423,8 @@ def read(row: AnyRow, name: str | None = None) -> list[OwnRow]:
     name = name or dialect_of(tuple(row))
     if name is None:
         return flat(row)
-    try:
+    with reading(name, _FIX):
         return list(DIALECTS[name].read(row))
-    except BadRow:
-        raise
-    # What a row of this kind always has is not there, or is something else.
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        raise BadRow(
-            "broken row of a dialect",
-            f"looks like a row of {name!r}, but cannot be read so ({type(error).__name__}: {error}). Mend it, "
-            "name its columns in data.columns, or read it with data.read_row.",
-        ) from error
 
 
 def columns_of(row: AnyRow, name: str | None = None) -> set[str]:

@@ -45,8 +45,8 @@ def dialogs(chosen: str, rejected: str) -> dict[str, Any]:
     better, worse = transcript(chosen), transcript(rejected)
     if better is None or worse is None:
         raise BadRow(
-            "no transcript",
-            f"a transcript begins with Human:, got {(rejected if better else chosen)[:40]!r}. Right file?",
+            f"no transcript: a transcript begins with Human:, got {(rejected if better else chosen)[:40]!r}. "
+            "Right file?"
         )
     group = json.dumps(["user", better[0]["content"]], ensure_ascii=False)
     return {"chosen": better, "rejected": worse, "group": group}

@@ -18,7 +18,6 @@ from lightning_perl.data.corpus import (
     Part,
     own_row,
     text_of,
-    value_of,
 )
 from lightning_perl.data.download import Remote
 from lightning_perl.data.harmlessness import dialogs, hh_corpus
@@ -68,11 +67,10 @@ class HelpfulnessDataModule(CorpusDataModule):
     preference is that of many voters, not of one rater.
 
     Args:
-        data_dir: ``hh``: the folder that holds ``hh-helpful-base/`` or upstream's
-            ``helpful-base/``, each with ``train.jsonl`` and ``test.jsonl``. ``shp``: the folder
-            that holds ``shp/``, with a folder for each subreddit and in it ``train.json``,
-            ``validation.json`` and ``test.json``. Files may be ``.gz``. Without them, ``fit``
-            downloads the corpus (17 MB, or all 18 subreddits of SHP).
+        data_dir: ``hh``: the folder that holds ``hh-helpful-base/`` or upstream's ``helpful-base/``, each with
+            ``train.jsonl`` and ``test.jsonl``. ``shp``: the folder that holds ``shp/``, with a folder for each
+            subreddit and in it ``train.json``, ``validation.json`` and ``test.json``. Files may be ``.gz``.
+            Without them, ``fit`` downloads the corpus (17 MB, or all 18 subreddits of SHP).
         corpus: ``hh`` or ``shp``.
         min_score_ratio: Leave out pairs of ``shp`` whose votes have a lower ratio. 1 keeps all, as
             PERL did; the dataset's card recommends 2 for a cleaner signal.
@@ -99,7 +97,7 @@ class HelpfulnessDataModule(CorpusDataModule):
     def own(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the pair of a row; None below ``min_score_ratio``."""
         if self.corpus == "shp":
-            ratio = value_of(row, "score_ratio")
+            ratio = row["score_ratio"]
             if isinstance(ratio, bool) or not isinstance(ratio, int | float):
                 raise wrong_type("score_ratio", "a number", ratio)
             if ratio < self.min_score_ratio:
@@ -122,7 +120,7 @@ def _by_score(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _voted(row: dict[str, Any]) -> dict[str, Any]:
-    label = value_of(row, "labels")
+    label = row["labels"]
     if label not in (0, 1):
         raise wrong_type("labels", "0 or 1", label)
     better, worse = (f"human_ref_{side}" for side in ("AB" if label else "BA"))

@@ -55,8 +55,8 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[tuple[list
     if not all(rows):
         empty = [number for number, members in enumerate(rows, start=1) if not members]
         raise ValueError(
-            f"data.train: sources {empty} (in their order) have a weight but no training row left. "
-            "Remove them, or look at the report for what was rejected."
+            f"data.train: sources {empty} (in their order) have a weight but no training row left. Remove them, "
+            "or look at the report for what was rejected."
         )
     epoch = max(len(members) / weight for members, weight in zip(rows, weights, strict=True))
     return [
@@ -71,9 +71,9 @@ def _refuse_other_data(
     for key in keys:
         if state.get(key) != own[key]:
             raise ValueError(
-                f"The checkpoint's data has {key} = {state.get(key)}, this run's has {own[key]}, "
-                "so the position in the epoch means nothing. Resume with the same data "
-                "arguments, or start a new run from the exported weights."
+                f"The checkpoint's data has {key} = {state.get(key)}, this run's has {own[key]}, so the position "
+                "in the epoch means nothing. Resume with the same data arguments, or start a new run from the "
+                "exported weights."
             )
 
 
@@ -287,20 +287,3 @@ class StreamingLoader:
         """Goes to a saved position; refuses one of another seed, block, batch size or order."""
         _refuse_other_data(state, self.state_dict(), ("seed", "block", "batch_size", "order"))
         self._go_to(Place(state["epoch"], state["rows"], state["batch"]))
-
-
-class FixedStream:
-    """Batches of rows that are read as they come, in order; every pass, and every rank, reads all."""
-
-    def __init__(
-        self, read: Callable[[], Iterator[Any]], batch_size: int, collate: Collate
-    ) -> None:
-        self.read = read
-        self.batch_size = batch_size
-        self.collate = collate
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yields the batches."""
-        stream = self.read()
-        while examples := list(islice(stream, self.batch_size)):
-            yield self.collate(examples)

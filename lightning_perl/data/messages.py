@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning_perl.data.reading import parse_json
@@ -40,8 +41,22 @@ _EXPECTED = 'a list of {"role": "system" | "user" | "assistant" | "tool", "conte
 def wrong_type(column: str, expected: str, got: object) -> BadRow:
     """Returns the bad row of a value that is not what its column holds."""
     return BadRow(
-        "wrong type", f"{column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r})."
+        f"wrong type: {column} must be {expected}, got {type(got).__name__} ({str(got)[:40]!r})."
     )
+
+
+@contextmanager
+def reading(kind: str, fix: str = "Is it the right file? Download it again") -> Iterator[None]:
+    """Makes a bad row of what cannot be read, as it is not what a row of this kind has."""
+    try:
+        yield
+    except BadRow:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise BadRow(
+            f"broken row: looks like a row of {kind!r}, but cannot be read so ({type(error).__name__}: {error}). "
+            f"{fix}, or set on_bad_row: reject."
+        ) from error
 
 
 def unpacked(value: object, column: str) -> object:
@@ -74,9 +89,8 @@ def _read_cell(text: str, column: str) -> list[Any]:
             value = ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise BadRow(
-                "broken messages",
-                f"{column} begins like a list of messages, but is neither JSON nor Python: {text[:40]!r}. "
-                "Write the cell as JSON.",
+                f"broken messages: {column} begins like a list of messages, but is neither JSON nor Python: "
+                f"{text[:40]!r}. Write the cell as JSON."
             ) from None
     return value if isinstance(value, list) else [value]
 
@@ -167,7 +181,7 @@ def prompt_of(value: object) -> tuple[Turn, ...]:
     else:
         raise wrong_type("prompt", "a string or a list of messages", value)
     if not any(turn.text.strip() for turn in turns):
-        raise BadRow("empty prompt", "empty prompt. Remove the row, or set on_bad_row: reject.")
+        raise BadRow("empty prompt. Remove the row, or set on_bad_row: reject.")
     return turns
 
 
@@ -185,17 +199,15 @@ def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
     if isinstance(value, list):
         if all(isinstance(text, str) for text in value):
             raise BadRow(
-                "several answers",
-                f"{column} holds {len(value)} answers. Name them in data.columns as answers, and what they are "
-                "worth as scores or ranks.",
+                f"several answers: {column} holds {len(value)} answers. Name them in data.columns as answers, "
+                "and what they are worth as scores or ranks."
             )
         turns = turns_of(value, column)
         if turns[-1].role != "agent" or not _follows(turns[:-1], prompt):
             raise BadRow(
-                "wrong type",
-                f"{column} must be one assistant message, or it after the messages of the prompt, got the roles "
-                f"{[turn.role for turn in turns]}. Where prompt is not what they begin with, leave it out with "
-                "columns: {prompt: null}.",
+                f"wrong type: {column} must be one assistant message, or it after the messages of the prompt, "
+                f"got the roles {[turn.role for turn in turns]}. Where prompt is not what they begin with, leave "
+                "it out with columns: {prompt: null}."
             )
         value = turns[-1].text
     if not isinstance(value, str):

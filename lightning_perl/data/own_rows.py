@@ -128,9 +128,8 @@ class RowReader:
             raise
         except Exception as error:
             raise BadRow(
-                "read_row failed",
-                f"data.read_row raised {type(error).__name__}: {error}. Mend it, return None to leave the row "
-                "out, or set on_bad_row: reject.",
+                f"read_row failed: data.read_row raised {type(error).__name__}: {error}. Mend it, return None to "
+                "leave the row out, or set on_bad_row: reject."
             ) from error
         rows: list[Any] = made if isinstance(made, list) else [] if made is None else [made]
         for one in rows:
@@ -193,9 +192,8 @@ class RowReader:
             raise Tie
         if kind == _PAIR and named.get("input") and "context" in {*row} - self._mapped:
             raise BadRow(
-                "two prompts",
-                "'context' and another column could each be the prompt. Say which is in data.columns, for example "
-                "{prompt: context}, or {prompt: prompt, input: context} for both.",
+                "two prompts: 'context' and another column could each be the prompt. Say which is in "
+                "data.columns, for example {prompt: context}, or {prompt: prompt, input: context} for both."
             )
         self._check_verdicts(row, named, kind)
 
@@ -237,9 +235,8 @@ class RowReader:
         answers = named["answers"]
         if not isinstance(answers, list) or len(answers) != len(marks) or len(marks) < 2:
             raise BadRow(
-                "several answers",
-                f"answers must be a list of two or more, with a score or rank for each, got {str(answers)[:40]!r} "
-                f"and {len(marks)}. Set on_bad_row: reject.",
+                "several answers: answers must be a list of two or more, with a score or rank for each, got "
+                f"{str(answers)[:40]!r} and {len(marks)}. Set on_bad_row: reject."
             )
         ordered = sorted(range(len(marks)), key=lambda place: -marks[place])
         if marks[ordered[0]] == marks[ordered[-1]]:
@@ -265,9 +262,9 @@ class RowReader:
         idle = sorted(name for name in MARKS - set(kind) if self.columns.get(name))
         if idle:
             raise BadRow(
-                "mapped verdict that is not used",
-                f"data.columns maps {idle}, which a row of the kind {' + '.join(kind)} has no use for. Take it "
-                "out of data.columns, or read the row with data.read_row.",
+                f"mapped verdict that is not used: data.columns maps {idle}, which a row of the kind "
+                f"{' + '.join(kind)} has no use for. Take it out of data.columns, or read the row with "
+                "data.read_row."
             )
         taken = [name for name in named if name in ALIASES and (name in kind or name not in MARKS)]
         used = {alias for name in taken for alias in ALIASES[name].split()}
@@ -276,33 +273,27 @@ class RowReader:
         for column in [column for column in row if column not in used]:
             if column in verdicts:
                 raise BadRow(
-                    "verdict that is not used",
-                    f"the column {column!r} says how good the answer is, and would not be read. Name what it is "
-                    f"in data.columns: {{label: {column}}} for thumbs, {{rating: {column}}} with rating_range, or "
-                    "{rating: null} to imitate every answer.",
+                    f"verdict that is not used: the column {column!r} says how good the answer is, and would not "
+                    f"be read. Name what it is in data.columns: {{label: {column}}} for thumbs, {{rating: "
+                    f"{column}}} with rating_range, or {{rating: null}} to imitate every answer."
                 )
             if column in ALIASES["weight"].split() and row[column] not in (None, 1, "1"):
                 raise BadRow(
-                    "weight that is not used",
-                    f"{column!r} weights the row, which no loss does. Name what it is in data.columns: "
-                    f"{{margin: {column}}} for the margin of a pair, or {{weight: null}} to count all rows alike.",
+                    f"weight that is not used: {column!r} weights the row, which no loss does. Name what it is "
+                    f"in data.columns: {{margin: {column}}} for the margin of a pair, or {{weight: null}} to "
+                    "count all rows alike."
                 )
             self.unread[column] += 1
 
     def _refuse_null(self, row: Mapping[str, Any]) -> None:
         # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.
-        columns = [
-            (name, column)
-            for name in ("label", "rating")
-            for column in [self.columns.get(name), *ALIASES[name].split()]
-        ]
-        for name, column in columns:
-            if isinstance(column, str) and column in row and row[column] is None:
-                raise BadRow(
-                    f"{name} is null",
-                    f"{column} is null, so whether the answer is good is not known. Leave the column "
-                    "out of demonstrations, or set on_bad_row: reject.",
-                )
+        for name in ("label", "rating"):
+            for column in (self.columns.get(name), *ALIASES[name].split()):
+                if isinstance(column, str) and column in row and row[column] is None:
+                    raise BadRow(
+                        f"{column} is null, so whether the answer is good is not known. Leave the column out of "
+                        "demonstrations, or set on_bad_row: reject."
+                    )
 
     def _missing(self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> BadRow:
         names = {name: column for name, column in self.columns.items() if isinstance(column, str)}
@@ -318,10 +309,7 @@ class RowReader:
         ]
         meant = f" Did you mean {close[0]!r}?" if close else ""
         fix = next((fix for keys, fix in _FIXES if keys <= row.keys()), _MAP)
-        return BadRow(
-            "missing column",
-            f"missing column: got {got}{empty}, expected one of: {wanted}.{meant} {fix}",
-        )
+        return BadRow(f"missing column: got {got}{empty}, expected one of: {wanted}.{meant} {fix}")
 
     # ---- rows ------------------------------------------------------------------------------------
 
@@ -344,9 +332,8 @@ class RowReader:
         )
         if better.text.strip() == worse.text.strip():
             raise BadRow(
-                "identical pair",
-                "identical pair: chosen and rejected are the same text, which says "
-                "nothing. Remove the row, or set on_bad_row: reject.",
+                "identical pair: chosen and rejected are the same text, which says nothing. Remove the row, or "
+                "set on_bad_row: reject."
             )
         prompt = _surrounded(prompt, named)
         group = opening(prompt)
@@ -420,9 +407,9 @@ class RowReader:
         if self.rating_range is None:
             column = self.columns.get("rating") or "rating"
             raise ValueError(
-                f"{where}: has a {column}, and data.rating_range does not say what "
-                "it means. Give the lowest and the highest rating there can be, for example [1, 5]; "
-                "or set columns: {rating: null}, to imitate every answer."
+                f"{where}: has a {column}, and data.rating_range does not say what it means. Give the lowest and "
+                "the highest rating there can be, for example [1, 5]; or set columns: {rating: null}, to "
+                "imitate every answer."
             )
         return _rating(named["rating"], self.rating_range)
 
@@ -500,19 +487,18 @@ def _common_prompt(named: dict[str, Any]) -> Turns:
     prompt = better[:-1]
     if not prompt or same(worse[:-1]) != same(prompt):
         raise BadRow(
-            "no common prompt",
-            "there is no prompt column, and chosen and rejected differ before their last "
-            "messages. Cut them where they part, or set on_bad_row: reject.",
+            "no common prompt: there is no prompt column, and chosen and rejected differ before their last "
+            "messages. Cut them where they part, or set on_bad_row: reject."
         )
     if (better[-1].role, worse[-1].role) != ("agent", "agent"):
-        raise BadRow("no answer", "chosen or rejected does not end with the assistant.")
+        raise BadRow("no answer: chosen or rejected does not end with the assistant.")
     return prompt
 
 
 def _agents(turns: Turns) -> list[int]:
     agents = [number for number, turn in enumerate(turns) if turn.role == "agent"]
     if not agents:
-        raise BadRow("no answer", "messages hold no assistant message to imitate.")
+        raise BadRow("no answer: messages hold no assistant message to imitate.")
     return agents
 
 
@@ -528,7 +514,7 @@ def _margin(named: dict[str, Any]) -> float:
     margin = _number(named.get("margin", 0.0), "margin")
     if margin < 0 and not named.get("read"):
         raise BadRow(
-            "margin below 0", f"margin {margin:g} says that the rejected answer is the better one."
+            f"margin below 0: margin {margin:g} says that the rejected answer is the better one."
         )
     return abs(margin)
 
@@ -550,8 +536,7 @@ def _rating(value: object, limits: tuple[float, float]) -> float:
     low, high = limits
     if not low <= rating <= high:
         raise BadRow(
-            "rating out of range",
-            f"rating out of range: {rating:g} is not from {low:g} to {high:g} "
-            "(data.rating_range). Widen the range, or set on_bad_row: reject.",
+            f"rating out of range: {rating:g} is not from {low:g} to {high:g} (data.rating_range). Widen the "
+            "range, or set on_bad_row: reject."
         )
     return (rating - low) / (high - low)

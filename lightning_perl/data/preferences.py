@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.arguments import Count, Finite, FractionBelowOne
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.dialects import DIALECTS, NAMES
-from lightning_perl.data.folds import held_out, stable_hash
-from lightning_perl.data.loaders import FixedLoader, FixedStream, ResumableLoader, StreamingLoader
+from lightning_perl.data.folds import held_out
+from lightning_perl.data.loaders import ResumableLoader, StreamingLoader
 from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader
 from lightning_perl.data.reading import Source, Sources, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
@@ -50,23 +50,17 @@ class PreferenceDataModule(ConversationDataModule):
     prompt                      a prompt to answer (``rows: prompts``)
     ==========================  ==========================================================
 
-    With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at. Of
-    ``messages`` it is all of them where the user has the last word, else those before the first
-    answer.
+    With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at. Of ``messages`` it is
+    all of them where the user has the last word, else those before the first answer.
 
-    A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages, role ``system``, ``user``
-    or ``assistant``; an answer is a string or a list of one assistant message, which may follow the messages of
-    the prompt. In CSV a list is written as JSON. Chosen and thumbs-up answers, and those rated above the middle,
-    also enter the language-modelling loss of Hydra-SFT. A rating becomes a label from 0 to 1, linearly: the soft
-    target of the cross-entropy. A label or rating that is there but null is a bad row. Columns named like a
-    verdict that is not read are refused beside demonstrations and reported beside others. Formats of public data
-    sets and other trainers are recognised (docs/data.md).
+    A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages; an answer is a string or an
+    assistant message, which may follow the messages of the prompt. Chosen and thumbs-up answers, and those rated
+    above the middle, also enter the language-modelling loss of Hydra-SFT. A rating becomes a label from 0 to 1,
+    linearly: the soft target of the cross-entropy. A label or rating that is null is a bad row. Columns named like
+    a verdict that is not read are refused beside demonstrations; the report names all that are not read. Formats
+    of public data sets and other trainers are recognised (docs/data.md).
 
     Rows of one dialog (the same first user turn) go to one split. Duplicates are used once.
-
-    A corpus in another form needs a file with one of these kinds of rows, and ``columns``. BOLT English SMS/Chat
-    (LDC2018T19), for example, holds conversations in XML without summaries: write each as ``{"conversation":
-    text}`` to a ``.jsonl`` file, and set ``columns: {prompt: conversation}`` and ``rows: prompts``.
 
     Args:
         train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array, ``.csv``, each also
@@ -90,10 +84,8 @@ class PreferenceDataModule(ConversationDataModule):
         rating_range: The lowest and the highest rating there can be. What lies outside is a bad row.
         streaming: Read and encode training rows while training, for files that do not fit into memory. The loader
             then has no length: give ``trainer.max_steps``, and ``val_check_interval`` as a number of batches.
-            Duplicates and conflicts are not looked for. Without ``val``, the prompts whose hash is below
-            ``val_fraction`` are held out, and every validation reads the sources again for them
-            (``trainer.limit_val_batches`` stops it early). The report counts the first pass and comes at its end.
-            A resumed run reads past the rows before its position.
+            Duplicates and conflicts are not looked for, and validation rows are those of ``val``. The report
+            counts the first pass and comes at its end. A resumed run reads past the rows before its position.
         shuffle_block: Rows of a stream that are in memory to be shuffled.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
@@ -128,14 +120,19 @@ class PreferenceDataModule(ConversationDataModule):
             raise ValueError(
                 f"data.rating_range must be the lowest and the highest rating there can be, got {[low, high]}."
             )
+        if streaming and val is None and val_fraction:
+            raise ValueError(
+                "data.streaming: a stream is not divided. Name the validation rows in data.val, or set "
+                "data.val_fraction: 0 to validate on none."
+            )
         self.train_sources = sources_of(train, "data.train")
         self.val_sources = None if val is None else sources_of(val, "data.val")
         self.test_sources = None if test is None else sources_of(test, "data.test")
         for source in [*(self.val_sources or []), *(self.test_sources or [])]:
             if source.weight is not None:
                 raise ValueError(
-                    f"{source.argument}: rows to measure on are read as they are, so weights mean "
-                    "nothing. Give a list."
+                    f"{source.argument}: rows to measure on are read as they are, so weights mean nothing. Give "
+                    "a list."
                 )
         weights = [source.weight for source in self.train_sources if source.weight is not None]
         self.weights = weights or None
@@ -156,7 +153,6 @@ class PreferenceDataModule(ConversationDataModule):
             for source in self.train_sources
         ]
         self.shuffle_block = shuffle_block
-        self._holds_out = streaming and val is None and val_fraction > 0
         self._streams: list[tuple[int, Source]] = []
         self._begun = False
 
@@ -209,7 +205,7 @@ class PreferenceDataModule(ConversationDataModule):
     def _uncounted(self, reason: str, message: str) -> None:
         """Takes a bad row that is counted at another reading."""
         if self.on_bad_row == "raise":
-            raise BadRow(reason, message)
+            raise BadRow(message)
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
@@ -227,11 +223,6 @@ class PreferenceDataModule(ConversationDataModule):
             ahead=0 if limited else 1,
         )
 
-    def _fixed(self, split: str) -> FixedLoader | FixedStream:
-        if self._holds_out and (split == "val" or self.test_sources is None):
-            return FixedStream(self._held_out_stream, self.val_batch_size, self.collate)
-        return super()._fixed(split)
-
     def _train_stream(
         self, epoch: int, start: int
     ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
@@ -239,45 +230,17 @@ class PreferenceDataModule(ConversationDataModule):
         first, self._begun = not self._begun, True
         split = self.report.splits["train"] if first else SplitReport()
         bad_row = self.bad_row if first else self._uncounted
-        rows = islice(enumerate(self._mixed(epoch, bad_row)), start, None)
-        yield from self._encoded(rows, False, split, bad_row)
-        if first:
-            self.announce()
-            self.log_report()
-
-    def _held_out_stream(self) -> Iterator[RatedExample | PromptExample]:
-        streams = (self._numbered(*stream, self._uncounted) for stream in self._streams)
-        rows = enumerate(chain.from_iterable(streams))
-        for _, example in self._encoded(rows, True, SplitReport(), self._uncounted):
-            yield example
-
-    def _encoded(
-        self,
-        rows: Iterable[tuple[int, tuple[int, Item]]],
-        held: bool,
-        split: SplitReport,
-        bad_row: BadRowHook,
-    ) -> Iterator[tuple[int, RatedExample | PromptExample]]:
-        """Yields the rows of a stream that are held out for validation, or the others."""
-
-        def of_the_split() -> Iterator[tuple[tuple[int, int], Item]]:
-            for place, (number, item) in rows:
-                share = int(stable_hash(first_row(item).dialog)[:12], 16) / 16**12
-                if held == (self._holds_out and share < self.val_fraction):
-                    yield (place, number), item
-                elif split is self.report.splits["train"]:
-                    self.report.left_out["held out for validation"] += 1
-
-        prompts = self.rows == "prompts"
-        limits = self.max_tokens, self.max_response_tokens
         encoder = self.encoder
-        encoded = encoder.encode_all(of_the_split(), *limits, prompts, bad_row, split.rejected)
-        for (place, number), item, sides in encoded:
-            example = example_of(item, sides, number, prompts)
+        rows = islice(enumerate(self._mixed(epoch, bad_row)), start, None)
+        placed = (((place, number), item) for place, (number, item) in rows)
+        for (place, number), item, sides in self.encoded(encoder, placed, bad_row, split):
+            example = example_of(item, sides, number, self.rows == "prompts")
             split.keep(example)
             yield place, example
-        if split is self.report.splits["train"]:
+        if first:
             self.report.notes.update(encoder.notes)
+            self.announce()
+            self.log_report()
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
         """Yields an epoch's rows of all streams, shuffled."""

@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar
 import pyarrow
 import pyarrow.parquet
 
-from lightning_perl.data.rows import BadRow, BadRowHook
+from lightning_perl.data.rows import BadRowHook
 from lightning_perl.packaged import unpackaged
 
 Rows: TypeAlias = Iterator[tuple[str, Mapping[str, Any]]]
@@ -42,8 +42,8 @@ _HTML = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 _HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?::([^/]+))?")
 
 
-class UnreadableFile(BadRow):
-    """A file that cannot be read, or not to its end."""
+class UnreadableFile(Exception):
+    """A file that cannot be read, or not to its end: a few words to count by, and the whole message."""
 
 
 def _unreadable(reason: str, message: str) -> None:
@@ -58,19 +58,19 @@ def _counts_unreadable(reader: _Reader[T]) -> _Reader[T]:
         try:
             yield from reader(file, bad_row)
         except UnreadableFile as error:
-            bad_row(error.reason, str(error))
+            bad_row(*error.args)
 
     return rows
 
 
-def parse_json(text: str) -> object:
+def parse_json(text: str) -> Any:  # noqa: ANN401
     """Returns the value of a JSON text; what only Python refuses is a JSONDecodeError, too."""
 
     def longest(pattern: str) -> re.Match[str]:
         return max(re.finditer(pattern, text), key=lambda match: len(match[0]))
 
     try:
-        value: object = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
         raise
     except RecursionError:
@@ -79,7 +79,6 @@ def parse_json(text: str) -> object:
     except ValueError:
         start = longest(r"\d+").start()
         raise json.JSONDecodeError("too long an integer", text, start) from None
-    return value
 
 
 def is_html(head: bytes) -> bool:
@@ -105,8 +104,8 @@ def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str,
         except json.JSONDecodeError as error:
             bad_row(
                 "broken JSON",
-                f"{where}: broken JSON ({error.msg}, column {error.colno}). A .jsonl file has one "
-                "whole JSON object per line.",
+                f"{where}: broken JSON ({error.msg}, column {error.colno}). A .jsonl file has one whole JSON "
+                "object per line.",
             )
             continue
         if _is_object(row, where, bad_row):
@@ -135,8 +134,8 @@ def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, 
     if not isinstance(rows, list):
         raise UnreadableFile(
             "wrong type",
-            f"{file}:1: expected an array of rows, got {type(rows).__name__}. Write an array, or one "
-            "object per line into a .jsonl file.",
+            f"{file}:1: expected an array of rows, got {type(rows).__name__}. Write an array, or one object per "
+            "line into a .jsonl file.",
         )
     for number, row in enumerate(rows, start=1):
         where = f"{file}:{number}"
@@ -226,8 +225,8 @@ def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UnreadableFile(
             "truncated gzip",
-            f"{file}:{number + 1}: not a whole gzip file ({error}); it breaks off after line "
-            f"{number}. Download it again.",
+            f"{file}:{number + 1}: not a whole gzip file ({error}); it breaks off after line {number}. Download "
+            "it again.",
         ) from error
     finally:
         data.close()
@@ -245,8 +244,8 @@ def _refuse_stand_ins(file: Path, head: bytes | None = None) -> None:
     if is_html(head):
         raise UnreadableFile(
             "web page",
-            f"{file}:1: a web page in place of data, as a server sends when it has no such file. "
-            "Delete it and download the file itself.",
+            f"{file}:1: a web page in place of data, as a server sends when it has no such file. Delete it and "
+            "download the file itself.",
         )
     if head.startswith(b"version https://git-lfs.github.com/"):
         raise UnreadableFile(
@@ -320,14 +319,14 @@ class Source:
         file = Path(self.place).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
-                f"No file {str(file)!r} ({self.argument}; looked from {Path.cwd()}). Give the path "
-                "of a .jsonl, .json, .csv or .parquet file, or owner/name of a data set of the hub."
+                f"No file {str(file)!r} ({self.argument}; looked from {Path.cwd()}). Give the path of a .jsonl, "
+                ".json, .csv or .parquet file, or owner/name of a data set of the hub."
             )
         suffix = _suffix(file)
         if suffix not in _READERS or file.name.lower().endswith(".parquet.gz"):
             raise ValueError(
-                f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .json, .csv, "
-                ".tsv (also with .gz) or .parquet."
+                f"{file}: cannot read {''.join(file.suffixes)!r} files. Use .jsonl, .json, .csv, .tsv (also with "
+                ".gz) or .parquet."
             )
         return _READERS[suffix](file, bad_row)
 
@@ -377,13 +376,13 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
     for place, weight in weights.items():
         if not 0 < weight < math.inf:
             raise ValueError(
-                f"{argument}: the weight of {place!r} must be above 0, got {weight}. Leave out "
-                "what is not wanted."
+                f"{argument}: the weight of {place!r} must be above 0, got {weight}. Leave out what is not "
+                "wanted."
             )
     if not value or not all(isinstance(place, str | Path) for place in value):
         raise ValueError(
-            f"{argument} must be a file, a name of the hub, a list of rows (mappings), a list of files "
-            f"and names, or a mapping from files and names to weights; got {str(value)[:80]!r}."
+            f"{argument} must be a file, a name of the hub, a list of rows (mappings), a list of files and "
+            f"names, or a mapping from files and names to weights; got {str(value)[:80]!r}."
         )
     return [Source(argument, unpackaged(str(place)), weights.get(place)) for place in value]
 

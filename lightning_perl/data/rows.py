@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,19 @@ _PAD = 0
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: a few words to count by, and where, what is wrong and how to mend it."""
+    """A row that cannot be used; the message begins with a few words to count by, and ends with how to mend it."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    @property
+    def reason(self) -> str:
+        """The words before the first colon, comma, semicolon or full stop."""
+        return re.split("[:,;.]", str(self), maxsplit=1)[0]
 
 
 class Tie(BadRow):
     """A row whose judge preferred neither answer: nothing to learn, and nothing wrong."""
 
     def __init__(self) -> None:
-        super().__init__("ties", "neither answer was preferred")
+        super().__init__("ties: neither answer was preferred")
 
 
 BadRowHook: TypeAlias = Callable[[str, str], None]

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count, CountOrZero, FractionBelowHalf, TwoOrMore
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.corpus import matching, value_of
+from lightning_perl.data.corpus import matching
 from lightning_perl.data.download import Remote, fetch_all
 from lightning_perl.data.folds import assign_folds, held_out, hold_out, stable_hash
-from lightning_perl.data.messages import wrong_type
+from lightning_perl.data.messages import reading
 from lightning_perl.data.reading import json_rows, parse_json, tsv_rows
 from lightning_perl.data.rows import BadRow, Item, Row, Splits, Turn, first_row
 
@@ -153,8 +153,8 @@ class TaskmasterDataModule(ConversationDataModule):
 
     def _items_of(self, file: Path, kind: str) -> Iterator[Item]:
         if ".tsv" in file.suffixes:
-            return self.usable(tsv_rows(file, self.bad_row), _next_turns)
-        read = _dialog if kind == "data" else _rated_turn
+            return self.usable(tsv_rows(file, self.bad_row), reading("ticketing")(_next_turns))
+        read = reading(self.task)(_dialog if kind == "data" else _rated_turn)
         return self.usable(json_rows(file, self.bad_row), read)
 
     def _files(self, kind: str) -> list[Path]:
@@ -221,26 +221,12 @@ def dialog_key(context: Sequence[Turn], response: Sequence[Turn]) -> str:
 
 
 def _rated_turn(row: dict[str, Any], where: str) -> list[Item]:
-    turns = _parsed(row, "context")
-    if not isinstance(turns, list):
-        raise wrong_type("context", "a JSON list", turns)
-    context, response = tuple(map(_turn, turns)), (_turn(_parsed(row, "generation")),)
-    label = value_of(row, "reward")
+    context = tuple(map(_turn, parse_json(row["context"])))
+    response = (_turn(parse_json(row["generation"])),)
+    label = float(row["reward"])
     if label not in (0, 1):
-        raise wrong_type("reward", "0.0 or 1.0", label)
-    return [Row(context, response, float(label), label == 1, dialog_key(context, response), where)]
-
-
-def _parsed(row: Mapping[str, Any], key: str) -> object:
-    text = value_of(row, key)
-    if not isinstance(text, str):
-        raise wrong_type(key, "JSON in a string", text)
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        raise BadRow(
-            "broken JSON", f"{key!r} holds broken JSON ({error}). Download the file again."
-        ) from error
+        raise ValueError(f"the reward must be 0.0 or 1.0, got {label}")
+    return [Row(context, response, label, label == 1, dialog_key(context, response), where)]
 
 
 def _turn(turn: object) -> Turn:
@@ -251,30 +237,23 @@ def _turn(turn: object) -> Turn:
             return _call(*next(iter(api.items())))
         case {"role": "api", "response": dict(response)} if len(response) == 1:
             return _api(*next(iter(response.items())))
-    raise _not_a("turn", turn)
-
-
-def _not_a(kind: str, value: object) -> BadRow:
-    return BadRow(f"not a {kind}", f"not a {kind}: {json.dumps(value)[:80]}.")
+    raise ValueError(f"not a turn: {str(turn)[:80]}")
 
 
 def _dialog(row: dict[str, Any], where: str) -> list[Item]:
     """Reads a dialog of TM-4 (``annotations``) or TM-3 (``apis``)."""
     turns: list[Turn] = []
     words: list[str] = []
-    utterances = value_of(row, "utterances")
-    if not isinstance(utterances, list):
-        raise wrong_type("utterances", "a list", utterances)
-    for utterance in utterances:
+    for utterance in row["utterances"]:
         match utterance:
             case {"speaker": "user" | "assistant" as speaker, "text": str(text)}:
                 words.append(text)
                 turns += [Turn("user" if speaker == "user" else "agent", text), *_calls(utterance)]
             case _:
-                raise _not_a("spoken utterance", utterance)
+                raise ValueError(f"not a spoken utterance: {str(utterance)[:80]}")
     agent = [number for number, turn in enumerate(turns) if turn.role == "agent"]
     if not agent:
-        raise BadRow("dialog without an agent turn", "no agent turn to imitate.")
+        raise BadRow("dialog without an agent turn: nothing to imitate.")
     # A tail that ends on the user or an API has no answer to learn.
     context, response = tuple(turns[: agent[0]]), tuple(turns[agent[0] : agent[-1] + 1])
     # Some dialogs repeat another's words, with other order numbers in the API's answers.
@@ -282,39 +261,21 @@ def _dialog(row: dict[str, Any], where: str) -> list[Item]:
 
 
 def _calls(utterance: Mapping[str, Any]) -> list[Turn]:
-    """Returns the calls and answers that belong to an utterance; they come after its words."""
-    match utterance:
-        case {"apis": list(calls)}:
-            return [turn for call in calls for turn in _named_call(call)]
-        case {"annotations": list(annotations)}:
-            return _annotated_calls(annotations)
-        case {"apis": other} | {"annotations": other}:
-            raise wrong_type("apis and annotations", "lists", other)
-    return []
+    """Returns the calls and answers that belong to an utterance; they come after its words.
 
-
-def _named_call(call: object) -> list[Turn]:
-    match call:
-        case {"name": str(name), "args": dict(arguments), "response": dict(response)}:
-            return [_call(name, arguments), _api(name, response)]
-    raise _not_a("call of an API", call)
-
-
-def _annotated_calls(annotations: list[object]) -> list[Turn]:
-    """Joins the flat annotations of a user utterance to calls and answers, by their numbers."""
-    calls: dict[str, dict[str, str]] = {}
-    for annotation in annotations:
-        match annotation:
-            case {"name": str(name), "value": str(value), "context": str(context)}:
-                calls.setdefault(context.rsplit("_", 1)[-1], {})[name] = value
-            case _:
-                raise _not_a("named annotation", annotation)
+    The flat annotations of TM-4 are joined to calls and answers by their numbers.
+    """
     turns = []
-    for call in calls.values():
-        if "api_call" in call:
-            turns.append(_call(call["api_call"], _loaded(call.get("request"))))
-        if "api_response" in call:
-            turns.append(_api(call["api_response"], _loaded(call.get("response"))))
+    for call in utterance.get("apis", ()):
+        turns += [_call(call["name"], call["args"]), _api(call["name"], call["response"])]
+    numbered: dict[str, dict[str, str]] = {}
+    for note in utterance.get("annotations", ()):
+        numbered.setdefault(note["context"].rsplit("_", 1)[-1], {})[note["name"]] = note["value"]
+    for notes in numbered.values():
+        if "api_call" in notes:
+            turns.append(_call(notes["api_call"], _loaded(notes.get("request"))))
+        if "api_response" in notes:
+            turns.append(_api(notes["api_response"], _loaded(notes.get("response"))))
     return turns
 
 
@@ -328,22 +289,20 @@ def _loaded(text: str | None) -> object:
 
 def _next_turns(cells: list[str], where: str) -> list[Item]:
     """Reads the agent's next turns after a history, of ticketing's tables."""
-    if len(cells) != 3:
-        wanted = "expected 3 columns (context, target, conversation id)"
-        raise BadRow("wrong number of columns", f"{wanted}, got {len(cells)}.")
-    latest, _, history = cells[0].partition("<C>")
+    said, answered, dialog = cells
+    latest, _, history = said.partition("<C>")
     context = (*_tagged_turns(history), *_tagged_turns(latest))
-    target = tuple(_tagged_turns(cells[1]))
+    target = tuple(_tagged_turns(answered))
     if any(turn.role != "agent" for turn in target):
-        raise BadRow("no answer", "the target holds a turn that is not the agent's.")
-    return [Row(context, target, None, True, cells[2], where)]
+        raise BadRow("no answer: the target holds a turn that is not the agent's.")
+    return [Row(context, target, None, True, dialog, where)]
 
 
 def _tagged_turns(text: str) -> list[Turn]:
     """Parses ``<U>text<PN>api<PAN>name<PAV>value``, in angle or square brackets, to turns."""
     before, *parts = _TAG.split(text)
     if before.strip():
-        raise BadRow("not a turn", f"text before the first tag: {before[:80]!r}.")
+        raise ValueError(f"not a turn: text before the first tag: {before[:80]!r}")
     tagged: list[tuple[str, str, dict[str, list[str]]]] = []
     for tag, value in zip(parts[::2], parts[1::2], strict=True):
         if not tag.endswith(("AN", "AV")):
@@ -351,7 +310,7 @@ def _tagged_turns(text: str) -> list[Turn]:
             continue
         owner, _, values = tagged[-1] if tagged else ("", "", {})
         if owner not in ("PN", "PR") or (tag.endswith("V") and not values):
-            raise BadRow("not a turn", f"<{tag}> without the name that it belongs to.")
+            raise ValueError(f"not a turn: <{tag}> without the name that it belongs to")
         if tag.endswith("N"):
             values.setdefault(value, [])
             name = value

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -35,7 +35,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.chat import Ends, ends_of_answers, name_of, rendered
 from lightning_perl.data.rows import (
     BadRow,
-    BadRowHook,
     Item,
     Pair,
     PromptExample,
@@ -113,8 +112,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
         return PLAIN
     if not tokenizer.chat_template:
         raise ValueError(
-            f"chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
-            "template. Use chat_template=False (the plain turn template) or another tokenizer."
+            f"chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Use "
+            "chat_template=False (the plain turn template) or another tokenizer."
         )
     return name_of(tokenizer)
 
@@ -131,8 +130,8 @@ class TurnEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could "
-                "end. Set one before saving it: tokenizer.eos_token = '<eos>'."
+                f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could end. Set one "
+                "before saving it: tokenizer.eos_token = '<eos>'."
             )
         self.template = template_of(tokenizer if chat_template else None)
         self.tokenizer = tokenizer
@@ -177,10 +176,9 @@ class TurnEncoder:
     def encode_prompt(self, context: Sequence[Turn], max_prompt_tokens: int) -> Encoded:
         """Encodes a context and the header of the agent's next turn.
 
-        Too long a context loses whole turns on the left; a system turn at its start stays. Where a
-        chat template wants the user to begin, the agent's greeting is cut, and an answer whose question was
-        cut goes with it. Raises :class:`BadRow` where nothing is left that fits, or the chat template refuses
-        the turns.
+        Too long a context loses whole turns on the left; a system turn at its start stays. Where a chat template
+        wants the user to begin, the agent's greeting is cut, and an answer whose question was cut goes with it.
+        Raises :class:`BadRow` where nothing is left that fits, or the chat template refuses the turns.
         """
         _check_unicode(context)
         try:
@@ -217,10 +215,9 @@ class TurnEncoder:
         rest = kept(bisect_left(range(turns), True, lo=min(1, turns), key=fits))
         if rest is None:
             raise BadRow(
-                "prompt longer than the window",
-                f"prompt longer than the window: its last turn takes {shortest} tokens, the "
-                f"limit is {max_prompt_tokens} (max_tokens - max_response_tokens). Raise max_tokens, "
-                "or set on_bad_row: reject.",
+                f"prompt longer than the window: its last turn takes {shortest} tokens, the limit is "
+                f"{max_prompt_tokens} (max_tokens - max_response_tokens). Raise max_tokens, or set on_bad_row: "
+                "reject."
             )
         return Encoded(rest[1], [False] * len(rest[1]), rest[0])
 
@@ -228,7 +225,7 @@ class TurnEncoder:
         """Returns the turns and the header of an answer as tokens."""
         if self.chat_template:
             if not turns:
-                raise BadRow("empty prompt", "a chat template needs at least one turn.")
+                raise BadRow("empty prompt: a chat template needs at least one turn.")
             written = self._written(turns, len(turns))
             return [token for ids, _ in self._pieces(written) for token in ids]
         return [
@@ -284,40 +281,12 @@ class TurnEncoder:
         content = self._content(row.response[0])
         if len(content) > max_response_tokens:
             raise BadRow(
-                "answer longer than the window",
-                f"the answer takes {len(content)} tokens with its EOS, the limit "
-                f"is {max_response_tokens} (max_response_tokens). Cut, it would lose its EOS: "
-                "raise max_response_tokens, or set on_bad_row: reject.",
+                f"answer longer than the window: the answer takes {len(content)} tokens with its EOS, the limit "
+                f"is {max_response_tokens} (max_response_tokens). Cut, it would lose its EOS: raise "
+                "max_response_tokens, or set on_bad_row: reject."
             )
         mask = prompt.response_mask + [True] * len(content)
         return Encoded([*prompt.ids, *content], mask, prompt.cut_turns)
-
-    def encode_all(
-        self,
-        items: Iterable[tuple[T, Item]],
-        max_tokens: int,
-        max_response_tokens: int,
-        prompts: bool,
-        bad_row: BadRowHook,
-        rejected: Counter[str],
-    ) -> Iterator[tuple[T, Item, list[Encoded]]]:
-        """Yields what stands beside an item, the item, and its rows, or its prompt alone, as tokens.
-
-        Rows that do not fit or cannot be said go to ``bad_row``, and are counted in ``rejected``.
-        """
-        for beside, item in items:
-            sides = rows_of(item)
-            try:
-                if prompts:
-                    limit = max_tokens - max_response_tokens
-                    encoded = [self.encode_prompt(sides[0].context, limit)]
-                else:
-                    encoded = [self.encode(row, max_tokens, max_response_tokens) for row in sides]
-            except BadRow as error:
-                rejected[error.reason] += 1
-                bad_row(error.reason, f"{sides[0].where}: {error}")
-            else:
-                yield beside, item, encoded
 
     def _encode_dialog(
         self, row: Row, prompt: Encoded, max_tokens: int, max_response_tokens: int
@@ -341,9 +310,8 @@ class TurnEncoder:
             kept_turns = number + 1
         if not kept_turns:
             raise BadRow(
-                "answer longer than the window",
-                f"the first answer of the dialog does not fit into {max_tokens} "
-                "tokens (max_tokens). Raise max_tokens, or set on_bad_row: reject.",
+                f"answer longer than the window: the first answer of the dialog does not fit into {max_tokens} "
+                "tokens (max_tokens). Raise max_tokens, or set on_bad_row: reject."
             )
         return Encoded(ids, mask, prompt.cut_turns + len(row.response) - kept_turns)
 
@@ -394,19 +362,17 @@ class TurnEncoder:
 
 def _refused(turns: Sequence[Turn], error: TemplateError) -> BadRow:
     return BadRow(
-        "refused by the chat template",
-        f"the tokenizer's chat template refuses the turns {[turn.role for turn in turns]}: {error}. Write "
-        "them as it wants them, use chat_template=False, or set on_bad_row: reject.",
+        "refused by the chat template: the tokenizer's chat template refuses the turns "
+        f"{[turn.role for turn in turns]}: {error}. Write them as it wants them, use chat_template=False, or set "
+        "on_bad_row: reject."
     )
 
 
 def _check_answers(row: Row) -> None:
     if not row.response or row.response[0].role != "agent":
-        raise BadRow(
-            "no answer", "no answer of the assistant. Set rows: prompts for prompts alone."
-        )
+        raise BadRow("no answer of the assistant. Set rows: prompts for prompts alone.")
     if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
-        raise BadRow("empty answer", "empty answer. Remove the row, or set on_bad_row: reject.")
+        raise BadRow("empty answer. Remove the row, or set on_bad_row: reject.")
 
 
 def _check_unicode(turns: Sequence[Turn]) -> None:
@@ -415,7 +381,6 @@ def _check_unicode(turns: Sequence[Turn]) -> None:
             turn.text.encode()
         except UnicodeEncodeError as error:
             raise BadRow(
-                "half a surrogate pair",
                 f"half a surrogate pair, {turn.text[error.start]!r}, at character {error.start} of the "
-                f"{turn.role} turn: no valid Unicode. Write the character whole, or set on_bad_row: reject.",
+                f"{turn.role} turn: no valid Unicode. Write the character whole, or set on_bad_row: reject."
             ) from error

@@ -469,7 +469,9 @@ def test_a_function_reads_rows(tokenizer_dir: Path) -> None:
     (row,) = read(rows, tokenizer_dir, read_row=by_hand)
     assert isinstance(row, Row)
     assert (texts(row), row.label) == (("Yes.", ["Tea?"]), 1.0)
-    with pytest.raises(BadRow, match=r"data.train:1: data.read_row raised KeyError: 'q'"):
+    with pytest.raises(
+        BadRow, match=r"data.train:1: read_row failed: data.read_row raised KeyError: 'q'"
+    ):
         read([{"a": 1}], tokenizer_dir, read_row=by_hand)
 
 

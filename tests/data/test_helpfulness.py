@@ -67,7 +67,7 @@ def test_scores_that_prefer_nothing_are_bad_rows(
     assert len(pairs(module.read())) == 8
     assert module.report.rejected == {"wrong type": 1}
     with pytest.raises(
-        ValueError, match=r"train.jsonl:9: 'text' and 'score' must be two transcripts and"
+        ValueError, match=r"train.jsonl:9: .*'text' and 'score' must be two transcripts and"
     ):
         build(on_bad_row="raise").read()
 
@@ -120,7 +120,7 @@ def test_shp_bad_rows(
     module = build(corpus="shp")
     assert len(pairs(module.read())) == 8
     assert module.report.rejected == {reason: 1}
-    with pytest.raises(ValueError, match=f"train.json:9: {words}"):
+    with pytest.raises(ValueError, match=f"train.json:9: .*{words}"):
         build(corpus="shp", on_bad_row="raise").read()
 
 

@@ -276,7 +276,7 @@ def test_every_kind_of_bad_row_stops_or_is_counted(
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n".join(lines))
     arguments = {"rating_range": (1, 5), "max_tokens": 64, "max_response_tokens": 32}
-    with pytest.raises(ValueError, match=f"rows.jsonl:2: {words}"):
+    with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{words}"):
         build(file, **arguments).setup()
     module = build(file, on_bad_row="reject", **arguments)
     module.setup()
@@ -310,7 +310,7 @@ def test_messages_in_the_cells_of_csv(build: Build, tmp_path: Path) -> None:
     assert isinstance(pair, Pair)
     assert words(pair.chosen.response + pair.rejected.response) == ["good", "bad"]
     write_csv(file, [["messages"], [deep]])
-    with pytest.raises(ValueError, match=r"rows.csv:2: messages must be a list of .*got str"):
+    with pytest.raises(ValueError, match=r"rows.csv:2: .*messages must be a list of .*got str"):
         build(file).read()
 
 
@@ -350,13 +350,17 @@ def test_a_file_that_is_no_data_stops_or_is_one_bad_row(
     file = tmp_path / name
     file.write_bytes(data)
     with pytest.raises(ValueError, match=f"{name}:{words}"):
-        build(file, streaming=streaming).setup()
-    arguments: dict[str, Any] = {"on_bad_row": "reject", "streaming": streaming}
+        build(file, val_fraction=0.0, streaming=streaming).setup()
+    arguments: dict[str, Any] = {
+        "on_bad_row": "reject",
+        "streaming": streaming,
+        "val_fraction": 0.0,
+    }
     alone = build(file, **arguments)
     with pytest.raises(ValueError, match=rf"no training row is left(.|\n)*rejected: 1 {reason}"):
         read_all(alone)
     good = jsonl(tmp_path, [thumb(number) for number in range(9)], "good.jsonl")
-    module = build([str(file), str(good)], val_fraction=0.0, **arguments)
+    module = build([str(file), str(good)], **arguments)
     for _ in range(2):
         assert sum(len(batch.ids) for batch in read_all(module)) == 9
     assert module.report.rejected == {reason: 1}
@@ -436,7 +440,7 @@ def test_ratings_need_a_range(build: Build) -> None:
             build(rows, rating_range=wrong)
     for rating in ("good", True, [3], float("nan")):
         row = {"prompt": "q", "response": "a", "rating": rating}
-        with pytest.raises(ValueError, match=r"data.train:1: rating must be a number, got"):
+        with pytest.raises(ValueError, match=r"data.train:1: .*rating must be a number, got"):
             build([row], rating_range=(1, 5)).read()
 
 

@@ -51,7 +51,7 @@ def only(reader: Reader, file: Path, reason: str, words: str, rows: int = 0) -> 
 
 
 def stop(reason: str, message: str) -> None:
-    raise BadRow(reason, message)
+    raise BadRow(message)
 
 
 def save(file: Path, data: bytes) -> Path:

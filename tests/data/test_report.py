@@ -103,7 +103,8 @@ def messy(folder: Path, **arguments: Any) -> dict[str, Any]:
         lines.append(draw.choice([row, "{", "[1]"][: draw.randrange(1, 4)]))
     file = folder / "rows.jsonl"
     file.write_text("\n".join(lines))
-    limits = {"max_tokens": 64, "max_response_tokens": 32}
+    limits: dict[str, Any] = {"max_tokens": 64, "max_response_tokens": 32}
+    limits |= {"val_fraction": 0.0} if arguments.get("streaming") else {}
     return {"train": file, "rating_range": (1, 5), "on_bad_row": "reject"} | limits | arguments
 
 

@@ -129,9 +129,9 @@ def test_original_comparisons_keep_their_splits_and_the_choice_decides(
     ("change", "reason", "words"),
     [
         ({"choice": 2}, "unclear preference", r"\['choice'\] must say 0 or 1"),
-        ({"choice": None}, "broken row of a dialect", "looks like a row of 'openai_comparisons'"),
+        ({"choice": None}, "broken row", "looks like a row of 'openai_comparisons'"),
         ({"split": "test"}, "wrong type", "split must be one of .*'test'"),
-        ({"summaries": [{"text": "x"}]}, "broken row of a dialect", "looks like a row of"),
+        ({"summaries": [{"text": "x"}]}, "broken row", "looks like a row of"),
         ({"info": {"id": "t3_1"}}, "empty prompt", "empty prompt"),
         ({"info": {**comparison(1)["info"], "post": ""}}, "empty prompt", "empty prompt"),
         ({"summaries": [{"text": "x"}, {"text": " x"}]}, "identical pair", "identical pair"),
@@ -145,7 +145,7 @@ def test_bad_comparisons(
     module = build("comparisons")
     assert len(pairs(module.read())) == 4
     assert module.report.rejected == {reason: 1}
-    with pytest.raises(ValueError, match=f"batch22.json:5: {words}"):
+    with pytest.raises(ValueError, match=f"batch22.json:5: .*{words}"):
         build("comparisons", on_bad_row="raise").read()
 
 
