@@ -84,7 +84,7 @@ def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
     if not trunk.shortcuts.recorded_decoding:
         return None
     record, fault = CudaGraphs(trunk.model.device), None
-    if not trunk.takes_masks(tokens):
+    if not trunk.packs(tokens):
         fault = "it takes no 4-D attention mask, or has a window that is shorter than the rows"
     elif trunk.recordable is None:
         fault = _fault(trunk, record)
