@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, TypeGuard, cast
 
 from torch import LongTensor, Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
@@ -110,6 +113,21 @@ def _only_grows(layer: object, tokens: int) -> bool:
 def all_preallocated(layers: list[Any]) -> TypeGuard[list[PreallocatedLayer]]:
     """Whether a cache has preallocated keys and values only."""
     return all(isinstance(layer, PreallocatedLayer) for layer in layers)
+
+
+def reach_of_layers(config: PreTrainedConfig) -> float:
+    """Tokens that every layer of a decoder sees: its shortest window, or 0 where a layer keeps states.
+
+    Layers without keys and values of their own (`DummyLayer`) read those of others.
+    """
+    layers = [
+        layer
+        for layer in DynamicCache(config=config).layers
+        if type(layer).__name__ != "DummyLayer"
+    ]
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return 0
+    return min((getattr(layer, "sliding_window", math.inf) for layer in layers), default=math.inf)
 
 
 def cache_argument(body: nn.Module) -> str:

@@ -258,6 +258,17 @@ def test_layers_that_must_be_called_are_not_fused(tiny_trunk: TinyTrunk) -> None
     assert not may_fuse(layer, x)
 
 
+def test_layers_whose_weights_are_read_past_them_get_no_adapter(tiny_trunk: TinyTrunk) -> None:
+    per_layer = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    settings = {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    altup = tiny_trunk("llama", **per_layer, **settings, activation_sparsity_pattern=[0.0, 0.0])
+    for folder, past in ((altup, "correction_coefs"), (tiny_trunk("mamba"), "dt_proj")):
+        trunk = load_trunk(str(folder))
+        trunk.adapters.add("actor", SPEC, 0)
+        assert any(name.endswith(past) for name, _ in trunk.model.named_modules())
+        assert not any(past in name for name, _ in trunk.adapters.layers())
+
+
 def test_an_adapter_that_a_layer_has_not_leaves_the_layer_alone(tiny_trunk: TinyTrunk) -> None:
     trunk = load_trunk(str(tiny_trunk()))
     trunk.adapters.add("actor", SPEC, 0)

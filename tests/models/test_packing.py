@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lightning_perl.functional.packing import Packing, plan, plan_samples
+from lightning_perl.functional.packing import Packing, attention_bias, plan, plan_samples
 from lightning_perl.functional.sequences import pad_left, pad_right
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.trunk import Trunk
 from tests.conftest import TinyTrunk
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, RECURRENT, WINDOW
 from tests.models.rows import build
 
 SLIDING = {"mistral", "gemma2", "gemma3", "phi3"}
@@ -69,48 +67,53 @@ def test_packed_states_are_those_of_separate_rows(tiny_trunk: TinyTrunk, family:
     for adapter in (OFF, "actor"):
         for rows in BATCHES:
             assert gap(trunk, adapter, rows()) <= allowed
-    assert trunk.packs(8) == (family not in SLIDING)
+    assert trunk.packs(WINDOW)
+    assert trunk.packs(90) == (family not in SLIDING)
 
 
 @pytest.mark.parametrize("family", sorted(SLIDING))
-def test_a_wider_sliding_window_is_found_by_trying(tiny_trunk: TinyTrunk, family: str) -> None:
+def test_rows_past_a_sliding_window_are_not_packed(tiny_trunk: TinyTrunk, family: str) -> None:
     # The mask of a packed line replaces the window: exact up to it, wrong past it.
     trunk = load_trunk(str(tiny_trunk(family, sliding_window=40)))
-    assert trunk.packs(5)
-    assert trunk.packs(32)
-    assert not trunk.packs(33)
-    assert not trunk.packs(90)
+    assert trunk.packs(40)
+    assert not trunk.packs(41)
 
 
-def fresh(tokenizer: Path, dtype: torch.dtype, **settings: object) -> Trunk:
-    """A trunk with stock initialization, in which a wrong mask hardly shows."""
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings |= {**sizes, "num_key_value_heads": 2, "vocab_size": 300}
-    config = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
-    return Trunk(model.to(dtype).eval(), AutoTokenizer.from_pretrained(tokenizer))
+def test_a_window_that_no_cache_knows_is_found_by_trying(tiny_trunk: TinyTrunk) -> None:
+    settings = {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 4, "window_size": 40}
+    for kinds, packed in ((["global"], True), (["global", "local"], False)):
+        types = [[kinds, 2 // len(kinds)]]
+        trunk = load_trunk(str(tiny_trunk("llama", **settings, attention_types=types)))
+        assert trunk.packs(8) == packed
 
 
-def test_a_window_missed_by_less_than_bf16_may_round_is_found(tokenizer_dir: Path) -> None:
-    # The last tokens of such rows, which scores are read at, would be wrong by 6% (28 tokens: 14%).
-    trunk = fresh(tokenizer_dir, torch.bfloat16, model_type="mistral", sliding_window=120)
-    assert trunk.packs(64)
-    assert not trunk.packs(121)
-    assert not trunk.packs(128)
-
-
-def test_kernels_that_cannot_read_a_mask_are_not_tried(tiny_trunk: TinyTrunk) -> None:
+def test_kernels_that_cannot_read_a_mask_are_not_tried(
+    tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # On a GPU flash attention would not raise: it would end the process.
     trunk = load_trunk(str(tiny_trunk("llama")))
     trunk.model.config._attn_implementation_internal = "flash_attention_2"
+    monkeypatch.setattr("lightning_perl.models.trunk.small_twin", None)
     assert not trunk.packs(8)
-    assert trunk._packs == {}
 
 
-def test_layers_that_run_on_across_rows_are_not_packed(tokenizer_dir: Path) -> None:
-    layers = ["conv", "full_attention"]
-    trunk = fresh(tokenizer_dir, torch.bfloat16, model_type="lfm2", layer_types=layers)
+@pytest.mark.parametrize("family", RECURRENT)
+def test_layers_that_run_on_across_rows_are_not_packed(
+    tiny_trunk: TinyTrunk, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_perl.models.trunk.small_twin", None)
+    assert not load_trunk(str(tiny_trunk(family)), "bfloat16").packs(8)
+
+
+def test_a_mask_that_is_wrong_by_less_than_bf16_rounds_is_found(
+    tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaking(owner: Tensor, dtype: torch.dtype) -> Tensor:
+        return attention_bias(owner, dtype).clamp(min=-12)
+
+    trunk = load_trunk(str(tiny_trunk("llama")), "bfloat16")
+    monkeypatch.setattr("lightning_perl.models.trunk.attention_bias", leaking)
+    assert 0.05 < gap(trunk, OFF, pairs()) < 0.1
     assert not trunk.packs(8)
 
 
@@ -144,9 +147,16 @@ def test_a_family_that_refuses_reads_separate_rows(tiny_trunk: TinyTrunk) -> Non
         assert torch.equal(trunk.packed(ids, mask, packing), trunk(ids, mask))
 
 
-def test_trying_out_counts_no_pass_and_draws_no_random_number(tiny_trunk: TinyTrunk) -> None:
-    trunk = load_trunk(str(tiny_trunk("llama")))
+@pytest.mark.parametrize("small", [True, False])
+def test_trying_out_counts_no_pass_and_draws_no_random_number(
+    tiny_trunk: TinyTrunk, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = build(tiny_trunk("llama"), dtype="bfloat16").trunk("policy")
+    if not small:
+        monkeypatch.setattr("lightning_perl.models.trunk.small_twin", lambda _: None)
     before = torch.get_rng_state()
+    trunk.require_cache()
     assert trunk.packs(40)
     assert trunk.passes == 0
     assert torch.equal(torch.get_rng_state(), before)
+    assert trunk.dtype == torch.bfloat16
