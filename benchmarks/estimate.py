@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from reality import real_peak
 from record import machine, table, write_section
@@ -32,13 +32,10 @@ from torch import Tensor
 from lightning_perl.batches import RatedBatch
 from lightning_perl.commands.estimate import (
     GIB,
-    LORA_SFT,
     Estimate,
     LlamaSizes,
-    comparisons,
     estimate,
     highest,
-    largest_sizes,
     parse_bytes,
 )
 from lightning_perl.commands.ledger import KINDS
@@ -73,7 +70,9 @@ RANKS = (16, 128)
 LOAD = Load(256, 256, 4)
 PLAIN = "LoRA-SFT"
 """transformers' own loss and blocks, our LoRA layers: what the others are measured by."""
+LORA_SFT = "SFT with LoRA"
 LORA_PPO = "PPO lora"
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # 2309.00754, Table 1, Llama 7b; its batch sizes are not known.
 PAPER = {
     "PPO full": "220 (estimated)",
@@ -152,9 +151,23 @@ def runs(rank: int, checkpointing: bool) -> dict[str, Run]:
     }
 
     def compared(optimizer: Any) -> dict[str, Run]:  # noqa: ANN401 (makes an optimizer)
-        with weightless(SMALL["float32"].config()):
-            ppo = PPO(micro_batch_size=LOAD.rows, optimizer=optimizer, **common)
-        return {name: Run(*run) for name, run in comparisons(ppo, LOAD).items()}
+        # What is tuned whole is in float32.
+        whole: dict[str, Any] = {
+            "trunk": "trunk",
+            "checkpointing": checkpointing,
+            "optimizer": optimizer,
+        }
+        frozen = common | whole
+        sampling = SamplingSpec(LOAD.response_tokens)
+        ppo: dict[str, Any] = {"micro_batch_size": LOAD.rows, "sampling": sampling}
+        found = {
+            LORA_SFT: Run(partial(SFT, **frozen), LOAD),
+            "full SFT": Run(partial(SFT, lora=None, **whole), LOAD),
+        }
+        for layout in LAYOUTS:
+            settings = whole if layout == "full" else frozen
+            found[f"PPO {layout}"] = Run(partial(PPO, layout=layout, **ppo, **settings), LOAD)
+        return found
 
     own_blocks = partial(SFT, shortcuts=Shortcuts(lean_blocks=False), **common)
     plain = {
@@ -241,7 +254,12 @@ def fits(model: str, budgets: Sequence[str]) -> list[str]:
 
 
 def _largest(one: OnPolicyRehearsal | SupervisedRehearsal, budgets: Sequence[int]) -> list[str]:
-    return [" / ".join(map(str, largest_sizes(one, budget).values())) for budget in budgets]
+    cells = []
+    for budget in budgets:
+        found = None if one.ledger.total > budget else estimate(one, budget)
+        sizes = (found.micro_batch_size, found.rollout_rows) if found else (0,)
+        cells.append(" / ".join(str(size) for size in sizes if size is not None))
+    return cells
 
 
 def small_runs(

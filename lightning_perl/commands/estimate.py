@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -28,24 +28,17 @@ from lightning_perl.commands.rehearsal import (
     own_weights,
     rehearsal_of,
 )
-from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.roles import Layout
-from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import weightless
-from lightning_perl.modules import PPO, SFT
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.judging import Judging
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rollouts.sampling import SamplingSpec
 
 GIB = 2**30
 MOST_ROWS = 2**16
 """The largest size that a search tries."""
 SECANTS = 8
 """Runs of a search before it halves what is left."""
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-LORA_SFT = "SFT with LoRA"
 NOT_COUNTED = (
     "Not counted: CUDA's context, libraries' buffers and fragmentation, about 1 GiB. A card of 24 GB holds "
     "what fits --budget 23GB."
@@ -106,19 +99,13 @@ def add_arguments(parser: LightningArgumentParser) -> None:
         default=None,
         help="Such as 24GiB: also find the largest batches that fit.",
     )
-    parser.add_argument(
-        "--layouts",
-        action="store_true",
-        help="Also estimate PPO's layouts and supervised fine-tuning, at the same lengths.",
-    )
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
 
 
 def run(config: Namespace, parser: LightningArgumentParser) -> None:
     """Print the estimate of a parsed command line."""
     make, architecture = partial(_make_module, config, parser), _architecture(config)
-    options = (config.budget, config.layouts, config.json)
-    print(report(make, architecture, load_of(config), *options))
+    print(report(make, architecture, load_of(config), config.budget, config.json))
 
 
 def load_of(config: Namespace) -> Load:
@@ -287,67 +274,11 @@ def largest(bytes_of: Callable[[int], int], budget: int, known: Mapping[int, int
         peaks[rows] = bytes_of(rows)
 
 
-Comparison = tuple[Callable[[], AdapterModule], Load]
-"""What makes a module, and how much its train batch holds."""
-
-
-def comparisons(module: AdapterModule, load: Load) -> dict[str, Comparison]:
-    """PPO in all layouts and supervised fine-tuning, with a module's settings, lengths and micro-batch."""
-    own, trunk = module.hparams, next(part for part in module.modules() if isinstance(part, Trunk))
-    # A pair is two rows to those that know no pairs.
-    rows = load.rows * (2 if load.pairs else 1)
-    load = load._replace(rows=rows, pairs=False, accumulated=False)
-    micro, sampling = rows, SamplingSpec(load.response_tokens)
-    if isinstance(module, OnPolicy):
-        micro, sampling = module.micro_batch_size, module.sampling
-    shared: dict[str, Any] = {
-        "trunk": "trunk",
-        "attention": own["attention"],
-        "shortcuts": trunk.shortcuts,
-        "optimizer": module._make_optimizer,
-    }
-    # What is tuned whole is not quantized, and float32.
-    frozen: dict[str, Any] = {name: own[name] for name in ("trunk_dtype", "quantization")}
-    lora = next(iter(trunk.adapters.specs.values()), LoraSpec())
-    sft = shared | {"checkpointing": bool(own["checkpointing"])}
-    ppo = shared | {
-        "checkpointing": own["checkpointing"],
-        "sampling": sampling,
-        "lora": lora,
-        "micro_batch_size": micro,
-        "minibatch_size": own.get("minibatch_size"),
-        "score_batch_size": own.get("score_batch_size"),
-    }
-    runs: dict[str, Comparison] = {
-        LORA_SFT: (partial(SFT, **sft, **frozen, lora=lora), load._replace(rows=micro)),
-        "full SFT": (partial(SFT, **sft, lora=None), load._replace(rows=micro)),
-    }
-    for layout in LAYOUTS:
-        settings = ppo if layout == "full" else ppo | frozen
-        runs[f"PPO {layout}"] = (partial(PPO, **settings, layout=layout), load)
-    return runs
-
-
-def compare(
-    config: PreTrainedConfig, runs: Mapping[str, Comparison], budget: int | None
-) -> dict[str, Estimate | None]:
-    """The estimate of each run; None where a budget does not even hold its weights."""
-    estimates: dict[str, Estimate | None] = {}
-    for name, (make, load) in runs.items():
-        with weightless(config):
-            module = make()
-        rehearsal = rehearsal_of(module, load)
-        too_large = budget is not None and rehearsal.ledger.total > budget
-        estimates[name] = None if too_large else estimate(rehearsal, budget)
-    return estimates
-
-
 def report(
     make: Callable[[], AdapterModule],
     config: PreTrainedConfig,
     load: Load,
     budget: str | None = None,
-    layouts: bool = False,
     as_json: bool = False,
 ) -> str:
     """What ``python -m lightning_perl estimate`` prints of the module that ``make`` makes inside `weightless`."""
@@ -357,7 +288,6 @@ def report(
         module = make()
     rehearsal = rehearsal_of(module, load)
     own = estimate(rehearsal, limit)
-    others = compare(config, comparisons(module, load), limit) if layouts else {}
     on_policy = module if isinstance(module, OnPolicy) else None
     facts: dict[str, Any] = {
         "module": type(module).__name__,
@@ -370,15 +300,12 @@ def report(
         },
         **numbers(own),
         "budget_gib": None if limit is None else limit / GIB,
-        "layouts": {name: other and numbers(other) for name, other in others.items()} or None,
         "seconds": time.perf_counter() - start,
     }
-    return json.dumps(facts) if as_json else _as_text(facts, own, others, budget)
+    return json.dumps(facts) if as_json else _as_text(facts, own, budget)
 
 
-def _as_text(
-    facts: dict[str, Any], own: Estimate, others: Mapping[str, Estimate | None], budget: str | None
-) -> str:
+def _as_text(facts: dict[str, Any], own: Estimate, budget: str | None) -> str:
     load = facts["load"]
     lines = [
         f"{facts['module']} on {facts['model_type']} of {facts['parameters'] / 1e9:.2f}B parameters, "
@@ -396,9 +323,6 @@ def _as_text(
             + ("" if rollout is None else f", {rollout} responses at once in a rollout")
             + ("." if fits else "; the run as configured does not fit.")
         )
-    if others:
-        title = "With the same settings and lengths; what is tuned whole is in float32:"
-        lines += ["", title, comparison_table(others, budget is not None)]
     return "\n".join([*lines, f"{facts['seconds']:.0f} s"])
 
 
@@ -409,23 +333,6 @@ def phase_table(run: Estimate) -> str:
     for phase, peak in run.peaks.items():
         kinds = "".join(f"{peak.kinds[kind] / GIB:>12.2f}" for kind in shown)
         lines.append(f"{phase:<10}{peak.total / GIB:>9.2f}{kinds}")
-    return "\n".join(lines)
-
-
-def comparison_table(runs: Mapping[str, Estimate | None], fitted: bool) -> str:
-    """Runs side by side."""
-    reference = runs.get(LORA_SFT)
-    head = f"{'run':<18}{'peak GiB':>9}{'x LoRA-SFT':>12}  {'in':<10}"
-    lines = [head + (f"{'micro-batch':>12}{'rollout':>9}" if fitted else "")]
-    for name, run in runs.items():
-        if run is None:
-            lines.append(f"{name:<18}{'over':>9}{'':>12}  its weights alone pass the budget")
-            continue
-        ratio = f"{run.peak.total / reference.peak.total:.2f}" if reference else ""
-        line = f"{name:<18}{run.peak.total / GIB:>9.2f}{ratio:>12}  {run.phase:<10}"
-        if fitted:
-            line += f"{run.micro_batch_size:>12}{'' if run.rollout_rows is None else run.rollout_rows:>9}"
-        lines.append(line)
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -21,9 +21,6 @@ from lightning_perl.commands.estimate import (
     MOST_ROWS,
     LlamaSizes,
     architecture_from,
-    compare,
-    comparison_table,
-    comparisons,
     estimate,
     highest,
     largest,
@@ -324,39 +321,6 @@ def test_refusals(tmp_path: Path) -> None:
         rehearsal(LightningModule)
 
 
-def test_comparisons_keep_the_settings() -> None:
-    options: dict[str, Any] = {
-        "attention": "eager",
-        "checkpointing": ["policy"],
-        "minibatch_size": 3,
-        "score_batch_size": 4,
-        "shortcuts": Shortcuts(frozen_head=False),
-        "trunk_dtype": "bfloat16",
-    }
-    one = rehearsal(ppo(**options))
-    runs = comparisons(one.module, one.load)
-    assert {load.rows for name, (_, load) in runs.items() if "SFT" in name} == {2}
-    with weightless(SIZES.config()):
-        again, tuned = runs["PPO hydra"][0](), runs["SFT with LoRA"][0]()
-    options |= {"lora": LoraSpec(16, 1.0), "micro_batch_size": 2}
-    for name, value in options.items():
-        assert again.hparams[name] == value
-    assert tuned.hparams["checkpointing"] is True
-    assert highest(rehearsal(runs["PPO hydra"][0]).peaks()) == highest(one.peaks())
-    # The estimates left the module's own sizes alone.
-    assert (one.module.score_batch_size, one.module.minibatch_size, one.module.epochs) == (4, 3, 1)
-    found = compare(SIZES.config(), {name: runs[name] for name in list(runs)[:2]}, None)
-    lora, whole = (run.peak.total for run in found.values() if run is not None)
-    assert lora < whole
-    # A pair is two rows to those that know no pairs.
-    pairs = comparisons(one.module, LOAD._replace(rows=2, pairs=True)).values()
-    assert {(load.rows, load.pairs) for _, load in pairs} >= {(4, False)}
-    # Weights above the budget are left out.
-    found = compare(SIZES.config(), {"PPO full": runs["PPO full"]}, one.ledger.total)
-    assert found == {"PPO full": None}
-    assert "its weights alone pass" in comparison_table(found, fitted=True)
-
-
 def test_cuda_is_rehearsed_without_what_only_a_cpu_does() -> None:
     on_cuda, on_cpu = (rehearsal(ppo(trunk_dtype="bfloat16"), block=n) for n in (CUDA_BLOCK, 1))
     own = logprobs.CACHED
@@ -407,7 +371,6 @@ def test_the_command_prints_one_object(
     assert found["largest_micro_batch_size"] >= 2
     assert found["largest_rollout_batch_size"] >= 4
     assert found["budget_gib"] == 64 / 1024
-    assert found["layouts"] is None
     assert min(found["seconds"], found["parameters"]) > 0
 
 
@@ -431,15 +394,13 @@ def test_rows_are_pairs_as_module_and_data_say(
     assert load_of(config) == Load(32, 8, 4, pairs, accumulated=True)
 
 
-def test_the_command_prints_a_table_of_all_layouts(
+def test_the_command_prints_a_table(
     tmp_path: Path, tiny_trunk: TinyTrunk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--hidden_size=32", "--layers=1", "--heads=2", "--intermediate_size=48"]
-    command(tiny_trunk, tmp_path, "--layouts", *sizes, "--vocabulary_size=64")
+    command(tiny_trunk, tmp_path, *sizes, "--vocabulary_size=64")
     table = capsys.readouterr().out
-    runs = ("SFT with LoRA", "full SFT", *(f"PPO {layout}" for layout in get_args(Layout)))
-    for name in (*runs, "rollout", "score", "actor", "critic", "optimizer"):
-        assert f"\n{name}" in table
+    assert all(f"\n{name}" in table for name in ("rollout", "score", "actor", "critic", "optim"))
 
 
 def test_sizes_and_rewards_that_cannot_be_estimated_are_refused(
