@@ -106,7 +106,7 @@ def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
 
 
 def require_whole(folder: Path) -> None:
-    """Refuse a folder whose weights are not those that `written_whole` wrote; others are taken as they are."""
+    """Refuse a folder whose weights or scale are not what `written_whole` wrote; others are taken as they are."""
     manifest = folder / MANIFEST_FILE
     about = json.loads(manifest.read_text()) if manifest.is_file() else {}
     for name, checksum in about.get("checksums", {}).items():
@@ -119,8 +119,10 @@ def require_whole(folder: Path) -> None:
 
 
 def _seal(manifest: Path, about: dict[str, Any]) -> None:
-    weights = sorted(manifest.parent.glob("*.safetensors"))
-    checksums = {path.name: _checksum(path) for path in weights}
+    folder = manifest.parent
+    # An adapter's config says its scale, which no tensor does.
+    sealed = [*sorted(folder.glob("*.safetensors")), *folder.glob("adapter_config.json")]
+    checksums = {path.name: _checksum(path) for path in sealed}
     whole = json.loads(manifest.read_text()) | about | {"checksums": checksums}
     manifest.write_text(json.dumps(whole, indent=2) + "\n")
 

@@ -143,7 +143,7 @@ class Handover(Callback):
         saved = [call._last_global_step_saved for call in savers]
         if savers and trainer.global_step not in saved and _between_batches(trainer):
             path = run_folder(trainer) / "checkpoints" / "stopped.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             rank_zero_info(f"saved {path}")
 
     def _hand_over(

@@ -85,8 +85,9 @@ class Resume(Callback):
             )
         states = checkpoint.get("callbacks", {})
         for callback in model_checkpoints(trainer):
-            state = states.get(callback.state_key)
-            if state and Path(state["best_model_path"]).is_file():
+            state = states.get(callback.state_key, {})
+            best = state.get("best_model_path")
+            if not best or Path(best).is_file():
                 state["dirpath"] = callback.dirpath
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

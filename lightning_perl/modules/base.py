@@ -349,6 +349,12 @@ class AdapterModule(Checked, LightningModule, ABC):
             )
         self._rng = checkpoint["rng"]
 
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 (torch's own)
+        """Do not report frozen weights as missing: they are in no checkpoint, and Lightning would list them."""
+        keys, trainable = super().load_state_dict(*args, **options), self.trainable_names()
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key in trainable]
+        return keys
+
     def on_train_start(self) -> None:
         """Move optimizer moments back to the host: Lightning loads a checkpoint's onto the device."""
         for optimizer in self.trainer.optimizers:

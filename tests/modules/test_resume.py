@@ -255,3 +255,7 @@ def test_another_reward_is_refused_by_name(plain_trunk: Path, tmp_path: Path) ->
                 trainer.fit(*arguments, ckpt_path=path)
         else:
             trainer.fit(*arguments, ckpt_path=path)
+    config = Path(folders[1], "adapter_config.json")
+    config.write_text(config.read_text().replace('"lora_alpha": 4.0', '"lora_alpha": 8.0'))
+    with pytest.raises(ValueError, match=r"adapter_config.json is missing, cut short or changed"):
+        policy(folders[1])
