@@ -5,7 +5,7 @@
 
 Prompts are the first human turns of Anthropic's harmless-base. The reward is plain Python, `ShortAndOnTopic`: half
 a point for an answer of at most 20 words, half for one that uses a word of the question of five letters or more.
-Gold is the share of held-out answers that earn both: shortness alone is learned fast, by answers such as "A myth.",
+Gold is the share of held-out answers with both: shortness alone is learned fast, by answers such as "A myth.",
 and does not count. On-policy methods learn from 512 episodes, the others in one pass from as many answers of the
 untrained model, two to a question, that the same reward put in order. Recipes are those of
 ``benchmarks/bakeoff.py``, in batches of 32 episodes; the learning rate is one for all, tried with seed 100 on RLOO

@@ -471,7 +471,11 @@ def perl(trunk: Path | str, reward: Path | str, dtype: TrunkDtype = "float32") -
 def test_reward_adapter_names_its_trunk(reward_run: Path, plain_trunk: Path) -> None:
     about = json.loads((reward_run / "manifest.json").read_text())
     trunk = load_trunk(str(plain_trunk))
-    assert about.pop("checksums").keys() == {"adapter_model.safetensors", "heads.safetensors"}
+    assert about.pop("checksums").keys() == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "heads.safetensors",
+    }
     assert about == {
         "kind": "adapter",
         "trunk": str(plain_trunk),

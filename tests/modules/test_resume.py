@@ -256,6 +256,11 @@ def test_another_reward_is_refused_by_name(plain_trunk: Path, tmp_path: Path) ->
         else:
             trainer.fit(*arguments, ckpt_path=path)
     config = Path(folders[1], "adapter_config.json")
+    moved = config.read_text().replace(
+        '"base_model_name_or_path": ', '"base_model_name_or_path": "moved", "was": '
+    )
+    config.write_text(moved)
+    policy(folders[1])
     config.write_text(config.read_text().replace('"lora_alpha": 4.0', '"lora_alpha": 8.0'))
     with pytest.raises(ValueError, match=r"adapter_config.json is missing, cut short or changed"):
         policy(folders[1])
