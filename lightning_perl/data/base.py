@@ -154,12 +154,11 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             ) from error
         return tokenizer
 
-    def bad_row(self, reason: str, message: str) -> None:
+    def bad_row(self, where: str, message: str) -> None:
         """Counts a bad row by its reason, or raises :class:`BadRow`, as ``on_bad_row`` says."""
         if self.on_bad_row == "raise":
-            raise BadRow(message)
-        self.report.rejected[reason] += 1
-        self.report.messages.append((reason, message))
+            raise BadRow(f"{where}: {message}")
+        self.report.reject(where, BadRow(message))
 
     def usable(
         self,
@@ -176,7 +175,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
                 if bad_row in (None, self.bad_row):
                     self.report.left_out[tie.reason] += 1
             except BadRow as error:
-                (bad_row or self.bad_row)(error.reason, f"{where}: {error}")
+                (bad_row or self.bad_row)(where, str(error))
 
     def distinct(self, items: Iterable[Item]) -> list[Item]:
         """Drops rows that repeat another, and counts those whose labels contradict each other.
@@ -210,9 +209,9 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             # A rating in the middle contradicts none, but what it judges is contested.
             other = against[0] if against else first_row(next(iter(verdicts.values()))).where
             self.bad_row(
-                "conflicting labels",
-                f"{first_row(item).where}: conflicting labels: {other} says the opposite of the same answers. "
-                "Remove one, set keep_conflicts: true to learn from both, or on_bad_row: reject to use neither.",
+                first_row(item).where,
+                f"conflicting labels: {other} says the opposite of the same answers. Remove one, set "
+                "keep_conflicts: true to learn from both, or on_bad_row: reject to use neither.",
             )
 
     def setup(self, stage: str | None = None) -> None:
@@ -337,7 +336,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
                     sides = [encoder.encode(row, *limits) for row in rows]
             except BadRow as error:
                 report.rejected[error.reason] += 1
-                bad_row(error.reason, f"{rows[0].where}: {error}")
+                bad_row(rows[0].where, str(error))
             else:
                 yield beside, item, sides
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -45,6 +45,7 @@ _KINDS = (
     ("messages", "rating"),
     ("messages",),
 )
+_DEMONSTRATIONS = (("prompt", "response"), ("messages",))
 _PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
 _UP = "1 1.0 true yes up thumbs_up good positive desirable"
 _DOWN = "0 0.0 false no down thumbs_down bad negative undesirable"
@@ -132,11 +133,9 @@ class RowReader:
                 "leave the row out, or set on_bad_row: reject."
             ) from error
         rows: list[Any] = made if isinstance(made, list) else [] if made is None else [made]
-        for one in rows:
-            if not isinstance(one, Mapping):
-                raise wrong_type(
-                    "what data.read_row returns", "a mapping, a list of them or None", one
-                )
+        for each in rows:
+            if not isinstance(each, Mapping):
+                raise wrong_type("what data.read_row returns", "a mapping, mappings or None", each)
         return rows
 
     # ---- columns ---------------------------------------------------------------------------------
@@ -162,12 +161,6 @@ class RowReader:
             else:
                 self._check_columns(row, named, kind)
                 yield from self._judged(named, kind or ())
-
-    @property
-    def _sides_named(self) -> list[str]:
-        """How numbers in a verdict name the first and the second answer: as their columns are numbered."""
-        columns = [str(self.columns.get(name))[-1] for name in ("first", "second")]
-        return columns if all(map(str.isdigit, columns)) else ["first", "second"]
 
     @cached_property
     def _mapped(self) -> set[str]:
@@ -206,33 +199,31 @@ class RowReader:
     def _judged(self, named: dict[str, Any], kind: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """Yields a row, with pairs in place of two answers and a preference, or of many answers."""
         if "second" in kind:
-            answers = named["first"], named["second"]
-            side = dialects.side_of(named["preference"], *named.get("sides", self._sides_named))
+            # Numbers in a verdict mean the answers where their columns are numbered so.
+            ends = tuple(str(self.columns.get(name))[-1] for name in ("first", "second"))
+            sides = ends if "".join(ends).isdigit() else ("first", "second")
+            side = dialects.side_of(named["preference"], *named.get("sides", sides))
             if side is None:
                 raise Tie
+            answers = named["first"], named["second"]
             yield named | {"chosen": answers[side], "rejected": answers[1 - side]}
         elif kind == _PAIR and any(_texts(named[name]) for name in _DIALOGS):
             # Several good answers, or several bad ones.
             better, worse = (
                 side if _texts(side) else [side] for side in (named[name] for name in _DIALOGS)
             )
-            yield from self._ranked(
-                named | {"answers": [*better, *worse]}, [1.0] * len(better) + [0.0] * len(worse)
-            )
+            marks = [1.0] * len(better) + [0.0] * len(worse)
+            yield from self._ranked(named, [*better, *worse], marks)
         elif "answers" in kind:
-            marks = (
-                [-_number(mark, "ranks") for mark in named["ranks"]] if "ranks" in kind else None
-            )
-            yield from self._ranked(named, marks)
+            sign = -1.0 if kind[1] == "ranks" else 1.0
+            marks = [sign * _number(mark, kind[1]) for mark in named[kind[1]]]
+            yield from self._ranked(named, named["answers"], marks)
         else:
             yield named
 
     def _ranked(
-        self, named: dict[str, Any], marks: Sequence[float] | None
+        self, named: dict[str, Any], answers: object, marks: list[float]
     ) -> Iterator[dict[str, Any]]:
-        if marks is None:
-            marks = [_number(mark, "scores") for mark in named["scores"]]
-        answers = named["answers"]
         if not isinstance(answers, list) or len(answers) != len(marks) or len(marks) < 2:
             raise BadRow(
                 "several answers: answers must be a list of two or more, with a score or rank for each, got "
@@ -241,10 +232,8 @@ class RowReader:
         ordered = sorted(range(len(marks)), key=lambda place: -marks[place])
         if marks[ordered[0]] == marks[ordered[-1]]:
             raise Tie
-        chosen = (
-            combinations(ordered, 2) if self.answer_pairs == "all" else [(ordered[0], ordered[-1])]
-        )
-        for better, worse in chosen:
+        every = self.answer_pairs == "all"
+        for better, worse in combinations(ordered, 2) if every else [(ordered[0], ordered[-1])]:
             if marks[better] > marks[worse]:
                 yield named | {"chosen": answers[better], "rejected": answers[worse]}
 
@@ -252,11 +241,8 @@ class RowReader:
         self, row: Mapping[str, Any], named: dict[str, Any], kind: tuple[str, ...]
     ) -> None:
         """Names the verdicts that are not used; refuses to imitate an answer that has one, or that lost it."""
-        unread = {name for name, column in self.columns.items() if column is None}
-        imitated = kind in (("prompt", "response"), ("messages",)) and not unread & {
-            "label",
-            "rating",
-        }
+        unmapped = {name for name, column in self.columns.items() if column is None}
+        imitated = kind in _DEMONSTRATIONS and not unmapped & {"label", "rating"}
         if imitated:
             self._refuse_null(row)
         idle = sorted(name for name in MARKS - set(kind) if self.columns.get(name))

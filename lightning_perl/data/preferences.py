@@ -202,10 +202,10 @@ class PreferenceDataModule(ConversationDataModule):
             else:
                 list(source.rows(self.bad_row, streaming=True))
 
-    def _uncounted(self, reason: str, message: str) -> None:
+    def _uncounted(self, where: str, message: str) -> None:
         """Takes a bad row that is counted at another reading."""
         if self.on_bad_row == "raise":
-            raise BadRow(message)
+            raise BadRow(f"{where}: {message}")
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import pyarrow
 import pyarrow.parquet
 
-from lightning_perl.data.rows import BadRowHook
+from lightning_perl.data.rows import BadRow, BadRowHook
 from lightning_perl.packaged import unpackaged
 
 Rows: TypeAlias = Iterator[tuple[str, Mapping[str, Any]]]
@@ -42,12 +42,16 @@ _HTML = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 _HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?::([^/]+))?")
 
 
-class UnreadableFile(Exception):
-    """A file that cannot be read, or not to its end: a few words to count by, and the whole message."""
+class UnreadableFile(BadRow):
+    """A file that cannot be read, or not to its end."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(message)
+        self.where = where
 
 
-def _unreadable(reason: str, message: str) -> None:
-    raise UnreadableFile(reason, message)
+def _unreadable(where: str, message: str) -> None:
+    raise UnreadableFile(where, message)
 
 
 def _counts_unreadable(reader: _Reader[T]) -> _Reader[T]:
@@ -58,7 +62,7 @@ def _counts_unreadable(reader: _Reader[T]) -> _Reader[T]:
         try:
             yield from reader(file, bad_row)
         except UnreadableFile as error:
-            bad_row(*error.args)
+            bad_row(error.where, str(error))
 
     return rows
 
@@ -87,7 +91,7 @@ def is_html(head: bytes) -> bool:
 
 
 @_counts_unreadable
-def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
+def jsonl_rows(file: Path, bad_row: BadRowHook) -> Rows:
     r"""Yields the objects of a file of JSON lines.
 
     Only ``\n`` ends a line: JSON strings may hold U+2028 and other line separators.
@@ -102,18 +106,14 @@ def jsonl_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str,
         try:
             row = parse_json(line)
         except json.JSONDecodeError as error:
-            bad_row(
-                "broken JSON",
-                f"{where}: broken JSON ({error.msg}, column {error.colno}). A .jsonl file has one whole JSON "
-                "object per line.",
-            )
+            fix = "A .jsonl file has one whole JSON object per line."
+            bad_row(where, f"broken JSON ({error.msg}, column {error.colno}). {fix}")
             continue
-        if _is_object(row, where, bad_row):
-            yield where, row
+        yield from _objects([(where, row)], bad_row)
 
 
 @_counts_unreadable
-def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(file: Path, bad_row: BadRowHook) -> Rows:
     """Yields the objects of a file that is one JSON array, or has one; ``where`` counts them from 1."""
     lines = _lines(file, "\n")
     text = "".join(line for n, line in lines if _is_utf8(line, f"{file}:{n}", _unreadable))
@@ -125,22 +125,19 @@ def json_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, 
             yield from jsonl_rows(file, bad_row)
             return
         raise UnreadableFile(
-            "broken JSON",
-            f"{file}:{error.lineno}: broken JSON ({error.msg}, column {error.colno}). Download the file again.",
+            f"{file}:{error.lineno}",
+            f"broken JSON ({error.msg}, column {error.colno}). Download the file again.",
         ) from error
     if isinstance(rows, dict):
         arrays = [value for value in rows.values() if isinstance(value, list)]
         rows = arrays[0] if len(arrays) == 1 else rows
     if not isinstance(rows, list):
         raise UnreadableFile(
-            "wrong type",
-            f"{file}:1: expected an array of rows, got {type(rows).__name__}. Write an array, or one object per "
-            "line into a .jsonl file.",
+            f"{file}:1",
+            f"wrong type: expected an array of rows, got {type(rows).__name__}. Write an array, or one object "
+            "per line into a .jsonl file.",
         )
-    for number, row in enumerate(rows, start=1):
-        where = f"{file}:{number}"
-        if _is_object(row, where, bad_row):
-            yield where, row
+    yield from _objects(_numbered(str(file), rows), bad_row)
 
 
 @_counts_unreadable
@@ -153,19 +150,15 @@ def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, s
     # Spreadsheets leave columns without a name, as many as they like.
     twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
     if twice:
-        raise UnreadableFile(
-            "header", f"{where}: the header names {twice} more than once. Rename the columns."
-        )
+        raise UnreadableFile(where, f"header: it names {twice} more than once. Rename the columns.")
     for where, cells in table:
         if not _is_utf8("".join(cells), where, bad_row):
             continue
         if len(cells) == len(header):
             yield where, dict(zip(header, cells, strict=True))
         else:
-            bad_row(
-                "wrong number of cells",
-                f"{where}: the row does not have the header's {len(header)} cells. Quote cells that hold commas.",
-            )
+            fix = "Quote cells that hold commas."
+            bad_row(where, f"wrong number of cells: not the header's {len(header)}. {fix}")
 
 
 @_counts_unreadable
@@ -177,7 +170,7 @@ def tsv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, list[str]]]
 
 
 @_counts_unreadable
-def parquet_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(file: Path, bad_row: BadRowHook) -> Rows:
     """Yields the rows of a Parquet file, a part of it in memory at a time."""
     _refuse_stand_ins(file)
     number = 0
@@ -188,8 +181,8 @@ def parquet_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[st
     # An OSError: pages that cannot be decompressed.
     except (pyarrow.ArrowException, OSError) as error:
         raise UnreadableFile(
-            "not Parquet",
-            f"{file}:{number + 1}: not a Parquet file, or a damaged one ({error}). Download it again.",
+            f"{file}:{number + 1}",
+            f"not a Parquet file, or a damaged one ({error}). Download it again.",
         ) from error
 
 
@@ -204,7 +197,7 @@ def arrow_rows(
             try:
                 (row,) = batch.slice(place, 1).to_pylist()
             except UnicodeDecodeError as error:
-                bad_row("not UTF-8", f"{name}:{number}: not UTF-8 ({error}).")
+                bad_row(f"{name}:{number}", f"not UTF-8 ({error}).")
                 continue
             yield number, row
 
@@ -224,16 +217,13 @@ def _lines(file: Path, newline: Literal["", "\n"]) -> Iterator[tuple[int, str]]:
             yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UnreadableFile(
-            "truncated gzip",
-            f"{file}:{number + 1}: not a whole gzip file ({error}); it breaks off after line {number}. Download "
-            "it again.",
+            f"{file}:{number + 1}",
+            f"truncated gzip: not a whole file ({error}); it breaks off after line {number}. Download it again.",
         ) from error
     finally:
         data.close()
     if blank:
-        raise UnreadableFile(
-            "empty file", f"{file}:1: empty file. Download it again, or write its rows."
-        )
+        raise UnreadableFile(f"{file}:1", "empty file. Download it again, or write its rows.")
 
 
 def _refuse_stand_ins(file: Path, head: bytes | None = None) -> None:
@@ -243,15 +233,15 @@ def _refuse_stand_ins(file: Path, head: bytes | None = None) -> None:
             head = data.read(512)
     if is_html(head):
         raise UnreadableFile(
-            "web page",
-            f"{file}:1: a web page in place of data, as a server sends when it has no such file. Delete it and "
+            f"{file}:1",
+            "web page: it came in place of data, as a server sends when it has no such file. Delete it and "
             "download the file itself.",
         )
     if head.startswith(b"version https://git-lfs.github.com/"):
         raise UnreadableFile(
-            "LFS pointer",
-            f"{file}:1: a pointer of Git LFS in place of data. Fetch the file itself with `git lfs pull`, or "
-            "download it from the repository's page.",
+            f"{file}:1",
+            "LFS pointer: it stands in place of data. Fetch the file itself with `git lfs pull`, or download it "
+            "from the repository's page.",
         )
 
 
@@ -261,19 +251,21 @@ def _is_utf8(text: str, where: str, bad_row: BadRowHook) -> bool:
         text.encode()
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) - 0xDC00
-        bad_row(
-            "not UTF-8",
-            f"{where}: not UTF-8 (byte {byte:#04x}). Save the file as UTF-8, or download it again.",
-        )
+        fix = "Save the file as UTF-8, or download it again."
+        bad_row(where, f"not UTF-8 (byte {byte:#04x}). {fix}")
         return False
     return True
 
 
-def _is_object(row: object, where: str, bad_row: BadRowHook) -> TypeGuard[dict[str, Any]]:
-    if isinstance(row, dict):
-        return True
-    bad_row("wrong type", f"{where}: expected an object, got {type(row).__name__}.")
-    return False
+def _objects(
+    rows: Iterable[tuple[str, object]], bad_row: BadRowHook, kind: str = "an object"
+) -> Rows:
+    """Yields the rows that are mappings; the others are bad rows."""
+    for where, row in rows:
+        if isinstance(row, Mapping):
+            yield where, row
+        else:
+            bad_row(where, f"wrong type: expected {kind}, got {type(row).__name__}.")
 
 
 def _table(file: Path, dialect: str, name: str) -> Iterator[tuple[str, list[str]]]:
@@ -290,9 +282,9 @@ def _table(file: Path, dialect: str, name: str) -> Iterator[tuple[str, list[str]
                 yield where, cells
     except csv.Error as error:
         raise UnreadableFile(
-            "broken table",
-            f"{file}:{line}: broken {name} ({error}) in the row that begins here. Close its quotes, "
-            'and write a quote inside a quoted cell twice: "".',
+            f"{file}:{line}",
+            f"broken table: no {name} ({error}) in the row that begins here. Close its quotes, and write a quote "
+            'inside a quoted cell twice: "".',
         ) from error
 
 
@@ -310,7 +302,7 @@ class Source:
     def rows(self, bad_row: BadRowHook, streaming: bool = False) -> Rows:
         """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched."""
         if not isinstance(self.place, str):
-            return _listed(self.argument, self.place, bad_row)
+            return _objects(_numbered(self.argument, self.place), bad_row, "a mapping")
         if self.hub is not None:
             name = f"{self.hub[0]}:{self.hub[2]}"
             table = self._load(*self.hub, streaming).with_format("arrow")
@@ -442,10 +434,5 @@ def _suffix(file: Path) -> str:
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
-def _listed(argument: str, rows: Sequence[Mapping[str, Any]], bad_row: BadRowHook) -> Rows:
-    for number, row in enumerate(rows, start=1):
-        where = f"{argument}:{number}"
-        if isinstance(row, Mapping):
-            yield where, row
-        else:
-            bad_row("wrong type", f"{where}: expected a mapping, got {type(row).__name__}.")
+def _numbered(name: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+    return ((f"{name}:{number}", row) for number, row in enumerate(rows, start=1))

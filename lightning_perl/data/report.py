@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from lightning_perl.data.rows import PromptExample, RatedExample
+from lightning_perl.data.rows import BadRow, PromptExample, RatedExample
 from lightning_perl.metrics import auroc
-
-_PLACE = re.compile(r"(.*?):(\d+): ")
 
 
 @dataclass
@@ -153,8 +150,8 @@ class DataReport:
     notes: Counter[str] = field(default_factory=Counter)
     #: Columns that were not read, and of how many rows.
     unread: Counter[str] = field(default_factory=Counter)
-    #: The messages of the rejected rows, each with its reason.
-    messages: list[tuple[str, str]] = field(default_factory=list)
+    #: Where the rejected rows are, and why they are.
+    messages: list[tuple[str, BadRow]] = field(default_factory=list)
     template: str = ""
 
     @property
@@ -163,6 +160,11 @@ class DataReport:
         splits = {id(split): split for split in self.splits.values()}.values()
         divided = sum(split.kept + split.duplicates for split in splits)
         return divided + self.rejected.total() + self.duplicates + self.left_out.total()
+
+    def reject(self, where: str, error: BadRow) -> None:
+        """Counts a row that cannot be used."""
+        self.rejected[error.reason] += 1
+        self.messages.append((where, error))
 
     def numbers(self) -> dict[str, float]:
         """Returns what a logger can draw: ``data/rows``, ``data/train_kept`` and so on."""
@@ -210,9 +212,9 @@ class DataReport:
         with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as table:
             rows = csv.writer(table)
             rows.writerow(("file", "line", "reason", "message"))
-            for reason, message in self.messages:
-                place = _PLACE.match(message)
-                rows.writerow((*(place.groups() if place else ("", "")), reason, message))
+            for where, error in self.messages:
+                file_name, _, line = where.rpartition(":")
+                rows.writerow((file_name, line, error.reason, error))
 
 
 def quantile(counts: Counter[int], share: float) -> int:

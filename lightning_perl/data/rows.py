@@ -24,8 +24,8 @@ class BadRow(ValueError):
 
     @property
     def reason(self) -> str:
-        """The words before the first colon, comma, semicolon or full stop."""
-        return re.split("[:,;.]", str(self), maxsplit=1)[0]
+        """The words before the first mark of punctuation."""
+        return re.split(r"[:,;.(]", str(self), maxsplit=1)[0].strip()
 
 
 class Tie(BadRow):
@@ -36,7 +36,7 @@ class Tie(BadRow):
 
 
 BadRowHook: TypeAlias = Callable[[str, str], None]
-"""Takes a few words to count by and the whole message of a bad row. May raise."""
+"""Takes where a bad row is, ``file:row``, and its message. May raise."""
 
 
 class Turn(NamedTuple):

@@ -220,7 +220,7 @@ def dialog_key(context: Sequence[Turn], response: Sequence[Turn]) -> str:
     return json.dumps(turns, ensure_ascii=False)
 
 
-def _rated_turn(row: dict[str, Any], where: str) -> list[Item]:
+def _rated_turn(row: Mapping[str, Any], where: str) -> list[Item]:
     context = tuple(map(_turn, parse_json(row["context"])))
     response = (_turn(parse_json(row["generation"])),)
     label = float(row["reward"])
@@ -240,7 +240,7 @@ def _turn(turn: object) -> Turn:
     raise ValueError(f"not a turn: {str(turn)[:80]}")
 
 
-def _dialog(row: dict[str, Any], where: str) -> list[Item]:
+def _dialog(row: Mapping[str, Any], where: str) -> list[Item]:
     """Reads a dialog of TM-4 (``annotations``) or TM-3 (``apis``)."""
     turns: list[Turn] = []
     words: list[str] = []

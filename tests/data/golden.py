@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 
 import pytest
 
 from lightning_perl.data import ConversationDataModule
-from lightning_perl.data.rows import Row
+from lightning_perl.data.rows import BadRow, Row
 from lightning_perl.data.tokenization import Encoded
 
 TAGS = {"system": "System", "user": "User", "api": "API"}
@@ -38,11 +37,10 @@ def rejected_lines(
     lines: dict[str, list[int]] = defaultdict(list)
     count = module.bad_row
 
-    def bad_row(reason: str, message: str) -> None:
-        count(reason, message)
-        place = re.search(r":(\d+): ", message)
-        assert place is not None, message
-        lines[reason] = sorted([*lines[reason], int(place[1])])
+    def bad_row(where: str, message: str) -> None:
+        count(where, message)
+        reason = BadRow(message).reason
+        lines[reason] = sorted([*lines[reason], int(where.rpartition(":")[2])])
 
     monkeypatch.setattr(module, "bad_row", bad_row)
     return lines

@@ -196,8 +196,8 @@ def test_files_that_cannot_be_read_stop_or_are_one_bad_row(
     file = tmp_path / f"harmless-base/{broken}.jsonl.gz"
     whole = gzip.compress(json.dumps(hh(0)).encode())
     for data, reason, words in (
-        (whole[:-5], "truncated gzip", "not a whole gzip file"),
-        (b"<html>Not found</html>", "web page", "a web page in place of data"),
+        (whole[:-5], "truncated gzip", "truncated gzip"),
+        (b"<html>Not found</html>", "web page", "web page"),
         (gzip.compress(b""), "empty file", "empty file"),
     ):
         file.write_bytes(data)

@@ -334,13 +334,13 @@ def read_all(module: PreferenceDataModule) -> list[RatedBatch]:
 @pytest.mark.parametrize(
     ("name", "data", "reason", "words"),
     [
-        ("rows.jsonl.gz", b"{}", "truncated gzip", "1: not a whole gzip file"),
-        ("rows.jsonl", b"<html>404</html>", "web page", "1: a web page in place of data"),
-        ("rows.csv", b"<!DOCTYPE html><html>", "web page", "1: a web page in place of data"),
-        ("rows.parquet", b"<html>404</html>", "web page", "1: a web page in place of data"),
-        ("rows.parquet", b"PAR", "not Parquet", "1: not a Parquet file"),
+        ("rows.jsonl.gz", b"{}", "truncated gzip", "1: truncated gzip"),
+        ("rows.jsonl", b"<html>404</html>", "web page", "1: web page"),
+        ("rows.csv", b"<!DOCTYPE html><html>", "web page", "1: web page"),
+        ("rows.parquet", b"<html>404</html>", "web page", "1: web page"),
+        ("rows.parquet", b"PAR", "not a Parquet file", "1: not a Parquet file"),
         ("rows.json", b"[{", "broken JSON", "1: broken JSON"),
-        ("rows.csv", b"prompt,prompt\nq,q\n", "header", "1: the header names"),
+        ("rows.csv", b"prompt,prompt\nq,q\n", "header", "1: header: it names"),
         ("rows.jsonl", b"", "empty file", "1: empty file"),
     ],
 )
@@ -371,7 +371,7 @@ def test_a_validation_file_that_is_no_data(ready: Build, tmp_path: Path) -> None
     page = tmp_path / "val.jsonl"
     page.write_text("<html>404</html>")
     train = [thumb(number) for number in range(9)]
-    with pytest.raises(ValueError, match=r"val.jsonl:1: a web page"):
+    with pytest.raises(ValueError, match=r"val.jsonl:1: web page"):
         ready(train, val=page)
     report = ready(train, val=page, on_bad_row="reject").report
     check_counts(report, 10)

@@ -32,8 +32,8 @@ READERS: list[Reader] = [jsonl_rows, json_rows, csv_rows, tsv_rows, parquet_rows
 class Bad(list[tuple[str, str]]):
     """Bad rows as reason and message."""
 
-    def __call__(self, reason: str, message: str) -> None:
-        self.append((reason, message))
+    def __call__(self, where: str, message: str) -> None:
+        self.append((BadRow(message).reason, f"{where}: {message}"))
 
 
 def only(reader: Reader, file: Path, reason: str, words: str, rows: int = 0) -> None:
@@ -50,8 +50,8 @@ def only(reader: Reader, file: Path, reason: str, words: str, rows: int = 0) -> 
     assert len(found) == rows
 
 
-def stop(reason: str, message: str) -> None:
-    raise BadRow(message)
+def stop(where: str, message: str) -> None:
+    raise BadRow(f"{where}: {message}")
 
 
 def save(file: Path, data: bytes) -> Path:
@@ -82,9 +82,9 @@ def test_a_json_array(tmp_path: Path, ending: str) -> None:
     file = save(tmp_path / f"rows.json{ending}", '[{"a": "é"},\n 3, {"a": 2}]'.encode())
     bad = Bad()
     assert list(json_rows(file, bad)) == [(f"{file}:1", {"a": "é"}), (f"{file}:3", {"a": 2})]
-    assert bad == [("wrong type", f"{file}:2: expected an object, got int.")]
+    assert bad == [("wrong type", f"{file}:2: wrong type: expected an object, got int.")]
     for data, reason, words in (
-        (b'{"a": 1}', "wrong type", "1: expected an array of rows, got dict. Write"),
+        (b'{"a": 1}', "wrong type", "1: wrong type: expected an array of rows, got dict. Write"),
         (b"[\n{", "broken JSON", r"2: broken JSON \(.*column 2\). Download"),
         (b'[\n"\xff"]', "not UTF-8", r"2: not UTF-8 \(byte 0xff\). Save"),
     ):
@@ -116,7 +116,7 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
     for reader in READERS:
         file = save(tmp_path / "rows", pointer)
-        only(reader, file, "LFS pointer", "1: a pointer of Git LFS .*git lfs pull")
+        only(reader, file, "LFS pointer", "1: LFS pointer: .*git lfs pull")
 
 
 def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
@@ -132,9 +132,14 @@ def test_comma_separated_rows(tmp_path: Path, ending: str) -> None:
         ("not UTF-8", f"{file}:6"),
     ]
     for data, reason, words, rows in (
-        (b'a,b\n1,2\n"3,4\n5,6\n', "broken table", r"3: broken CSV \(unexpected end .* Close", 1),
-        (b'a,b\n"say "b"\n1,2\n', "broken table", r"2: broken CSV \(.*expected after", 0),
-        (b"a,b,a\n1,2,3\n", "header", r"1: the header names \['a'\] more than once. Rename", 0),
+        (
+            b'a,b\n1,2\n"3,4\n5,6\n',
+            "broken table",
+            r"3: broken table: no CSV \(unexpected end .* Close",
+            1,
+        ),
+        (b'a,b\n"say "b"\n1,2\n', "broken table", r"2: broken table: no CSV \(.*expected after", 0),
+        (b"a,b,a\n1,2,3\n", "header", r"1: header: it names \['a'\] more than once. Rename", 0),
         # Not the next row in its place.
         (b"a,\xe9\n1,2\n3,4\n", "not UTF-8", r"1: not UTF-8 \(byte 0xe9\). Save", 0),
     ):
@@ -178,7 +183,7 @@ def test_parquet_rows_beyond_one_batch(tmp_path: Path) -> None:
 def test_a_web_page_is_no_data(tmp_path: Path, name: str, reader: Reader) -> None:
     # Saved as it came, whatever the name says; a compressed page is no Parquet file either way.
     (tmp_path / name).write_bytes(PAGE)
-    words = "1: a web page in place of data, .* Delete it"
+    words = "1: web page: .* Delete it"
     only(reader, tmp_path / name, "web page", words)
     if reader is not parquet_rows:
         only(reader, save(tmp_path / name, PAGE), "web page", words)
@@ -198,7 +203,7 @@ def test_a_gzip_that_breaks_off(tmp_path: Path, reader: Reader) -> None:
     whole = gzip.compress(b"\n")
     for data in (whole[:-4], whole[:10] + b"\xff" + whole[11:], b"a\tb\n"):
         file.write_bytes(data)
-        words = r"[12]: not a whole gzip file \(.*after line [01]. Download"
+        words = r"[12]: truncated gzip: not a whole file \(.*after line [01]. Download"
         only(reader, file, "truncated gzip", words)
 
 
@@ -213,9 +218,9 @@ def test_rows_before_the_break_are_read(tmp_path: Path) -> None:
     assert len(rows) > 1000
     ((reason, message),) = bad
     assert reason == "truncated gzip"
-    assert message.startswith(f"{file}:{len(rows) + 1}: not a whole gzip file (")
+    assert message.startswith(f"{file}:{len(rows) + 1}: truncated gzip: not a whole file (")
     assert f"it breaks off after line {len(rows)}. " in message
-    with pytest.raises(BadRow, match="not a whole gzip file"):
+    with pytest.raises(BadRow, match="truncated gzip: not a whole file"):
         list(jsonl_rows(file, stop))
 
 
@@ -231,7 +236,7 @@ def test_rows_before_a_damaged_page_of_parquet_are_read(tmp_path: Path) -> None:
     rows = list(parquet_rows(file, bad))
     assert len(rows) in (1024, 2048)
     ((reason, message),) = bad
-    assert reason == "not Parquet"
+    assert reason == "not a Parquet file"
     assert message.startswith(f"{file}:{len(rows) + 1}: not a Parquet file")
 
 

@@ -51,7 +51,7 @@ def test_rows_may_be_a_list_or_in_several_files(build: Build, tmp_path: Path) ->
     assert module.splits is not None
     assert [len(split) for split in module.splits] == [5, 5, 5]
     assert answers(module, list(module.val_dataloader())) == ["b", "b", "c", "c", "c"]
-    with pytest.raises(ValueError, match=r"data.train:6: expected a mapping, got int"):
+    with pytest.raises(ValueError, match=r"data.train:6: wrong type: expected a mapping, got int"):
         build(train=[*given, 3]).setup()
 
 

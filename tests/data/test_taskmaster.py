@@ -348,7 +348,11 @@ def test_a_file_and_its_gzip_are_read_once_and_the_folder_itself_will_do(
         ("sft", "hi<U>\t[A]x\td", "text before the first tag: 'hi'"),
         ("sft", "<U>hi<PAV>x\t[A]x\td", "<PAV> without the name"),
         ("sft", "<U>hi\t[U]x\td", "a turn that is not the agent's"),
-        ("sft", '<U>hi\t[A]x\t"d\r\n<U>hi\t[A]x\td', r"broken table \(unexpected end of data\)"),
+        (
+            "sft",
+            '<U>hi\t[A]x\t"d\r\n<U>hi\t[A]x\td',
+            r"broken table: no table .unexpected end of data\)",
+        ),
     ],
 )
 def test_what_is_not_the_corpus_names_file_and_row(
