@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import FractionBelowHalf
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.download import Remote, fetch_all
+from lightning_perl.data.download import Remote, fetch_all, matching
 from lightning_perl.data.folds import held_out
 from lightning_perl.data.messages import reading, wrong_type
 from lightning_perl.data.own_rows import RowReader
@@ -42,13 +42,6 @@ class Corpus:
     remotes: tuple[Remote, ...] = ()
 
 
-def matching(folder: Path, pattern: str) -> list[Path]:
-    """Returns the files of a pattern in their order; a file and its gzip are one file."""
-    files = {str(file).removesuffix(".gz"): file for file in folder.glob(f"{pattern}.gz")}
-    files |= {str(file): file for file in folder.glob(pattern)}
-    return [files[name] for name in sorted(files)]
-
-
 def text_of(row: Mapping[str, Any], key: str) -> str:
     """Returns a text without its outer white space; raises BadRow for anything else."""
     value = row[key]
@@ -70,7 +63,7 @@ def own_row(group: str, prompt: str, **answers: str) -> dict[str, Any]:
 class CorpusDataModule(ConversationDataModule):
     """A public corpus: files of a known layout, fetched if need be, with their authors' splits.
 
-    Leaves say where the files lie (:attr:`corpus_files`) and what a row is (:meth:`own`).
+    Leaves say where the files of their ``corpora`` lie and what a row is (:meth:`own`).
 
     The authors' splits are kept. A split that is not there is carved out of the training rows, by a hash of the
     prompt or dialog, so it is the same in every run. Where only a test or validation split is there, all three are
@@ -94,6 +87,9 @@ class CorpusDataModule(ConversationDataModule):
         FileNotFoundError: No file is there, and none could be downloaded.
     """
 
+    corpora: ClassVar[dict[str, Corpus]]
+    corpus: str = "hh"
+
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase,
@@ -109,9 +105,9 @@ class CorpusDataModule(ConversationDataModule):
         self.test_fraction = test_fraction
 
     @property
-    @abstractmethod
     def corpus_files(self) -> Corpus:
         """Where the files are published and how they lie."""
+        return self.corpora[self.corpus]
 
     @abstractmethod
     def own(self, row: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from lightning_perl.data.messages import reading, transcript
 from lightning_perl.data.reading import parse_json
@@ -76,13 +76,6 @@ _VERDICTS = (
 )
 #: Verdicts that are below 0 where the first answer is better, and above where the second is.
 _SIGNED = ("preference_strength", "overall_preference")
-
-
-class Dialect(NamedTuple):
-    """The keys that a row of this kind has, each a set of which all are there, and its reader."""
-
-    keys: tuple[frozenset[str], ...]
-    read: Callable[[AnyRow], Iterable[OwnRow]]
 
 
 @lru_cache(maxsize=1024)
@@ -241,14 +234,6 @@ def _axis(row: AnyRow) -> list[OwnRow]:
     ]
 
 
-def _webgpt(row: AnyRow) -> list[OwnRow]:
-    """WebGPT: two answers with scores below and above 0."""
-    question = row["question"]
-    asked = question["full_text"] if isinstance(question, Mapping) else question
-    side = _by_scores((row["score_0"], row["score_1"]))
-    return _judged(row["answer_0"], row["answer_1"], side, "score_0", "score_1", prompt=asked)
-
-
 def _shp(row: AnyRow) -> list[OwnRow]:
     """Stanford's SHP: ``labels`` is 1 where the answer A is better, 0 where B is."""
     side = 1 - int(row["labels"])
@@ -286,17 +271,9 @@ def _step(row: AnyRow) -> list[OwnRow]:
     return flat({**row, **{side: f"{steps}{row[side]}" for side in ("chosen", "rejected")}})
 
 
-def _openai_preference(row: AnyRow) -> list[OwnRow]:
-    """OpenAI's preference tuning: the input's messages and two outputs."""
-    better, worse = row["preferred_output"], row["non_preferred_output"]
-    return _judged(better, worse, 0, "preferred_output", prompt=row["input"]["messages"])
-
-
 def _answer_objects(row: AnyRow) -> list[OwnRow]:
     """UltraFeedback, Nectar, StackExchange, NeMo and others: a list of answers with scores or ranks."""
-    column = next(
-        key for key in ("completions", "answers", "responses_and_scores", "responses") if key in row
-    )
+    column = next(key for key in _OBJECTS if key in row)
     answers = row[column]
     if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
         return flat(row)
@@ -366,10 +343,6 @@ def _text(row: AnyRow) -> list[OwnRow]:
     return [own | {"messages": messages}] if messages else [own]
 
 
-def _keys(*alternatives: str) -> tuple[frozenset[str], ...]:
-    return tuple(frozenset(keys.split()) for keys in alternatives)
-
-
 _LISTS = (
     "generations ratings",
     "responses scores",
@@ -380,42 +353,33 @@ _LISTS = (
     "answers ranks",
     "text score",
 )
-#: By name, in the order in which they are tried.
-DIALECTS: dict[str, Dialect] = {
-    "argilla": Dialect(_keys("fields responses"), _argilla),
-    "openassistant": Dialect(_keys("message_tree_id prompt"), _tree),
-    "openai_comparisons": Dialect(_keys("info summaries choice"), _comparison),
-    "openai_axis": Dialect(_keys("info summary"), _axis),
-    "openai_preference": Dialect(
-        _keys("input preferred_output non_preferred_output"), _openai_preference
-    ),
-    "webgpt": Dialect(_keys("question answer_0 answer_1 score_0 score_1"), _webgpt),
-    "shp": Dialect(_keys("history human_ref_A human_ref_B labels"), _shp),
-    "arena": Dialect(_keys("prompt response_a response_b winner_model_b winner_tie"), _arena),
-    "step_dpo": Dialect(_keys("initial_reason_steps chosen rejected"), _step),
-    "ms_swift": Dialect(_keys("messages rejected_response", "messages rejected_messages"), _swift),
-    "parallel_lists": Dialect(_keys(*_LISTS), _parallel),
-    "answer_objects": Dialect(
-        _keys("completions", "answers", "responses_and_scores", "responses"), _answer_objects
-    ),
-    "two_answers": Dialect((), two_answers),
-    "text": Dialect(_keys("text"), _text),
+_OBJECTS = ("completions", "answers", "responses_and_scores", "responses")
+_SWIFT = ("messages rejected_response", "messages rejected_messages")
+#: By name, in the order in which they are tried: the columns that a row of this kind has, and its reader.
+DIALECTS: dict[str, tuple[tuple[str, ...], Callable[[AnyRow], list[OwnRow]]]] = {
+    "argilla": (("fields responses",), _argilla),
+    "openassistant": (("message_tree_id prompt",), _tree),
+    "openai_comparisons": (("info summaries choice",), _comparison),
+    "openai_axis": (("info summary",), _axis),
+    "shp": (("history human_ref_A human_ref_B labels",), _shp),
+    "arena": (("prompt response_a response_b winner_model_b winner_tie",), _arena),
+    "step_dpo": (("initial_reason_steps chosen rejected",), _step),
+    "ms_swift": (_SWIFT, _swift),
+    "parallel_lists": (_LISTS, _parallel),
+    "answer_objects": (_OBJECTS, _answer_objects),
+    "two_answers": (tuple(f"{one} {other}" for one, other, *_ in _AB), two_answers),
+    "text": (("text",), _text),
 }
-
-
+_COLUMNS = [
+    (name, frozenset(columns.split())) for name, kind in DIALECTS.items() for columns in kind[0]
+]
 _FIX = "Mend it, name its columns in data.columns, read it with data.read_row"
 
 
 @lru_cache(maxsize=1024)
 def dialect_of(keys: tuple[str, ...]) -> str | None:
     """Returns the name of the dialect that a row with these columns looks like; None for our own columns."""
-    here = frozenset(keys)
-    for name, dialect in DIALECTS.items():
-        if any(wanted <= here for wanted in dialect.keys):
-            return name
-        if name == "two_answers" and _two_answers(keys):
-            return name
-    return None
+    return next((name for name, columns in _COLUMNS if columns <= {*keys}), None)
 
 
 def read(row: AnyRow, name: str | None = None) -> list[OwnRow]:
@@ -424,11 +388,11 @@ def read(row: AnyRow, name: str | None = None) -> list[OwnRow]:
     if name is None:
         return flat(row)
     with reading(name, _FIX):
-        return list(DIALECTS[name].read(row))
+        return DIALECTS[name][1](row)
 
 
 def columns_of(row: AnyRow, name: str | None = None) -> set[str]:
-    """Returns the columns by which a row is known to be of a dialect."""
+    """Returns the columns by which a row is of a dialect."""
     name = name or dialect_of(tuple(row))
-    keys = DIALECTS[name].keys if name else ()
-    return {key for wanted in keys for key in wanted} | {*(_two_answers(tuple(row)) or ())[:2]}
+    alike = [columns for other, columns in _COLUMNS if other == name and columns <= row.keys()]
+    return {column for columns in alike for column in columns}

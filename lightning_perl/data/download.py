@@ -32,6 +32,13 @@ class Remote:
     sha256: str | None = None
 
 
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """Returns the files of a pattern in their order; a file and its gzip are one file."""
+    files = {str(file).removesuffix(".gz"): file for file in folder.glob(f"{pattern}.gz")}
+    files |= {str(file): file for file in folder.glob(pattern)}
+    return [files[name] for name in sorted(files)]
+
+
 def fetch_all(remotes: Sequence[Remote], folder: Path) -> None:
     """Downloads what is not below ``folder``, plain or gzip-compressed.
 
@@ -42,7 +49,9 @@ def fetch_all(remotes: Sequence[Remote], folder: Path) -> None:
         FileNotFoundError: One could not be downloaded; says what to put where by hand.
         ValueError: What came is a web page or has another checksum. It is not kept.
     """
-    missing = [remote for remote in remotes if not _is_there(folder / remote.path)]
+    missing = [
+        remote for remote in remotes if not matching(folder, remote.path.removesuffix(".gz"))
+    ]
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,11 +63,6 @@ def fetch_all(remotes: Sequence[Remote], folder: Path) -> None:
             file = folder / remote.path
             file.parent.mkdir(parents=True, exist_ok=True)
             Path(scratch, str(number)).replace(file)
-
-
-def _is_there(file: Path) -> bool:
-    plain = file.with_name(file.name.removesuffix(".gz"))
-    return plain.is_file() or plain.with_name(f"{plain.name}.gz").is_file()
 
 
 def _download(remote: Remote, target: Path, file: Path) -> None:

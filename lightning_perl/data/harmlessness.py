@@ -12,7 +12,7 @@ is then not two replies to one prompt, and the pair is a bad row.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, text_of
 from lightning_perl.data.download import Remote
@@ -52,13 +52,6 @@ def dialogs(chosen: str, rejected: str) -> dict[str, Any]:
     return {"chosen": better, "rejected": worse, "group": group}
 
 
-_CORPUS = hh_corpus(
-    "harmless-base",
-    "bf3e1ecd3db61bf2",
-    "ebfaaed21162a4de",
-)
-
-
 class HarmlessnessDataModule(CorpusDataModule):
     """Preference pairs of harmless-base.
 
@@ -71,10 +64,9 @@ class HarmlessnessDataModule(CorpusDataModule):
         settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
-    @property
-    def corpus_files(self) -> Corpus:
-        """Where harmless-base lies."""
-        return _CORPUS
+    corpora: ClassVar[dict[str, Corpus]] = {
+        "hh": hh_corpus("harmless-base", "bf3e1ecd3db61bf2", "ebfaaed21162a4de"),
+    }
 
     def own(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the two dialogs of a row."""

@@ -7,7 +7,7 @@ collection, the posts under Reddit's terms, Ethayarajh et al. 2022.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,11 +35,7 @@ _SHP_SPLITS: tuple[tuple[Part, str], ...] = (
     ("test", "test.json"),
 )
 _CORPORA = {
-    "hh": hh_corpus(
-        "helpful-base",
-        "518a5bf288456fc9",
-        "8be3fc1a13b27901",
-    ),
+    "hh": hh_corpus("helpful-base", "518a5bf288456fc9", "8be3fc1a13b27901"),
     "shp": Corpus(
         home="Download the subreddits' folders (each with train.json, validation.json and test.json) of "
         "https://huggingface.co/datasets/stanfordnlp/SHP and put them there.",
@@ -77,6 +73,8 @@ class HelpfulnessDataModule(CorpusDataModule):
         settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
+    corpora: ClassVar[dict[str, Corpus]] = _CORPORA
+
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase,
@@ -88,11 +86,6 @@ class HelpfulnessDataModule(CorpusDataModule):
         super().__init__(tokenizer, data_dir=data_dir, **settings)
         self.corpus = corpus
         self.min_score_ratio = min_score_ratio
-
-    @property
-    def corpus_files(self) -> Corpus:
-        """Where the corpus lies."""
-        return _CORPORA[self.corpus]
 
     def own(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the pair of a row; None below ``min_score_ratio``."""

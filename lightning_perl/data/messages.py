@@ -62,7 +62,9 @@ def reading(kind: str, fix: str = "Is it the right file? Download it again") -> 
 def unpacked(value: object, column: str) -> object:
     """Returns the messages that a text, an array or a single message stands for; other values as they are."""
     if isinstance(value, Mapping):
-        return [value] if _role_and_words(value) else value
+        # OpenAI's input, WebGPT's question.
+        inner = value.get("messages", value.get("full_text", value))
+        return [value] if _role_and_words(value) else inner
     if isinstance(value, list):
         return [turn for message in value for turn in _question_and_answer(message)]
     if not isinstance(value, str):

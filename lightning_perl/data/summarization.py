@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -56,7 +56,7 @@ _DIALOGSUM_SPLITS: tuple[tuple[Part, str, str | None], ...] = (
         "6de36eca7e7b9b10",
     ),
 )
-_CORPORA: dict[Corpora, Corpus] = {
+_CORPORA: dict[str, Corpus] = {
     "tldr": Corpus(
         home=f"Download train.jsonl, valid.jsonl and test.jsonl of {_OPENAI}/datasets/tldr_3_filtered (see "
         "https://github.com/openai/summarize-from-feedback) and put them there.",
@@ -123,6 +123,8 @@ class SummarizationDataModule(CorpusDataModule):
         settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
+    corpora: ClassVar[dict[str, Corpus]] = _CORPORA
+
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase,
@@ -133,11 +135,6 @@ class SummarizationDataModule(CorpusDataModule):
     ) -> None:
         super().__init__(tokenizer, data_dir=data_dir, max_tokens=max_tokens, **settings)
         self.corpus = corpus
-
-    @property
-    def corpus_files(self) -> Corpus:
-        """Where the corpus lies."""
-        return _CORPORA[self.corpus]
 
     def own(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the summary, or the pair of summaries, of a row; None where the judge is silent."""

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count, CountOrZero, FractionBelowHalf, TwoOrMore
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.corpus import matching
-from lightning_perl.data.download import Remote, fetch_all
+from lightning_perl.data.download import Remote, fetch_all, matching
 from lightning_perl.data.folds import assign_folds, held_out, hold_out, stable_hash
 from lightning_perl.data.messages import reading
 from lightning_perl.data.reading import json_rows, parse_json, tsv_rows

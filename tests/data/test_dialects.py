@@ -480,8 +480,8 @@ def test_a_dialect_may_be_named(tokenizer_dir: Path) -> None:
     assert dialect_of(tuple(row)) == "two_answers"
     with pytest.raises(ValueError, match=r"data.dialect: unknown 'trl'; there are"):
         read([row], tokenizer_dir, dialect="trl")
-    with pytest.raises(BadRow, match="looks like a row of 'webgpt', but cannot be read so"):
-        read([row], tokenizer_dir, dialect="webgpt")
+    with pytest.raises(BadRow, match="looks like a row of 'shp', but cannot be read so"):
+        read([row], tokenizer_dir, dialect="shp")
 
 
 def test_the_documentation_lists_every_format() -> None:
