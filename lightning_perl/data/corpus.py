@@ -32,13 +32,14 @@ class Corpus:
 
     Attributes:
         home: Where it comes from and its licence, for a person who has to fetch it by hand.
-        layouts: Each a tuple of (split, pattern below the data folder). The first layout of which any file is
-            there is read. Files may be gzip-compressed. A corpus that its authors did not divide is all ``train``.
+        layouts: Each from a split to patterns below the data folder, with blanks between them. The first layout of
+            which any file is there is read. Files may be gzip-compressed. A corpus that its authors did not divide
+            is all ``train``.
         remotes: The files in their official place; empty where they may not be downloaded.
     """
 
     home: str
-    layouts: tuple[tuple[tuple[Part, str], ...], ...]
+    layouts: tuple[dict[Part, str], ...]
     remotes: tuple[Remote, ...] = ()
 
 
@@ -88,7 +89,7 @@ class CorpusDataModule(ConversationDataModule):
     """
 
     corpora: ClassVar[dict[str, Corpus]]
-    corpus: str = "hh"
+    corpus: str
 
     def __init__(
         self,
@@ -131,8 +132,9 @@ class CorpusDataModule(ConversationDataModule):
 
     def _files(self) -> list[tuple[Part, Path]]:
         for layout in self.corpus_files.layouts:
+            patterns = [(part, pattern) for part in layout for pattern in layout[part].split()]
             files = [
-                (part, file) for part, name in layout for file in matching(self.data_dir, name)
+                (part, file) for part, name in patterns for file in matching(self.data_dir, name)
             ]
             if files:
                 return files
@@ -140,7 +142,7 @@ class CorpusDataModule(ConversationDataModule):
 
     def _missing(self) -> FileNotFoundError:
         corpus = self.corpus_files
-        wanted = " or ".join(", ".join(name for _, name in layout) for layout in corpus.layouts)
+        wanted = " or ".join(", ".join(layout.values()) for layout in corpus.layouts)
         return FileNotFoundError(
             f"No {wanted} (plain or .gz) in {self.data_dir} (data.data_dir, looked from {Path.cwd()}). "
             f"{corpus.home}"

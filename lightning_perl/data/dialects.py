@@ -62,7 +62,7 @@ _SIDE = re.compile(
     r"(?:(?:the )?(?:\w+[ _-])?(?:assistant|model|response|answer|output|completion|summary|choice|option|text)"
     r"[ _-]?)?([a-z]|first|second|\d+)(?:\.0)?"
 )
-_STEMS = "response answer output completion summary generation conversation orig_response human_ref reply"
+_STEMS = "response answer output completion summary generation conversation conv orig_response human_ref reply"
 _SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
 _AB = [
     (f"{stem}{dash}{first}", f"{stem}{dash}{second}", first, second)
@@ -117,19 +117,15 @@ def flat(row: AnyRow) -> list[OwnRow]:
     return [own]
 
 
-def value_at(row: AnyRow, path: str) -> Any:  # noqa: ANN401
+def value_at(row: Any, path: str) -> Any:  # noqa: ANN401
     """Returns the value of a column, or of a dotted path such as ``info.posts.0.text``; None without it."""
-    if path in row or "." not in path:
-        return row.get(path)
-    value: Any = row
-    for key in path.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(key)
-        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return None
-    return value
+    if isinstance(row, Mapping) and path in row:
+        return row[path]
+    head, dot, last = path.rpartition(".")
+    if dot:
+        return value_at(value_at(row, head), last)
+    here = isinstance(row, list) and path.isdigit() and int(path) < len(row)
+    return row[int(path)] if here else None
 
 
 def side_of(verdict: object, first: str = "first", second: str = "second") -> int | None:
@@ -139,7 +135,7 @@ def side_of(verdict: object, first: str = "first", second: str = "second") -> in
     are numbered so.
     """
     said = str(verdict).strip().lower()
-    if re.match(r"(?:tied?|both|neither|equal|same|none)\b", said):
+    if re.match(r"(?:tied?|both|neither|equal|same|none)(?![a-z])", said):
         return None
     match = _SIDE.fullmatch(said)
     last = match[1] if match else ""
@@ -192,8 +188,16 @@ def two_answers(row: AnyRow) -> list[OwnRow]:
     for key in _VERDICTS.split():
         if row.get(key) is not None:
             return _judged(*answers, side_of(row[key], first, second), key, **own)
-    for form in ("score_{}", "score{}", "rating_{}", "rating{}", "winner_model_{}"):
-        columns = form.format(first), form.format(second)
+    for form in (
+        "score_{1}",
+        "score{1}",
+        "rating_{1}",
+        "rating{1}",
+        "{0}_score",
+        "{0}_rating",
+        "winner_model_{1}",
+    ):
+        columns = form.format(one, first), form.format(other, second)
         if None not in (scores := [row.get(column) for column in columns]):
             return _judged(*answers, _by_scores(scores), *columns, **own)
     return [{"first": answers[0], "second": answers[1], "sides": (first, second), **own}]

@@ -32,6 +32,12 @@ class Remote:
     sha256: str | None = None
 
 
+def published(url: str, folder: str, *names: str) -> tuple[Remote, ...]:
+    """Returns the files of one address, such as ``train.jsonl`` or ``train.jsonl CHECKSUM``, for a data folder."""
+    named = (name.split() for name in names)
+    return tuple(Remote(f"{folder}/{name}", f"{url}/{name}", *sums) for name, *sums in named)
+
+
 def matching(folder: Path, pattern: str) -> list[Path]:
     """Returns the files of a pattern in their order; a file and its gzip are one file."""
     files = {str(file).removesuffix(".gz"): file for file in folder.glob(f"{pattern}.gz")}

@@ -14,29 +14,26 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
-from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, text_of
-from lightning_perl.data.download import Remote
+from lightning_perl.data.corpus import Corpus, CorpusDataModule, text_of
+from lightning_perl.data.download import published
 from lightning_perl.data.messages import transcript
 from lightning_perl.data.rows import BadRow
 
 # A revision, so that the files behind the checksums stay.
 _HUB = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
-_SPLITS: tuple[Part, ...] = ("train", "test")
 
 
 def hh_corpus(name: str, *sums: str) -> Corpus:
     """Returns a part of HH-RLHF, such as ``harmless-base``; ``sums`` are its files' SHA-256."""
-    files = [f"{name}/{split}.jsonl.gz" for split in _SPLITS]
+    files = ("train.jsonl.gz", "test.jsonl.gz")
     return Corpus(
-        home=f"Download {' and '.join(files)} of https://huggingface.co/datasets/Anthropic/hh-rlhf (MIT) and put "
-        "the folder there.",
+        home=f"Download {' and '.join(f'{name}/{file}' for file in files)} of "
+        "https://huggingface.co/datasets/Anthropic/hh-rlhf (MIT) and put the folder there.",
         layouts=tuple(
-            tuple((split, f"{folder}/{split}.jsonl") for split in _SPLITS)
+            {"train": f"{folder}/train.jsonl", "test": f"{folder}/test.jsonl"}
             for folder in (f"hh-{name}", name)
         ),
-        remotes=tuple(
-            Remote(file, f"{_HUB}/{file}", sha256) for file, sha256 in zip(files, sums, strict=True)
-        ),
+        remotes=published(f"{_HUB}/{name}", name, *map(" ".join, zip(files, sums, strict=True))),
     )
 
 
@@ -64,6 +61,7 @@ class HarmlessnessDataModule(CorpusDataModule):
         settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
+    corpus = "hh"
     corpora: ClassVar[dict[str, Corpus]] = {
         "hh": hh_corpus("harmless-base", "bf3e1ecd3db61bf2", "ebfaaed21162a4de"),
     }

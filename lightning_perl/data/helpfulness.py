@@ -12,14 +12,8 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import AtLeastOne
-from lightning_perl.data.corpus import (
-    Corpus,
-    CorpusDataModule,
-    Part,
-    own_row,
-    text_of,
-)
-from lightning_perl.data.download import Remote
+from lightning_perl.data.corpus import Corpus, CorpusDataModule, own_row, text_of
+from lightning_perl.data.download import published
 from lightning_perl.data.harmlessness import dialogs, hh_corpus
 from lightning_perl.data.messages import wrong_type
 
@@ -29,24 +23,25 @@ _SUBREDDITS = (
     "explainlikeimfive legaladvice"
 )
 _SHP_HUB = "https://huggingface.co/datasets/stanfordnlp/SHP/resolve/main"
-_SHP_SPLITS: tuple[tuple[Part, str], ...] = (
-    ("train", "train.json"),
-    ("val", "validation.json"),
-    ("test", "test.json"),
-)
 _CORPORA = {
     "hh": hh_corpus("helpful-base", "518a5bf288456fc9", "8be3fc1a13b27901"),
     "shp": Corpus(
         home="Download the subreddits' folders (each with train.json, validation.json and test.json) of "
         "https://huggingface.co/datasets/stanfordnlp/SHP and put them there.",
         layouts=tuple(
-            tuple((part, f"{folder}/*/{name}") for part, name in _SHP_SPLITS)
+            {
+                "train": f"{folder}/*/train.json",
+                "val": f"{folder}/*/validation.json",
+                "test": f"{folder}/*/test.json",
+            }
             for folder in ("shp", "SHP")
         ),
         remotes=tuple(
-            Remote(f"shp/{subreddit}/{name}", f"{_SHP_HUB}/{subreddit}/{name}")
-            for subreddit in _SUBREDDITS.split()
-            for _, name in _SHP_SPLITS
+            remote
+            for name in _SUBREDDITS.split()
+            for remote in published(
+                f"{_SHP_HUB}/{name}", f"shp/{name}", "train.json", "validation.json", "test.json"
+            )
         ),
     ),
 }

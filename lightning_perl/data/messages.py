@@ -225,8 +225,8 @@ _AGENT_TAG = re.compile(r"\s*(?:(?:### ?)?(?:Assistant|ASSISTANT|Response):|<\|a
 
 
 def without_prompt(answers: list[str], prompt: str) -> list[str] | None:
-    """Returns answers that all begin with their prompt, or with their speaker's tag, without it; else None."""
-    asked, said = prompt.strip(), [answer.strip() for answer in answers]
+    """Returns answers without the prompt or speaker that all begin with, or a mark that ends one; else None."""
+    asked, said = prompt.strip(), [_ENDS.sub("", answer).strip() for answer in answers]
     if all(words.startswith(asked) and words[len(asked) :][:1].isspace() for words in said):
         said = [words[len(asked) :].strip() for words in said]
     tags = [tag.end() for words in said if (tag := _AGENT_TAG.match(words))]

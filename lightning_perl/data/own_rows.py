@@ -47,8 +47,8 @@ _KINDS = (
 )
 _DEMONSTRATIONS = (("prompt", "response"), ("messages",))
 _PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
-_UP = "1 1.0 true yes up thumbs_up good positive desirable"
-_DOWN = "0 0.0 false no down thumbs_down bad negative undesirable"
+_UP = "1 1.0 true yes up thumbs_up good positive desirable like liked correct accepted 👍"
+_DOWN = "0 0.0 false no down thumbs_down bad negative undesirable dislike disliked incorrect rejected 👎"
 _LABELS = dict.fromkeys(_UP.split(), 1.0) | dict.fromkeys(_DOWN.split(), 0.0)
 
 
@@ -191,7 +191,9 @@ class RowReader:
         self._check_verdicts(row, named, kind)
 
     def _recognised(self, row: Mapping[str, Any], given: dict[str, Any]) -> list[dict[str, Any]]:
-        if _has(given, _KINDS) and self.dialect is None:
+        # A column that was named is not read as something else, too.
+        named = _has(given, _KINDS) or dialects.dialect_of(tuple(row)) is None
+        if self.dialect is None and named:
             rest = {key: value for key, value in row.items() if key not in self._mapped}
             return [own | given for own in dialects.flat(rest)]
         return dialects.read(row, self.dialect)
@@ -262,6 +264,11 @@ class RowReader:
                     f"verdict that is not used: the column {column!r} says how good the answer is, and would not "
                     f"be read. Name what it is in data.columns: {{label: {column}}} for thumbs, {{rating: "
                     f"{column}}} with rating_range, or {{rating: null}} to imitate every answer."
+                )
+            if column in ("image", "images", "audio", "video") and row[column]:
+                raise BadRow(
+                    f"pictures and sounds are not read, and {column!r} belongs to the question. Set on_bad_row: "
+                    "reject to leave such rows out, or return them without it from data.read_row."
                 )
             if column in ALIASES["weight"].split() and row[column] not in (None, 1, "1"):
                 raise BadRow(
@@ -350,7 +357,9 @@ class RowReader:
         rest = without_prompt(answers, prompt)
         if rest is None:
             return answers
-        self.notes["rows whose answers began with their prompt or speaker, which was cut off"] += 1
+        self.notes[
+            "rows whose answers held their prompt, speaker or end mark, which was cut off"
+        ] += 1
         return rest
 
     def _answers(self, named: dict[str, Any], where: str, source: int) -> Iterator[Row]:

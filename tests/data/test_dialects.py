@@ -80,6 +80,9 @@ PAIRS: dict[str, dict[str, Any]] = {
     "helpsteer2_preference": {
         "prompt": "Tea?", "response_1": "No.", "response_2": "Yes.", "preference_strength": 3,
     },
+    "unified_feedback": {
+        "conv_A": [*ASK, NO], "conv_B": [*ASK, YES], "conv_A_rating": 0.0, "conv_B_rating": 1.0,
+    },
     "pku_safe_rlhf": {
         "prompt": "Tea?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1,
         "safer_response_id": 0,
@@ -215,6 +218,10 @@ SPOKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "answers that begin with their speaker": (
         {"prompt": "Q", "chosen": "Assistant: Yes.", "rejected": "Assistant: No."}, ["Q"], ["Yes.", "No."],
     ),
+    "answers that end with a mark": (
+        {"prompt": "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n", "response": "Yes.<|im_end|>"},
+        ["Tea?"], ["Yes."],
+    ),
     "steps before the judged one": (
         {"prompt": "Q", "initial_reason_steps": "1. ", "chosen": "Yes.", "rejected": "No."}, ["Q"],
         ["1. Yes.", "1. No."],
@@ -267,6 +274,7 @@ def test_several_answers_become_pairs(tokenizer_dir: Path) -> None:
 TIES: list[dict[str, Any]] = [
     {**PAIRS["trl_preference"], "tie": True},
     {**PAIRS["chatbot_arena"], "winner": "tie (bothbad)"},
+    {**PAIRS["chatbot_arena"], "winner": "both_bad"},
     {**PAIRS["helpsteer2_preference"], "preference_strength": 0},
     {**PAIRS["distilabel"], "ratings": [3, 3]},
     ARENA | WON | {"winner_tie": 1},
@@ -400,6 +408,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "q", "output": ["a", "b"]},
         "response holds 2 answers. Name them in data.columns as answers",
     ),
+    "pictures": (
+        {**PAIRS["trl_preference"], "images": ["a.png"]},
+        "pictures and sounds are not read, and 'images' belongs to the question",
+    ),
     "a correction": (
         {"question": "q", "answer": "a", "correction": "b"},
         "'correction' says how good the answer is",
@@ -431,6 +443,12 @@ def test_a_column_can_be_left_out_or_lie_deeper(tokenizer_dir: Path) -> None:
     (pair,) = read([row], tokenizer_dir, columns={"prompt": None})
     assert isinstance(pair, Pair)
     assert texts(pair.chosen) == ("Yes.", ["Tea?"])
+    # A column that is mapped is not read as something else, too.
+    (row_,) = read(
+        [{"prompt": "Tea?", "label": "Yes."}], tokenizer_dir, columns={"response": "label"}
+    )
+    assert isinstance(row_, Row)
+    assert (texts(row_), row_.label) == (("Yes.", ["Tea?"]), None)
     deep = {"said": {"by": [{"q": "Tea?"}], "to": "Yes."}}
     (row_,) = read([deep], tokenizer_dir, columns={"prompt": "said.by.0.q", "response": "said.to"})
     assert isinstance(row_, Row)

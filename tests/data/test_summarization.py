@@ -184,7 +184,8 @@ def test_what_is_missing_is_fetched_or_named(build: Build, monkeypatch: pytest.M
         assert len(wanted) == number
         assert all(remote.url.startswith("https://") for remote in wanted)
         # What is fetched is what is read.
-        files = {pattern for layout in build(name).corpus_files.layouts for _, pattern in layout}
+        layouts = build(name).corpus_files.layouts
+        files = {file for layout in layouts for files in layout.values() for file in files.split()}
         assert {remote.path for remote in wanted} <= files
         with pytest.raises(FileNotFoundError, match=r"No .*\. Download .*https://"):
             build(name).read()
