@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF
-from lightning_perl.models.cache import all_preallocated
+from lightning_perl.models.lean_layers import all_preallocated
 from lightning_perl.models.trunk import REFUSALS, Trunk, nearly_equal, same_logits
 
 Step = Callable[[], None]

@@ -26,8 +26,14 @@ from lightning_perl.functional.logprobs import (
 from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters
-from lightning_perl.models.cache import cache_argument, only_states, preallocate, reach_of_layers
-from lightning_perl.models.lean_layers import AdapterSwitch, make_lean
+from lightning_perl.models.lean_layers import (
+    AdapterSwitch,
+    cache_argument,
+    make_lean,
+    only_states,
+    preallocate,
+    reach_of_layers,
+)
 from lightning_perl.models.quantization import Quantization, quantization_of
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.twin import small_twin
@@ -175,13 +181,13 @@ class Trunk(nn.Module):
             attention_mask: True on real tokens, the cached ones included. Shape: ``(B, T_total)``.
             cache: Keys and values of earlier tokens; the new tokens' are added.
         """
-        # Raises outside a role, also where there are no adapters.
-        adapter = self.switch.current
         mask: Tensor | None = attention_mask.long()
         if cache is not None and ids.shape[1] == 1 and only_states(cache):
             # Mamba would lay the whole mask over the one token. Padding has entered no state.
             mask = None
         hidden = self._read(ids, mask, position_ids(attention_mask)[:, -ids.shape[1] :], cache)
+        # Raises outside a role, also where there are no adapters.
+        adapter = self.switch.current
         self._count(ids.numel(), attention_mask.shape[1], adapter, hidden.requires_grad)
         return hidden
 
