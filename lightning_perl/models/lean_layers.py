@@ -370,10 +370,10 @@ def preallocate(cache: Cache, tokens: int) -> None:
     ]
 
 
-def _window(layer: Any) -> float:  # noqa: ANN401 (one of a dozen classes)
+def _window(layer: object) -> float:
     """How far back a layer keeps keys and values; 0 where it keeps something else."""
     if type(layer) is DynamicSlidingWindowLayer:
-        return cast(int, layer.sliding_window)
+        return layer.sliding_window
     return math.inf if type(layer) is DynamicLayer else 0
 
 
