@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -60,7 +60,13 @@ def load_trunk(
             bitsandbytes; LM head and embeddings stay in ``dtype``. The CPU quantizes. None: all in ``dtype``.
         shortcuts: Save work whose result is known or not needed. False: save none, for comparison.
     """
-    _require_known(dtype, quantization)
+    if dtype not in get_args(TrunkDtype):
+        raise ValueError(
+            f"trunk_dtype must be one of {list(get_args(TrunkDtype))}, got {dtype!r}. In float16, RL ratios "
+            "over- and underflow and adapters turn to NaN; bfloat16 takes the same memory."
+        )
+    if quantization is not None:
+        require_quantizable(quantization, dtype)
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     shapes = architecture()
     if shapes is not None:
@@ -144,18 +150,6 @@ def _end_responses(trunk: Trunk) -> None:
     if stop:
         generation = trunk.model.generation_config
         generation.eos_token_id = sorted({*trunk.stop_ids, tokenizer.convert_tokens_to_ids(stop)})
-
-
-def _require_known(dtype: str, quantization: Quantization | None) -> None:
-    if dtype == "float16":
-        raise ValueError(
-            "trunk_dtype float16 is refused: RL ratios over- and underflow in fp16 and adapters turn "
-            "to NaN within a few updates. Use bfloat16 (same memory) or float32."
-        )
-    if dtype not in ("float32", "bfloat16", "float64"):
-        raise ValueError(f"trunk_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
-    if quantization is not None:
-        require_quantizable(quantization, dtype)
 
 
 def _without_weights(
