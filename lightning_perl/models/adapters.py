@@ -37,13 +37,23 @@ ATTENTION = "attention"
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
 WEIGHTS_FILE = "adapter_model.safetensors"
-NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-"""PEFT's settings that change what an adapter computes, but not the names of its tensors."""
+NOT_PLAIN = {
+    "use_dora": "DoRA's norms of whole weights leave the fused layers nothing to fuse",
+    "init_lora_weights": "PiSSA, OLoRA and LoftQ change the trunk's weights, and with them the reference",
+    "rank_pattern": "one rank holds for all layers",
+    "alpha_pattern": "one alpha holds for all layers",
+    "alora_invocation_tokens": "an adapter holds for all tokens",
+}
+"""PEFT's settings that change what an adapter computes but no tensor's name, and why they are refused."""
+PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the trunk's weights alone."""
 
 
 @dataclass(frozen=True)
 class LoraSpec:
     """A low-rank adapter (2106.09685): ``W x + alpha / rank * B A x``.
+
+    DoRA, PiSSA, OLoRA and LoftQ are not offered (see `NOT_PLAIN`).
 
     Args:
         rank: Inner size of the adapter. Hydra-RLHF uses 128, PERL 1 to 16.
@@ -55,12 +65,20 @@ class LoraSpec:
             that PEFT has no LoRA for, or whose weights kernels read directly (the log names them).
         dropout: Dropout probability on the adapter's input, in supervised training only. RL refuses it,
             since the first ratio must be exactly 1.
+        rslora: Scale the adapter by ``alpha / sqrt(rank)`` (rsLoRA, 2312.03732), so that a high rank learns
+            as fast as a low one. PEFT's files and servers call it ``use_rslora``.
     """
 
     rank: Count = 16
     alpha: Positive = 16.0
     targets: tuple[Text, ...] = ()
     dropout: FractionBelowOne = 0.0
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What ``B A x`` is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def __post_init__(self) -> None:
         """Refuse what cannot mean anything; a list, as YAML gives it, becomes a tuple, which can be hashed."""
@@ -120,6 +138,7 @@ class Adapters:
             r=spec.rank,
             lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number will do
             lora_dropout=spec.dropout,
+            use_rslora=spec.rslora,
             target_modules=targets,
             fan_in_fan_out=self._transposed,
             **about,
@@ -240,7 +259,7 @@ class Adapters:
         start = 0
         for folder, spec in zip(folders, specs, strict=True):
             blocks = self._blocks(name, spec.targets, slice(start, start + spec.rank))
-            _read(folder, blocks, spec.alpha / spec.rank / len(folders))
+            _read(folder, blocks, spec.scale / len(folders))
             start += spec.rank
 
     def _blocks(self, name: str, targets: tuple[str, ...], ranks: slice) -> dict[str, Tensor]:
@@ -261,11 +280,15 @@ class Adapters:
                 "a run wrote, for example RUN/adapters/reward."
             )
         config = json.loads(path.read_text())
-        unknown = [key for key in NOT_PLAIN if config.get(key)]
-        if config.get("peft_type") != "LORA" or unknown:
+        settings = {key: config[key] for key in NOT_PLAIN if config.get(key)}
+        if settings.get("init_lora_weights") in PLAIN_STARTS:
+            del settings["init_lora_weights"]
+        reasons = [f"{key} is {value!r}, but {NOT_PLAIN[key]}" for key, value in settings.items()]
+        if config.get("peft_type") != "LORA":
+            reasons.append(f"peft_type is {config.get('peft_type')!r}")
+        if reasons:
             raise ValueError(
-                f"{path}: only plain LoRA adapters can be loaded, got peft_type "
-                f"{config.get('peft_type')!r} with {unknown}."
+                f"{path}: only plain LoRA adapters can be loaded: {'; '.join(reasons)}."
             )
         if isinstance(config["target_modules"], str):
             raise ValueError(
@@ -274,7 +297,9 @@ class Adapters:
             )
         # PEFT keeps the targets as a set and writes it in any order.
         targets = tuple(sorted(config["target_modules"]))
-        spec = LoraSpec(rank=config["r"], alpha=config["lora_alpha"], targets=targets)
+        spec = LoraSpec(
+            config["r"], config["lora_alpha"], targets, rslora=bool(config.get("use_rslora"))
+        )
         try:
             self._resolve(spec.targets)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The layers of a decoder block with less memory and time: adapted linear layers, norms and gated MLPs.
+"""What a decoder block computes and keeps, with less memory and time.
 
 *Linear layers.* PEFT's own forward casts the input to the adapter's fp32 and keeps that copy for backward: 15-20%
 of time and memory on a bf16 trunk. Here the products run in the input's dtype; the adapter's weights stay fp32.
@@ -7,6 +7,8 @@ of time and memory on a bf16 trunk. Here the products run in the input's dtype; 
 activation beside gate and up. With a frozen trunk nothing else needs them. Recomputing them saves a fifth to a
 quarter of a block's activations; the results are equal bit for bit.
 
+*Keys and values.* Their memory is allocated once. transformers' own cache is copied whole for each sampled token.
+
 Shapes: ``N`` tokens, ``I`` inputs, ``O`` outputs, ``r`` rank.
 """
 
@@ -14,16 +16,25 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 Elementwise = Callable[..., Tensor]
 OFF = "off"
@@ -280,3 +291,122 @@ def _is_gated_mlp(kind: type[nn.Module]) -> bool:
     code = [ast.unparse(line) for line in lines]
     product = GATED_MLP.replace("(x)", f"({function.args.args[1].arg})")
     return code in ([f"return {product}"], [f"down_proj = {product}", "return down_proj"])
+
+
+class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer's keys and values in two buffers of their final length of ``tokens`` tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tokens = tokens
+        self.length = 0
+        self._place: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers, once the shapes are known."""
+        super().lazy_initialization(key_states, value_states)
+        self._buffers = [
+            states.new_empty(*states.shape[:-2], self.tokens, states.shape[-1])
+            for states in (key_states, value_states)
+        ]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens behind the others (or where `hold` said). Returns views of all tokens."""
+        if self._place is not None:
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(-2, self._place, states)
+            return self._views()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        if self.length > self.tokens:
+            raise ValueError(f"The cache has room for {self.tokens} tokens, got {self.length}.")
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start : self.length, :] = states
+        return self._views()
+
+    def hold(self, place: Tensor, shown: int, filler: float = 0.0) -> None:
+        """From now on write each token at ``place`` and return the same views every time.
+
+        Every step then does the same work on the same memory, whatever ``place`` is: it can be recorded.
+
+        Args:
+            place: Column of the next token, advanced by the caller. Shape: ``(1,)``, int64.
+            shown: Columns of the views. Those not written yet must be masked.
+            filler: Their content: a finite number, since weight 0 times NaN is NaN.
+        """
+        for buffer in self._buffers:
+            buffer[..., self.length : shown, :] = filler
+        self._place, self.length = place, shown
+
+    def let_go(self, length: int) -> None:
+        """Grow again behind the first ``length`` tokens, which were written."""
+        self._place, self.length = None, length
+        self._views()
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Keep these rows in the same buffers; in larger ones only where there are more of them."""
+        self._buffers = [self._moved(buffer, beam_idx) for buffer in self._buffers]
+        self._views()
+
+    def _moved(self, buffer: Tensor, indices: Tensor) -> Tensor:
+        kept = buffer[: len(indices)]
+        if len(indices) > len(buffer):
+            kept = buffer.new_empty(len(indices), *buffer.shape[1:])
+        kept[..., : self.length, :] = buffer[indices, ..., : self.length, :]
+        return kept
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (buffer[..., : self.length, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+def preallocate(cache: Cache, tokens: int) -> None:
+    """Let layers of an empty cache that only grow up to ``tokens`` tokens allocate their memory at once."""
+    cache.layers = [
+        PreallocatedLayer(tokens) if _window(layer) >= tokens else layer for layer in cache.layers
+    ]
+
+
+def _window(layer: object) -> float:
+    """How far back a layer keeps keys and values; 0 where it keeps something else."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.sliding_window
+    return math.inf if type(layer) is DynamicLayer else 0
+
+
+def keep_rows(cache: Cache, rows: Tensor) -> None:
+    """Keep the rows with these numbers, in this order; a row may be named twice. Shape: ``(b,)``, int64.
+
+    transformers' own ``batch_select_indices`` ignores recurrent and convolutional states.
+    """
+    for layer in cache.layers:
+        layer.reorder_cache(cast(LongTensor, rows))
+
+
+def all_preallocated(layers: list[Any]) -> TypeGuard[list[PreallocatedLayer]]:
+    """Whether a cache has preallocated keys and values only."""
+    return all(isinstance(layer, PreallocatedLayer) for layer in layers)
+
+
+def reach_of_layers(config: PreTrainedConfig) -> float:
+    """Tokens that every layer of a decoder sees: its shortest window, or 0 where a layer keeps states.
+
+    Layers without keys and values of their own (`DummyLayer`) read those of others.
+    """
+    layers = DynamicCache(config=config).layers
+    kept = [layer for layer in layers if type(layer).__name__ != "DummyLayer"]
+    return min((_window(layer) for layer in kept), default=math.inf)
+
+
+def cache_argument(body: nn.Module) -> str:
+    """What a decoder's forward calls its cache: ``cache`` since transformers 5.24, and another name before."""
+    accepted, names = inspect.signature(body.forward).parameters, ("cache", "cache_params")
+    return next((name for name in names if name in accepted), "past_key_values")
+
+
+def only_states(cache: Cache) -> bool:
+    """Whether a cache has recurrent and convolutional states and no keys and values (Mamba)."""
+    return not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from lightning_perl.chat import ends_of_answers
 from lightning_perl.models.manifest import note_template
 from lightning_perl.models.quantization import (
     Quantization,
@@ -26,7 +27,6 @@ from lightning_perl.models.quantization import (
 )
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.models.vocabulary import end_responses, require_embedded
 from lightning_perl.models.weightless import architecture, stand_in_tokenizer
 from lightning_perl.whole import require_whole
 
@@ -60,7 +60,13 @@ def load_trunk(
             bitsandbytes; LM head and embeddings stay in ``dtype``. The CPU quantizes. None: all in ``dtype``.
         shortcuts: Save work whose result is known or not needed. False: save none, for comparison.
     """
-    _require_known(dtype, quantization)
+    if dtype not in get_args(TrunkDtype):
+        raise ValueError(
+            f"trunk_dtype must be one of {list(get_args(TrunkDtype))}, got {dtype!r}. In float16, RL ratios "
+            "over- and underflow and adapters turn to NaN; bfloat16 takes the same memory."
+        )
+    if quantization is not None:
+        require_quantizable(quantization, dtype)
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     shapes = architecture()
     if shapes is not None:
@@ -70,8 +76,8 @@ def load_trunk(
     require_whole(Path(where))
     model = _load_model(where, _load_config(source, where), quantization, options)
     trunk = Trunk(model, AutoTokenizer.from_pretrained(where), checkpointing, source, shortcuts)
-    require_embedded(trunk)
-    end_responses(trunk)
+    _require_embedded(trunk)
+    _end_responses(trunk)
     note_template(Path(where), trunk)
     return trunk
 
@@ -102,16 +108,48 @@ def without_dropout(config: PreTrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def _require_known(dtype: str, quantization: Quantization | None) -> None:
-    if dtype == "float16":
+def _require_embedded(trunk: Trunk) -> None:
+    """Refuse tokens that texts can have and the embedding has not.
+
+    A special token that no text begins or ends with and no chat template writes may lie beyond it: padding, or
+    Gemma 3's stand-in for images.
+    """
+    tokenizer, rows = trunk.tokenizer, trunk.vocabulary_size
+    written = {tokenizer.bos_token, tokenizer.eos_token}
+    template = str(tokenizer.chat_template or "")
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    lost = {
+        token: number
+        for token, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        if number >= rows and (token in written or token not in special or token in template)
+    }
+    if lost:
         raise ValueError(
-            "trunk_dtype float16 is refused: RL ratios over- and underflow in fp16 and adapters turn "
-            "to NaN within a few updates. Use bfloat16 (same memory) or float32."
+            f"trunk: the tokenizer of {trunk.source} has {len(lost)} tokens that its embedding of {rows} rows has "
+            f"not, such as {dict(list(lost.items())[:3])}. Call model.resize_token_embeddings(len(tokenizer)) and "
+            "save the model again, or save the tokenizer that belongs to it."
         )
-    if dtype not in ("float32", "bfloat16", "float64"):
-        raise ValueError(f"trunk_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
-    if quantization is not None:
-        require_quantizable(quantization, dtype)
+
+
+def _end_responses(trunk: Trunk) -> None:
+    """Let responses end where the chat template ends answers, here and in what is handed over.
+
+    Warns of a stop token that is an ordinary piece of text: every response would be cut there.
+    """
+    tokenizer, stop = trunk.tokenizer, ends_of_answers(trunk.tokenizer).stop
+    added = tokenizer.added_tokens_decoder.keys() | set(tokenizer.all_special_ids)
+    ordinary = [
+        number for number in trunk.stop_ids if number not in added and number < len(tokenizer)
+    ]
+    if ordinary:
+        rank_zero_warn(
+            f"trunk: {trunk.source} stops at {tokenizer.convert_ids_to_tokens(ordinary[:3])} (ids {ordinary[:3]}, "
+            f"{len(ordinary)} in all), which its tokenizer does not call special: responses end at such a piece "
+            "of text. If they should not, take it out of eos_token_id in generation_config.json and config.json."
+        )
+    if stop:
+        generation = trunk.model.generation_config
+        generation.eos_token_id = sorted({*trunk.stop_ids, tokenizer.convert_tokens_to_ids(stop)})
 
 
 def _without_weights(

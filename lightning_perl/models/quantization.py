@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,6 @@ NO_QUANTIZED_TUNING = (
 
 def require_quantizable(quantization: Quantization, dtype: str) -> None:
     """Refuse what bitsandbytes cannot do, and its absence, before weights are read."""
-    if quantization not in get_args(Quantization):
-        raise ValueError(
-            f"quantization must be one of {list(get_args(Quantization))} or None, got {quantization!r}."
-        )
     if dtype == "float64":
         raise ValueError(
             "quantization with trunk_dtype float64 is refused: bitsandbytes has no such products. Use "

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_perl.arguments import Checked
 from lightning_perl.functional.packing import plan_samples, saves_work
 from lightning_perl.functional.sequences import Sequences, at_last_response, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
@@ -91,7 +92,7 @@ class RoleAnswers(NamedTuple):
     reward: Tensor | None = None
 
 
-class Roles(nn.Module):
+class Roles(Checked, nn.Module):
     """Policy, value, reference and reward on as few trunks as the layout needs.
 
     Args:
@@ -129,10 +130,10 @@ class Roles(nn.Module):
     ) -> None:
         super().__init__()
         rewards = [reward] if isinstance(reward, str) else list(reward or [])
-        _require_known(layout, ensemble)
         _require_fitting_rewards(layout, rewards, learned_reward)
         _require_trainable(layout, lora, **loading)
-        self.checkpointed = _checkpointed(checkpointing)
+        named = checkpointing if isinstance(checkpointing, Sequence) else get_args(TrainedRole)
+        self.checkpointed = frozenset(named if checkpointing else ())
         self.layout: Layout = layout
         self.ensemble: RewardEnsemble = ensemble
         # Heads before trunks: a missing one is found before gigabytes are read.
@@ -374,27 +375,6 @@ def _seats(layout: Layout, judges: tuple[str, ...], critic: bool) -> dict[str, S
         del seats["value"]
     trunks = sorted({seat.trunk for seat in seats.values()})
     return {name: Seat(trunks.index(seat.trunk), seat.adapter) for name, seat in seats.items()}
-
-
-def _checkpointed(checkpointing: bool | Sequence[TrainedRole]) -> frozenset[str]:
-    """Roles whose training passes are computed again in backward."""
-    trained = get_args(TrainedRole)
-    if isinstance(checkpointing, bool):
-        return frozenset(trained if checkpointing else ())
-    named = [checkpointing] if isinstance(checkpointing, str) else list(checkpointing)
-    unknown = [name for name in named if name not in trained]
-    if unknown:
-        raise ValueError(
-            f"checkpointing: {unknown} are no trained roles. Give true, false, or some of {list(trained)}."
-        )
-    return frozenset(named)
-
-
-def _require_known(layout: Layout, ensemble: RewardEnsemble) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
-    if ensemble not in REDUCTIONS:
-        raise ValueError(f"reward_ensemble must be one of {list(REDUCTIONS)}, got {ensemble!r}.")
 
 
 def _require_trainable(

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +26,25 @@ from lightning_perl.functional.logprobs import (
 from lightning_perl.functional.packing import Packing, attention_bias, pack, plan, unpack
 from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters
-from lightning_perl.models.cache import cache_argument, only_states, preallocate, reach_of_layers
-from lightning_perl.models.lean_layers import AdapterSwitch, make_lean
+from lightning_perl.models.lean_layers import (
+    AdapterSwitch,
+    cache_argument,
+    make_lean,
+    only_states,
+    preallocate,
+    reach_of_layers,
+)
 from lightning_perl.models.quantization import Quantization, quantization_of
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.twin import small_twin
 
 LOGITS_AT_ONCE = 2**24
 """Largest number of logits (positions times vocabulary) that exist at a time: 64 MiB in fp32."""
-T = TypeVar("T")
 LINEAR = (nn.Linear, Conv1D)
 DENSE_ATTENTION = {"eager", "sdpa"}
 """Attention kernels that take a 4-D mask. Flash attention would end the process on a GPU, flex attention crash."""
 REFUSALS = (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError)
-"""What families raise for a mask that they cannot use."""
+"""What families raise for a mask or a cache that they cannot use."""
 TRIED = 32
 """Most tokens of the rows that packing is tried on."""
 ROUNDING = 1e-4
@@ -128,12 +133,9 @@ class Trunk(nn.Module):
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a response: the tokenizer's EOS and those of the generation config."""
-        generation = self.model.generation_config
-        also: int | list[int] | None = getattr(generation, "eos_token_id", None)
-        ids: set[int] = set()
-        for value in (self.tokenizer.eos_token_id, also):
-            ids.update(value if isinstance(value, list) else [value] if value is not None else [])
-        return tuple(sorted(ids))
+        also: int | list[int] | None = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = [self.tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])]
+        return tuple(sorted({number for number in ids if number is not None}))
 
     @property
     def pad_id(self) -> int:
@@ -146,13 +148,6 @@ class Trunk(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the trunk's own weights."""
         return self.lm_head.weight.dtype
-
-    @property
-    def rounding(self) -> float:
-        """Relative rounding error of matrix products; in float32 that of TF32 where it is allowed."""
-        if self.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-            return 2.0**-10
-        return torch.finfo(self.dtype).eps
 
     @property
     def quantization(self) -> Quantization | None:
@@ -175,13 +170,13 @@ class Trunk(nn.Module):
             attention_mask: True on real tokens, the cached ones included. Shape: ``(B, T_total)``.
             cache: Keys and values of earlier tokens; the new tokens' are added.
         """
-        # Raises outside a role, also where there are no adapters.
-        adapter = self.switch.current
         mask: Tensor | None = attention_mask.long()
         if cache is not None and ids.shape[1] == 1 and only_states(cache):
             # Mamba would lay the whole mask over the one token. Padding has entered no state.
             mask = None
         hidden = self._read(ids, mask, position_ids(attention_mask)[:, -ids.shape[1] :], cache)
+        # Raises outside a role, also where there are no adapters.
+        adapter = self.switch.current
         self._count(ids.numel(), attention_mask.shape[1], adapter, hidden.requires_grad)
         return hidden
 
@@ -281,30 +276,36 @@ class Trunk(nn.Module):
         if not dense or self.model._is_stateful:
             return 0
         reach = reach_of_layers(self.model.config)
-        return reach if reach and (self.weightless or self._twin_can["mask"]) else 0
+        return reach if reach and (self.weightless or self._twin_can["pack"]) else 0
 
     @cached_property
     def _twin_can(self) -> dict[str, bool]:
-        """Whether the family can read packed rows, and rows token by token with a cache."""
-        return self.on_twin(
-            lambda twin: {"mask": twin._packs_rightly(), "cache": twin._caches_rightly()}
-        )
+        """Whether the family reads packed rows, and rows token by token with a cache."""
+        trials = {"pack": Trunk._packs_rightly, "cache": Trunk._caches_rightly}
+        return dict(zip(trials, self.on_twin(*trials.values()), strict=True))
 
-    def on_twin(self, trial: Callable[[Trunk], T]) -> T:
-        """What a trial of the family's abilities gives in float32: no rounding of bfloat16 hides what is wrong.
+    def on_twin(self, *trials: Callable[[Trunk], bool]) -> list[bool]:
+        """Whether trials of the family's abilities succeed in float32, where no rounding hides what is wrong.
 
         On a `small_twin`, or where the family allows none on a copy of the trunk itself.
         """
+        small = small_twin(self.model)
+        if small is None:
+            twin = copy.deepcopy(self).to("cpu", torch.float32)
+        else:
+            twin = Trunk(small, self.tokenizer, shortcuts=self.shortcuts)
+
+        def succeeds(trial: Callable[[Trunk], bool]) -> bool:
+            try:
+                return trial(twin)
+            except REFUSALS:
+                return False
+
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
-            small = small_twin(self.model)
-            if small is None:
-                twin = copy.deepcopy(self).to("cpu", torch.float32)
-            else:
-                twin = Trunk(small, self.tokenizer, shortcuts=self.shortcuts)
             with torch.no_grad(), twin.switch.use(OFF):
-                return trial(twin)
+                return [succeeds(trial) for trial in trials]
         finally:
             torch.set_float32_matmul_precision(before)
 
@@ -315,11 +316,7 @@ class Trunk(nn.Module):
         ids = torch.randint(self.vocabulary_size, (2, tokens), generator=generator)
         ids[1, : tokens // 2] = ids[0, : tokens // 2]
         mask = torch.ones_like(ids, dtype=torch.bool)
-        try:
-            packed = self._packed(ids, mask, plan([ids.tolist()]))
-        except REFUSALS:
-            return False
-        return nearly_equal(packed, self(ids, mask))
+        return nearly_equal(self._packed(ids, mask, plan([ids.tolist()])), self(ids, mask))
 
     def fingerprint(self) -> str:
         """A hash of some of the trunk's own weights: the same in every dtype, another one if quantized."""
@@ -467,20 +464,6 @@ class Trunk(nn.Module):
 def nearly_equal(states: Tensor, expected: Tensor) -> bool:
     """Whether states in float32 are equal but for the rounding of other kernels."""
     return bool((states - expected).norm() <= ROUNDING * expected.norm())
-
-
-def same_logits(logits: Tensor, expected: Tensor, rounding: float) -> bool:
-    """Whether logits are equal up to ``rounding ** 0.75``, relative to their spread. Shape: ``(..., V)`` each.
-
-    A constant added to all logits of a position changes no distribution, and may be so large that it hides
-    what does (GPT-2's are near -100): it is subtracted, and only its own rounding is allowed for.
-    """
-    logits, expected = logits.double(), expected.double()
-    spread = expected - expected.mean(-1, keepdim=True)
-    difference = logits - expected
-    difference = difference - difference.mean(-1, keepdim=True)
-    allowed = rounding**0.75 * spread.norm() + rounding / 2 * expected.norm()
-    return bool(difference.norm() <= allowed)
 
 
 class LogitTransform:

@@ -316,7 +316,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         for adapters in (trunk.adapters for trunk in self._trunks):
             for name, spec in adapters.specs.items():
                 targets = ", ".join(spec.targets) or "all linear layers"
-                shape = f"rank {spec.rank}, alpha {spec.alpha:g}, {targets}"
+                scale = f"alpha {spec.alpha:g}{' (rsLoRA)' if spec.rslora else ''}"
+                shape = f"rank {spec.rank}, {scale}, {targets}"
                 trained = adapters.parameters(name)[0].requires_grad
                 weights = "" if trained else f", weights {adapters.fingerprint(name)}"
                 about[f"LoRA {name!r}"] = shape + weights

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import until_stop
-from lightning_perl.models.cache import keep_rows
+from lightning_perl.models.lean_layers import keep_rows
 from lightning_perl.models.recording import GrowingRows, Recorder, Step, recorder_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.rollouts.rollout import Rollout

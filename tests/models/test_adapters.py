@@ -404,11 +404,14 @@ Spoil = Callable[[dict[str, Any], dict[str, Tensor]], object]
     ("spoil", "message"),
     [
         (lambda config, _: config.update(peft_type="IA3"), "only plain LoRA.*'IA3'"),
-        (lambda config, _: config.update(use_dora=True), r"only plain LoRA.*\['use_dora'\]"),
-        (lambda config, _: config.update(use_rslora=True), r"only plain LoRA.*\['use_rslora'\]"),
+        (lambda config, _: config.update(use_dora=True), "only plain LoRA.*use_dora is .*norms"),
+        (
+            lambda config, _: config.update(init_lora_weights="pissa_niter_4"),
+            "init_lora_weights is 'pissa_niter_4', but PiSSA.* change the trunk's weights",
+        ),
         (
             lambda config, _: config.update(alpha_pattern={"q_proj": 3}),
-            r"only plain LoRA.*\['alpha_pattern'\]",
+            "alpha_pattern is {'q_proj': 3}, but one alpha",
         ),
         (lambda config, _: config.update(target_modules=".*q_proj"), r"pattern '\.\*q_proj'"),
         (lambda _, tensors: tensors.popitem(), "does not fit this trunk: 1 tensors missing"),

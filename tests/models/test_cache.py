@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from lightning_perl.models.cache import PreallocatedLayer, keep_rows, preallocate
+from lightning_perl.models.lean_layers import PreallocatedLayer, keep_rows, preallocate
 
 HEADS, SIZE, ROOM = 2, 3, 7
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 6, "num_attention_heads": 2}

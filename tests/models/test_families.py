@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,8 @@ def test_plain_peft_and_a_fresh_trunk_load_a_saved_adapter(
     tiny_trunk: TinyTrunk, family: str, tmp_path: Path
 ) -> None:
     folder, sequences = tiny_trunk(family), padded()
-    roles = build(folder)
+    spec = replace(SPEC, rslora=family == "qwen3")
+    roles = build(folder, lora=spec)
     trunk = roles.trunk("policy")
     for adapter, role in (("actor", "policy"), ("critic", "value")):
         trunk.adapters.save(adapter, tmp_path / adapter, str(folder))
@@ -231,6 +233,7 @@ def test_plain_peft_and_a_fresh_trunk_load_a_saved_adapter(
         assert_close(own_logits(peft, sequences), ours, atol=rounding, rtol=rounding)
         again = load_trunk(str(folder))
         again.adapters.load("again", tmp_path / adapter)
+        assert again.adapters.specs["again"].scale == spec.scale
         with again.switch.use("again"):
             assert torch.equal(our_logits(again, sequences), ours)
         with roles("reference"):

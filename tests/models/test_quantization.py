@@ -25,6 +25,7 @@ from lightning_perl.models.quantization import Quantization, dense, quantization
 from lightning_perl.models.roles import Layout, Role, Roles
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import weightless
+from lightning_perl.modules import SFT
 from tests.conftest import TinyTrunk
 from tests.models.rows import (
     ROLES,
@@ -312,7 +313,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_read(
 ) -> None:
     nowhere = str(tmp_path)
     with pytest.raises(ValueError, match=r"one of \['nf4', 'int8'\] or None, got 'int4'"):
-        load_trunk(nowhere, quantization="int4")  # type: ignore[arg-type]
+        SFT(nowhere, quantization="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="float64 is refused: bitsandbytes"):
         load_trunk(nowhere, "float64", quantization="nf4")
     with pytest.raises(ValueError, match="tuned whole cannot be quantized"):

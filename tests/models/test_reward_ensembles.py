@@ -19,7 +19,7 @@ from tests.models.rows import ROLES, SPEC, backward, gradients, loss, padded, wr
 # Ranks, scales and layers differ, as those of adapters from different runs may.
 SHAPES = (
     LoraSpec(2, 1.0, ("q_proj", "v_proj")),
-    LoraSpec(4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj")),
+    LoraSpec(4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj"), rslora=True),
     LoraSpec(1, 3.0, ("v_proj", "down_proj")),
 )
 
@@ -86,7 +86,7 @@ def deltas(roles: Roles, name: str) -> dict[str, Tensor]:
     tensors, spec = adapters.tensors(name), adapters.specs[name]
     return {
         key.removesuffix(".lora_A.weight"): spec.alpha
-        / spec.rank
+        / spec.rank ** (0.5 if spec.rslora else 1.0)
         * tensors[key.replace("lora_A", "lora_B")].detach()
         @ down.detach()
         for key, down in tensors.items()

@@ -315,7 +315,7 @@ def test_a_reward_trunk_answers_value_and_reward(tiny_trunk: TinyTrunk, layout: 
         (
             "perl",
             {"ensemble": "median"},
-            r"reward_ensemble must be one of \['mean', .* got 'median'",
+            r"ensemble must be one of \['mean', .* got 'median'",
         ),
         (
             "full",

@@ -23,15 +23,9 @@ from tests.models.rows import SPEC, backward, padded
 DROPPING = ("llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "message"),
-    [
-        ("float16", "float16 is refused: .*Use bfloat16"),
-        ("bf16", "must be float32, bfloat16 or float64, got 'bf16'"),
-    ],
-)
-def test_other_dtypes_are_refused(tiny_trunk: TinyTrunk, dtype: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("dtype", ["float16", "bf16"])
+def test_other_dtypes_are_refused(tiny_trunk: TinyTrunk, dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{dtype}'. In float16, RL.*bfloat16 takes the same"):
         load_trunk(str(tiny_trunk()), dtype)  # type: ignore[arg-type]
 
 
