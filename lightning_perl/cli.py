@@ -89,13 +89,9 @@ def config_source(given: str) -> str:
 
 
 def usage_of(command: str) -> dict[str, Any]:
-    """Settings of a command's parser."""
-    return {
-        # A usage line per trainer argument would push the error itself off the screen.
-        "usage": f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]... (all: --help)",
-        # A key that is almost right is an error, not a guess.
-        "allow_abbrev": False,
-    }
+    """Settings of a command's parser; a key that is almost right is an error, not a guess."""
+    usage = f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]..."
+    return {"usage": usage, "allow_abbrev": False}
 
 
 class ConfigFile(ActionConfigFile):

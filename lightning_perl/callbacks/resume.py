@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,17 +21,6 @@ GIVEN = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps")
 """Settings of a parameter group that are taken as they are given now."""
 PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 """What ReduceLROnPlateau has seen; the rest of its state are settings."""
-
-
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """A datamodule that tells its training rows from others.
-
-    Attributes:
-        trained_rows: ``rows``, a digest of them, and ``sources``, the names of their files, for people.
-    """
-
-    trained_rows: dict[str, str]
 
 
 class Resume(Callback):
@@ -107,18 +96,14 @@ class Resume(Callback):
         before = [group["lr"] for group in groups]
         for group, given in zip(groups, self._groups, strict=True):
             # A checkpoint from elsewhere may not say which rate was asked for.
-            asked = group.get("initial_lr", group["lr"])
-            same = given["initial_lr"] == asked
-            scaled = group["lr"] if same else group["lr"] * given["initial_lr"] / asked
-            group.update(given | {"lr": scaled})
+            ratio = given["initial_lr"] / group.get("initial_lr", group["lr"])
+            group.update(given | {"lr": group["lr"] * ratio})
         for config, given in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
             _go_by(given, config.scheduler, self._groups)
         now = [group["lr"] for group in groups]
         if now != before:
             changed = ", ".join(f"{b:g} -> {n:g}" for b, n in zip(before, now, strict=True))
-            rank_zero_info(
-                f"learning rates, the checkpoint's -> by the settings given now: {changed}"
-            )
+            rank_zero_info(f"learning rates, the checkpoint's -> by today's settings: {changed}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save where the steps of this batch passed a multiple of ``every_n_train_steps``."""
@@ -142,7 +127,9 @@ def changes(now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, 
     Raises:
         ValueError: One of `FIXED` differs.
     """
-    stored = {"class": checkpoint.get("class"), **checkpoint.get("hyper_parameters", {})}
+    stored = dict(checkpoint.get("hyper_parameters", {}))
+    if "class" in checkpoint:
+        stored["class"] = checkpoint["class"]
     flat_before, flat_now = dict(_flat(stored)), dict(_flat(now))
     shared = sorted(flat_before.keys() & flat_now.keys())
     changed = {k: (flat_before[k], flat_now[k]) for k in shared if flat_before[k] != flat_now[k]}
@@ -158,7 +145,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         if isinstance(plain, Mapping):
             yield from _flat(plain, f"{prefix}{key}.")
-        elif plain is not None:
+        else:
             # A reward or another object of a class is compared by its arguments.
             name = f"{prefix}{key}".replace("init_args.", "")
             yield name, list(plain) if isinstance(plain, tuple) else plain
@@ -174,6 +161,8 @@ def _go_by(
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.load_state_dict(given | {key: state[key] for key in PROGRESS})
         return
+    if "last_epoch" not in state:  # ChainedScheduler does not count
+        return
     scheduler.load_state_dict(given)
     for group, own in zip(scheduler.optimizer.param_groups, groups, strict=True):
         group.update(own)
@@ -184,8 +173,8 @@ def _go_by(
 
 
 def _trained_rows(trainer: Trainer) -> dict[str, str] | None:
-    data = trainer.datamodule  # type: ignore[attr-defined]  # set by `fit`, undeclared
-    return data.trained_rows if isinstance(data, Fingerprinted) else None
+    """A digest of the training rows and the names of their sources, from a datamodule that knows them."""
+    return getattr(trainer.datamodule, "trained_rows", None)  # type: ignore[attr-defined]
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
