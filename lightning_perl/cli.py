@@ -188,7 +188,8 @@ class PerlCLI(LightningCLI):
         stored = read(Path(path))
         if resumed:  # what `Resume` would refuse once the trunk is loaded and the data read
             model = given.model.as_dict()
-            changes({"class": model["class_path"].split(".")[-1], **model["init_args"]}, stored)
+            now = {"class": model["class_path"].split(".")[-1], **model["init_args"]}
+            changes(now, stored, path)
 
     @staticmethod
     def _continue_in(logger: Any, run: str) -> None:  # noqa: ANN401 (a Namespace, a list or none)

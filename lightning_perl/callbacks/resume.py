@@ -63,12 +63,12 @@ class Resume(Callback):
         if trainer.state.fn != "fit":
             return
         now = {"class": type(pl_module).__name__, **pl_module.hparams}
-        for key, (before, given) in changes(now, checkpoint).items():
+        for key, (before, given) in changes(now, checkpoint, trainer.ckpt_path).items():
             rank_zero_info(f"goes on with {key} {given}; it was {before}")
         here, there = _trained_rows(trainer), checkpoint.get("data")
         if here and there and here["rows"] != there["rows"]:
             raise ValueError(
-                f"The checkpoint was trained on other rows: data is {here['rows']} of {here['sources']}, there "
+                f"{trainer.ckpt_path} was trained on other rows: data is {here['rows']} of {here['sources']}, there "
                 f"{there['rows']} of {there['sources']}. Give the same data (files may have moved), or begin a "
                 "run of its own on the trunk or adapter that was handed over."
             )
@@ -117,12 +117,15 @@ class Resume(Callback):
                     callback._save_last_checkpoint(trainer, candidates)
 
 
-def changes(now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes(
+    now: Mapping[str, Any], checkpoint: Mapping[str, Any], path: object
+) -> dict[str, tuple[Any, Any]]:
     """Settings that differ: key, the checkpoint's value, the one given now. Unknown keys are passed over.
 
     Args:
         now: ``class``, the module's name, and its arguments.
         checkpoint: One that a run goes on from.
+        path: Where it lies, for the message.
 
     Raises:
         ValueError: One of `FIXED` differs.
@@ -136,7 +139,10 @@ def changes(now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, 
     fixed = [key for key in changed if key.split(".")[0] in FIXED]
     if fixed:
         wrong = ", ".join(f"{key} is {changed[key][1]}, there {changed[key][0]}" for key in fixed)
-        raise ValueError(f"The checkpoint has other settings, which cannot change: {wrong}")
+        raise ValueError(
+            f"{path} has other settings, which cannot change: {wrong}. Give them as they were, or leave ckpt_path "
+            "out to begin."
+        )
     return changed
 
 
