@@ -68,8 +68,8 @@ class Resume(Callback):
         here, there = _trained_rows(trainer), checkpoint.get("data")
         if here and there and here["rows"] != there["rows"]:
             raise ValueError(
-                f"{trainer.ckpt_path} was trained on other rows: data is {here['rows']} of {here['sources']}, there "
-                f"{there['rows']} of {there['sources']}. Give the same data (files may have moved), or begin a "
+                f"{trainer.ckpt_path} was trained on other rows: data is {here['rows']} of {here['sources']}, "
+                f"there {there['rows']} of {there['sources']}. Give the same data (files may have moved), or begin a "
                 "run of its own on the trunk or adapter that was handed over."
             )
         states = checkpoint.get("callbacks", {})
