@@ -69,8 +69,8 @@ class Resume(Callback):
         if here and there and here["rows"] != there["rows"]:
             raise ValueError(
                 f"{trainer.ckpt_path} was trained on other rows: data is {here['rows']} of {here['sources']}, "
-                f"there {there['rows']} of {there['sources']}. Give the same data (files may have moved), or begin a "
-                "run of its own on the trunk or adapter that was handed over."
+                f"there {there['rows']} of {there['sources']}. Give the same data (files may have moved), or "
+                "begin a run of its own on the trunk or adapter that was handed over."
             )
         states = checkpoint.get("callbacks", {})
         for callback in model_checkpoints(trainer):
