@@ -104,12 +104,8 @@ class ConfigFile(ActionConfigFile):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Read the file; a missing one ends the program with its name."""
-        try:
-            source = config_source(str(values))
-        except FileNotFoundError as error:
-            raise argparse.ArgumentError(self, str(error)) from error
-        super().__call__(parser, namespace, source, option_string)  # type: ignore[no-untyped-call]
+        """Read the file."""
+        super().__call__(parser, namespace, config_source(str(values)), option_string)  # type: ignore[no-untyped-call]
 
 
 class SaveRunConfig(SaveConfigCallback):
