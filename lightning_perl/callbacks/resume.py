@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_perl.callbacks.handover import model_checkpoints
 
-FIXED = ("class", "layout", "lora", "seed", "samples")
-"""What a run may not change on its way: shapes, and what its random numbers depend on."""
+FIXED = ("class", "layout", "lora", "loraplus_lr_ratio", "seed", "samples")
+"""What a run may not change on its way: shapes, the optimizer's groups, and what its random numbers depend on."""
 GIVEN = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps")
 """Settings of a parameter group that are taken as they are given now."""
 PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
@@ -26,10 +26,10 @@ PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_l
 class Resume(Callback):
     """Mends what Lightning forgets or keeps too faithfully when a run goes on.
 
-    A checkpoint of another class, layout, LoRA shape, seed or number of samples, or of other training rows, is
-    refused; other settings are those given now, and the log names them. Learning rates and weight decay are those
-    that a run with today's optimizer and scheduler would have reached. The best checkpoint of earlier parts stays
-    the best. A run that was stopped inside an epoch (by max_episodes or max_time) goes on inside it.
+    A checkpoint that differs in one of `FIXED`, or was trained on other rows, is refused; other settings are those
+    given now, and the log names them. Learning rates and weight decay are those that a run with today's optimizer
+    and scheduler would have reached. The best checkpoint of earlier parts stays the best. A run that was stopped
+    inside an epoch (by max_episodes or max_time) goes on inside it.
     every_n_train_steps also saves where a batch makes several steps and passes the number instead of meeting it.
     """
 
