@@ -38,7 +38,6 @@ from lightning_perl.commands.estimate import (
     comparisons,
     estimate,
     highest,
-    largest_sizes,
     parse_bytes,
 )
 from lightning_perl.commands.ledger import KINDS
@@ -241,7 +240,12 @@ def fits(model: str, budgets: Sequence[str]) -> list[str]:
 
 
 def _largest(one: OnPolicyRehearsal | SupervisedRehearsal, budgets: Sequence[int]) -> list[str]:
-    return [" / ".join(map(str, largest_sizes(one, budget).values())) for budget in budgets]
+    cells = []
+    for budget in budgets:
+        found = None if one.ledger.total > budget else estimate(one, budget)
+        sizes = (found.micro_batch_size, found.rollout_rows) if found else (0,)
+        cells.append(" / ".join(str(size) for size in sizes if size is not None))
+    return cells
 
 
 def small_runs(

@@ -89,13 +89,9 @@ def config_source(given: str) -> str:
 
 
 def usage_of(command: str) -> dict[str, Any]:
-    """Settings of a command's parser."""
-    return {
-        # A usage line per trainer argument would push the error itself off the screen.
-        "usage": f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]... (all: --help)",
-        # A key that is almost right is an error, not a guess.
-        "allow_abbrev": False,
-    }
+    """Settings of a command's parser; a key that is almost right is an error, not a guess."""
+    usage = f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]..."
+    return {"usage": usage, "allow_abbrev": False}
 
 
 class ConfigFile(ActionConfigFile):
@@ -108,12 +104,8 @@ class ConfigFile(ActionConfigFile):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Read the file; a missing one ends the program with its name."""
-        try:
-            source = config_source(str(values))
-        except FileNotFoundError as error:
-            raise argparse.ArgumentError(self, str(error)) from error
-        super().__call__(parser, namespace, source, option_string)  # type: ignore[no-untyped-call]
+        """Read the file."""
+        super().__call__(parser, namespace, config_source(str(values)), option_string)  # type: ignore[no-untyped-call]
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -192,7 +184,8 @@ class PerlCLI(LightningCLI):
         stored = read(Path(path))
         if resumed:  # what `Resume` would refuse once the trunk is loaded and the data read
             model = given.model.as_dict()
-            changes({"class": model["class_path"].split(".")[-1], **model["init_args"]}, stored)
+            now = {"class": model["class_path"].split(".")[-1], **model["init_args"]}
+            changes(now, stored, path)
 
     @staticmethod
     def _continue_in(logger: Any, run: str) -> None:  # noqa: ANN401 (a Namespace, a list or none)

@@ -22,20 +22,16 @@ MANIFEST_FILE = "manifest.json"
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint file, or None: ``torch.load`` does not look at its checksums."""
     try:
-        found = checkpoint.stat()
-    except OSError as error:
+        return _broken_part(checkpoint, checkpoint.stat().st_mtime_ns)
+    except (BadZipFile, OSError, EOFError) as error:
         return str(error)
-    return _damage(checkpoint, found.st_mtime_ns, found.st_size)
 
 
 @cache
-def _damage(checkpoint: Path, *_version: int) -> str | None:
-    """Read the checksums of a file as it stands, once."""
-    try:
-        with ZipFile(checkpoint) as parts:
-            broken = parts.testzip()
-    except (BadZipFile, OSError, EOFError) as error:
-        return str(error)
+def _broken_part(checkpoint: Path, _changed_at: int) -> str | None:
+    """Read all checksums, once as long as the file stays as it is."""
+    with ZipFile(checkpoint) as parts:
+        broken = parts.testzip()
     return broken and f"the checksum of {broken} differs"
 
 

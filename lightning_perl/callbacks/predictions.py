@@ -5,21 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_perl.callbacks.run_folder import run_folder
-
-
-@runtime_checkable
-class Located(Protocol):
-    """A datamodule that knows where its test rows were read."""
-
-    def where(self, row: int) -> str:
-        """File and line of a test row, by its number."""
 
 
 class PredictionWriter(Callback):
@@ -47,13 +39,13 @@ class PredictionWriter(Callback):
         """Append a batch's rows."""
         if not isinstance(outputs, Mapping) or not trainer.is_global_zero:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        where = getattr(trainer.datamodule, "where", None)  # type: ignore[attr-defined]
         columns = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in outputs.items()}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a" if self._rows else "w", encoding="utf-8") as file:
             for row in rows:
-                place = {"where": data.where(row["row"])} if isinstance(data, Located) else {}
+                place = {"where": where(row["row"])} if where else {}
                 file.write(json.dumps(place | row, ensure_ascii=False) + "\n")
         self._rows += len(rows)
 

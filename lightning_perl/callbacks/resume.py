@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,32 +15,21 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_perl.callbacks.handover import model_checkpoints
 
-FIXED = ("class", "layout", "lora", "seed", "samples")
-"""What a run may not change on its way: shapes, and what its random numbers depend on."""
+FIXED = ("class", "layout", "lora", "loraplus_lr_ratio", "seed", "samples")
+"""What a run may not change on its way: shapes, the optimizer's groups, and what its random numbers depend on."""
 GIVEN = ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps")
 """Settings of a parameter group that are taken as they are given now."""
 PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 """What ReduceLROnPlateau has seen; the rest of its state are settings."""
 
 
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """A datamodule that tells its training rows from others.
-
-    Attributes:
-        trained_rows: ``rows``, a digest of them, and ``sources``, the names of their files, for people.
-    """
-
-    trained_rows: dict[str, str]
-
-
 class Resume(Callback):
     """Mends what Lightning forgets or keeps too faithfully when a run goes on.
 
-    A checkpoint of another class, layout, LoRA shape, seed or number of samples, or of other training rows, is
-    refused; other settings are those given now, and the log names them. Learning rates and weight decay are those
-    that a run with today's optimizer and scheduler would have reached. The best checkpoint of earlier parts stays
-    the best. A run that was stopped inside an epoch (by max_episodes or max_time) goes on inside it.
+    A checkpoint that differs in one of `FIXED`, or was trained on other rows, is refused; other settings are those
+    given now, and the log names them. Learning rates and weight decay are those that a run with today's optimizer
+    and scheduler would have reached. The best checkpoint of earlier parts stays the best. A run that was stopped
+    inside an epoch (by max_episodes or max_time) goes on inside it.
     every_n_train_steps also saves where a batch makes several steps and passes the number instead of meeting it.
     """
 
@@ -74,14 +63,14 @@ class Resume(Callback):
         if trainer.state.fn != "fit":
             return
         now = {"class": type(pl_module).__name__, **pl_module.hparams}
-        for key, (before, given) in changes(now, checkpoint).items():
+        for key, (before, given) in changes(now, checkpoint, trainer.ckpt_path).items():
             rank_zero_info(f"goes on with {key} {given}; it was {before}")
         here, there = _trained_rows(trainer), checkpoint.get("data")
         if here and there and here["rows"] != there["rows"]:
             raise ValueError(
-                f"The checkpoint was trained on other rows: data is {here['rows']} of {here['sources']}, there "
-                f"{there['rows']} of {there['sources']}. Give the same data (files may have moved), or begin a "
-                "run of its own on the trunk or adapter that was handed over."
+                f"{trainer.ckpt_path} was trained on other rows: data is {here['rows']} of {here['sources']}, "
+                f"there {there['rows']} of {there['sources']}. Give the same data (files may have moved), or "
+                "begin a run of its own on the trunk or adapter that was handed over."
             )
         states = checkpoint.get("callbacks", {})
         for callback in model_checkpoints(trainer):
@@ -107,18 +96,14 @@ class Resume(Callback):
         before = [group["lr"] for group in groups]
         for group, given in zip(groups, self._groups, strict=True):
             # A checkpoint from elsewhere may not say which rate was asked for.
-            asked = group.get("initial_lr", group["lr"])
-            same = given["initial_lr"] == asked
-            scaled = group["lr"] if same else group["lr"] * given["initial_lr"] / asked
-            group.update(given | {"lr": scaled})
+            ratio = given["initial_lr"] / group.get("initial_lr", group["lr"])
+            group.update(given | {"lr": group["lr"] * ratio})
         for config, given in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
             _go_by(given, config.scheduler, self._groups)
         now = [group["lr"] for group in groups]
         if now != before:
             changed = ", ".join(f"{b:g} -> {n:g}" for b, n in zip(before, now, strict=True))
-            rank_zero_info(
-                f"learning rates, the checkpoint's -> by the settings given now: {changed}"
-            )
+            rank_zero_info(f"learning rates, the checkpoint's -> by today's settings: {changed}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save where the steps of this batch passed a multiple of ``every_n_train_steps``."""
@@ -132,24 +117,32 @@ class Resume(Callback):
                     callback._save_last_checkpoint(trainer, candidates)
 
 
-def changes(now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes(
+    now: Mapping[str, Any], checkpoint: Mapping[str, Any], path: object
+) -> dict[str, tuple[Any, Any]]:
     """Settings that differ: key, the checkpoint's value, the one given now. Unknown keys are passed over.
 
     Args:
         now: ``class``, the module's name, and its arguments.
         checkpoint: One that a run goes on from.
+        path: Where it lies, for the message.
 
     Raises:
         ValueError: One of `FIXED` differs.
     """
-    stored = {"class": checkpoint.get("class"), **checkpoint.get("hyper_parameters", {})}
+    stored = dict(checkpoint.get("hyper_parameters", {}))
+    if "class" in checkpoint:
+        stored["class"] = checkpoint["class"]
     flat_before, flat_now = dict(_flat(stored)), dict(_flat(now))
     shared = sorted(flat_before.keys() & flat_now.keys())
     changed = {k: (flat_before[k], flat_now[k]) for k in shared if flat_before[k] != flat_now[k]}
     fixed = [key for key in changed if key.split(".")[0] in FIXED]
     if fixed:
         wrong = ", ".join(f"{key} is {changed[key][1]}, there {changed[key][0]}" for key in fixed)
-        raise ValueError(f"The checkpoint has other settings, which cannot change: {wrong}")
+        raise ValueError(
+            f"{path} has other settings, which cannot change: {wrong}. Give them as they were, or leave ckpt_path "
+            "out to begin."
+        )
     return changed
 
 
@@ -158,7 +151,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         if isinstance(plain, Mapping):
             yield from _flat(plain, f"{prefix}{key}.")
-        elif plain is not None:
+        else:
             # A reward or another object of a class is compared by its arguments.
             name = f"{prefix}{key}".replace("init_args.", "")
             yield name, list(plain) if isinstance(plain, tuple) else plain
@@ -174,6 +167,8 @@ def _go_by(
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.load_state_dict(given | {key: state[key] for key in PROGRESS})
         return
+    if "last_epoch" not in state:  # ChainedScheduler does not count
+        return
     scheduler.load_state_dict(given)
     for group, own in zip(scheduler.optimizer.param_groups, groups, strict=True):
         group.update(own)
@@ -184,8 +179,8 @@ def _go_by(
 
 
 def _trained_rows(trainer: Trainer) -> dict[str, str] | None:
-    data = trainer.datamodule  # type: ignore[attr-defined]  # set by `fit`, undeclared
-    return data.trained_rows if isinstance(data, Fingerprinted) else None
+    """A digest of the training rows and the names of their sources, from a datamodule that knows them."""
+    return getattr(trainer.datamodule, "trained_rows", None)  # type: ignore[attr-defined]
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -37,13 +37,6 @@ _LINES = (
 _GOOD, _BAD, _GREY = "#1b6ca8", "#d1603d", "#777777"
 
 
-@runtime_checkable
-class Measured(Protocol):
-    """A module that keeps the measures of its last held-out rows."""
-
-    measures: RewardMeasures | None
-
-
 class RewardReport(Callback):
     """At the end of ``test``, prints the reward model's measures and draws them.
 
@@ -58,7 +51,7 @@ class RewardReport(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and draw on the first process, if anything was rated."""
-        measures = pl_module.measures if isinstance(pl_module, Measured) else None
+        measures: RewardMeasures | None = getattr(pl_module, "measures", None)
         if measures is None or not measures.values or not trainer.is_global_zero:
             return
         splits = getattr(getattr(trainer, "datamodule", None), "splits", None)

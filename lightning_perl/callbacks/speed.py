@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from time import perf_counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,19 +23,6 @@ _PHASES = {
 }
 _PRODUCTS = 4
 TERA = 1e12
-
-
-@runtime_checkable
-class CountsFlops(Protocol):
-    """A module that counts the FLOPs of its matrix products."""
-
-    @property
-    def flops(self) -> int:
-        """Model FLOPs so far, without recomputation; each backward is counted with its forward."""
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """The dtype of the matrix products."""
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -100,7 +87,7 @@ class SpeedMonitor(Checked, PhaseMeter):
 
     Tokens and episodes need a ``training_step`` that returns ``{"episodes": int, "tokens": {"rollout": int,
     "score": int, "update": int}}``, as on-policy modules do, or ``{"loss": ..., "tokens": {"step": int}}``.
-    FLOPs need a module that counts them (`CountsFlops`), as all of this package do. On CUDA the device is
+    FLOPs need a module that counts them (``flops``), as all of this package do. On CUDA the device is
     synchronized at every phase's start and end, so that a phase's kernels are timed in it.
 
     Args:
@@ -113,7 +100,8 @@ class SpeedMonitor(Checked, PhaseMeter):
         super().__init__()
         self.peak_tflops = peak_tflops
         self._peak = peak_tflops
-        self._counts: CountsFlops | None = None
+        # A module that counts the FLOPs of its matrix products, if this one does.
+        self._counts: Any = None
         self._seconds: dict[str, float] = {}
         self._flops: dict[str, int] = {}
         # The last reading: when, and at how many FLOPs.
@@ -122,7 +110,7 @@ class SpeedMonitor(Checked, PhaseMeter):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the device to wait for, and measures its peak."""
         super().on_fit_start(trainer, pl_module)
-        self._counts = pl_module if isinstance(pl_module, CountsFlops) else None
+        self._counts = pl_module if hasattr(pl_module, "flops") else None
         if self._counts is None or self.peak_tflops is not None:
             return
         device, dtype = trainer.strategy.root_device, self._counts.product_dtype

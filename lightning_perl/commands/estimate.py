@@ -300,24 +300,14 @@ def comparisons(module: AdapterModule, load: Load) -> dict[str, Comparison]:
     micro, sampling = rows, SamplingSpec(load.response_tokens)
     if isinstance(module, OnPolicy):
         micro, sampling = module.micro_batch_size, module.sampling
-    shared: dict[str, Any] = {
-        "trunk": "trunk",
-        "attention": own["attention"],
-        "shortcuts": trunk.shortcuts,
-        "optimizer": module._make_optimizer,
-    }
+    shared: dict[str, Any] = {"trunk": "trunk", "optimizer": module._make_optimizer}
+    shared |= {name: own[name] for name in ("attention", "shortcuts", "checkpointing")}
     # What is tuned whole is not quantized, and float32.
     frozen: dict[str, Any] = {name: own[name] for name in ("trunk_dtype", "quantization")}
     lora = next(iter(trunk.adapters.specs.values()), LoraSpec())
     sft = shared | {"checkpointing": bool(own["checkpointing"])}
-    ppo = shared | {
-        "checkpointing": own["checkpointing"],
-        "sampling": sampling,
-        "lora": lora,
-        "micro_batch_size": micro,
-        "minibatch_size": own.get("minibatch_size"),
-        "score_batch_size": own.get("score_batch_size"),
-    }
+    ppo = shared | {"sampling": sampling, "lora": lora, "micro_batch_size": micro}
+    ppo |= {name: own[name] for name in ("minibatch_size", "score_batch_size") if name in own}
     runs: dict[str, Comparison] = {
         LORA_SFT: (partial(SFT, **sft, **frozen, lora=lora), load._replace(rows=micro)),
         "full SFT": (partial(SFT, **sft, lora=None), load._replace(rows=micro)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,12 @@ class MixedDataModule(PreferenceDataModule):
         """Reads both."""
         super().setup(stage)
         self.texts.setup(stage)
+
+    @cached_property
+    def trained_rows(self) -> dict[str, str]:
+        """Tells prompts and texts from others, for checkpoints."""
+        prompts, texts = super().trained_rows, self.texts.trained_rows
+        return {key: f"{prompts[key]} beside {texts[key]}" for key in prompts}
 
     def train_dataloader(self) -> CombinedLoader:  # type: ignore[override]
         """Returns batches of both; their positions go into checkpoints."""

@@ -532,3 +532,18 @@ def test_the_tokenizer_is_a_folder_also_below_home(
         words = f"data.tokenizer: no tokenizer could be loaded from '{nowhere}'. Give the trunk's"
         with pytest.raises(ValueError, match=words):
             module.setup()
+
+
+def test_training_rows_are_known_by_their_content(ready: Build, tmp_path: Path) -> None:
+    def known(name: str, table: Sequence[object] = ROWS, **arguments: Any) -> dict[str, str]:
+        return ready(str(jsonl(tmp_path, table, name)), **arguments).trained_rows
+
+    first = known("first.jsonl")
+    assert first["sources"] == str(tmp_path / "first.jsonl")
+    assert known("moved.jsonl")["rows"] == first["rows"]
+    turned = [{**ROWS[0], "chosen": "bad 0", "rejected": "good 0"}, *ROWS[1:]]
+    changes = [known("turned.jsonl", turned), known("one_less.jsonl", ROWS[1:])]
+    changes += [known("more.jsonl", val_fraction=0.3), known("prompts.jsonl", rows="prompts")]
+    stream: dict[str, Any] = {"streaming": True, "val_fraction": 0.0}
+    streams = [known(f"{number}.jsonl", **stream) for number in range(2)]
+    assert len({each["rows"] for each in [first, *changes, *streams]}) == 7

@@ -183,6 +183,7 @@ def rows_of(*words: str) -> list[dict[str, Any]]:
     ("kind", "options", "data", "words"),
     [
         (RewardModel, {"seed": 1}, {}, "cannot change: seed is 1, there 0"),
+        (RewardModel, {"loraplus_lr_ratio": 4.0}, {}, "loraplus_lr_ratio is 4.0, there None"),
         (DPO, {}, {}, "cannot change: class is DPO, there IPO"),
         (RLOO, {"samples": 3}, {}, "cannot change: samples is 3, there 2"),
         (
