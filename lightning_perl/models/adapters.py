@@ -253,28 +253,8 @@ class Adapters:
         return blocks
 
     def _spec_of(self, folder: Path) -> LoraSpec:
-        """Rank, scale and targets of a stored adapter."""
-        path = folder / "adapter_config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
-                "a run wrote, for example RUN/adapters/reward."
-            )
-        config = json.loads(path.read_text())
-        unknown = [key for key in NOT_PLAIN if config.get(key)]
-        if config.get("peft_type") != "LORA" or unknown:
-            raise ValueError(
-                f"{path}: only plain LoRA adapters can be loaded, got peft_type "
-                f"{config.get('peft_type')!r} with {unknown}."
-            )
-        if isinstance(config["target_modules"], str):
-            raise ValueError(
-                f"{path}: target_modules is the pattern {config['target_modules']!r}; write it "
-                "as a list of layer names, as this library's own adapters have it."
-            )
-        # PEFT keeps the targets as a set and writes it in any order.
-        targets = tuple(sorted(config["target_modules"]))
-        spec = LoraSpec(rank=config["r"], alpha=config["lora_alpha"], targets=targets)
+        """Rank, scale and targets of a stored adapter that fits this trunk."""
+        spec = stored_spec(folder)
         try:
             self._resolve(spec.targets)
         except ValueError as error:
@@ -316,6 +296,31 @@ class Adapters:
             turned = quantized is not None and stored_transposed(quantized)
             weights[bare] = value.T.contiguous() if turned else value
         return weights
+
+
+def stored_spec(folder: Path) -> LoraSpec:
+    """Rank, scale and targets of an adapter in a PEFT folder; one that is none is refused."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
+            "a run wrote, for example RUN/adapters/reward."
+        )
+    config = json.loads(path.read_text())
+    unknown = [key for key in NOT_PLAIN if config.get(key)]
+    if config.get("peft_type") != "LORA" or unknown:
+        raise ValueError(
+            f"{path}: only plain LoRA adapters can be loaded, got peft_type "
+            f"{config.get('peft_type')!r} with {unknown}."
+        )
+    if isinstance(config["target_modules"], str):
+        raise ValueError(
+            f"{path}: target_modules is the pattern {config['target_modules']!r}; write it "
+            "as a list of layer names, as this library's own adapters have it."
+        )
+    # PEFT keeps the targets as a set and writes it in any order.
+    targets = tuple(sorted(config["target_modules"]))
+    return LoraSpec(rank=config["r"], alpha=config["lora_alpha"], targets=targets)
 
 
 def _read(folder: Path, tensors: Mapping[str, Tensor], scale: float = 1.0) -> None:
