@@ -1,4 +1,4 @@
-"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk}``."""
+"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk,compare}``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
@@ -32,6 +33,7 @@ import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
 from lightning_perl.callbacks.resume import changes
+from lightning_perl.commands.compare import compare
 from lightning_perl.commands.estimate import add_arguments
 from lightning_perl.commands.estimate import run as estimate
 from lightning_perl.commands.going_on import newest_checkpoint, read
@@ -46,9 +48,9 @@ CONFIG_HELP = (
     "over each other, the last one on top."
 )
 ALSO = (
-    f"There are two more commands: {PROGRAM} estimate prints how much memory a fit will take, and "
-    f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data (see "
-    "their --help)."
+    f"There are more commands: {PROGRAM} estimate prints how much memory a fit will take, {PROGRAM} new-trunk "
+    f"writes a small untrained trunk, with a tokenizer trained on your data, and {PROGRAM} compare lets trained "
+    "adapters answer the same held-out prompts (see their --help)."
 )
 
 
@@ -262,22 +264,27 @@ def silence_known() -> None:
     )
 
 
-def run_new_trunk(args: Sequence[str]) -> None:
-    """``new-trunk`` takes the arguments of the function."""
-    parser = Parser(prog=f"{PROGRAM} new-trunk", allow_abbrev=False)
+def run_function(command: str, function: Callable[..., object], args: Sequence[str]) -> None:
+    """A command that takes the arguments of a function; data has the trunk's tokenizer, where there is a trunk."""
+    parser = Parser(description="", prog=f"{PROGRAM} {command}", **usage_of(command))
     parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
-    parser.add_function_arguments(new_trunk)
+    if "trunk" in parser.add_function_arguments(function):
+        parser.link_arguments("trunk", "data.init_args.tokenizer")
     chosen = parser.instantiate(parser.parse_args(args)).as_dict()
     chosen.pop("config")
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    new_trunk(**chosen)
+    function(**chosen)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line, by default the process's own."""
     given = list(sys.argv[1:] if args is None else args)
     silence_known()
-    own_commands = {"new-trunk": run_new_trunk, "estimate": run_estimate}
+    own_commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "new-trunk": partial(run_function, "new-trunk", new_trunk),
+        "compare": partial(run_function, "compare", compare),
+        "estimate": run_estimate,
+    }
     if given and given[0] in own_commands:
         own_commands[given[0]](given[1:])
         return

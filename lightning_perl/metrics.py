@@ -1,8 +1,13 @@
-"""Measures of a reward model. Shapes: ``B`` rows, ``K`` pairs, ``N`` rows with a label, ``J`` judgements."""
+"""Measures of a reward model, and of answers beside other answers.
+
+Shapes: ``B`` rows, ``K`` pairs, ``N`` rows with a label, or answers, ``J`` judgements, ``S`` bootstrap samples.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef
 from torchmetrics.functional.classification import binary_auroc, binary_recall, binary_specificity
+from torchmetrics.functional.text import rouge_score
 from torchmetrics.utilities import dim_zero_cat
 
 BINS = 10
@@ -188,8 +194,8 @@ def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Measures
     """Measures of pairs by ``r_w - r_l`` and by how much longer the chosen answer is. Shapes: ``(K,)``."""
     if not len(margins):
         return {}
-    right = _wins(margins)
-    longer_wins = float(_wins(longer_by).mean())
+    right = wins(margins)
+    longer_wins = float(wins(longer_by).mean())
     measures = {
         "accuracy": (float(right.mean()), len(right)),
         "margin": (float(margins.mean()), len(right)),
@@ -210,7 +216,7 @@ def pair_measures(margins: Tensor, longer_by: Tensor, turns: Tensor) -> Measures
     return measures
 
 
-def _wins(differences: Tensor) -> Tensor:
+def wins(differences: Tensor) -> Tensor:
     """1, 0, or 0.5 for a tie."""
     return (differences > 0).double() + 0.5 * (differences == 0)
 
@@ -289,3 +295,72 @@ def fit_temperature(judgements: Judgements) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 2 / (low + high)
+
+
+def resamples(count: int, seed: int, samples: int = 1000) -> Tensor:
+    """How often each of ``count`` rows is drawn in each bootstrap sample; the first sample is the rows themselves.
+
+    Shape: ``(S + 1, N)``, float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (samples, count), generator=generator)
+    counts = torch.zeros(samples, count, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    return torch.cat([torch.ones_like(counts[:1]), counts])
+
+
+def with_interval(values: Tensor) -> tuple[float, tuple[float, float]]:
+    """A statistic of the rows, and its 95% percentile interval, from its values over `resamples`."""
+    low, high = values[1:].quantile(torch.tensor([0.025, 0.975]).to(values)).tolist()
+    return float(values[0]), (low, high)
+
+
+def length_controlled_win_rate(won: Tensor, longer_by: Tensor, counts: Tensor) -> Tensor:
+    """Win rate at equal length, of each of several samples of the rows.
+
+    The regression of AlpacaEval 2 (2404.04475) without its term for how hard a prompt is: ``sigmoid(a)`` of
+    ``P(win) = sigmoid(a + b tanh(d / sd(d)))``, ``d`` being by how many tokens the answer is longer, fitted to the
+    wins by maximum likelihood (Newton's method). A ridge of 0.001 keeps ``a`` and ``b`` finite where all is won.
+
+    Args:
+        won: 1, 0, or 0.5 for a tie. Shape: ``(N,)``.
+        longer_by: Shape: ``(N,)``.
+        counts: How often each row is in each sample. Shape: ``(S, N)``.
+
+    Returns:
+        Shape: ``(S,)``, float64.
+    """
+    won, longer_by = won.double(), longer_by.double()
+    spread = longer_by.std(correction=0)
+    # Where all differ by the same length, its effect cannot be told from the win rate.
+    scaled = longer_by / spread if spread > 0 else torch.zeros_like(longer_by)
+    inputs = torch.stack([torch.ones_like(won), scaled.tanh()], -1)
+    ridge = 1e-3 * torch.eye(2, dtype=torch.float64)
+    weights = torch.zeros(len(counts), 2, dtype=torch.float64)
+    for _ in range(50):
+        expected = (weights @ inputs.T).sigmoid()
+        slope = (counts * (won - expected)) @ inputs - weights @ ridge
+        curvature = torch.einsum(
+            "sn,ni,nj->sij", counts * expected * (1 - expected), inputs, inputs
+        )
+        # Steps of at most 1: far from the optimum Newton's own may be too long.
+        weights = weights + torch.linalg.solve(curvature + ridge, slope).clamp(-1, 1)
+    return weights[:, 0].sigmoid()
+
+
+def distinct(rows: Sequence[Sequence[int]], n: int) -> float:
+    """Different runs of ``n`` neighbouring tokens over all of them (distinct-n, 1510.03055); 1 without any."""
+    runs = [tuple(row[start : start + n]) for row in rows for start in range(len(row) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean ROUGE-L F1 of words without case and punctuation, each text beside the nearest of its references."""
+
+    def words(text: str) -> str:
+        # torchmetrics' own keeps the letters a to z only.
+        return re.sub(r"\W+", " ", text.lower())
+
+    beside = [list(several) for several in references]
+    found = rouge_score(list(texts), beside, "best", normalizer=words, rouge_keys="rougeL")
+    return float(found["rougeL_fmeasure"])

@@ -1,4 +1,4 @@
-"""The reward model's measures against hand counts."""
+"""The reward model's measures, and those of answers beside other answers, against hand counts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from lightning_perl.metrics import (
     Judgements,
     RewardMeasures,
     RewardMetrics,
+    distinct,
     fit_temperature,
     judgements_of,
+    length_controlled_win_rate,
     reliability_of,
+    resamples,
+    rouge_l,
+    wins,
+    with_interval,
 )
 
 NO_PAIRS = torch.zeros(0, 2, dtype=torch.int64)
@@ -326,3 +332,72 @@ def test_a_rating_in_the_middle_is_no_thumb() -> None:
     assert (found.good_scores, found.bad_scores) == ([2.0], [-1.0])
     # Calibration is measured against the rating itself.
     assert found.counts["brier"] == found.thumbs == 4
+
+
+# ---- answers beside other answers ----------------------------------------------------------------
+
+
+def at_equal_length(won: Tensor, longer_by: Tensor) -> float:
+    return float(length_controlled_win_rate(won, longer_by, torch.ones(1, len(won)).double()))
+
+
+def test_wins_at_equal_length_are_those_of_the_logistic_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    longer_by = torch.randint(-9, 10, (200,), generator=generator).double()
+    chances = (0.4 + 1.5 * (longer_by / longer_by.std(correction=0)).tanh()).sigmoid()
+    won = torch.bernoulli(chances, generator=generator)
+    won[::7] = 0.5
+    inputs = (longer_by / longer_by.std(correction=0)).tanh()
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_change=1e-14)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = weights[0] + weights[1] * inputs
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, won, reduction="sum")
+        value = value + 5e-4 * weights.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    assert at_equal_length(won, longer_by) == pytest.approx(float(weights[0].sigmoid()), abs=1e-6)
+    # Every sample is fitted by itself: rows drawn twice count twice.
+    counts = torch.stack([torch.ones(200), torch.full((200,), 2.0), won]).double()
+    plain, twice, won_alone = length_controlled_win_rate(won, longer_by, counts).tolist()
+    assert plain == pytest.approx(twice, abs=1e-4)
+    assert won_alone > 0.9 > plain + 0.2
+
+
+@pytest.mark.parametrize(
+    ("won", "longer_by", "rate"),
+    [
+        ([1.0, 0.0, 1.0, 1.0], [5.0, 5.0, 5.0, 5.0], 0.75),  # one length: the plain win rate
+        ([1.0, 1.0, 0.0, 0.0], [3.0, 1.0, -1.0, -3.0], 0.5),  # won by length alone
+        ([1.0] * 50, [float(n) for n in range(50)], 1.0),  # all won: finite all the same
+        ([0.5] * 4, [1.0, -2.0, 3.0, 0.0], 0.5),
+    ],
+)
+def test_wins_at_equal_length_in_closed_form(
+    won: list[float], longer_by: list[float], rate: float
+) -> None:
+    found = at_equal_length(torch.tensor(won), torch.tensor(longer_by))
+    assert found == pytest.approx(rate, abs=1e-3)
+
+
+def test_bootstrap_intervals_are_as_wide_as_the_standard_error_says() -> None:
+    won = wins(torch.randn(400, generator=torch.Generator().manual_seed(1)) + 0.3)
+    drawn = resamples(400, seed=2)
+    assert torch.equal(drawn.sum(1), torch.full((1001,), 400.0, dtype=torch.float64))
+    rate, (low, high) = with_interval(drawn @ won / 400)
+    assert rate == pytest.approx(float(won.mean()))
+    error = 1.96 * math.sqrt(rate * (1 - rate) / 400)
+    assert [rate - low, high - rate] == pytest.approx([error, error], rel=0.15)
+
+
+def test_distinct_and_rouge_by_hand() -> None:
+    rows = [[1, 2, 1, 2], [1, 2], [3], []]
+    assert [distinct(rows, n) for n in (1, 2, 5)] == [3 / 7, 2 / 4, 1.0]
+    # The longest common subsequence of the first is "der hund bellt": 3 of 4 words and 3 of 3.
+    texts = ["Der große Hund bellt.", "nothing at all", "Straße"]
+    references = [["Nein", "der Hund, bellt"], ["something else"], ["straße!"]]
+    assert rouge_l(texts, references) == pytest.approx((6 / 7 + 0 + 1) / 3)

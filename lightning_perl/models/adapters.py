@@ -272,34 +272,8 @@ class Adapters:
         return blocks
 
     def _spec_of(self, folder: Path) -> LoraSpec:
-        """Rank, scale and targets of a stored adapter."""
-        path = folder / "adapter_config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
-                "a run wrote, for example RUN/adapters/reward."
-            )
-        config = json.loads(path.read_text())
-        settings = {key: config[key] for key in NOT_PLAIN if config.get(key)}
-        if settings.get("init_lora_weights") in PLAIN_STARTS:
-            del settings["init_lora_weights"]
-        reasons = [f"{key} is {value!r}, but {NOT_PLAIN[key]}" for key, value in settings.items()]
-        if config.get("peft_type") != "LORA":
-            reasons.append(f"peft_type is {config.get('peft_type')!r}")
-        if reasons:
-            raise ValueError(
-                f"{path}: only plain LoRA adapters can be loaded: {'; '.join(reasons)}."
-            )
-        if isinstance(config["target_modules"], str):
-            raise ValueError(
-                f"{path}: target_modules is the pattern {config['target_modules']!r}; write it "
-                "as a list of layer names, as this library's own adapters have it."
-            )
-        # PEFT keeps the targets as a set and writes it in any order.
-        targets = tuple(sorted(config["target_modules"]))
-        spec = LoraSpec(
-            config["r"], config["lora_alpha"], targets, rslora=bool(config.get("use_rslora"))
-        )
+        """Rank, scale and targets of a stored adapter that fits this trunk."""
+        spec = stored_spec(folder)
         try:
             self._resolve(spec.targets)
         except ValueError as error:
@@ -341,6 +315,35 @@ class Adapters:
             turned = quantized is not None and stored_transposed(quantized)
             weights[bare] = value.T.contiguous() if turned else value
         return weights
+
+
+def stored_spec(folder: Path) -> LoraSpec:
+    """Rank, scale and targets of an adapter in a PEFT folder; one that is none is refused."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
+            "a run wrote, for example RUN/adapters/reward."
+        )
+    config = json.loads(path.read_text())
+    settings = {key: config[key] for key in NOT_PLAIN if config.get(key)}
+    if settings.get("init_lora_weights") in PLAIN_STARTS:
+        del settings["init_lora_weights"]
+    reasons = [f"{key} is {value!r}, but {NOT_PLAIN[key]}" for key, value in settings.items()]
+    if config.get("peft_type") != "LORA":
+        reasons.append(f"peft_type is {config.get('peft_type')!r}")
+    if reasons:
+        raise ValueError(f"{path}: only plain LoRA adapters can be loaded: {'; '.join(reasons)}.")
+    if isinstance(config["target_modules"], str):
+        raise ValueError(
+            f"{path}: target_modules is the pattern {config['target_modules']!r}; write it "
+            "as a list of layer names, as this library's own adapters have it."
+        )
+    # PEFT keeps the targets as a set and writes it in any order.
+    targets = tuple(sorted(config["target_modules"]))
+    return LoraSpec(
+        config["r"], config["lora_alpha"], targets, rslora=bool(config.get("use_rslora"))
+    )
 
 
 def _read(folder: Path, tensors: Mapping[str, Tensor], scale: float = 1.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,21 @@ def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str,
     _write(folder, own | _trained_on(trunk) | about)
 
 
-def write_adapter_manifest(folder: Path, trunk: Trunk) -> None:
-    """Write beside an adapter which trunk it was trained on."""
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says; nothing where it has none."""
+    path = folder / MANIFEST_FILE
+    about: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return about
+
+
+def write_adapter_manifest(folder: Path, trunk: Trunk, rewarded_by: Sequence[str] = ()) -> None:
+    """Write beside an adapter which trunk and which rewards it was trained on."""
     own = {
         "kind": "adapter",
         "trunk": trunk.source,
         "trunk_fingerprint": trunk.fingerprint(),
         "stop_ids": list(trunk.stop_ids),
+        "rewarded_by": list(rewarded_by),
     }
     _write(folder, own | _trained_on(trunk))
 
@@ -56,7 +65,7 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
     if not path.is_file() or trunk.weightless:
         return
     require_whole(folder)
-    about = json.loads(path.read_text())
+    about = manifest_of(folder)
     if "trunk_fingerprint" in about and about.get("quantization") != trunk.quantization:
         raise ValueError(
             f"{folder} was trained on a trunk with quantization {about.get('quantization')}, {trunk.source} is "
@@ -68,16 +77,15 @@ def require_trunk_of(folder: Path, trunk: Trunk) -> None:
         if about.get(key, value) != value:
             raise ValueError(
                 f"{folder} was trained on another trunk ({about.get('trunk')}): its {key} is "
-                f"{about[key]}, that of {trunk.source} is {value}. Give the trunk that `RewardModel` was "
-                "trained on, or train the reward model again on this one."
+                f"{about[key]}, that of {trunk.source} is {value}. Give the trunk that it was trained on, or "
+                "train it again on this one."
             )
     note_template(folder, trunk)
 
 
 def note_template(folder: Path, trunk: Trunk) -> None:
     """Note the chat template that a folder's manifest names, if there is one (see `agree_on_template`)."""
-    path = folder / MANIFEST_FILE
-    template = json.loads(path.read_text()).get("template") if path.is_file() else None
+    template = manifest_of(folder).get("template")
     if template is not None:
         agree_on_template(trunk, template, str(folder))
 

@@ -26,6 +26,7 @@ from lightning_perl.models.loading import NO_BF16_TUNING, TrunkDtype, load_trunk
 from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING, Quantization
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.models.weightless import architecture
 
 Role = Literal["policy", "value", "reference", "reward"]
 TrainedRole = Literal["policy", "value"]
@@ -113,6 +114,7 @@ class Roles(Checked, nn.Module):
     Attributes:
         value_head: The critic's head; absent without a critic.
         judges: Names of what answers the reward role: of reward adapters, or ``reward`` alone.
+        reward_fingerprints: Fingerprints of the judges' heads as they were trained, before any average.
     """
 
     def __init__(
@@ -144,6 +146,9 @@ class Roles(Checked, nn.Module):
             for folder in folders
             if learned_reward or has_head(folder, "reward")
         ]
+        self.reward_fingerprints: list[str] = []
+        if learned_reward and architecture() is None:
+            self.reward_fingerprints = [head.fingerprint() for head in heads]
         averaged = len(heads) > 1 and ensemble == "weight_average"
         self.judges = _judges(learned_reward * (1 if averaged else len(heads)))
         self.seats = _seats(layout, self.judges, critic)

@@ -227,6 +227,10 @@ class AdapterModule(Checked, LightningModule, ABC):
                 "With accumulate_grad_batches every batch weighs the same, however many tokens or thumbs it "
                 "has: the step is not quite that of one larger batch."
             )
+        self.require_fitting(data)
+
+    def require_fitting(self, data: object) -> None:
+        """Refuse data written with another chat template, or with rows that the trunk has no positions for."""
         self._agree_on_template(getattr(data, "template", None))
         if isinstance(data, Bounded):
             self._refuse_longer_than_window(data)

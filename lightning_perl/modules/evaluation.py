@@ -132,6 +132,15 @@ class Evaluation(AdapterModule):
         """The policy's trunk; its tokenizer is everybody's."""
         return self.roles.trunk("policy")
 
+    @property
+    def rewarded_by(self) -> list[str]:
+        """Names of the rewards, for manifests: fingerprints of the judges' heads, and the Python reward's path."""
+        if self.reward_function is None:
+            return self.roles.reward_fingerprints
+        named: Any = self.reward_function
+        named = named if hasattr(named, "__qualname__") else type(named)
+        return [*self.roles.reward_fingerprints, f"{named.__module__}.{named.__qualname__}"]
+
     # ---- sampling and scoring, without a Trainer -------------------------------------------------
 
     def collect(
@@ -269,21 +278,20 @@ class Evaluation(AdapterModule):
 
     def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
         """Prompts and responses, decoded without special tokens."""
-        tokenizer, stop_ids = self.policy_trunk.tokenizer, self.policy_trunk.stop_ids
-
-        def decoded(ids: Tensor, mask: Tensor) -> list[str]:
-            rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-            # EOS ends every turn of a prompt; dropped, one turn would run into the next.
-            turns = [split_at(row, stop_ids) for row in rows]
-            return [
-                "\n".join(str(tokenizer.decode(turn, skip_special_tokens=True)) for turn in row)
-                for row in turns
-            ]
-
         return (
-            decoded(rollout.prompt_ids, rollout.prompt_mask),
-            decoded(rollout.response_ids, rollout.response_mask),
+            self.decoded(kept_tokens(rollout.prompt_ids, rollout.prompt_mask)),
+            self.decoded(kept_tokens(rollout.response_ids, rollout.response_mask)),
         )
+
+    def decoded(self, rows: list[list[int]]) -> list[str]:
+        """Texts of rows of tokens without special tokens; what a stop token ends is a line of its own."""
+        tokenizer, stop_ids = self.policy_trunk.tokenizer, self.policy_trunk.stop_ids
+        # EOS ends every turn of a prompt; dropped, one turn would run into the next.
+        turns = [split_at(row, stop_ids) for row in rows]
+        return [
+            "\n".join(str(tokenizer.decode(turn, skip_special_tokens=True)) for turn in row)
+            for row in turns
+        ]
 
     def call(self, function: RewardFunction, argument: str, rollout: Rollout) -> Tensor:
         """Scores of a Python reward, the argument that named it being used in messages. Shape: ``(B,)``."""
@@ -350,6 +358,11 @@ class Evaluation(AdapterModule):
         """The longest prompt and the longest sampled response, in tokens."""
         sampled = max(self.sampling.max_new_tokens, self.validation_sampling.max_new_tokens)
         return data.max_tokens - data.max_response_tokens + sampled
+
+
+def kept_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of each row that its mask keeps."""
+    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
 def given(answer: Tensor | None) -> Tensor:

@@ -337,5 +337,5 @@ class OnPolicy(Updating):
             return folder / name
         target = folder / "adapters" / adapter
         trunk.adapters.save(adapter, target, trunk.source)
-        write_adapter_manifest(target, trunk)
+        write_adapter_manifest(target, trunk, self.rewarded_by)
         return target

@@ -389,7 +389,7 @@ def test_a_reward_adapter_of_another_trunk_or_other_stop_tokens_is_refused(
     other = tiny_trunk(seed=1)
     words = (
         rf"{named_adapter} was trained on another trunk \({tiny_trunk()}\): its trunk_fingerprint is "
-        rf"[0-9a-f]{{16}}, that of {other} is [0-9a-f]{{16}}\. Give the trunk that `RewardModel` was"
+        rf"[0-9a-f]{{16}}, that of {other} is [0-9a-f]{{16}}\. Give the trunk that it was trained on"
     )
     with pytest.raises(ValueError, match=words):
         Roles("perl", str(other), SPEC, str(named_adapter))

@@ -496,7 +496,7 @@ def test_reward_adapter_goes_with_its_own_trunk_only(
     trainer.fit(sft, tiny.Batches([tiny.rated(6, seed) for seed in range(2)]))
     words = (
         rf"{reward_run} was trained on another trunk \({plain_trunk}\): its trunk_fingerprint is "
-        r"[0-9a-f]{16}, that of .*trunk is [0-9a-f]{16}\. Give the trunk that `RewardModel` was trained"
+        r"[0-9a-f]{16}, that of .*trunk is [0-9a-f]{16}\. Give the trunk that it was trained on"
     )
     with pytest.raises(ValueError, match=words):
         perl(folder / "trunk", reward_run)
