@@ -1,0 +1,436 @@
+"""Every method on the quickstart's task at equal episodes, from one rule for its settings.
+
+    python benchmarks/bakeoff.py                       # everything; finished runs are kept
+    python benchmarks/bakeoff.py --workers 1 --runs /tmp/bakeoff
+    python benchmarks/bakeoff.py --report              # table and plot from finished runs
+
+The task is the quickstart's: the packaged trunk of 0.9M weights, whose reward head learned from thumbs; the true
+quality of an answer (gold) is known and never learned from. On-policy methods learn from 1,024 episodes that the
+reward head scores. Offline methods learn in one pass from as many answers: DPO, IPO, RDPO and KTO from pairs, two
+of the reference's own answers to a packaged prompt, put in order by the same reward head; KTO also from packaged
+thumbs. Each run is a process of its own with one thread and ends on the packaged held-out prompts.
+
+The rule: a method keeps the settings of its recipe in ``configs/``, in batches of 64 episodes or 16 pairs, and its
+learning rate is the one of three whose run with seed 100 has the highest learned score on the validation prompts,
+among those within a ceiling of the KL to the reference (of those above it, the nearest). Writes
+``benchmarks/reports/bakeoff.md`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
+from perl_reward import read, spread
+from perl_rl import Course
+from record import machine, table, write_section
+from small_trunk import adam, fitted, resident_mb, run_missing
+
+from lightning_perl.commands.estimate import GIB, LlamaSizes, estimate
+from lightning_perl.commands.rehearsal import Load, rehearsal_of
+from lightning_perl.data import PreferenceDataModule
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.weightless import weightless
+from lightning_perl.modules import (
+    DPO,
+    GRPO,
+    INPO,
+    IPO,
+    KTO,
+    PPO,
+    RAFT,
+    RDPO,
+    RLOO,
+    Reinforce,
+    ReMax,
+    SuperHF,
+)
+from lightning_perl.modules.base import AdapterModule
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.packaged import unpackaged
+from lightning_perl.rewards.coffee_orders import CoffeeOrderQuality
+from lightning_perl.rollouts.sampling import SamplingSpec
+
+REPORT = Path("benchmarks/reports/bakeoff.md")
+TRUNK = unpackaged("packaged:quickstart/trunk")
+ORDERS = "packaged:quickstart/orders"
+EPISODES = 1024
+BATCH = 64
+PAIRS, THUMBS = 16, 32
+"""Pairs and thumbs of an optimizer step: as many answers in both."""
+RATES = (1e-3, 3e-3, 1e-2)
+GRID_SEED, SEEDS = 100, (0, 1, 2)
+CEILING = 10.0
+"""Nats of KL to the reference, above which a learning rate is not chosen."""
+SEVEN_B = LlamaSizes(4096, 32, 32, 11008, 32000)
+PROMPT_TOKENS, ANSWER_TOKENS, AT_ONCE, ESTIMATED_EPISODES = 256, 256, 4, 16
+RECIPE = {"layout": "hydra", "micro_batch_size": 64}
+PPO_RECIPE = {
+    "ppo_epochs": 2,
+    "minibatch_size": 32,
+    "kl_coef": 0.05,
+    "gae_lambda": 0.95,
+    "value_coef": 0.5,
+}
+
+
+class Method(NamedTuple):
+    """A class, its recipe, and the rows that it learns from."""
+
+    make: type[AdapterModule]
+    settings: dict[str, Any]
+    rows: str = "prompts"
+
+    @property
+    def samples(self) -> int:
+        """Responses per prompt."""
+        return int(self.settings.get("samples", 1))
+
+
+METHODS = {
+    "PPO, hydra": Method(PPO, RECIPE | PPO_RECIPE),
+    "PPO, joint_hydra": Method(PPO, RECIPE | PPO_RECIPE | {"layout": "joint_hydra"}),
+    "Reinforce": Method(Reinforce, RECIPE | {"beta": 0.05}),
+    "RLOO": Method(RLOO, RECIPE | {"samples": 4, "kl_coef": 0.05}),
+    "ReMax": Method(ReMax, RECIPE | {"kl_coef": 0.05}),
+    "GRPO": Method(
+        GRPO, RECIPE | {"samples": 8, "epochs": 2, "minibatch_size": 32, "kl_coef": 0.04}
+    ),
+    "RAFT": Method(RAFT, RECIPE | {"samples": 8, "epochs": 2}),
+    "SuperHF": Method(SuperHF, RECIPE | {"samples": 8, "kl_coef": 0.23}),
+    "INPO": Method(INPO, RECIPE | {"samples": 8, "epochs": 2, "eta": 0.1}),
+    "DPO": Method(DPO, {"beta": 0.1}, "pairs"),
+    "IPO": Method(IPO, {"beta": 0.1}, "pairs"),
+    "RDPO": Method(RDPO, {"beta": 0.1, "alpha": 0.01}, "pairs"),
+    "KTO": Method(KTO, {"beta": 0.1}, "pairs"),
+    "KTO, thumbs": Method(KTO, {"beta": 0.1}, "thumbs"),
+}
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def packaged_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of a packaged file of orders."""
+    with gzip.open(unpackaged(f"{ORDERS}/{name}.jsonl.gz"), "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def orders(given: list[dict[str, Any]] | None = None, **options: Any) -> PreferenceDataModule:
+    """Given rows, or the packaged prompts."""
+    train, val, test = (f"{ORDERS}/prompts_{split}.jsonl.gz" for split in ("train", "val", "test"))
+    return PreferenceDataModule(
+        TRUNK,
+        train if given is None else given[PAIRS:],
+        val if given is None else given[:PAIRS],
+        test if given is None else None,
+        max_tokens=80,
+        max_response_tokens=32,
+        val_batch_size=256,
+        **options,
+    )
+
+
+def policy(make: type[OnPolicy] = RLOO, **settings: Any) -> Any:  # noqa: ANN401 (any on-policy class)
+    """An on-policy module on the packaged trunk."""
+    return make(
+        TRUNK,
+        lora=LoraSpec(16, alpha=16.0),
+        sampling=SamplingSpec(max_new_tokens=32),
+        gold=CoffeeOrderQuality(),
+        **settings,
+    )
+
+
+def make_pairs() -> dict[str, Any]:
+    """Two answers of the reference to every prompt, the one that the reward head prefers first."""
+    module, pairs = policy(score_batch_size=64, seed=GRID_SEED), []
+    prompts = packaged_rows("prompts_train")[: PAIRS + EPISODES // 2]
+    data = orders(prompts, rows="prompts", batch_size=BATCH, seed=GRID_SEED)
+    data.setup()
+    for batch in data.train_dataloader():
+        rollout = module.collect(batch, 0, "reference", samples=2)
+        scores = module.scores(rollout).view(-1, 2)
+        _, answers = module.texts(rollout)
+        for number, row in enumerate(batch.row.tolist()):
+            two = answers[2 * number : 2 * number + 2]
+            better = int(scores[number].argmax())
+            if scores[number, 0] != scores[number, 1]:
+                both = {"chosen": two[better], "rejected": two[1 - better]}
+                pairs.append(prompts[PAIRS + row] | both)
+    return {"pairs": pairs}
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def data_for(method: Method, seed: int, root: Path) -> PreferenceDataModule:
+    """What a method learns from."""
+    if method.rows == "prompts":
+        return orders(rows="prompts", batch_size=BATCH // method.samples, seed=seed)
+    if method.rows == "pairs":
+        rows = json.loads((root / "pairs.json").read_text())["pairs"]
+        return orders(rows, batch_size=PAIRS, seed=seed)
+    rows = [row for row in packaged_rows("rated_train") if "label" in row]
+    return orders(rows[: EPISODES + PAIRS], batch_size=THUMBS, seed=seed)
+
+
+def train(name: str, learning_rate: float, seed: int, root: Path) -> dict[str, Any]:
+    """One policy, its answers to validation or held-out prompts, and what it took."""
+    warnings.filterwarnings("ignore")
+    method, course = METHODS[name], Course()
+    options = method.settings | {"seed": seed, "optimizer": adam(learning_rate)}
+    data = data_for(method, seed, root)
+    before = resident_mb("VmRSS")
+    if issubclass(method.make, OnPolicy):
+        module = policy(method.make, max_episodes=EPISODES, score_batch_size=64, **options)
+        trunk, callbacks = module.policy_trunk, [course]
+    else:
+        module, callbacks = method.make(TRUNK, lora=LoraSpec(16, alpha=16.0), **options), []
+        trunk = module.trunk
+    wall, cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fitted(module, data, 1, callbacks, limit_val_batches=0, default_root_dir=folder)
+            stopped = None
+        except RuntimeError as error:  # a guard: what does not learn is shown
+            stopped = str(error).splitlines()[0]
+    result = {
+        "method": name,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "stopped": stopped,
+        "cpu_seconds": time.process_time() - cpu,
+        "wall_seconds": time.perf_counter() - wall,
+        "fit_peak_mb": resident_mb("VmHWM") - before,
+        "updates": module.trainer.global_step,
+        "rollouts": course.rollouts,
+    }
+    return result | judged(trunk.adapters.tensors("actor"), held_out=seed != GRID_SEED)
+
+
+def judged(adapter: dict[str, torch.Tensor], held_out: bool) -> dict[str, Any]:
+    """Answers of a policy, drawn with the same noise for all."""
+    judge = policy(score_batch_size=64)
+    with torch.no_grad():
+        for name, weight in judge.policy_trunk.adapters.tensors("actor").items():
+            weight.copy_(adapter[name])
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    data = orders(rows="prompts", batch_size=BATCH)
+    answer = trainer.test if held_out else trainer.validate
+    (found,) = answer(judge, datamodule=data, verbose=False)
+    return {key.partition("/")[2]: value for key, value in found.items()}
+
+
+def at_seven_b(name: str) -> dict[str, Any]:
+    """What `estimate` says of a method on Llama-7B: bf16 trunk, rank 16, rows of 256 + 256 tokens, 4 at once."""
+    method = METHODS[name]
+    settings = {"lora": LoraSpec(16, 16.0), "trunk_dtype": "bfloat16"} | method.settings
+    load = Load(PROMPT_TOKENS, ANSWER_TOKENS, AT_ONCE)
+    if issubclass(method.make, OnPolicy):
+        sampling = SamplingSpec(max_new_tokens=ANSWER_TOKENS)
+        settings |= {"micro_batch_size": AT_ONCE, "minibatch_size": None, "sampling": sampling}
+        if "minibatch_size" not in method.settings:
+            del settings["minibatch_size"]
+        load = load._replace(rows=ESTIMATED_EPISODES)
+    elif method.rows == "pairs":
+        load = load._replace(rows=AT_ONCE // 2, pairs=True)
+    with weightless(SEVEN_B.config()):
+        module = method.make("trunk", **settings)
+    found = estimate(rehearsal_of(module, load))
+    return {"method": name, "peak_gib": found.peak.total / GIB, "phase": found.phase}
+
+
+# ---- which runs ---------------------------------------------------------------------------------
+
+
+def slug(name: str) -> str:
+    """A method's name in file names."""
+    return name.replace(", ", "_").lower()
+
+
+def preference(run: dict[str, Any]) -> tuple[bool, float]:
+    """What a learning rate is chosen by; see the head of this file."""
+    within = run["kl"] <= CEILING
+    value = run["score"] if within else -run["kl"]
+    return within, value if math.isfinite(value) else -math.inf
+
+
+def chosen_rates(root: Path) -> dict[str, float]:
+    """The learning rate of each method whose grid is finished."""
+    grid: dict[str, list[dict[str, Any]]] = {}
+    for run in read(root / "grid"):
+        grid.setdefault(run["method"], []).append(run)
+    return {
+        name: max(runs, key=preference)["learning_rate"]
+        for name, runs in grid.items()
+        if len(runs) == len(RATES)
+    }
+
+
+def run_all(root: Path, names: Sequence[str], workers: int) -> None:
+    """The pairs, the estimates, the grid, and the runs that count."""
+    run_missing({root / "pairs.json": make_pairs}, workers)
+    run_missing(
+        {
+            root / f"grid/{slug(name)}_{rate:g}.json": partial(train, name, rate, GRID_SEED, root)
+            for name, rate in product(names, RATES)
+        },
+        workers,
+    )
+    rates = chosen_rates(root)
+    run_missing(
+        {
+            root / f"runs/{slug(name)}_{seed}.json": partial(train, name, rates[name], seed, root)
+            for seed, name in product(SEEDS, names)
+            if name in rates
+        },
+        workers,
+    )
+    run_missing(
+        {root / f"estimates/{slug(name)}.json": partial(at_seven_b, name) for name in names},
+        workers,
+    )
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def by_method(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Runs by method, in the table's order."""
+    found = {name: [run for run in runs if run["method"] == name] for name in METHODS}
+    return {name: mine for name, mine in found.items() if mine}
+
+
+def results(runs: list[dict[str, Any]], at_7b: dict[str, float]) -> list[str]:
+    """A row per method; the reference's own numbers first."""
+    first = runs[0]
+    reference = f"{first['reference_gold']:.3f}", f"{first['reference_score']:.2f}", "0"
+    rows: list[list[str]] = [["reference", "", "", *reference, *[""] * 7]]
+    for name, mine in by_method(runs).items():
+
+        def cell(key: str, digits: int, mine: list[dict[str, Any]] = mine) -> str:
+            return spread([run[key] for run in mine], digits)
+
+        rows.append(
+            [
+                name,
+                f"{mine[0]['learning_rate']:g}",
+                str(len(mine)),
+                *(cell("gold", 3), cell("score", 2), cell("kl", 2), cell("win_rate", 3)),
+                cell("response_tokens", 1),
+                str(mine[0]["updates"]),
+                *(
+                    f"{np.mean([run[key] for run in mine]):.0f}"
+                    for key in ("cpu_seconds", "wall_seconds")
+                ),
+                f"{np.max([run['fit_peak_mb'] for run in mine]):.0f}",
+                f"{at_7b[name]:.1f}" if name in at_7b else "",
+            ]
+        )
+    head = ["method", "learning rate", "runs", "gold", "learned reward", "KL", "wins", "tokens"]
+    return table([*head, "updates", "CPU s", "wall s", "peak MB", "7B GiB"], rows)
+
+
+def grid_table(runs: list[dict[str, Any]], rates: dict[str, float]) -> list[str]:
+    """Every run of the grid: learned score / KL (gold, which chooses nothing)."""
+
+    def cell(name: str, rate: float) -> str:
+        (run,) = [one for one in runs if (one["method"], one["learning_rate"]) == (name, rate)]
+        text = f"{run['score']:.2f} / {run['kl']:.1f} ({run['gold']:.3f})"
+        stopped = f", stopped: {run['stopped']}" if run["stopped"] else ""
+        return (f"**{text}**" if rates[name] == rate else text) + stopped
+
+    rows = [[name, *(cell(name, rate) for rate in RATES)] for name in METHODS if name in rates]
+    return table(["method", *(f"{rate:g}" for rate in RATES)], rows)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Gold and learned reward over the KL to the reference: every run, and the course of seed 0."""
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    panels = {"gold": "gold/score", "score": "rollout/score"}
+    for number, (key, logged) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, 2, number)
+        for place, (name, mine) in enumerate(by_method(runs).items()):
+            color, marker = f"C{place % 10}", "o" if METHODS[name].rows == "prompts" else "s"
+            filled = color if place < 10 else "none"
+            kl = [run["kl"] for run in mine]
+            axes.plot(
+                *(kl, [run[key] for run in mine], marker),
+                color=color,
+                markerfacecolor=filled,
+                label=name,
+            )
+            course = mine[0]["rollouts"]
+            kl = [one["rollout/kl"] for one in course]
+            axes.plot(kl, [one[logged] for one in course], color=color, alpha=0.3, linewidth=0.8)
+        axes.axhline(runs[0][f"reference_{key}"], color="0.5", linestyle=":")
+        axes.set_xlabel("KL to the reference, nats")
+        axes.set_ylabel({"gold": "gold reward", "score": "learned reward"}[key])
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=130)
+
+
+def report(root: Path) -> None:
+    """Tables and plot of what is finished; sections that were written by hand stay."""
+    runs, rates = read(root / "runs"), chosen_rates(root)
+    runs.sort(key=lambda run: run["seed"])
+    at_7b = {run["method"]: run["peak_gib"] for run in read(root / "estimates")}
+    write = partial(write_section, REPORT, "Bake-off: every method on the quickstart's task")
+    about = [
+        f"{machine()}; one thread per run. Command: `python benchmarks/bakeoff.py`.",
+        "",
+        f"{EPISODES:,} episodes (offline: answers) a run, LoRA of rank 16, seeds {SEEDS}; mean ± standard "
+        "deviation over seeds, on the 256 held-out prompts with the same noise for all. Gold: the true quality, "
+        "0 to 1. KL: nats of a response. Wins: over the reference under the learned reward, a tie is half. CPU "
+        "and wall seconds are of the training alone, on a machine that others used too: compare the first. Peak: "
+        "highest resident size of the training above what its process began with. 7B: what `estimate` says of "
+        f"Llama-7B in bf16, {PROMPT_TOKENS} + {ANSWER_TOKENS} tokens, {AT_ONCE} responses at once, without "
+        "checkpointing.",
+    ]
+    image = f"![gold and learned reward over KL]({REPORT.with_suffix('.png').name})"
+    write("Held-out prompts", [*about, "", *results(runs, at_7b), "", image])
+    rule = [
+        f"One run per learning rate with seed {GRID_SEED}: learned score / KL (gold) on the validation "
+        f"prompts. Bold: chosen, the highest learned score within {CEILING:g} nats, or the run nearest to them. "
+        "Gold chooses nothing.",
+    ]
+    write("The grid", [*rule, "", *grid_table(read(root / "grid"), rates)])
+    plot(runs, REPORT.with_suffix(".png"))
+    print(REPORT)
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/bakeoff"), help="where runs are kept"
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--report", action="store_true", help="only the report, of finished runs")
+    args = parser.parse_args()
+    if not args.report:
+        run_all(args.runs, args.methods, args.workers)
+    report(args.runs)
+
+
+if __name__ == "__main__":
+    main()
