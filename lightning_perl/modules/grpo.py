@@ -75,7 +75,6 @@ class GRPO(OnPolicy):
             advantages, kl = (response_weighted(part, mask, *size) for part in (advantages, kl))
         old, ranges = experience.old_logprobs, (self.clip_range, size.tokens, self.clip_range_high)
         loss, stats = clipped_surrogate(answers.logprobs, old, advantages, mask, *ranges)
-        if self.kl_in_reward or self.kl_coef == 0:
-            return loss, stats
         kl = masked_mean(kl, mask, size.tokens)
-        return loss + self.kl_coef * kl, {**stats, "kl_loss": kl.detach()}
+        in_loss = 0.0 if self.kl_in_reward else self.kl_coef
+        return loss + in_loss * kl, {**stats, "kl_loss": kl.detach()}

@@ -84,7 +84,7 @@ def test_validation_rows_of_their_own_are_held_in_memory(build: Build, tmp_path:
     module = build(rows(40), val=val)
     assert len(texts(module, module.train_dataloader())) == 80
     assert len(texts(module, module.val_dataloader())) == 12
-    assert len(module.val_dataloader()) == 2  # type: ignore[arg-type]
+    assert len(module.val_dataloader()) == 2
     check_counts(module.report, 46)
     with pytest.raises(
         ValueError, match=r"a stream is not divided. Name the validation rows in data.val"

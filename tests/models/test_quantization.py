@@ -313,7 +313,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_read(
 ) -> None:
     nowhere = str(tmp_path)
     with pytest.raises(ValueError, match=r"one of \['nf4', 'int8'\] or None, got 'int4'"):
-        SFT(nowhere, quantization="int4")  # type: ignore[arg-type]
+        SFT(nowhere, quantization="int4")
     with pytest.raises(ValueError, match="float64 is refused: bitsandbytes"):
         load_trunk(nowhere, "float64", quantization="nf4")
     with pytest.raises(ValueError, match="tuned whole cannot be quantized"):
