@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -81,6 +82,59 @@ def ends_of_answers(tokenizer: PreTrainedTokenizerBase) -> Ends:
     if stop is None:
         return Ends(opening, closing * closes)
     return Ends(opening, closing * closes, behind[: stop.end()], stop[0])
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What a chat template writes before turns, so that a prompt can be read without it.
+
+    Attributes:
+        first: Before the first turn, the names of turns by these texts. The template's own system turn, which it
+            writes where the chat has none, is part of the user's.
+        later: The same between turns.
+        last: What follows the last turn where an answer is asked for.
+    """
+
+    first: dict[str, str]
+    later: dict[str, str]
+    last: str = ""
+
+    def plain(self, text: str) -> str | None:
+        """The prompt in lines (``User: ...``, ``Agent:``), as the plain template writes it; None for no chat."""
+        starts = [start for start in self.first if text.startswith(start)]
+        if not starts or not self.later:
+            return None
+        start = max(starts, key=len)
+        between = sorted(self.later, key=len, reverse=True)
+        chat = text[len(start) :].removesuffix(self.last)
+        parts = re.split(f"({'|'.join(map(re.escape, between))})", chat)
+        names = [self.first[start], *(self.later[part] for part in parts[1::2])]
+        turns = zip(names, parts[::2], strict=True)
+        return "\n".join([*(f"{name}: {turn.strip()}" for name, turn in turns), "Agent:"])
+
+
+def headers_of(tokenizer: PreTrainedTokenizerBase) -> Headers:
+    """Returns what the tokenizer's chat template writes before turns; nothing where it has no template."""
+    question, answer = (
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": _ANSWER},
+    )
+    if not tokenizer.chat_template:
+        return Headers({}, {})
+    try:
+        chat = _around(tokenizer, question, answer, question)
+        first, later = {chat[0]: "User"}, {chat[1]: "Agent", chat[2]: "User"}
+        with suppress(TemplateError):  # Some templates take no system turn.
+            told = _around(tokenizer, {"role": "system", "content": _ANSWER}, question)
+            first, later = {**first, told[0]: "System"}, {**later, told[1]: "User"}
+    except (TemplateError, TypeError, ValueError, IndexError):
+        return Headers({}, {})
+    return Headers(first, later, chat[3]) if all([*first, *later]) else Headers({}, {})
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, *messages: dict[str, str]) -> list[str]:
+    """Returns what a chat template writes around the contents."""
+    return re.split(f"[{_QUESTION}{_ANSWER}]", rendered(tokenizer, messages))
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:

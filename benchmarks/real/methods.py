@@ -64,8 +64,7 @@ class ShortAndOnTopic(EachAlone):
     def score(self, prompt: str, response: str, row: int) -> float:
         """0, 0.5 or 1."""
         words = WORD.findall(response.lower())
-        # The chat template's names of the turns stand on lines of their own.
-        question = prompt.rpartition("user\n")[2].rpartition("\nassistant")[0]
+        question = prompt.rpartition("User: ")[2].removesuffix("\nAgent:")
         named = {word for word in WORD.findall(question.lower()) if len(word) >= 5} & {*words}
         return 0.5 * (0 < len(words) <= 20) + 0.5 * bool(named)
 

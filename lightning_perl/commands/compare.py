@@ -125,7 +125,7 @@ def compare(
     asked = f"{len(questions)} prompts of the {rows} rows, {_drawn(sampling)}"
     about = [asked, judge_of(module, judge, folders)]
     out.mkdir(parents=True)
-    texts = module.decoded([question.ids for question in questions])
+    texts = module.prompts_read([question.ids for question in questions])
     with (out / "answers.jsonl").open("w", encoding="utf-8") as file:
         for number, question in enumerate(questions):
             line = {"row": question.row, "prompt": texts[number], "references": references[number]}

@@ -6,6 +6,7 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lightning_perl.arguments import Count, NonNegative
 from lightning_perl.batches import Answers, Bounded, PromptBatch
+from lightning_perl.chat import Headers, headers_of
 from lightning_perl.functional.sequences import cuts
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import (
@@ -277,11 +279,22 @@ class Evaluation(AdapterModule):
         return self.rewarded(rollout, learned)[0]
 
     def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
-        """Prompts and responses, decoded without special tokens."""
+        """Prompts as `prompts_read` gives them, and responses, decoded without special tokens."""
         return (
-            self.decoded(kept_tokens(rollout.prompt_ids, rollout.prompt_mask)),
+            self.prompts_read(kept_tokens(rollout.prompt_ids, rollout.prompt_mask)),
             self.decoded(kept_tokens(rollout.response_ids, rollout.response_mask)),
         )
+
+    def prompts_read(self, rows: list[list[int]]) -> list[str]:
+        """Texts of prompts, a line per turn (``User:``, ``Agent:``) whatever template wrote them."""
+        tokenizer = self.policy_trunk.tokenizer
+        whole = [str(tokenizer.decode(row, skip_special_tokens=False)) for row in rows]
+        plain = [self._headers.plain(text) for text in whole]
+        return [text or other for text, other in zip(plain, self.decoded(rows), strict=True)]
+
+    @cached_property
+    def _headers(self) -> Headers:
+        return headers_of(self.policy_trunk.tokenizer)
 
     def decoded(self, rows: list[list[int]]) -> list[str]:
         """Texts of rows of tokens without special tokens; what a stop token ends is a line of its own."""

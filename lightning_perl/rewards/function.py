@@ -26,7 +26,8 @@ class RewardFunction(Protocol):
         """Returns one score per response, a finite number; higher is better.
 
         Args:
-            prompts: The prompts as the policy read them, decoded without special tokens.
+            prompts: The prompts that the policy read, a line per turn (``User: ...``, at the end ``Agent:``),
+                whatever template wrote them.
             responses: The answers, decoded without special tokens; may be empty or garbage.
             rows: The prompts' numbers, :attr:`~lightning_perl.batches.PromptBatch.row`. They count
                 the prompts of one split, so they name a prompt only within it.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_perl.chat import headers_of
 from lightning_perl.data import tokenization
 from lightning_perl.data.rows import BadRow, Row, Turn
 from lightning_perl.data.tokenization import PLAIN, Encoded, TurnEncoder, template_of
@@ -250,6 +251,24 @@ def test_an_answer_ends_as_the_chat_template_ends_it(
         assert whole.ids == single.ids
         cut = encoder.encode(row(turns[:1], *turns[1:]), len(whole.ids) - 1, 8)
         assert (cut.ids, cut.cut_turns) == (answer.ids, 2)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_prompt_is_read_without_its_template(
+    chatting: PreTrainedTokenizerBase, kind: str
+) -> None:
+    chatting.chat_template = TEMPLATES[kind]
+    encoder, headers = TurnEncoder(chatting, chat_template=True), headers_of(chatting)
+    turns = (Turn("user", "an\nan"), Turn("agent", "yes"), Turn("user", "no"))
+    asked = text(chatting, encoder.encode_prompt(turns, 128).ids)
+    assert headers.plain(asked) == "User: an\nan\nAgent: yes\nUser: no\nAgent:"
+    told = (Turn("system", "an"), turns[2])
+    system = text(chatting, encoder.encode_prompt(told, 128).ids)
+    assert headers.plain(system) == "System: an\nUser: no\nAgent:"
+    # The plain template's text, and a template that writes the contents alone, are no chats.
+    assert headers.plain("User: an\nAgent:") is None
+    chatting.chat_template = "{{ messages[0].content }}"
+    assert headers_of(chatting).plain("an") is None
 
 
 def test_a_thought_that_the_prompt_opens_is_not_opened_twice(

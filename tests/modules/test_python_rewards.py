@@ -40,6 +40,18 @@ def logged_under(folder: Path, prefix: str) -> dict[str, list[float]]:
 # ---- what is paid --------------------------------------------------------------------------------
 
 
+def test_prompts_are_shown_without_their_chat_template(hydra_trunk: Path) -> None:
+    module = tiny.hydra(hydra_trunk, reward_function=shortest_wins, learned_reward_weight=0.0)
+    tokenizer = module.policy_trunk.tokenizer
+    plain = module.texts(module.collect(tiny.prompts(2), 0))[0]
+    tokenizer.chat_template = "{% for m in messages %}w3 {{ 'w4' if m.role == 'user' else 'w9' }} {{ m.content }} {% endfor %}"
+    asked = tokenizer.encode("w3 w4 w5 w6", add_special_tokens=False)
+    again = tiny.hydra(hydra_trunk, reward_function=shortest_wins, learned_reward_weight=0.0)
+    again.policy_trunk.tokenizer.chat_template = tokenizer.chat_template
+    assert again.prompts_read([asked]) == ["User: w5 w6\nAgent:"]
+    assert again.texts(again.collect(tiny.prompts(2), 0))[0] == plain
+
+
 def test_scores_are_the_weighted_sum(hydra_trunk: Path) -> None:
     module = tiny.hydra(
         hydra_trunk,
