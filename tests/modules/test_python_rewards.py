@@ -44,7 +44,8 @@ def test_prompts_are_shown_without_their_chat_template(hydra_trunk: Path) -> Non
     module = tiny.hydra(hydra_trunk, reward_function=shortest_wins, learned_reward_weight=0.0)
     tokenizer = module.policy_trunk.tokenizer
     plain = module.texts(module.collect(tiny.prompts(2), 0))[0]
-    tokenizer.chat_template = "{% for m in messages %}w3 {{ 'w4' if m.role == 'user' else 'w9' }} {{ m.content }} {% endfor %}"
+    role = "{{ 'w4' if m.role == 'user' else 'w9' }}"
+    tokenizer.chat_template = "{% for m in messages %}w3 " + role + " {{ m.content }} {% endfor %}"
     asked = tokenizer.encode("w3 w4 w5 w6", add_special_tokens=False)
     again = tiny.hydra(hydra_trunk, reward_function=shortest_wins, learned_reward_weight=0.0)
     again.policy_trunk.tokenizer.chat_template = tokenizer.chat_template
