@@ -52,9 +52,8 @@ _VERDICT = re.compile(
     r"(?:\A|[_.-])(labels?|ratings?|scores?|rewards?|ranks?|ranking|preference|preferred|winner|choice|verdict|"
     r"votes?|upvotes?|thumbs?|feedback|ties?|margin|strength|helpfulness|correctness|coherence|complexity|"
     r"verbosity|toxicity|harmlessness|honesty|quality|safer?|chosen|rejected|better|worse|best|worst|liked?|dislikes?|"
-    r"reactions?|stars?|grade|good|bad|kto|correct|incorrect|correct(?:ed|ions?)|revis(?:ed|ions?)|edited|passed|"
-    r"flagged|harmful|toxic|unsafe)"
-    r"(?:\Z|[_.-])",
+    r"reactions?|stars?|grade|good|bad|kto|(?:in)?correct(?:ed|ions?)?|revis(?:ed|ions?)|edited|passed|"
+    r"flagged|harmful|toxic|unsafe)(?:\Z|[_.-])",
     re.IGNORECASE,
 )
 #: What may stand before the side in a verdict: "model_a", "response 1", "2.0".
@@ -76,6 +75,8 @@ _VERDICTS = (
 )
 #: Verdicts that are below 0 where the first answer is better, and above where the second is.
 _SIGNED = ("preference_strength", "overall_preference")
+#: Where the higher one is better: of an answer's column, or of what the column ends with.
+_SCORES = "score_{1} score{1} rating_{1} rating{1} {0}_score {0}_rating winner_model_{1}"
 
 
 @lru_cache(maxsize=1024)
@@ -188,15 +189,7 @@ def two_answers(row: AnyRow) -> list[OwnRow]:
     for key in _VERDICTS.split():
         if row.get(key) is not None:
             return _judged(*answers, side_of(row[key], first, second), key, **own)
-    for form in (
-        "score_{1}",
-        "score{1}",
-        "rating_{1}",
-        "rating{1}",
-        "{0}_score",
-        "{0}_rating",
-        "winner_model_{1}",
-    ):
+    for form in _SCORES.split():
         columns = form.format(one, first), form.format(other, second)
         if None not in (scores := [row.get(column) for column in columns]):
             return _judged(*answers, _by_scores(scores), *columns, **own)
@@ -228,14 +221,9 @@ def post_prompt(info: AnyRow) -> str:
 
 def _axis(row: AnyRow) -> list[OwnRow]:
     """OpenAI's rated summaries: the overall mark, from 1 to 7."""
-    marks = row["summary"]["axes"]
-    return [
-        {
-            "prompt": post_prompt(row["info"]),
-            "response": row["summary"]["text"],
-            "rating": marks.get("overall"),
-        }
-    ]
+    summary = row["summary"]
+    rated = {"response": summary["text"], "rating": summary["axes"].get("overall")}
+    return [{"prompt": post_prompt(row["info"]), **rated}]
 
 
 def _shp(row: AnyRow) -> list[OwnRow]:
@@ -247,25 +235,16 @@ def _shp(row: AnyRow) -> list[OwnRow]:
 def _arena(row: AnyRow) -> list[OwnRow]:
     """Chatbot Arena as Kaggle had it: JSON lists of the prompts and of both models' answers."""
     cells = [row[key] for key in ("prompt", "response_a", "response_b")]
-    said: list[Any] = [parse_json(cell) if isinstance(cell, str) else cell for cell in cells]
-    one, other = (
-        [
-            {"role": role, "content": text}
-            for turn in zip(said[0], answers, strict=True)
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
-        for answers in said[1:]
-    )
-    winners = [f"winner_{name}" for name in ("model_a", "model_b", "tie")]
+    asked, *said = (parse_json(cell) if isinstance(cell, str) else cell for cell in cells)
+    one, other = ([*zip(asked, answers, strict=True)] for answers in said)
     side = None if int(row["winner_tie"]) else int(row["winner_model_b"])
-    return _judged(one, other, side, *winners)
+    return _judged(one, other, side, "winner_model_a", "winner_model_b", "winner_tie")
 
 
 def _swift(row: AnyRow) -> list[OwnRow]:
     """ms-swift: the last message is the better answer, the worse one stands beside the dialog."""
-    messages = next(row[key] for key in _ALIASES["messages"] if key in row)
     (own,) = flat(row)
-    own.pop("messages", None)
+    messages = own.pop("messages")
     return [own | {"prompt": messages[:-1], "chosen": messages[-1:]}]
 
 

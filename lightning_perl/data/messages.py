@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning_perl.data.reading import parse_json
-from lightning_perl.data.rows import BadRow, Turn
+from lightning_perl.data.rows import BadRow, Turn, same
 
 _Role = Literal["system", "user", "agent", "api"]
 _NAMES: dict[_Role, str] = {
@@ -77,7 +77,7 @@ def unpacked(value: object, column: str) -> object:
 def _question_and_answer(message: object) -> list[object]:
     """Returns a message, or the two of a question with its answer."""
     match message:
-        case {"input": str(asked), "output": str(answered)}:
+        case {"input": str(asked), "output": str(answered)} | [str(asked), str(answered)]:
             return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return [message]
 
@@ -187,11 +187,6 @@ def prompt_of(value: object) -> tuple[Turn, ...]:
     return turns
 
 
-def same(turns: tuple[Turn, ...]) -> tuple[tuple[str, str], ...]:
-    """Returns what tells turns apart once they are encoded: who speaks, and the text without outer white space."""
-    return tuple((turn.role, turn.text.strip()) for turn in turns)
-
-
 def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
     """Returns an answer: a text, or an assistant message that may follow the messages of the prompt.
 
@@ -205,7 +200,8 @@ def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
                 "and what they are worth as scores or ranks."
             )
         turns = turns_of(value, column)
-        if turns[-1].role != "agent" or not _follows(turns[:-1], prompt):
+        follows = not turns[:-1] or same(turns[:-1]) == same(prompt)
+        if turns[-1].role != "agent" or not follows:
             raise BadRow(
                 f"wrong type: {column} must be one assistant message, or it after the messages of the prompt, "
                 f"got the roles {[turn.role for turn in turns]}. Where prompt is not what they begin with, leave "
@@ -215,10 +211,6 @@ def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
     if not isinstance(value, str):
         raise wrong_type(column, "a string or one assistant message", value)
     return Turn("agent", value)
-
-
-def _follows(turns: tuple[Turn, ...], prompt: tuple[Turn, ...]) -> bool:
-    return not turns or same(turns) == same(prompt)
 
 
 _AGENT_TAG = re.compile(r"\s*(?:(?:### ?)?(?:Assistant|ASSISTANT|Response):|<\|assistant\|>)\s*")

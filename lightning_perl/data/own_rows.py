@@ -17,14 +17,13 @@ from lightning_perl.data.dialects import ALIASES, MARKS, value_at, verdict_keys
 from lightning_perl.data.messages import (
     answer_of,
     prompt_of,
-    same,
     turns_of,
     unpacked,
     weights_of,
     without_prompt,
     wrong_type,
 )
-from lightning_perl.data.rows import BadRow, Item, Pair, Row, Tie, Turn
+from lightning_perl.data.rows import BadRow, Item, Pair, Row, Tie, Turn, same
 
 Columns: TypeAlias = dict[str, str | dict[str, float] | None]
 """From a name of ours to the file's column, a dotted path, several columns with weights, or None: not read."""
@@ -443,6 +442,8 @@ def _place_input(named: dict[str, Any]) -> None:
     about = named.get("input")
     if about is None:
         return
+    if _texts(about):
+        about = named["input"] = "\n\n".join(about)
     if not named.keys() & {"prompt", "messages"}:
         named |= {"prompt": about, "input": ""}
     elif not isinstance(unpacked(about, "input"), str) and "history" not in named:
@@ -456,15 +457,8 @@ def _surrounded(prompt: Turns, named: dict[str, Any]) -> Turns:
     about = named.get("input")
     if isinstance(about, str) and about.strip() and "prompt" in named:
         prompt = (*prompt[:-1], Turn(prompt[-1].role, f"{prompt[-1].text.rstrip()}\n\n{about}"))
-    history = named.get("history") or []
-    if history and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
-        history = [
-            {"role": role, "content": text}
-            for turn in history
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
-    if history:
-        prompt = (*turns_of(history, "history"), *prompt)
+    if named.get("history"):
+        prompt = (*turns_of(named["history"], "history"), *prompt)
     system = named.get("system")
     if isinstance(system, str) and system.strip() and prompt[0].role != "system":
         prompt = (Turn("system", system), *prompt)

@@ -107,13 +107,13 @@ def judgement(item: Item) -> tuple[object, object]:
     """Returns what a judge was shown, an answer or two in either order, and the verdict on it."""
     if isinstance(item, Pair):
         context, chosen, rejected = map(
-            _encoded, (item.chosen.context, item.chosen.response, item.rejected.response)
+            same, (item.chosen.context, item.chosen.response, item.rejected.response)
         )
         return (context, frozenset((chosen, rejected))), chosen
-    return (_encoded(item.context), _encoded(item.response)), item.label
+    return (same(item.context), same(item.response)), item.label
 
 
-def _encoded(turns: tuple[Turn, ...]) -> tuple[tuple[str, str], ...]:
+def same(turns: tuple[Turn, ...]) -> tuple[tuple[str, str], ...]:
     """Returns what tells turns apart once they are encoded: outer white space does not."""
     return tuple((turn.role, turn.text.strip()) for turn in turns)
 

@@ -203,7 +203,8 @@ SPOKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "system": ({"system": "Brief.", "prompt": "Q", "response": "A"}, ["Brief.", "Q"], ["A"]),
     "context": (
-        {"context": "A text.", "question": "Q", "answer": "A"}, ["Q\n\nA text."], ["A"],
+        {"context": ["A text.", "Another."], "question": "Q", "answer": "A"}, ["Q\n\nA text.\n\nAnother."],
+        ["A"],
     ),
     "messages before the instruction": (
         {"context": [HUMAN, GOOD], "instruction": HUMAN | {"value": "Milk?"}, "chosen": GOOD, "rejected": POOR},
