@@ -90,7 +90,6 @@ class Trunk(nn.Module):
         # Shapes without values (see `weightless`): nothing can be compared.
         self.weightless = model.device.type == "meta"
         self.adapters = Adapters(model, self.switch, self.shortcuts.fused_adapters)
-        self.passes = self.flops = 0
         # A list, so that nn.Module does not register them again.
         self._linear = [m for m in model.base_model.modules() if isinstance(m, LINEAR)]
         self._adapter_weights = {OFF: 0}
@@ -104,8 +103,10 @@ class Trunk(nn.Module):
                 # Its name in older releases of transformers 5.
                 model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
         model.train(False)
+        self.passes = self.flops = 0
         if not self.weightless:
             self._compare_with_own_forward()
+            self.passes = self.flops = 0
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -233,15 +234,6 @@ class Trunk(nn.Module):
         weight = self.lm_head.weight
         gradients = (backward + weight.requires_grad) * torch.is_grad_enabled()
         self.flops += 2 * positions * weight.numel() * (1 + gradients)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Passes inside the block are trials: they are not counted."""
-        counts = self.passes, self.flops
-        try:
-            yield
-        finally:
-            self.passes, self.flops = counts
 
     def packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         """What `forward` gives for these rows; a prompt that rows share is computed once if the trunk `packs`.
@@ -407,7 +399,7 @@ class Trunk(nn.Module):
 
     def _caches_rightly(self) -> bool:
         """Whether a row's last states are the same read at once and, behind a cache, token by token."""
-        ids, mask = self._two_rows()
+        ids, mask = self.two_rows()
         whole, cache = self(ids, mask)[:, 6:], self.empty_cache(8)
         self(ids[:, :6], mask[:, :6], cache)
         states = [self(ids[:, [at]], mask[:, : at + 1], cache) for at in (6, 7)]
@@ -429,16 +421,16 @@ class Trunk(nn.Module):
             for module, mode in modes:
                 module.training = mode
 
-    def _two_rows(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask, the second row padded on the left. Shape: ``(2, 8)`` each."""
-        ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
+    def two_rows(self, tokens: int = 8) -> tuple[Tensor, Tensor]:
+        """Ids and mask for trials, the second row padded on the left. Shape: ``(2, tokens)`` each."""
+        ids = torch.arange(tokens, device=self.model.device).expand(2, -1) % self.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, :3] = False
         return ids, mask
 
     def _compare_with_own_forward(self) -> None:
-        ids, mask = self._two_rows()
-        with torch.no_grad(), self.switch.use(OFF), self.uncounted():
+        ids, mask = self.two_rows()
+        with torch.no_grad(), self.switch.use(OFF):
             ours = self.project(self(ids, mask))[mask].double()
             output = self.model(
                 input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)
