@@ -207,7 +207,7 @@ class Trunk(nn.Module):
         config = self._text_config()
         heads = getattr(config, "num_attention_heads", None)
         heads = heads if isinstance(heads, int) else 0
-        width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+        width = vars(config).get("head_dim") or config.hidden_size // max(heads, 1)
         return weights, config.num_hidden_layers * heads * width
 
     def _count(self, tokens: int, keys: int, adapter: str, backward: bool) -> None:
