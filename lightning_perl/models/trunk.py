@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
 from lightning_perl.functional.logprobs import (
@@ -28,9 +29,7 @@ from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters
 from lightning_perl.models.lean_layers import (
     AdapterSwitch,
-    cache_argument,
     make_lean,
-    only_states,
     preallocate,
     reach_of_layers,
 )
@@ -172,9 +171,10 @@ class Trunk(nn.Module):
             cache: Keys and values of earlier tokens; the new tokens' are added.
         """
         mask: Tensor | None = attention_mask.long()
-        if cache is not None and ids.shape[1] == 1 and only_states(cache):
-            # Mamba would lay the whole mask over the one token. Padding has entered no state.
-            mask = None
+        if cache is not None and ids.shape[1] == 1:
+            # Mamba keeps states alone and would lay the whole mask over the one token. Padding entered no state.
+            keys = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+            mask = mask if keys else None
         hidden = self._read(ids, mask, position_ids(attention_mask)[:, -ids.shape[1] :], cache)
         # Raises outside a role, also where there are no adapters.
         adapter = self.switch.current
@@ -387,7 +387,9 @@ class Trunk(nn.Module):
 
     @cached_property
     def _cache_argument(self) -> str:
-        return cache_argument(self.model.base_model)
+        """What the decoder calls its cache: ``cache`` since transformers 5.24, and another name before."""
+        accepted = inspect.signature(self.model.base_model.forward).parameters
+        return next((k for k in ("cache", "cache_params") if k in accepted), "past_key_values")
 
     def require_cache(self) -> None:
         """Refuse a trunk whose logits differ with a cache: it would not score the distribution it samples from."""
