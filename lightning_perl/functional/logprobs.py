@@ -61,13 +61,7 @@ def chunked_logprobs(
     At most ``chunk_tokens x V`` logits exist at a time, in forward and in backward. For a head that is
     trained; under a frozen one `frozen_head_logprobs` does less work.
 
-    Args:
-        hidden: Hidden states that *predict* the targets. Shape: ``(B, R, H)``.
-        targets: Shape: ``(B, R)``, int64.
-        project: See `chosen_logprobs`, like ``temperature`` and ``entropy``.
-        temperature: Divides the logits.
-        chunk_tokens: Positions projected at once.
-        entropy: False: None instead of entropies.
+    ``hidden`` *predicts* the targets. Shape: ``(B, R, H)`` and ``(B, R)`` to ``(B, R)`` each.
     """
     logprobs, entropies = [], []
     chunks = torch.split(hidden.flatten(0, 1), chunk_tokens)
@@ -146,16 +140,7 @@ def chunked_divergence(
 ) -> Tensor:
     """KL(other || own) over the whole vocabulary, in nats, at least fp32; logits as in `chunked_logprobs`.
 
-    Args:
-        hidden: Hidden states of the own model, which the gradient reaches. Shape: ``(B, R, H)``.
-        other_hidden: Of the other model. Shape: ``(B, R, H)``.
-        project: LM head of the own model.
-        other_project: LM head of the other model.
-        temperature: Divides both models' logits.
-        chunk_tokens: Positions projected at once.
-
-    Returns:
-        Shape: ``(B, R)``.
+    Each model has its own LM head. Shape: ``(B, R, H)`` each to ``(B, R)``.
     """
     chunks = (torch.split(states.flatten(0, 1), chunk_tokens) for states in (hidden, other_hidden))
     divergences = [

@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -399,14 +398,3 @@ def reach_of_layers(config: PreTrainedConfig) -> float:
     layers = DynamicCache(config=config).layers
     kept = [layer for layer in layers if type(layer).__name__ != "DummyLayer"]
     return min((_window(layer) for layer in kept), default=math.inf)
-
-
-def cache_argument(body: nn.Module) -> str:
-    """What a decoder's forward calls its cache: ``cache`` since transformers 5.24, and another name before."""
-    accepted, names = inspect.signature(body.forward).parameters, ("cache", "cache_params")
-    return next((name for name in names if name in accepted), "past_key_values")
-
-
-def only_states(cache: Cache) -> bool:
-    """Whether a cache has recurrent and convolutional states and no keys and values (Mamba)."""
-    return not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)

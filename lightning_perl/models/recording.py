@@ -87,7 +87,9 @@ def recorder_of(trunk: Trunk, tokens: int) -> Recorder | None:
     if not trunk.packs(tokens):
         fault = "it takes no 4-D attention mask, or has a window that is shorter than the rows"
     elif trunk.recordable is None:
+        counts = trunk.passes, trunk.flops
         fault = _fault(trunk, record)
+        trunk.passes, trunk.flops = counts
         trunk.recordable = fault is None
     if fault is not None:
         rank_zero_warn(
@@ -160,29 +162,22 @@ class GrowingRows:
 
 def _fault(trunk: Trunk, record: Recorder) -> str | None:
     """Why steps cannot be recorded, if so. Reads two rows, one of them padded, in steps and in recorded ones."""
-    with torch.no_grad(), trunk.switch.use(OFF), trunk.uncounted():
+    with torch.no_grad(), trunk.switch.use(OFF):
         if not all_preallocated(trunk.empty_cache(PROMPT + STEPS).layers):
             return "it keeps more than keys and values"
         if not all(trunk.on_twin(_steps_as_at_once)):
             return "steps over a preallocated cache have other logits"
         try:
-            stepped, played = _read(trunk, *_rows(trunk)), _read(trunk, *_rows(trunk), record)
+            rows = trunk.two_rows(PROMPT + STEPS)
+            stepped, played = _read(trunk, *rows), _read(trunk, *rows, record)
         except REFUSALS as error:
             return str(error).splitlines()[0]
     return None if _same_logits(played, stepped) else "a recorded step has other logits"
 
 
-def _rows(trunk: Trunk) -> tuple[Tensor, Tensor]:
-    drawn = torch.Generator().manual_seed(0)
-    ids = torch.randint(trunk.vocabulary_size, (2, PROMPT + STEPS), generator=drawn)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, :2] = False
-    return ids.to(trunk.model.device), mask.to(trunk.model.device)
-
-
 def _steps_as_at_once(twin: Trunk) -> bool:
     """Whether steps over a preallocated cache have the logits of rows that are read at once."""
-    ids, mask = _rows(twin)
+    ids, mask = twin.two_rows(PROMPT + STEPS)
     return nearly_equal(_read(twin, ids, mask), twin.project(twin(ids, mask))[:, PROMPT:])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -235,11 +235,9 @@ class Roles(Checked, nn.Module):
         with trunk.switch.use(self.seats[name].adapter):
             yield trunk
 
-    @contextmanager
-    def training_pass(self, group: Sequence[Role]) -> Iterator[None]:
+    def training_pass(self, group: Sequence[Role]) -> AbstractContextManager[None]:
         """A pass that roles of one group are trained on, its activations kept or computed again."""
-        with self.trunk(group[0]).training_pass(not self.checkpointed.isdisjoint(group)):
-            yield
+        return self.trunk(group[0]).training_pass(not self.checkpointed.isdisjoint(group))
 
     def groups(self, names: Iterable[Name]) -> list[tuple[Name, ...]]:
         """The asked roles, those answered by one forward together, in the order asked."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
 from lightning_perl.functional.logprobs import (
@@ -28,9 +29,7 @@ from lightning_perl.functional.sequences import position_ids
 from lightning_perl.models.adapters import OFF, Adapters
 from lightning_perl.models.lean_layers import (
     AdapterSwitch,
-    cache_argument,
     make_lean,
-    only_states,
     preallocate,
     reach_of_layers,
 )
@@ -90,7 +89,6 @@ class Trunk(nn.Module):
         # Shapes without values (see `weightless`): nothing can be compared.
         self.weightless = model.device.type == "meta"
         self.adapters = Adapters(model, self.switch, self.shortcuts.fused_adapters)
-        self.passes = self.flops = 0
         # A list, so that nn.Module does not register them again.
         self._linear = [m for m in model.base_model.modules() if isinstance(m, LINEAR)]
         self._adapter_weights = {OFF: 0}
@@ -104,8 +102,10 @@ class Trunk(nn.Module):
                 # Its name in older releases of transformers 5.
                 model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
         model.train(False)
+        self.passes = self.flops = 0
         if not self.weightless:
             self._compare_with_own_forward()
+            self.passes = self.flops = 0
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -171,9 +171,10 @@ class Trunk(nn.Module):
             cache: Keys and values of earlier tokens; the new tokens' are added.
         """
         mask: Tensor | None = attention_mask.long()
-        if cache is not None and ids.shape[1] == 1 and only_states(cache):
-            # Mamba would lay the whole mask over the one token. Padding has entered no state.
-            mask = None
+        if cache is not None and ids.shape[1] == 1:
+            # Mamba keeps states alone and would lay the whole mask over the one token. Padding entered no state.
+            keys = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+            mask = mask if keys else None
         hidden = self._read(ids, mask, position_ids(attention_mask)[:, -ids.shape[1] :], cache)
         # Raises outside a role, also where there are no adapters.
         adapter = self.switch.current
@@ -206,7 +207,7 @@ class Trunk(nn.Module):
         config = self._text_config()
         heads = getattr(config, "num_attention_heads", None)
         heads = heads if isinstance(heads, int) else 0
-        width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+        width = vars(config).get("head_dim") or config.hidden_size // max(heads, 1)
         return weights, config.num_hidden_layers * heads * width
 
     def _count(self, tokens: int, keys: int, adapter: str, backward: bool) -> None:
@@ -233,15 +234,6 @@ class Trunk(nn.Module):
         weight = self.lm_head.weight
         gradients = (backward + weight.requires_grad) * torch.is_grad_enabled()
         self.flops += 2 * positions * weight.numel() * (1 + gradients)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Passes inside the block are trials: they are not counted."""
-        counts = self.passes, self.flops
-        try:
-            yield
-        finally:
-            self.passes, self.flops = counts
 
     def packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         """What `forward` gives for these rows; a prompt that rows share is computed once if the trunk `packs`.
@@ -395,7 +387,9 @@ class Trunk(nn.Module):
 
     @cached_property
     def _cache_argument(self) -> str:
-        return cache_argument(self.model.base_model)
+        """What the decoder calls its cache: ``cache`` since transformers 5.24, and another name before."""
+        accepted = inspect.signature(self.model.base_model.forward).parameters
+        return next((k for k in ("cache", "cache_params") if k in accepted), "past_key_values")
 
     def require_cache(self) -> None:
         """Refuse a trunk whose logits differ with a cache: it would not score the distribution it samples from."""
@@ -407,7 +401,7 @@ class Trunk(nn.Module):
 
     def _caches_rightly(self) -> bool:
         """Whether a row's last states are the same read at once and, behind a cache, token by token."""
-        ids, mask = self._two_rows()
+        ids, mask = self.two_rows()
         whole, cache = self(ids, mask)[:, 6:], self.empty_cache(8)
         self(ids[:, :6], mask[:, :6], cache)
         states = [self(ids[:, [at]], mask[:, : at + 1], cache) for at in (6, 7)]
@@ -429,16 +423,16 @@ class Trunk(nn.Module):
             for module, mode in modes:
                 module.training = mode
 
-    def _two_rows(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask, the second row padded on the left. Shape: ``(2, 8)`` each."""
-        ids = torch.arange(8, device=self.model.device).expand(2, 8) % self.vocabulary_size
+    def two_rows(self, tokens: int = 8) -> tuple[Tensor, Tensor]:
+        """Ids and mask for trials, the second row padded on the left. Shape: ``(2, tokens)`` each."""
+        ids = torch.arange(tokens, device=self.model.device).expand(2, -1) % self.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, :3] = False
         return ids, mask
 
     def _compare_with_own_forward(self) -> None:
-        ids, mask = self._two_rows()
-        with torch.no_grad(), self.switch.use(OFF), self.uncounted():
+        ids, mask = self.two_rows()
+        with torch.no_grad(), self.switch.use(OFF):
             ours = self.project(self(ids, mask))[mask].double()
             output = self.model(
                 input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)

@@ -37,11 +37,11 @@ def small_twin(model: PreTrainedModel) -> PreTrainedModel | None:
             torch.manual_seed(0)
             twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
             twin.train(False)
-            twin(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+            logits = twin(input_ids=torch.zeros(1, 2, dtype=torch.int64)).logits
     # Whatever a family's own code raises.
     except Exception:
         return None
-    return twin
+    return twin if bool(logits.isfinite().all()) else None
 
 
 def _shrink(config: PreTrainedConfig) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import HydraPPO
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.conftest import TinyTrunk
@@ -46,7 +47,7 @@ def test_a_family_that_loses_its_state_is_not_sampled_from(
     folder = tiny_trunk("mamba2")
     trunk = load_trunk(str(folder))
     # A name that the family does not know is swallowed.
-    monkeypatch.setattr("lightning_perl.models.trunk.cache_argument", lambda _: "memory")
+    monkeypatch.setattr(Trunk, "_cache_argument", "memory")
     with pytest.raises(ValueError, match=r"read token by token with a cache.*SFT, HydraSFT"):
         trunk.require_cache()
 

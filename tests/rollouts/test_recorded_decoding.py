@@ -246,7 +246,7 @@ def cache_in(kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
 def counting(forward: Forward, dtype: torch.dtype) -> Forward:
     """Turns a little by a number that Python keeps: a recording plays the number it had."""
     read = 0
-    little = torch.finfo(dtype).eps ** 0.6
+    little = torch.finfo(dtype).eps ** 0.5
 
     def turned(**kwargs: Any) -> Any:  # noqa: ANN401
         nonlocal read
