@@ -394,6 +394,10 @@ def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path:
     [
         ("--model.score_clip=-1", "model.score_clip must be above 0 and finite or null, got -1"),
         ("--model.lora.alpha=0", "model.lora.alpha must be above 0 and finite, got '0'"),
+        ("--model.lora.rank=x", "model.lora.rank must be at least 1, got 'x'"),
+        ("--trainer.max_steps=x", "trainer.max_steps must be int, got x"),
+        ("--config={model: {init_args: {trunk: 3}}}", "model.trunk must be str, got 3"),
+        ("--config={model: {class_path: SFT}}", "model.lora must be LoraSpec or null"),
         ("--model.score_clp=1", "HydraPPO has no score_clp; did you mean score_clip?"),
         ("--model.lora.rnk=1", "there is no lora.rnk; did you mean lora.rank?"),
         ("--config={modle: 1}", "does not accept option 'modle'; did you mean model?"),
