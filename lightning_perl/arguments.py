@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -42,7 +43,9 @@ def declared(name: str, kind: type, rule: str, holds: Callable[[Any], bool]) -> 
         return (kind is str or math.isfinite(value)) and holds(value)
 
     def parse(value: object) -> object:
-        parsed = kind(value) if isinstance(value, str) else value
+        parsed = value
+        with suppress(ValueError):
+            parsed = kind(value) if isinstance(value, str) else value
         if not allowed(parsed):
             raise ValueError(f"must be {rule}")
         return kind(parsed)

@@ -147,6 +147,8 @@ def refuse_early(given: Namespace, trainer_settings: dict[str, Any]) -> None:
     messages.setLevel(logging.ERROR)  # the run's own trainer says which devices there are
     try:
         trainer = Trainer(**trainer_settings, logger=False, enable_checkpointing=False)
+    except ValueError as error:
+        raise ValueError(f"trainer: {error}") from error
     finally:
         messages.setLevel(level)
     module.refuse(trainer, given.get("data.init_args.rows"))

@@ -126,7 +126,8 @@ def _seal(manifest: Path, about: dict[str, Any]) -> None:
 def _checksum(path: Path) -> int:
     if path.suffix == ".json":
         # Where the trunk lies may change in an adapter's config, what the adapter computes may not.
-        shape = {key: json.loads(path.read_text())[key] for key in ("r", "lora_alpha")}
+        config = json.loads(path.read_text())
+        shape = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")}
         return zlib.crc32(json.dumps(shape).encode())
     value = 0
     with path.open("rb") as file:

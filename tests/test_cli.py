@@ -288,23 +288,6 @@ def test_a_trunk_without_a_reward_head(tmp_path: Path) -> None:
     refused(ValueError, words, "--model.trunk", str(bare))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--model.layout", "hidra"], ["layout", "'joint_hydra'", "hidra"]),
-        (["--model.trunk_dtype", "float16"], ["trunk_dtype", "'bfloat16'", "float16"]),
-        (["--data.rows", "promts"], ["rows", "'prompts'", "promts"]),
-    ],
-)
-def test_a_value_that_is_no_choice_is_refused_with_the_choices(
-    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, printed = exits(capsys, "fit", "--config", "quickstart", *arguments)
-    assert code == 2
-    error = printed.partition("error:")[2]
-    assert all(word in error for word in words)
-
-
 PRECISION = r"trainer.precision must stay 32-true, got '{}'.*model.init_args.trunk_dtype: bfloat16"
 
 
@@ -394,6 +377,11 @@ def test_the_process_fails_with_the_words_last_and_without_known_noise(tmp_path:
     [
         ("--model.score_clip=-1", "model.score_clip must be above 0 and finite or null, got -1"),
         ("--model.lora.alpha=0", "model.lora.alpha must be above 0 and finite, got '0'"),
+        ("--model.lora.rank=x", "model.lora.rank must be at least 1, got 'x'"),
+        ("--data.rows=promts", "data.rows must be Literal['rated', 'prompts'], got promts"),
+        ("--trainer.max_steps=x", "trainer.max_steps must be int, got x"),
+        ("--config={model: {init_args: {trunk: 3}}}", "model.trunk must be str, got 3"),
+        ("--config={model: {class_path: SFT}}", "model.lora must be LoraSpec or null"),
         ("--model.score_clp=1", "HydraPPO has no score_clp; did you mean score_clip?"),
         ("--model.lora.rnk=1", "there is no lora.rnk; did you mean lora.rank?"),
         ("--config={modle: 1}", "does not accept option 'modle'; did you mean model?"),

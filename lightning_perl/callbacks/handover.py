@@ -52,6 +52,7 @@ class Handover(Callback):
         self._began = False
         self._ended = False
         self._interrupted = False
+        self._saved_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come first, and let checkpoints appear whole and in the run's folder."""
@@ -93,6 +94,10 @@ class Handover(Callback):
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
+    def on_save_checkpoint(self, trainer: Trainer, *_: object) -> None:
+        """Note the step of a whole checkpoint; those of weights alone are not told."""
+        self._saved_at = trainer.global_step
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand over; a dry run (``fast_dev_run``) writes nothing.
 
@@ -131,9 +136,8 @@ class Handover(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         """Save a checkpoint where this step has none; one from inside a batch could not go on exactly."""
-        savers = [call for call in model_checkpoints(trainer) if not call.save_weights_only]
-        saved = [call._last_global_step_saved for call in savers]
-        if savers and trainer.global_step not in saved and _between_batches(trainer):
+        saved = self._saved_at == trainer.global_step
+        if model_checkpoints(trainer) and not saved and _between_batches(trainer):
             path = run_folder(trainer) / "checkpoints" / "stopped.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             rank_zero_info(f"saved {path}")

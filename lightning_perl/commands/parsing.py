@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import takewhile
 from pkgutil import resolve_name
 from types import FunctionType
 from typing import Any, NoReturn
@@ -60,20 +61,20 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         short = in_short(message) if "Parser key" in message else message
         program = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
-        self.exit(2, f"error: {short} (all settings: {program} --help)\n")
+        self.exit(2, f"error: {' '.join(short.split())} (all settings: {program} --help)\n")
 
 
 def in_short(message: str) -> str:
     """One line of jsonargparse's account of all the types that it tried: the innermost key and its rules."""
-    keys = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key]
-    owners = re.findall(r"Problem with given class_path '([^']+)'", message)
-    inner = message[message.rindex("Parser key") :]
-    key = ".".join(dict.fromkeys(keys))
-    if unknown := re.search(r"there is no --(\S+; did you mean \S+|\S+)", inner):
+    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    owner, inner = _innermost(message)
+    if missing := re.search(r"arguments are required: (.+)", inner):
+        return f"{key}: {owner} needs {missing[1]}"
+    if unknown := re.search(r"there is no --(.+)", inner):
         # A dataclass's own parser has looked for the name already.
         return f"{key}: there is no {unknown[1]}"
     if unknown := re.search(r"Option '([^']+)' is not accepted(?:.*class_path='([^']+)')?", inner):
-        owner = unknown[2] or owners[-1]
+        owner = unknown[2] or owner
         if owner in EXAMPLES:
             return f"{key}.{unknown[1]}: name its class first, as in --{key}={EXAMPLES[owner]}"
         return f"{key}: {owner} has no {unknown[1]}{meant(unknown[1], _arguments(owner))}"
@@ -81,15 +82,24 @@ def in_short(message: str) -> str:
         return f"{key}: {several[0]}"
     if unknown := re.search(r"dot import path string: (\S+)", inner):
         return f"{key}: there is no class {unknown[1]}{meant(unknown[1], CLASSES)}"
-    rules = re.findall(r"(?:Expected an? |Not of type \w+: must be )(.+)", inner)
-    given = re.search(r"Given value: (?:NestedArg\(.*val=)?(.{0,80}?)\)?$", inner, re.M)
+    said = r"(?:Expected an? |Not a valid subclass of |Not of type \w+: must be )"
+    rules = re.findall(rf"{said}(.+?)(?:\. Got value.*)?$", inner, re.M)
     if not rules:
-        return " ".join(message.split())
+        return message
     plain = [re.sub(r"typing\.|<class '(?:.*\.)?(\w+)'>", r"\1", rule) for rule in rules]
-    # Where a class was being made, the last one says that there might have been none.
-    plain = plain[:-1] if owners and len(plain) > 1 else plain
     expected = " or ".join(dict.fromkeys(plain)).replace("NoneType", "null")
+    given = re.search(r"G(?:iven|ot) value: (.{0,80})$", inner, re.M)
+    given = given or re.search(r"Given value: NestedArg\(.*val=(.{0,80}?)\)$", message, re.M)
     return f"{key} must be {expected}" + (f", got {given[1]}" if given else "")
+
+
+def _innermost(message: str) -> tuple[str, str]:
+    """The class whose arguments were wrong in the end, and what was said about them."""
+    owner, indent, start = "", "", 0
+    for found in re.finditer(r"Problem with given class_path '([^']+)':\n( *)", message):
+        owner, indent, start = found[1], found[2], found.start(2)
+    lines = message[start:].splitlines()
+    return owner, "\n".join(takewhile(lambda line: not line or line.startswith(indent), lines))
 
 
 def _arguments(path: str) -> set[str]:

@@ -121,10 +121,19 @@ def test_checkpoint_of_another_layout_is_refused(
 
 @pytest.mark.parametrize("kind", [SFT, RewardModel, HydraSFT])
 @pytest.mark.parametrize(
-    ("seed", "alpha", "words"),
+    ("seed", "changed", "words"),
     [
-        (1, 16.0, r"others: trunk is \w{16}, there \w{16}\. Give the trunk"),
-        (0, 64.0, r"LoRA '\w+' is rank 2, alpha 64, all linear layers, there rank 2, alpha 16, "),
+        (1, {}, r"others: trunk is \w{16}, there \w{16}\. Give the trunk"),
+        (
+            0,
+            {"rslora": True},
+            r"is rank 2, alpha 16 \(rsLoRA\), all linear layers, there rank 2, alpha 16, ",
+        ),
+        (
+            0,
+            {"alpha": 64.0},
+            r"LoRA '\w+' is rank 2, alpha 64, all linear layers, there rank 2, alpha 16, ",
+        ),
     ],
 )
 def test_checkpoint_of_other_weights_or_another_scale_is_refused(
@@ -132,13 +141,13 @@ def test_checkpoint_of_other_weights_or_another_scale_is_refused(
     tmp_path: Path,
     kind: type[SFT | RewardModel],
     seed: int,
-    alpha: float,
+    changed: dict[str, Any],
     words: str,
 ) -> None:
     path = fitted(kind(str(tiny_trunk()), lora=LoraSpec(rank=2)), tmp_path)
     arguments: dict[str, Any] = {
         "trunk": str(tiny_trunk(seed=seed)),
-        "lora": LoraSpec(rank=2, alpha=alpha),
+        "lora": LoraSpec(rank=2, **changed),
     }
     with pytest.raises(ValueError, match=words):
         kind.load_from_checkpoint(path, weights_only=True, **arguments)

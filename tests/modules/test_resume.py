@@ -262,6 +262,10 @@ def test_another_reward_is_refused_by_name(plain_trunk: Path, tmp_path: Path) ->
     )
     config.write_text(moved)
     policy(folders[1])
-    config.write_text(config.read_text().replace('"lora_alpha": 4.0', '"lora_alpha": 8.0'))
-    with pytest.raises(ValueError, match=r"adapter_config.json is missing, cut short or changed"):
-        policy(folders[1])
+    for before, after in (
+        ('"lora_alpha": 4.0', '"lora_alpha": 8.0'),
+        ('"use_rslora": false', '"use_rslora": true'),
+    ):
+        config.write_text(moved.replace(before, after))
+        with pytest.raises(ValueError, match=r"adapter_config.json is missing, cut short or chang"):
+            policy(folders[1])
