@@ -49,16 +49,16 @@ def mix(out: Path, adapters: Mapping[str, float]) -> None:
     spec = mixed_spec([stored_spec(folder) for folder in folders])
     about = _of_one_trunk(folders)
     config = json.loads((folders[0] / CONFIG_FILE).read_text())
-    # Without rank_pattern and the like, which `stored_spec` refuses, these are all that names its shape.
+    # What `stored_spec` reads; the rest it refuses, or it is not about what an adapter computes.
     config |= {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": list(spec.targets)}
+    config |= {"use_rslora": spec.rslora, "lora_dropout": spec.dropout}
+    config |= dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
     tensors = mixture(folders, weights)
     with written_whole(out.parent, {}) as beside:
         folder = beside / out.name
         folder.mkdir()
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(
-            json.dumps(config | {"lora_dropout": 0.0}, indent=2) + "\n"
-        )
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         manifest = {"kind": "adapter", **about, "mixture": dict(adapters)}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -26,7 +26,7 @@ IDS = torch.tensor([[5, 60, 71, 82, 93, 104]])
 # Ranks, scales and layers differ, as those of adapters from different runs may.
 SPECS = (
     LoraSpec(2, 1.0, ("q_proj", "v_proj")),
-    LoraSpec(4, 8.0, ("v_proj", "down_proj")),
+    LoraSpec(4, 8.0, ("v_proj", "down_proj"), rslora=True),
     LoraSpec(3, 3.0),
 )
 
