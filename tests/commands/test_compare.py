@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -223,3 +225,22 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises((ValueError, FileExistsError, FileNotFoundError), match=message):
         compared({"ppo": folders["ppo"]}, **changes)
     assert not Path("out").exists()
+
+
+def test_the_commands_of_the_docs_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = DOCS.read_text("utf-8")
+    (config,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    lines = re.findall(r"^python -m lightning_perl (.*)$", text.replace("\\\n", ""), re.M)
+    compare_line, mix_line = lines
+    Path("compare.yaml").write_text(config, encoding="utf-8")
+    for name, source in (("quickstart", "ppo"), ("grpo", "dpo")):
+        shutil.copytree(folders[source], Path("runs", name, "latest/adapters/actor"))
+    main([*shlex.split(compare_line), "--prompts", "8"])
+    result = json.loads(Path("runs/comparison/compare.json").read_text("utf-8"))
+    assert set(result["contestants"]) == {"reference", "ppo", "grpo"}
+    documented = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M))))
+    plain = {key for key in result["contestants"]["ppo"] if not key.endswith("_interval")}
+    assert plain == documented
+    main(shlex.split(mix_line))
+    mixed, _ = compared({"mixed": Path("runs/mixed")}, prompts=2)
+    assert "mixed" in mixed["contestants"]
