@@ -20,7 +20,7 @@ from lightning_perl.models.adapters import (
     mixture,
     stored_spec,
 )
-from lightning_perl.models.heads import HEADS_FILE
+from lightning_perl.models.heads import has_head
 from lightning_perl.models.manifest import manifest_of
 from lightning_perl.packaged import unpackaged
 from lightning_perl.whole import MANIFEST_FILE, require_whole, written_whole
@@ -64,13 +64,13 @@ def mix(out: Path, adapters: Mapping[str, float]) -> None:
 
 
 def _of_one_trunk(folders: Sequence[Path]) -> dict[str, Any]:
-    """What the manifests have in common; adapters of different trunks and scalar heads are refused."""
+    """What the manifests have in common; adapters of different trunks and reward adapters are refused."""
     for folder in folders:
         require_whole(folder)
-        if (folder / HEADS_FILE).exists():
+        if has_head(folder, "reward"):
             raise ValueError(
-                f"{folder} has a scalar head, so it is no policy. Reward adapters are averaged with their heads "
-                "by reward_ensemble: weight_average."
+                f"{folder} is a reward adapter. With their heads they are averaged by reward_ensemble: "
+                "weight_average."
             )
     manifests = [manifest_of(folder) for folder in folders]
     configs = [json.loads((folder / CONFIG_FILE).read_text()) for folder in folders]

@@ -117,7 +117,8 @@ def test_greedy_answers_are_plain_pefts_on_one_trunk(
         bare = model.unload() if folder else bare
     assert not Path("out/frontier.png").exists()
     assert "kl" not in result["contestants"]["ppo"]
-    assert result["about"][0].startswith("5 prompts of the validation rows, greedy answers")
+    assert result["about"][0].startswith("5 prompts of the validation rows, temperature 0, top_p 1")
+    assert "KL is known for" in result["about"][0]
 
 
 def test_all_see_the_same_noise_and_the_kl_is_the_log_ratio(folders: dict[str, Path]) -> None:
@@ -209,6 +210,7 @@ def test_rated_rows_ask_their_prompts_and_bring_references(folders: dict[str, Pa
         ({"adapters": {"reference": "x"}}, "none of them 'reference'"),
         ({"adapters": {"ppo": "nowhere"}}, "nowhere is no adapter folder"),
         ({"reward": "x", "reward_function": {"class_path": GOLD}}, "one judge"),
+        ({"adapters": {"judge": "reward"}}, "is a reward adapter, which answers nothing"),
         ({"trunk": "other"}, "was trained on another trunk"),
         ({"no_rows": True}, "there are no prompts"),
     ],
@@ -216,6 +218,8 @@ def test_rated_rows_ask_their_prompts_and_bring_references(folders: dict[str, Pa
 def test_what_cannot_be_compared_is_refused(
     folders: dict[str, Path], changes: dict[str, Any], message: str, tiny_trunk: TinyTrunk
 ) -> None:
+    if changes.get("adapters") == {"judge": "reward"}:
+        changes = {"adapters": {"judge": str(folders["reward"])}}
     if "trunk" in changes:
         changes = {"trunk": str(tiny_trunk(max_position_embeddings=512))}
         changes["data"] = prompt_data()

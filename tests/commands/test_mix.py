@@ -118,7 +118,7 @@ def test_what_cannot_be_mixed_is_refused(
     refused("nowhere is no adapter folder", tmp_path / "nowhere")
     judge = trained(tiny_trunk(), tmp_path / "judges", 0)
     save_heads(judge, {"reward": ScalarHead(32)})
-    refused("has a scalar head, so it is no policy", judge)
+    refused("is a reward adapter", judge)
     with pytest.raises(ValueError, match="a finite weight each"):
         mix(out, {first: float("nan")})
     with pytest.raises(FileExistsError, match="exists already"):
