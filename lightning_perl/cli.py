@@ -1,4 +1,4 @@
-"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk,compare}``."""
+"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk,compare,mix}``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
 from lightning_perl.callbacks.resume import changes
+from lightning_perl.commands import mix
 from lightning_perl.commands.compare import compare
 from lightning_perl.commands.estimate import add_arguments
 from lightning_perl.commands.estimate import run as estimate
@@ -48,9 +49,9 @@ CONFIG_HELP = (
     "over each other, the last one on top."
 )
 ALSO = (
-    f"There are more commands: {PROGRAM} estimate prints how much memory a fit will take, {PROGRAM} new-trunk "
-    f"writes a small untrained trunk, with a tokenizer trained on your data, and {PROGRAM} compare lets trained "
-    "adapters answer the same held-out prompts (see their --help)."
+    f"There are more commands, each with a --help: {PROGRAM} estimate prints how much memory a fit will take, "
+    f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data, {PROGRAM} "
+    f"compare lets trained adapters answer the same held-out prompts, and {PROGRAM} mix makes one of several."
 )
 
 
@@ -285,6 +286,7 @@ def main(args: Sequence[str] | None = None) -> None:
     own_commands: dict[str, Callable[[Sequence[str]], None]] = {
         "new-trunk": partial(run_function, "new-trunk", new_trunk),
         "compare": partial(run_function, "compare", compare),
+        "mix": partial(mix.run, program=f"{PROGRAM} mix"),
         "estimate": run_estimate,
     }
     if given and given[0] in own_commands:

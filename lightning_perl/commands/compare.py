@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from lightning_perl import metrics
 from lightning_perl.arguments import Count, CountOrZero
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.callbacks.console import show
@@ -21,15 +22,8 @@ from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.functional.logprobs import k1
 from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.functional.sequences import pad_left
-from lightning_perl.metrics import (
-    distinct,
-    length_controlled_win_rate,
-    resamples,
-    rouge_l,
-    wins,
-    with_interval,
-)
-from lightning_perl.models.adapters import OFF, stored_spec
+from lightning_perl.models.adapters import OFF, LoraSpec, stored_spec
+from lightning_perl.models.heads import has_head
 from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import manifest_of, require_trunk_of
 from lightning_perl.models.quantization import Quantization
@@ -39,9 +33,6 @@ from lightning_perl.modules.evaluation import VALIDATION_ROLLOUT, Evaluation, ke
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
 from lightning_perl.rollouts.sampling import SamplingSpec
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REFERENCE = "reference"
 Measures = dict[str, float | tuple[float, float]]
@@ -111,18 +102,24 @@ def compare(
     module = _module(
         trunk, judge, reward_function, sampling, score_batch_size=batch_size, **loading
     )
+    # Names on the trunk are numbers: the user's may hold a dot, or be those of roles.
+    seated = {REFERENCE: OFF} | {name: f"contestant_{n}" for n, name in enumerate(folders)}
     for name, folder in folders.items():
         require_trunk_of(folder, module.policy_trunk)
-        module.policy_trunk.adapters.load(_named(name), folder, trainable=False)
+        module.policy_trunk.adapters.load(seated[name], folder, trainable=False)
     module.require_fitting(data)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    answers = {
-        name: [*answers_of(module, _named(name), questions)] for name in (REFERENCE, *folders)
-    }
+    answers = {name: [*answers_of(module, at, questions)] for name, at in seated.items()}
     references = [module.decoded(question.references) for question in questions]
     measures = measures_of(answers, references, seed)
     rows = "validation" if data.splits and data.splits.test is data.splits.val else "test"
-    asked = f"{len(questions)} prompts of the {rows} rows, {_drawn(sampling)}"
+    drawn = (
+        f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}"
+    )
+    known = (
+        "" if sampling.scored_as_sampled else " (KL is known for temperature > 0, top_p 1, top_k 0)"
+    )
+    asked = f"{len(questions)} prompts of the {rows} rows, {drawn}{known}"
     about = [asked, judge_of(module, judge, folders)]
     out.mkdir(parents=True)
     texts = module.prompts_read([question.ids for question in questions])
@@ -132,7 +129,7 @@ def compare(
             given = {name: several[number]._asdict() for name, several in answers.items()}
             file.write(json.dumps(line | {"answers": given}) + "\n")
     if sampling.scored_as_sampled:
-        frontier(measures).savefig(out / "frontier.png", dpi=150)
+        draw_frontier(measures, out / "frontier.png")
     result = json.dumps({"about": about, "contestants": measures}, indent=2)
     (out / "compare.json").write_text(result + "\n", encoding="utf-8")
     show("\n".join([*about, *table(measures), f"wrote {out}"]))
@@ -152,6 +149,10 @@ def _refuse_early(out: Path, folders: Mapping[str, Path], two_judges: bool) -> N
         raise ValueError("compare has one judge: give reward or reward_function, not both.")
     for folder in folders.values():
         stored_spec(folder)
+        if has_head(folder, "reward"):
+            raise ValueError(
+                f"{folder} is a reward adapter, which answers nothing. Name it as reward."
+            )
 
 
 def _module(
@@ -167,6 +168,7 @@ def _module(
         layout = "dynamic_lora" if (judge / "config.json").is_file() else "perl"
     return RLOO(
         trunk,
+        lora=LoraSpec(1),
         layout=layout,
         reward=str(judge) if judge else None,
         learned_reward_weight=0.0 if function else 1.0,
@@ -177,13 +179,9 @@ def _module(
     )
 
 
-def _named(contestant: str) -> str:
-    """The adapter's name on the trunk, which cannot hold a dot and may not be one of the roles'."""
-    return OFF if contestant == REFERENCE else f"contestant {contestant.replace('.', '_')}"
-
-
 def questions_of(data: ConversationDataModule) -> list[Question]:
-    """The distinct prompts of the test rows, in their order; none are refused."""
+    """The distinct prompts of the test rows, in their order."""
+    data.prepare_data()
     data.setup("test")
     questions: dict[tuple[int, ...], Question] = {}
     for batch in data.test_dataloader():
@@ -246,7 +244,7 @@ def measures_of(
     with ``..._interval``; ``kl``; ``tokens``; ``truncated``, the share of answers without an end; ``distinct_1``
     and ``distinct_2`` (see `distinct`); ``rouge_l`` over the prompts with references.
     """
-    drawn = resamples(len(references), seed)
+    drawn = metrics.resamples(len(references), seed)
     before = _numbers(contestants[REFERENCE])
     judged = [number for number, texts in enumerate(references) if texts]
     measures: dict[str, Measures] = {}
@@ -254,18 +252,18 @@ def measures_of(
         numbers = _numbers(answers)
         found: Measures = {key: float(values.mean()) for key, values in numbers.items()}
         if name != REFERENCE:
-            won = wins(numbers["score"] - before["score"])
+            won = metrics.wins(numbers["score"] - before["score"])
             longer = numbers["tokens"] - before["tokens"]
             rates = {
                 "win_rate": drawn @ won / len(won),
-                "length_controlled": length_controlled_win_rate(won, longer, drawn),
+                "length_controlled": metrics.length_controlled_win_rate(won, longer, drawn),
             }
             for key, values in rates.items():
-                found[key], found[f"{key}_interval"] = with_interval(values)
-        found |= {f"distinct_{n}": distinct([a.ids for a in answers], n) for n in (1, 2)}
+                found[key], found[f"{key}_interval"] = metrics.with_interval(values)
+        found |= {f"distinct_{n}": metrics.distinct([a.ids for a in answers], n) for n in (1, 2)}
         if judged:
             texts = [answers[number].response for number in judged]
-            found["rouge_l"] = rouge_l(texts, [references[number] for number in judged])
+            found["rouge_l"] = metrics.rouge_l(texts, [references[number] for number in judged])
         measures[name] = found
     return measures
 
@@ -294,13 +292,6 @@ def judge_of(module: Evaluation, reward: Path | None, folders: Mapping[str, Path
     return f"judge: {named}, {', '.join(said)}"
 
 
-def _drawn(spec: SamplingSpec) -> str:
-    if spec.temperature == 0:
-        return "greedy answers (no KL: it needs sampling at a temperature above 0)"
-    warped = "" if spec.scored_as_sampled else f", top_p {spec.top_p}, top_k {spec.top_k} (no KL)"
-    return f"answers drawn at temperature {spec.temperature:g}{warped}"
-
-
 def table(measures: Mapping[str, Measures]) -> list[str]:
     """A line per contestant, with the intervals of its win rates in brackets."""
     keys = [key for key in list(measures.values())[-1] if not key.endswith("_interval")]
@@ -318,8 +309,8 @@ def table(measures: Mapping[str, Measures]) -> list[str]:
     ]
 
 
-def frontier(measures: Mapping[str, Measures]) -> Figure:
-    """Mean score over KL to the trunk, a point per contestant."""
+def draw_frontier(measures: Mapping[str, Measures], path: Path) -> None:
+    """Draw the mean score over the KL to the trunk, a point per contestant."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -332,4 +323,4 @@ def frontier(measures: Mapping[str, Measures]) -> Figure:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return figure
+    figure.savefig(path, dpi=150)

@@ -37,6 +37,7 @@ ATTENTION = "attention"
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
 WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 NOT_PLAIN = {
     "use_dora": "DoRA's norms of whole weights leave the fused layers nothing to fuse",
     "init_lora_weights": "PiSSA, OLoRA and LoftQ change the trunk's weights, and with them the reference",
@@ -246,30 +247,13 @@ class Adapters:
     def load_average(
         self, name: str, folders: Sequence[Path], seed: int = 0, trainable: bool = True
     ) -> None:
-        """Add one adapter that is the exact mean of the adapters of several PEFT folders.
-
-        The product of a mean ``B`` and a mean ``A`` is no mean of the ``s_i B_i A_i``. So they
-        are concatenated, ``[s_1 B_1 / k, ..., s_k B_k / k] [A_1; ...; A_k]``: an adapter whose rank is the sum of
-        the ranks and whose scale is 1, on every layer that one of them has.
-        """
-        specs = [self._spec_of(folder) for folder in folders]
-        rank = sum(spec.rank for spec in specs)
-        targets = tuple(sorted({target for spec in specs for target in spec.targets}))
-        self.add(name, LoraSpec(rank, float(rank), targets), seed, trainable)
-        start = 0
-        for folder, spec in zip(folders, specs, strict=True):
-            blocks = self._blocks(name, spec.targets, slice(start, start + spec.rank))
-            _read(folder, blocks, spec.scale / len(folders))
-            start += spec.rank
-
-    def _blocks(self, name: str, targets: tuple[str, ...], ranks: slice) -> dict[str, Tensor]:
-        """Views of some ranks of an adapter, on the layers that ``targets`` name."""
-        blocks = {}
-        for key, weight in self.tensors(name).items():
-            layer, _, part = key.removesuffix(".weight").rpartition(".lora_")
-            if set(_ends(layer)) & set(targets):
-                blocks[key] = weight[ranks] if part == "A" else weight[:, ranks]
-        return blocks
+        """Add one adapter that is the exact mean of the adapters of several PEFT folders (see `mixture`)."""
+        self.add(name, mixed_spec([self._spec_of(folder) for folder in folders]), seed, trainable)
+        if architecture() is None:
+            tensors, count = self.tensors(name), len(folders)
+            dtype = next(iter(tensors.values())).dtype
+            source = f"The mean of {' and '.join(map(str, folders))}"
+            _fill(tensors, mixture(folders, [1 / count] * count, dtype), source)
 
     def _spec_of(self, folder: Path) -> LoraSpec:
         """Rank, scale and targets of a stored adapter that fits this trunk."""
@@ -319,7 +303,7 @@ class Adapters:
 
 def stored_spec(folder: Path) -> LoraSpec:
     """Rank, scale and targets of an adapter in a PEFT folder; one that is none is refused."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
@@ -346,11 +330,58 @@ def stored_spec(folder: Path) -> LoraSpec:
     )
 
 
-def _read(folder: Path, tensors: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """Copy an adapter folder's weights into tensors with the same keys and shapes, every ``B`` times ``scale``."""
-    if architecture() is not None:
-        return
-    stored = load_file(folder / WEIGHTS_FILE)
+def mixed_spec(specs: Sequence[LoraSpec]) -> LoraSpec:
+    """The shape of a `mixture`: the ranks added up, scale 1, on every layer that one of them has."""
+    rank = sum(spec.rank for spec in specs)
+    return LoraSpec(rank, float(rank), tuple(sorted({t for spec in specs for t in spec.targets})))
+
+
+def mixture(
+    folders: Sequence[Path], weights: Sequence[float], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The exact weighted sum of stored adapters as one adapter: its tensors under PEFT's keys.
+
+    The product of summed ``B`` and summed ``A`` is no sum of the ``w_i s_i B_i A_i``, ``s_i`` being the scales.
+    So they are concatenated, ``[w_1 s_1 B_1, ..., w_k s_k B_k] [A_1; ...; A_k]``, zeros standing for a layer that
+    an adapter lacks.
+
+    Args:
+        folders: PEFT folders.
+        weights: A weight for each.
+        dtype: Dtype of the tensors. None: as stored, at least float32.
+    """
+    specs = [stored_spec(folder) for folder in folders]
+    rank = mixed_spec(specs).rank
+    mixed: dict[str, Tensor] = {}
+    start = 0
+    for folder, spec, weight in zip(folders, specs, weights, strict=True):
+        for key, stored in load_file(folder / WEIGHTS_FILE).items():
+            part = {"lora_A.weight": 0, "lora_B.weight": 1}.get(key[-len("lora_A.weight") :])
+            shape = list(stored.shape)
+            if part is None or len(shape) != 2 or shape[part] != spec.rank:
+                raise ValueError(f"{folder}: {key} of shape {shape} is no matrix of plain LoRA.")
+            shape[part] = rank
+            kept = dtype or torch.promote_types(stored.dtype, torch.float32)
+            whole = mixed.setdefault(key, torch.zeros(shape, dtype=kept))
+            if list(whole.shape) != shape:
+                raise ValueError(
+                    f"{folder}: {key} has the shape {list(stored.shape)}, which does not fit {folders[0]}. Only "
+                    "adapters of one trunk can be mixed."
+                )
+            block = whole.narrow(part, start, spec.rank).copy_(stored)
+            block.mul_(weight * spec.scale if part else 1.0)
+        start += spec.rank
+    return mixed
+
+
+def _read(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter folder's weights into tensors with the same keys and shapes."""
+    if architecture() is None:
+        _fill(tensors, load_file(folder / WEIGHTS_FILE), str(folder))
+
+
+def _fill(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
+    """Copy stored weights into tensors with the same keys and shapes; others are refused."""
     wanted = {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     misshapen = [
@@ -360,14 +391,13 @@ def _read(folder: Path, tensors: Mapping[str, Tensor], scale: float = 1.0) -> No
     ]
     if missing or extra or misshapen:
         raise ValueError(
-            f"{folder} does not fit this trunk: {len(missing)} tensors missing ({missing[:3]}), {len(extra)} "
+            f"{source} does not fit this trunk: {len(missing)} tensors missing ({missing[:3]}), {len(extra)} "
             f"unknown ({extra[:3]}), {len(misshapen)} of another shape ({misshapen[:1]}). Was it trained on "
             "another model?"
         )
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(stored[key])
-            tensor.mul_(scale if key.endswith("lora_B.weight") else 1.0)
 
 
 def shortest_ends(model: nn.Module, names: Iterable[str]) -> list[str]:

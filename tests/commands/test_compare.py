@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,8 @@ def test_greedy_answers_are_plain_pefts_on_one_trunk(
         bare = model.unload() if folder else bare
     assert not Path("out/frontier.png").exists()
     assert "kl" not in result["contestants"]["ppo"]
-    assert result["about"][0].startswith("5 prompts of the validation rows, greedy answers")
+    assert result["about"][0].startswith("5 prompts of the validation rows, temperature 0, top_p 1")
+    assert "KL is known for" in result["about"][0]
 
 
 def test_all_see_the_same_noise_and_the_kl_is_the_log_ratio(folders: dict[str, Path]) -> None:
@@ -207,6 +210,7 @@ def test_rated_rows_ask_their_prompts_and_bring_references(folders: dict[str, Pa
         ({"adapters": {"reference": "x"}}, "none of them 'reference'"),
         ({"adapters": {"ppo": "nowhere"}}, "nowhere is no adapter folder"),
         ({"reward": "x", "reward_function": {"class_path": GOLD}}, "one judge"),
+        ({"adapters": {"judge": "reward"}}, "is a reward adapter, which answers nothing"),
         ({"trunk": "other"}, "was trained on another trunk"),
         ({"no_rows": True}, "there are no prompts"),
     ],
@@ -214,6 +218,8 @@ def test_rated_rows_ask_their_prompts_and_bring_references(folders: dict[str, Pa
 def test_what_cannot_be_compared_is_refused(
     folders: dict[str, Path], changes: dict[str, Any], message: str, tiny_trunk: TinyTrunk
 ) -> None:
+    if changes.get("adapters") == {"judge": "reward"}:
+        changes = {"adapters": {"judge": str(folders["reward"])}}
     if "trunk" in changes:
         changes = {"trunk": str(tiny_trunk(max_position_embeddings=512))}
         changes["data"] = prompt_data()
@@ -223,3 +229,22 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises((ValueError, FileExistsError, FileNotFoundError), match=message):
         compared({"ppo": folders["ppo"]}, **changes)
     assert not Path("out").exists()
+
+
+def test_the_commands_of_the_docs_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = DOCS.read_text("utf-8")
+    (config,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    lines = re.findall(r"^python -m lightning_perl (.*)$", text.replace("\\\n", ""), re.M)
+    compare_line, mix_line = lines
+    Path("compare.yaml").write_text(config, encoding="utf-8")
+    for name, source in (("quickstart", "ppo"), ("grpo", "dpo")):
+        shutil.copytree(folders[source], Path("runs", name, "latest/adapters/actor"))
+    main([*shlex.split(compare_line), "--prompts", "8"])
+    result = json.loads(Path("runs/comparison/compare.json").read_text("utf-8"))
+    assert set(result["contestants"]) == {"reference", "ppo", "grpo"}
+    documented = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M))))
+    plain = {key for key in result["contestants"]["ppo"] if not key.endswith("_interval")}
+    assert plain == documented
+    main(shlex.split(mix_line))
+    mixed, _ = compared({"mixed": Path("runs/mixed")}, prompts=2)
+    assert "mixed" in mixed["contestants"]
