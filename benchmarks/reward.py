@@ -29,17 +29,18 @@ from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.data.rows import RatedExample, RatedRow, collate_rated
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import RewardModel
+from lightning_perl.modules.supervised import Supervised
 
 VOCABULARY = 8192
 WARM_UP_STEPS = 3
 
 
-def arguments() -> argparse.Namespace:
-    """The flags, all integers but the folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def arguments(about: str | None, **more: int) -> argparse.Namespace:
+    """The flags, all integers but the folder; ``more`` are a script's own."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     sizes = {
         "hidden": 512, "layers": 8, "heads": 8, "rank": 16, "threads": 2, "bf16": 0,
-        "batch": 8, "steps": 12, "max_length": 512, "micro": 8, "share": 1, "full": 0,
+        "batch": 8, "steps": 12, "max_length": 512, "micro": 8, "share": 1, **more,
     }  # fmt: skip
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -128,7 +129,7 @@ class Clock(Callback):
         self.ended = time.perf_counter()
 
 
-def fit(module: RewardModel, pairs: list[RatedExample], args: argparse.Namespace) -> float:
+def fit(module: Supervised, pairs: list[RatedExample], args: argparse.Namespace) -> float:
     """Train one epoch; seconds from its first batch to its last."""
     loader = ResumableLoader(pairs, args.micro, collate_rated)
     clock = Clock()
@@ -149,7 +150,7 @@ def fit(module: RewardModel, pairs: list[RatedExample], args: argparse.Namespace
 
 def main() -> None:
     """Warm up, train on the named rows, print what it cost."""
-    args = arguments()
+    args = arguments(__doc__, full=0)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
