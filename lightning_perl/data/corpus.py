@@ -104,6 +104,7 @@ class CorpusDataModule(ConversationDataModule):
         self.data_dir = Path(data_dir)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
+        self._reader = RowReader({}, report=self.report)
 
     @property
     def corpus_files(self) -> Corpus:
@@ -166,7 +167,12 @@ class CorpusDataModule(ConversationDataModule):
             self.report.notes[note] = sum(own == part for own, _ in files)
         # Never the test rows in place of training rows that were there and could not be read.
         if not upstream["train"] and "train" not in empty:
-            self._train_on_held_out(upstream)
+            source: Part = "val" if upstream["val"] else "test"
+            name = _NAMES[source]
+            if upstream[source]:
+                note = f"rows of the upstream {name} split, divided here: not the upstream {name} score"
+                self.report.notes[note] = len(upstream[source])
+            upstream["train"], upstream[source] = upstream[source], []
         return self._divide(upstream)
 
     def _item(self, row: dict[str, Any], where: str, part: Part) -> Iterator[tuple[Part, Item]]:
@@ -175,18 +181,9 @@ class CorpusDataModule(ConversationDataModule):
         if own is None:
             return
         # With their answers, whatever `rows` is: both kinds of batches have the same splits.
-        for item in RowReader({}).read(own, where):
+        for item in self._reader.read(own, where):
             rows = [replace(row, dialog=own["group"]) for row in rows_of(item)]
             yield own.get("part", part), Pair(rows[0], rows[1]) if rows[1:] else rows[0]
-
-    def _train_on_held_out(self, upstream: dict[Part, list[Item]]) -> None:
-        """Makes training rows of the validation rows, else of the test rows, and notes it."""
-        source: Part = "val" if upstream["val"] else "test"
-        name = _NAMES[source]
-        if upstream[source]:
-            note = f"rows of the upstream {name} split, divided here: not the upstream {name} score"
-            self.report.notes[note] = len(upstream[source])
-        upstream["train"], upstream[source] = upstream[source], []
 
     def _divide(self, upstream: dict[Part, list[Item]]) -> Splits:
         # The last one counts: what a test split holds is never trained on.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -23,6 +22,7 @@ from lightning_perl.data.messages import (
     without_prompt,
     wrong_type,
 )
+from lightning_perl.data.report import DataReport
 from lightning_perl.data.rows import BadRow, Item, Pair, Row, Tie, Turn, same
 
 Columns: TypeAlias = dict[str, str | dict[str, float] | None]
@@ -82,12 +82,7 @@ class ReadsRows(Protocol):
 
 @dataclass
 class RowReader:
-    """What a row of a file is; arguments as of `PreferenceDataModule`.
-
-    Attributes:
-        notes: What is worth knowing of the rows, and of how many.
-        unread: Columns that are not read, and of how many rows.
-    """
+    """What a row of a file is; arguments as of `PreferenceDataModule`."""
 
     columns: Columns
     prompts: bool = False
@@ -95,8 +90,7 @@ class RowReader:
     rating_range: tuple[float, float] | None = None
     answer_pairs: Literal["best_worst", "all"] = "best_worst"
     read_row: ReadsRows | None = None
-    notes: Counter[str] = field(default_factory=Counter)
-    unread: Counter[str] = field(default_factory=Counter)
+    report: DataReport = field(default_factory=DataReport)
 
     def items(self, row: Mapping[str, Any], where: str, source: int) -> Iterator[Item]:
         """Yields the rows and pairs of a row of a file, mostly one.
@@ -275,7 +269,7 @@ class RowReader:
                     f"in data.columns: {{margin: {column}}} for the margin of a pair, or {{weight: null}} to "
                     "count all rows alike."
                 )
-            self.unread[column] += 1
+            self.report.unread[column] += 1
 
     def _refuse_null(self, row: Mapping[str, Any]) -> None:
         # An answer whose thumb got lost may be a bad one, so it is nothing to imitate.
@@ -337,7 +331,7 @@ class RowReader:
 
     def _sides(self, named: dict[str, Any]) -> tuple[Turns, list[Any]]:
         """Returns the prompt of a pair and its two answers."""
-        sides = [named[name] for name in _DIALOGS]
+        sides = [unpacked(named[name], name) for name in _DIALOGS]
         asked = named.get("prompt")
         if asked is None and "messages" in named:
             turns = turns_of(named["messages"], "messages")
@@ -347,8 +341,7 @@ class RowReader:
         prompt = prompt_of(asked)
         if isinstance(asked, str) and all(isinstance(side, str) for side in sides):
             return prompt, self._without_prompt(sides, asked)
-        dialogs = [unpacked(side, name) for side, name in zip(sides, _DIALOGS, strict=True)]
-        if len(prompt) == 1 and all(isinstance(d, list) and len(d) > 1 for d in dialogs):
+        if len(prompt) == 1 and all(isinstance(side, list) and len(side) > 1 for side in sides):
             return _whole_prompt(prompt, _common_prompt(named)), sides
         return prompt, sides
 
@@ -356,7 +349,7 @@ class RowReader:
         rest = without_prompt(answers, prompt)
         if rest is None:
             return answers
-        self.notes[
+        self.report.notes[
             "rows whose answers held their prompt, speaker or end mark, which was cut off"
         ] += 1
         return rest
@@ -371,7 +364,7 @@ class RowReader:
     def _responses(self, named: dict[str, Any], judged: bool) -> Iterator[tuple[Turns, Turns]]:
         """Yields prompts and what was answered: one answer, or the turns of a dialog from its first answer on."""
         if "prompt" in named and "response" in named:
-            asked, answer = named["prompt"], named["response"]
+            asked, answer = named["prompt"], unpacked(named["response"], "response")
             prompt = prompt_of(asked)
             if isinstance(asked, str) and isinstance(answer, str):
                 (answer,) = self._without_prompt([answer], asked)

@@ -144,8 +144,7 @@ class PreferenceDataModule(ConversationDataModule):
             rating_range,
             answer_pairs,
             read_row,
-            self.report.notes,
-            self.report.unread,
+            self.report,
         )
         self.streaming = streaming
         self.streamed = [

@@ -219,6 +219,13 @@ SPOKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "answers that begin with their speaker": (
         {"prompt": "Q", "chosen": "Assistant: Yes.", "rejected": "Assistant: No."}, ["Q"], ["Yes.", "No."],
     ),
+    "dialogs in cells beside their first question": (
+        {
+            "prompt": "Tea?",
+            "chosen": json.dumps([*ASK, NO, *ASK, YES]), "rejected": json.dumps([*ASK, NO, *ASK, NO]),
+        },
+        ["Tea?", "No.", "Tea?"], ["Yes.", "No."],
+    ),
     "answers that end with a mark": (
         {"prompt": "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n", "response": "Yes.<|im_end|>"},
         ["Tea?"], ["Yes."],
