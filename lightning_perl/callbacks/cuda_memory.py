@@ -179,8 +179,8 @@ class CudaMemorySnapshot(Checked, PhaseCallback):
             self._dump_batches(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes what there is of a fit that ended among the recorded train batches."""
-        if self._batches < self.start_step + self.steps:
+        """Writes what there is of a fit that ended before or among the recorded train batches."""
+        if 0 < self._batches < self.start_step + self.steps:
             self._dump_batches(trainer)
 
     def on_exception(
@@ -207,15 +207,9 @@ class CudaMemorySnapshot(Checked, PhaseCallback):
         self._into = None
 
     def _dump_batches(self, trainer: Trainer) -> None:
-        if self._into is None:
-            return
-        if self._batches <= self.start_step:
-            rank_zero_warn(
-                f"CudaMemorySnapshot(start_step={self.start_step}) recorded nothing: the fit ended "
-                f"after {self._batches} train batches; lower start_step"
-            )
-            return
-        self._dump(trainer, f"batches_{self.start_step}_to_{self._batches - 1}")
+        # Events are dropped at the start step alone: a fit that ends before it has them all.
+        first = self.start_step if self._batches > self.start_step else 0
+        self._dump(trainer, f"batches_{first}_to_{self._batches - 1}")
 
     def _dump(self, trainer: Trainer, what: str) -> None:
         if self._into is None:
