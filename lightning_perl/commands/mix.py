@@ -90,8 +90,9 @@ def _of_one_trunk(folders: Sequence[Path]) -> dict[str, Any]:
     if not all(manifests):
         return {}
     common = {key: value for key, value in trunks[0].items() if value is not None}
-    rewards = {name for about in manifests for name in about.get("rewarded_by", ["unknown"])}
-    return {"trunk": manifests[0].get("trunk"), **common, "rewarded_by": sorted(rewards)}
+    if all("rewarded_by" in about for about in manifests):
+        common["rewarded_by"] = sorted({name for m in manifests for name in m["rewarded_by"]})
+    return {"trunk": manifests[0].get("trunk"), **common}
 
 
 def run(args: Sequence[str], program: str) -> None:
