@@ -130,18 +130,16 @@ def packaged_rows(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def orders(given: list[dict[str, Any]] | None = None, **options: Any) -> PreferenceDataModule:
-    """Given rows, or the packaged prompts."""
-    train, val, test = (f"{ORDERS}/prompts_{split}.jsonl.gz" for split in ("train", "val", "test"))
+def prompts(train: list[dict[str, Any]] | None = None, **options: Any) -> PreferenceDataModule:
+    """The packaged prompts; ``train`` are the training rows, if not all of them."""
+    files = {split: f"{ORDERS}/prompts_{split}.jsonl.gz" for split in ("train", "val", "test")}
+    return orders(**files | ({"train": train} if train else {}), rows="prompts", **options)
+
+
+def orders(**options: Any) -> PreferenceDataModule:
+    """Rows about orders."""
     return PreferenceDataModule(
-        TRUNK,
-        train if given is None else given[PAIRS:],
-        val if given is None else given[:PAIRS],
-        test if given is None else None,
-        max_tokens=80,
-        max_response_tokens=32,
-        val_batch_size=256,
-        **options,
+        TRUNK, max_tokens=80, max_response_tokens=32, val_batch_size=256, **options
     )
 
 
@@ -159,8 +157,8 @@ def policy(make: type[OnPolicy] = RLOO, **settings: Any) -> Any:  # noqa: ANN401
 def make_pairs() -> dict[str, Any]:
     """Two answers of the reference to every prompt, the one that the reward head prefers first."""
     module, pairs = policy(score_batch_size=64, seed=GRID_SEED), []
-    prompts = packaged_rows("prompts_train")[: PAIRS + EPISODES // 2]
-    data = orders(prompts, rows="prompts", batch_size=BATCH, seed=GRID_SEED)
+    rows = packaged_rows("prompts_train")[PAIRS : PAIRS + EPISODES // 2]
+    data = prompts(rows, batch_size=BATCH, seed=GRID_SEED)
     data.setup()
     for batch in data.train_dataloader():
         rollout = module.collect(batch, 0, "reference", samples=2)
@@ -171,7 +169,7 @@ def make_pairs() -> dict[str, Any]:
             better = int(scores[number].argmax())
             if scores[number, 0] != scores[number, 1]:
                 both = {"chosen": two[better], "rejected": two[1 - better]}
-                pairs.append(prompts[PAIRS + row] | both)
+                pairs.append(rows[row] | both)
     return {"pairs": pairs}
 
 
@@ -181,12 +179,13 @@ def make_pairs() -> dict[str, Any]:
 def data_for(method: Method, seed: int, root: Path) -> PreferenceDataModule:
     """What a method learns from."""
     if method.rows == "prompts":
-        return orders(rows="prompts", batch_size=BATCH // method.samples, seed=seed)
+        return prompts(batch_size=BATCH // method.samples, seed=seed)
     if method.rows == "pairs":
-        rows = json.loads((root / "pairs.json").read_text())["pairs"]
-        return orders(rows, batch_size=PAIRS, seed=seed)
-    rows = [row for row in packaged_rows("rated_train") if "label" in row]
-    return orders(rows[: EPISODES + PAIRS], batch_size=THUMBS, seed=seed)
+        rows, size = json.loads((root / "pairs.json").read_text())["pairs"], PAIRS
+    else:
+        rated = [row for row in packaged_rows("rated_train") if "label" in row]
+        rows, size = rated[: EPISODES + PAIRS], THUMBS
+    return orders(train=rows[PAIRS:], val=rows[:PAIRS], batch_size=size, seed=seed)
 
 
 def train(name: str, learning_rate: float, seed: int, root: Path) -> dict[str, Any]:
@@ -195,6 +194,7 @@ def train(name: str, learning_rate: float, seed: int, root: Path) -> dict[str, A
     method, course = METHODS[name], Course()
     options = method.settings | {"seed": seed, "optimizer": adam(learning_rate)}
     data = data_for(method, seed, root)
+    data.setup()
     before = resident_mb("VmRSS")
     if issubclass(method.make, OnPolicy):
         module = policy(method.make, max_episodes=EPISODES, score_batch_size=64, **options)
@@ -232,7 +232,7 @@ def judged(adapter: dict[str, torch.Tensor], held_out: bool) -> dict[str, Any]:
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
     )
-    data = orders(rows="prompts", batch_size=BATCH)
+    data = prompts(packaged_rows("prompts_train")[:1])  # they are not looked at
     answer = trainer.test if held_out else trainer.validate
     (found,) = answer(judge, datamodule=data, verbose=False)
     return {key.partition("/")[2]: value for key, value in found.items()}

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from lightning_perl.functional.advantages import generalized_advantages, token_rewards
 from lightning_perl.functional.logprobs import k3
 from lightning_perl.losses.dpo import dpo, ipo
+from lightning_perl.losses.grpo import group_advantages
+from lightning_perl.losses.inpo import inpo
+from lightning_perl.losses.language_modeling import cross_entropy
+from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.remax import greedy_advantages
+from lightning_perl.losses.rloo import leave_one_out
+from lightning_perl.losses.superhf import anchored_cross_entropy
+from lightning_perl.modules.selecting import kept_rows
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -126,6 +134,113 @@ def test_remax_is_unbiased_whatever_the_greedy_score(greedy: int) -> None:
     weighted = advantages * joint.exp().flatten().detach().unsqueeze(1)
     (estimate,) = torch.autograd.grad(policy_gradient(of_tokens, weighted, mask, 1), logits)
     assert_close(-estimate, exact, rtol=1e-12, atol=1e-12)
+
+
+# ---- one token, four responses: the optimum is known -----------------------------------------------
+
+REWARD = numbers(1.0, -0.5, 2.0, 0.25)
+REFERENCE = numbers(0.1, 0.4, -0.2, 0.3).log_softmax(0)
+PAIRS = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+BETA, ETA, TAU = 0.5, 0.5, 0.2
+TILTED = REFERENCE + REWARD / BETA
+BEST_OF_TWO = numbers(5, 1, 7, 3) / 16
+"""How often the better one of two responses of the uniform policy is each of the four."""
+Bandit = Callable[[Tensor, Tensor], Tensor]
+"""The expected loss, of the policy's log-probabilities and of the same as the sampler's."""
+
+
+def alone(advantages_of: Callable[[Tensor, Tensor], Tensor]) -> Bandit:
+    """A response to each prompt."""
+
+    def loss(logprobs: Tensor, sampler: Tensor) -> Tensor:
+        mask = torch.ones(4, 1, dtype=torch.bool)
+        advantages = advantages_of(sampler.unsqueeze(1), mask) * sampler.exp().unsqueeze(1)
+        return clipped_surrogate(logprobs[:, None], sampler[:, None], advantages, mask, 0.2, 1)[0]
+
+    return loss
+
+
+def with_critic(weight: float, beta: float, gae_lambda: float) -> Bandit:
+    def advantages(sampler: Tensor, mask: Tensor) -> Tensor:
+        rewards = token_rewards(weight * REWARD, sampler, REFERENCE[:, None], mask, beta)
+        values = torch.full_like(rewards, 0.7)
+        return generalized_advantages(rewards, values, mask, 1.0, gae_lambda)[0]
+
+    return alone(advantages)
+
+
+def remax(sampler: Tensor, mask: Tensor) -> Tensor:
+    greedy = REWARD[sampler.argmax()].expand(4)
+    return greedy_advantages(REWARD, greedy, sampler, REFERENCE[:, None], mask, BETA)
+
+
+def in_groups(advantages_of: Callable[[Tensor], Tensor]) -> Bandit:
+    """Two responses to each prompt."""
+
+    def loss(logprobs: Tensor, sampler: Tensor) -> Tensor:
+        rewards = (REWARD - BETA * (sampler - REFERENCE))[PAIRS].flatten()
+        chance = sampler[PAIRS].sum(1, keepdim=True).exp()
+        mask = torch.ones(16, 2, dtype=torch.bool)
+        advantages = advantages_of(rewards).view(16, 2) * chance
+        return policy_gradient(logprobs[PAIRS], advantages, mask, 2)
+
+    return loss
+
+
+def best_of_two(logprobs: Tensor, kl_coef: float) -> Tensor:
+    """RAFT's step, or SuperHF's, on samples of the uniform policy."""
+    best = PAIRS.flatten()[kept_rows(REWARD[PAIRS].flatten(), 2, worst=False)]
+    kl = (REFERENCE.exp() * (REFERENCE - logprobs)).sum().expand(16, 1)
+    mask = torch.ones(16, 1, dtype=torch.bool)
+    chosen = logprobs[best].unsqueeze(1)
+    return (
+        anchored_cross_entropy(chosen, kl, mask, kl_coef)[0]
+        if kl_coef
+        else cross_entropy(chosen, mask)
+    )
+
+
+def inpo_round(logprobs: Tensor, sampler: Tensor) -> Tensor:
+    """A round whose pi_t is uniform."""
+    rows = PAIRS.flatten()[kept_rows(REWARD[PAIRS].flatten(), 2, worst=True)].view(16, 2)
+
+    def log_odds(of: Tensor) -> Tensor:
+        return of[rows[:, 0]] - of[rows[:, 1]]
+
+    return inpo(log_odds(logprobs), log_odds(REFERENCE), torch.zeros(16), ETA, TAU)[0]
+
+
+BANDITS: dict[str, tuple[Bandit, Tensor]] = {
+    "PPO": (with_critic(1.0, BETA, 0.95), TILTED),
+    "Reinforce": (with_critic(0.6, 0.4, 1.0), REFERENCE + 0.6 * REWARD / 0.4),
+    "RLOO": (in_groups(lambda rewards: leave_one_out(rewards, 2)), TILTED),
+    "GRPO, KL in the reward": (
+        in_groups(lambda rewards: group_advantages(rewards, 2, False)),
+        TILTED,
+    ),
+    "ReMax": (alone(remax), TILTED),
+    "RAFT": (lambda logprobs, _: best_of_two(logprobs, 0.0), BEST_OF_TWO.log()),
+    "SuperHF": (
+        lambda logprobs, _: best_of_two(logprobs, 0.3),
+        ((BEST_OF_TWO + 0.3 * REFERENCE.exp()) / 1.3).log(),
+    ),
+    # The win rate against pi_t, over eta, on top of the anchor.
+    "INPO": (inpo_round, TAU / ETA * REFERENCE + numbers(2.5, 0.5, 3.5, 1.5) / 4 / ETA),
+}
+
+
+@pytest.mark.parametrize("name", BANDITS)
+def test_the_policy_that_an_estimator_ends_at(name: str) -> None:
+    """``ref exp(r / beta)`` where the KL is paid: the gradient is 0 there, and leads back from beside it."""
+    loss, optimum = BANDITS[name]
+
+    def at(logits: Tensor) -> Tensor:
+        logprobs = logits.log_softmax(0)
+        return loss(logprobs, logprobs.detach())
+
+    assert_close(slope(at, optimum), torch.zeros_like(optimum), rtol=0, atol=1e-12)
+    aside = numbers(0.3, -0.1, -0.3, 0.1)
+    assert float((slope(at, optimum + aside) * aside).sum()) > 1e-3
 
 
 # ---- pairs and thumbs ----------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_dpo_and_ipo() -> None:
     """
     part, given = GOLDEN["pairs"], inputs_of("pairs")
     chosen, rejected, beta = given["chosen"], given["rejected"], given["beta"]
-    same(lambda *two: dpo(*two, beta), part["dpo"], chosen, rejected)
+    same(lambda c, r: dpo(c, r, beta), part["dpo"], chosen, rejected)
     mixed = 0.9 * part["dpo"]["loss"] + 0.1 * part["dpo_swapped"]["loss"]
     assert float(dpo(chosen, rejected, beta, 0.1)) == pytest.approx(mixed, rel=1e-12)
     better, worse = given["lengths"]
@@ -149,6 +149,6 @@ def test_ppo() -> None:
         policy, _ = clipped_surrogate(now, logprobs, whitened, mask, given["cliprange"])
         clip = given["cliprange_value"]
         value, _ = clipped_value_loss(critic, values, returns, mask, clip)
-        return policy + given["vf_coef"] * value
+        return policy + float(given["vf_coef"]) * value
 
     same(losses, part["losses"], given["now"], given["critic"])
