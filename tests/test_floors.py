@@ -32,7 +32,7 @@ BELOW: dict[str, set[str]] = {
     "callbacks": {"arguments", "batches", "metrics", "phases", "whole"},
     "metrics": {"functional"},
     "modules": {"functional", "losses", "models", "optim", "rollouts", "batches", "rewards"}
-    | {"arguments", "callbacks", "metrics", "packaged", "phases", "whole"},
+    | {"arguments", "callbacks", "chat", "metrics", "packaged", "phases", "whole"},
 }
 BELOW["commands"] = set(BELOW) - {""}
 BELOW["cli"] = set(BELOW) - {""}

@@ -72,7 +72,8 @@ class PreferenceDataModule(ConversationDataModule):
         val: Where the validation rows come from, as ``train`` but without weights. None:
             ``val_fraction`` of the training prompts, at least one of two or more.
         test: Where the test rows come from, as ``val``. None: the validation rows.
-        val_fraction: Share of the training prompts that is held out when ``val`` is None.
+        val_fraction: Share of the training prompts that is held out when ``val`` is None. None: 0.1, and of a
+            stream nothing.
         columns: The file's names for ours, for example ``{prompt: question, chosen: better}``; also dotted paths,
             several columns with weights (``rating: {helpfulness: 0.7, correctness: 0.3}``), and null for a column
             that is not to be read.
@@ -98,7 +99,7 @@ class PreferenceDataModule(ConversationDataModule):
         train: Sources,
         val: Sources | None = None,
         test: Sources | None = None,
-        val_fraction: FractionBelowOne = 0.1,
+        val_fraction: FractionBelowOne | None = None,
         columns: Columns | None = None,
         dialect: str | None = None,
         read_row: ReadsRows | None = None,
@@ -122,8 +123,8 @@ class PreferenceDataModule(ConversationDataModule):
             )
         if streaming and val is None and val_fraction:
             raise ValueError(
-                "data.streaming: a stream is not divided. Name the validation rows in data.val, or set "
-                "data.val_fraction: 0 to validate on none."
+                "data.streaming: a stream is not divided. Name the validation rows in data.val, and leave "
+                "data.val_fraction out."
             )
         self.train_sources = sources_of(train, "data.train")
         self.val_sources = None if val is None else sources_of(val, "data.val")
@@ -136,7 +137,7 @@ class PreferenceDataModule(ConversationDataModule):
                 )
         weights = [source.weight for source in self.train_sources if source.weight is not None]
         self.weights = weights or None
-        self.val_fraction = val_fraction
+        self.val_fraction = (0.0 if streaming else 0.1) if val_fraction is None else val_fraction
         self._reader = RowReader(
             columns or {},
             self.rows == "prompts",

@@ -28,7 +28,7 @@ OWN: dict[str, Any] = {
     "train": "a.jsonl",
     "val": None,
     "test": None,
-    "val_fraction": 0.1,
+    "val_fraction": None,
     "columns": None,
     "dialect": None,
     "read_row": None,
