@@ -129,12 +129,6 @@ class PreferenceDataModule(ConversationDataModule):
         self.train_sources = sources_of(train, "data.train")
         self.val_sources = None if val is None else sources_of(val, "data.val")
         self.test_sources = None if test is None else sources_of(test, "data.test")
-        for source in [*(self.val_sources or []), *(self.test_sources or [])]:
-            if source.weight is not None:
-                raise ValueError(
-                    f"{source.argument}: rows to measure on are read as they are, so weights mean nothing. Give "
-                    "a list."
-                )
         weights = [source.weight for source in self.train_sources if source.weight is not None]
         self.weights = weights or None
         self.val_fraction = (0.0 if streaming else 0.1) if val_fraction is None else val_fraction

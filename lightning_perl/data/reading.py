@@ -365,6 +365,10 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
     if value and isinstance(value, list) and not any(isinstance(p, str | Path) for p in value):
         return [Source(argument, value)]
     weights = value if isinstance(value, dict) else {}
+    if weights and argument != "data.train":
+        raise ValueError(
+            f"{argument}: rows to measure on are read as they are, so weights mean nothing. Give a list."
+        )
     for place, weight in weights.items():
         if not 0 < weight < math.inf:
             raise ValueError(
