@@ -170,14 +170,14 @@ class Trunk(nn.Module):
             attention_mask: True on real tokens, the cached ones included. Shape: ``(B, T_total)``.
             cache: Keys and values of earlier tokens; the new tokens' are added.
         """
+        # Raises outside a role, also where there are no adapters.
+        adapter = self.switch.current
         mask: Tensor | None = attention_mask.long()
         if cache is not None and ids.shape[1] == 1:
             # Mamba keeps states alone and would lay the whole mask over the one token. Padding entered no state.
             keys = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
             mask = mask if keys else None
         hidden = self._read(ids, mask, position_ids(attention_mask)[:, -ids.shape[1] :], cache)
-        # Raises outside a role, also where there are no adapters.
-        adapter = self.switch.current
         self._count(ids.numel(), attention_mask.shape[1], adapter, hidden.requires_grad)
         return hidden
 
