@@ -395,6 +395,8 @@ def _fill(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: s
             f"unknown ({extra[:3]}), {len(misshapen)} of another shape ({misshapen[:1]}). Was it trained on "
             "another model?"
         )
+    if broken := [key for key in wanted if not bool(stored[key].isfinite().all())]:
+        raise ValueError(f"{source} has weights that are not finite, the first in {broken[0]}.")
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(stored[key])

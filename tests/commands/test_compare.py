@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -211,6 +212,7 @@ def test_rated_rows_ask_their_prompts_and_bring_references(folders: dict[str, Pa
         ({"adapters": {"ppo": "nowhere"}}, "nowhere is no adapter folder"),
         ({"reward": "x", "reward_function": {"class_path": GOLD}}, "one judge"),
         ({"adapters": {"judge": "reward"}}, "is a reward adapter, which answers nothing"),
+        ({"adapters": {"broken": "broken"}}, "broken has weights that are not finite, the first"),
         ({"trunk": "other"}, "was trained on another trunk"),
         ({"no_rows": True}, "there are no prompts"),
     ],
@@ -218,6 +220,12 @@ def test_rated_rows_ask_their_prompts_and_bring_references(folders: dict[str, Pa
 def test_what_cannot_be_compared_is_refused(
     folders: dict[str, Path], changes: dict[str, Any], message: str, tiny_trunk: TinyTrunk
 ) -> None:
+    if "broken" in changes.get("adapters", {}):
+        broken = Path(shutil.copytree(folders["ppo"], "broken"))
+        (broken / "manifest.json").unlink()
+        weights = load_file(broken / "adapter_model.safetensors")
+        nans = {key: value * torch.nan for key, value in weights.items()}
+        save_file(nans, broken / "adapter_model.safetensors")
     if changes.get("adapters") == {"judge": "reward"}:
         changes = {"adapters": {"judge": str(folders["reward"])}}
     if "trunk" in changes:

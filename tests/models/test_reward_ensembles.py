@@ -108,6 +108,7 @@ def test_weight_average_is_the_mean_of_the_deltas(
         total = sum((one[layer] for one in apart if layer in one), torch.zeros_like(delta))
         assert_close(delta, total / 3, rtol=1e-12, atol=1e-14)
     heads = [load_head(Path(folder), "reward") for folder in adapters]
+    assert roles.reward_fingerprints == [head.fingerprint() for head in heads]
     mean = torch.stack([head.weight for head in heads]).mean(0)
     assert_close(roles.reward_head().weight, mean.double(), rtol=1e-6, atol=1e-7)
     assert roles.reward_head().bias.item() == pytest.approx(0.1, abs=1e-6)

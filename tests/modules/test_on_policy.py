@@ -351,6 +351,7 @@ def test_adapters_load_in_plain_peft(layout: str, hydra_trunk: Path, tmp_path: P
         assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
         manifest = json.loads((folder / "adapters" / name / "manifest.json").read_text())
         assert manifest["trunk_fingerprint"] == module.roles.trunk(role).fingerprint()
+        assert manifest["rewarded_by"] == [load_head(hydra_trunk, "reward").fingerprint()]
         assert (ours - logits_of(module, "reference", ids)).abs().max() > 0.01
     where = folder / "adapters" / ("actor" if layout == "joint_hydra" else "critic")
     head = load_head(where, "value")

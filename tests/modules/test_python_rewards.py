@@ -232,8 +232,10 @@ def test_rewards_are_named_by_import_path(kind: str, named: object, hydra_trunk:
     if isinstance(named, dict) and "init_args" in named:
         assert isinstance(module.reward_function, Brevity)
         assert module.reward_function.words == 3
+        assert module.rewarded_by[1].endswith(".Brevity")
     else:
         assert module.reward_function is shortest_wins
+        assert module.rewarded_by[1] == "tests.modules.own_rewards.shortest_wins"
 
 
 def test_several_rewards_are_a_list_in_a_yaml() -> None:
