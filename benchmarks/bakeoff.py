@@ -86,6 +86,12 @@ PPO_RECIPE = {
     "gae_lambda": 0.95,
     "value_coef": 0.5,
 }
+PPO_MAX = {
+    "score_normalization": "standardize",
+    "score_clip": 3.0,
+    "advantage_clip": 3.0,
+    "critic_warmup": 2,
+}
 
 
 class Method(NamedTuple):
@@ -104,6 +110,7 @@ class Method(NamedTuple):
 METHODS = {
     "PPO, hydra": Method(PPO, RECIPE | PPO_RECIPE),
     "PPO, joint_hydra": Method(PPO, RECIPE | PPO_RECIPE | {"layout": "joint_hydra"}),
+    "PPO-max": Method(PPO, RECIPE | PPO_RECIPE | PPO_MAX),
     "Reinforce": Method(Reinforce, RECIPE | {"beta": 0.05}),
     "RLOO": Method(RLOO, RECIPE | {"samples": 4, "kl_coef": 0.05}),
     "ReMax": Method(ReMax, RECIPE | {"kl_coef": 0.05}),

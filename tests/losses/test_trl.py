@@ -20,11 +20,12 @@ from lightning_perl.functional.sequences import Sequences
 from lightning_perl.losses.dpo import dpo, ipo
 from lightning_perl.losses.grpo import group_advantages
 from lightning_perl.losses.kto import kl_anchor, kto
-from lightning_perl.losses.ppo import clipped_surrogate, clipped_value_loss
+from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.losses.reinforce import policy_gradient
 from lightning_perl.losses.rloo import leave_one_out
+from lightning_perl.losses.value import clipped_value_loss
 from lightning_perl.modules import GRPO
-from lightning_perl.modules.on_policy import MinibatchSize, PolicyAnswers
+from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience
 
 GOLDEN = json.loads((Path(__file__).parent / "trl_golden.json").read_text(encoding="utf-8"))
@@ -149,6 +150,7 @@ def test_ppo() -> None:
         policy, _ = clipped_surrogate(now, logprobs, whitened, mask, given["cliprange"])
         clip = given["cliprange_value"]
         value, _ = clipped_value_loss(critic, values, returns, mask, clip)
-        return policy + float(given["vf_coef"]) * value
+        loss: Tensor = policy + given["vf_coef"] * value
+        return loss
 
     same(losses, part["losses"], given["now"], given["critic"])
