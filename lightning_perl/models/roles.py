@@ -141,14 +141,10 @@ class Roles(Checked, nn.Module):
         # Heads before trunks: a missing one is found before gigabytes are read.
         trunk = model_source(trunk)
         folders = [Path(folder).expanduser() for folder in rewards or [trunk]]
-        heads = [
-            load_head(folder, "reward")
-            for folder in folders
-            if learned_reward or has_head(folder, "reward")
-        ]
-        self.reward_fingerprints: list[str] = []
-        if learned_reward and architecture() is None:
-            self.reward_fingerprints = [head.fingerprint() for head in heads]
+        wanted = [path for path in folders if learned_reward or has_head(path, "reward")]
+        heads = [load_head(folder, "reward") for folder in wanted]
+        trained = learned_reward and architecture() is None
+        self.reward_fingerprints = [head.fingerprint() for head in heads if trained]
         averaged = len(heads) > 1 and ensemble == "weight_average"
         self.judges = _judges(learned_reward * (1 if averaged else len(heads)))
         self.seats = _seats(layout, self.judges, critic)
