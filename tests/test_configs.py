@@ -78,11 +78,11 @@ def tiny_data(config: dict[str, Any], corpora: Path) -> dict[str, Any]:
     name = config["data"]["class_path"].rpartition(".")[2]
     arguments = config["data"]["init_args"]
     small: dict[str, Any] = {"max_tokens": 300, "max_response_tokens": 128}
-    if name == "PreferenceDataModule":
+    if name in ("PreferenceDataModule", "MixedDataModule"):
         small["train"] = str(corpora / Path(arguments["train"]).name)
     else:
         small["data_dir"] = str(corpora)
-    for split in ("train", "val", "test"):
+    for split in ("train", "val", "test", "texts"):
         source = str(arguments.get(split, ""))
         if source.startswith("packaged:"):
             count = 16 if split == "train" else 4

@@ -246,7 +246,9 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
             experience, _ = module.experience(rollout, scored)
             learned = -(-learned_rows // module.samples_learned) * module.samples_learned
             piece = experience.rows(torch.arange(learned))
-            module.update(piece, self.optimizer, by_length=False)
+            # A batch of texts has as many rows at once; their number changes no peak.
+            texts = rated_of(self.load, learned_rows) if module.lm_weight else None
+            module.update(piece, self.optimizer, by_length=False, texts=texts)
         finally:
             vars(module).update(kept)
 

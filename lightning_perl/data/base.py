@@ -28,6 +28,7 @@ from lightning_perl.data.rows import (
     BadRow,
     BadRowHook,
     Item,
+    RatedExample,
     Splits,
     Tie,
     collate_prompts,
@@ -266,13 +267,22 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             self.report.write_rejected(file)
             rank_zero_info(f"{len(self.report.messages)} rejected rows are listed in {file}")
 
+    def imitated(self) -> int:
+        """Leaves the training rows that are imitated alone, each by itself; returns how many they are."""
+        if self.streaming:
+            return 1  # The stream says so row by row.
+        every = [row for example in self._examples["train"] for row in example.rows]
+        self._examples["train"] = [RatedExample((row,)) for row in every if row.imitate]
+        return len(self._examples["train"])
+
     @cached_property
     def trained_rows(self) -> dict[str, str]:
         """Tells the training rows from others, for checkpoints; a stream is known by its sources alone."""
         items, examples = self.splits.train if self.splits else [], self._examples["train"]
         files = sorted({first_row(item).where.rpartition(":")[0] for item in items})
         sources = ", ".join(files or self.streamed)
-        digest = stable_hash(sources)[:16] if self.streaming else digest_of(examples)
+        names = ", ".join(sorted(Path(source).name for source in self.streamed))
+        digest = stable_hash(names)[:16] if self.streaming else digest_of(examples)
         rows = "a stream" if self.streaming else f"{len(examples)} rows"
         weights = f" and weights {self.weights}" if self.weights else ""
         return {"rows": f"{rows} with digest {digest}{weights}", "sources": sources}

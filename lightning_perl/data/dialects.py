@@ -7,6 +7,7 @@ says ``tie``. The first dialect that a row looks like reads it; :func:`flat` rea
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -161,7 +162,9 @@ def _judged(
 
 
 def _by_scores(scores: Iterable[object]) -> int | None:
-    one, other = (float(str(score)) for score in scores)
+    one, other = numbers = [float(str(score)) for score in scores]
+    if not all(map(math.isfinite, numbers)):
+        raise BadRow(f"unclear preference: two scores must be finite numbers, got {numbers}.")
     return None if one == other else int(other > one)
 
 

@@ -213,14 +213,22 @@ def answer_of(value: object, column: str, prompt: tuple[Turn, ...]) -> Turn:
     return Turn("agent", value)
 
 
+LONG_PROMPT = 8
+"""Words of a prompt that no answer begins with by chance."""
 _AGENT_TAG = re.compile(r"\s*(?:(?:### ?)?(?:Assistant|ASSISTANT|Response):|<\|assistant\|>)\s*")
 
 
 def without_prompt(answers: list[str], prompt: str) -> list[str] | None:
     """Returns answers without the prompt or speaker that all begin with, or a mark that ends one; else None."""
     asked, said = prompt.strip(), [_ENDS.sub("", answer).strip() for answer in answers]
-    if all(words.startswith(asked) and words[len(asked) :][:1].isspace() for words in said):
-        said = [words[len(asked) :].strip() for words in said]
+    # An answer may well begin with the words of a short question: "Hi", "Hi there".
+    long = "\n" in asked or len(asked.split()) >= LONG_PROMPT
+    rests = [words.removeprefix(asked) for words in said]
+    held = all(
+        rest[:1].isspace() and rest != words for rest, words in zip(rests, said, strict=True)
+    )
+    if held and (long or all(map(_AGENT_TAG.match, rests))):
+        said = [rest.strip() for rest in rests]
     tags = [tag.end() for words in said if (tag := _AGENT_TAG.match(words))]
     if len(tags) == len(said):
         said = [words[tag:] for words, tag in zip(said, tags, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,19 +12,48 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count
 from lightning_perl.batches import MixedBatch
+from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.data.preferences import PreferenceDataModule
-from lightning_perl.data.reading import Sources
+from lightning_perl.data.reading import Sources, sources_of
+
+
+class Endless:
+    """Yields the batches of a loader epoch after epoch; where it stands can be saved as the loader's can."""
+
+    def __init__(self, loader: ResumableLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields on from where the last iteration stopped."""
+        while True:
+            yield from self.loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The loader's."""
+        self.loader.load_state_dict(state)
+
+
+def beside(prompts: ResumableLoader, texts: ResumableLoader) -> CombinedLoader:
+    """Returns batches of both, until an epoch of prompts is over; the texts go on in the next one."""
+    return CombinedLoader(MixedBatch(prompts, Endless(texts)), "min_size")  # type: ignore[arg-type]
 
 
 class MixedDataModule(PreferenceDataModule):
     """Prompts of your own, and with each batch of them rows to imitate, for ``lm_weight`` of on-policy modules.
 
-    An epoch ends with the longer of the two; the other begins again meanwhile. Held-out rows are prompts alone.
+    An epoch is one of the prompts; the texts begin again where they end. Held-out rows are prompts alone.
 
     Args:
         train: Prompts to answer, see :class:`PreferenceDataModule`.
-        texts: Rows to imitate, such as those of SFT, read as ``train`` but by their own columns' names.
+        texts: Rows to imitate, such as those of SFT. Rows that are not imitated (rejected answers, thumbs down)
+            are passed over.
         texts_batch_size: Texts in a batch; every optimizer step learns all of them.
+        texts_settings: Arguments of :class:`PreferenceDataModule` for the texts, such as ``columns``. Lengths,
+            seed, ``on_bad_row`` and ``chat_template`` are the prompts' unless these are among them.
         rows: Always ``prompts``.
         settings: As :class:`PreferenceDataModule`, for the prompts.
     """
@@ -34,26 +64,39 @@ class MixedDataModule(PreferenceDataModule):
         train: Sources,
         texts: Sources,
         texts_batch_size: Count = 8,
+        texts_settings: dict[str, Any] | None = None,
         rows: Literal["prompts"] = "prompts",
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, train, rows=rows, **settings)
+        shared = ("max_tokens", "max_response_tokens", "seed", "on_bad_row", "chat_template")
+        theirs = {name: getattr(self, name) for name in shared} | (texts_settings or {})
         self.texts = PreferenceDataModule(
-            tokenizer,
-            texts,
-            val_fraction=0.0,
-            batch_size=texts_batch_size,
-            max_tokens=self.max_tokens,
-            max_response_tokens=self.max_response_tokens,
-            seed=self.seed,
-            on_bad_row=self.on_bad_row,
-            chat_template=self.chat_template,
+            tokenizer, texts, batch_size=texts_batch_size, **{"val_fraction": 0.0, **theirs}
         )
+        self.texts.train_sources = sources_of(texts, "data.texts")
+
+    def prepare_data(self) -> None:
+        """Fetches both."""
+        super().prepare_data()
+        self.texts.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads both."""
+        """Reads both; rejected texts are listed among rejected prompts.
+
+        Raises:
+            ValueError: No text is imitated.
+        """
+        if self.splits is not None:
+            return
         super().setup(stage)
         self.texts.setup(stage)
+        self.report.messages.extend(self.texts.report.messages)
+        if not self.texts.imitated():
+            raise ValueError(
+                "data.texts has no row to imitate: demonstrations, chosen answers or thumbs up. What was read:\n"
+                f"{self.texts.report}"
+            )
 
     @cached_property
     def trained_rows(self) -> dict[str, str]:
@@ -63,5 +106,5 @@ class MixedDataModule(PreferenceDataModule):
 
     def train_dataloader(self) -> CombinedLoader:  # type: ignore[override]
         """Returns batches of both; their positions go into checkpoints."""
-        loaders = MixedBatch(super().train_dataloader(), self.texts.train_dataloader())  # type: ignore[arg-type]
-        return CombinedLoader(loaders, "max_size_cycle")
+        prompts, texts = super().train_dataloader(), self.texts.train_dataloader()
+        return beside(prompts, texts)  # type: ignore[arg-type]  # streams have positions too

@@ -238,4 +238,5 @@ def jensen_shannon(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     difference = logprobs - reference_logprobs
     policy_part = math.log(2) - F.softplus(-difference)
     reference_part = torch.exp(-difference) * (math.log(2) - F.softplus(difference))
-    return 0.5 * (policy_part + reference_part)
+    # Never negative but for rounding.
+    return (0.5 * (policy_part + reference_part)).clamp(min=0)

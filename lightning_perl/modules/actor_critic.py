@@ -33,7 +33,8 @@ class ActorCritic(OnPolicy):
         critic_max_grad_norm: Clips the norms of the critic's and the value head's gradients. None: the actor's.
         critic_learning_rate: Learning rate of the critic. None: the optimizer's.
         head_learning_rate: Learning rate of the value head. None: the critic's.
-        critic_warmup: Rollouts at the beginning from which only the critic learns (PPO-max, 2307.04964).
+        critic_warmup: Rollouts at the beginning from which only the critic learns (PPO-max, 2307.04964). They
+            count towards ``max_episodes``.
         settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
@@ -152,7 +153,9 @@ class AdapterModule(Checked, LightningModule, ABC):
             group["lr"] *= group.pop("lr_ratio", 1.0)
         if self._make_scheduler is None:
             return optimizer
+        given = [group["lr"] for group in optimizer.param_groups]
         scheduler = self._make_scheduler(optimizer)
+        self._require_ratios(given, optimizer)
         config = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             if not isinstance(scheduler, WatchingPlateau):
@@ -162,6 +165,17 @@ class AdapterModule(Checked, LightningModule, ABC):
                 )
             config |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _require_ratios(self, given: list[float], optimizer: Optimizer) -> None:
+        """Refuse a scheduler that sets learning rates of its own and forgets how those of the groups differ."""
+        begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        scales = [begin / rate for begin, rate in zip(begun, given, strict=True)]
+        if any(not math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales):
+            names = [group["name"] for group in optimizer.param_groups]
+            raise MisconfigurationException(
+                f"model.scheduler sets the learning rates of {names} to {begun}, but they are {given}. Give it a "
+                "list of rates in this order (OneCycleLR: max_lr), or use a scheduler that scales rates."
+            )
 
     def _split_groups(self) -> Iterator[dict[str, Any]]:
         """The groups; with LoRA+ each as two of the same name, the second with the ``B`` of its adapters.

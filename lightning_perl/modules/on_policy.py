@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_perl.arguments import Count, Finite, NonNegative, Positive
@@ -191,7 +192,7 @@ class OnPolicy(Updating):
 
     def _steer(self, kl: float, episodes: int) -> Stats:
         """Steer the weight of the KL towards its target, if it has one."""
-        if self.kl_control.target is None:
+        if self.kl_control.target is None or "policy" not in self.learning_roles:
             return {}
         steered = self.kl_control.steered(self.steered_kl_coef, kl, episodes)
         self.running["kl_coef"] = steered
@@ -309,6 +310,8 @@ class OnPolicy(Updating):
             "tokens": self.tokens,
             "running": self.running,
             "score_moments": self.score_moments,
+            "skipped": self.guard.skipped,
+            "rewarded_by": self.rewarded_by,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -319,6 +322,11 @@ class OnPolicy(Updating):
         self.episodes, self.tokens = progress["episodes"], progress["tokens"]
         self.running = dict(progress.get("running", {}))
         self.score_moments = dict(progress.get("score_moments", {}))
+        self.guard.skipped = progress.get("skipped", 0)
+        if (before := progress.get("rewarded_by", self.rewarded_by)) != self.rewarded_by:
+            rank_zero_warn(
+                f"The checkpoint learned from the rewards {before}, this run goes on with {self.rewarded_by}."
+            )
 
     def hand_over(self, folder: Path) -> None:
         """Write ``RUN/adapters/actor``, or the policy's trunk as ``RUN/policy`` in the layout full."""

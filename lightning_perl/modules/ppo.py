@@ -27,7 +27,8 @@ class PPO(ActorCritic):
     The reward of a token is ``-kl_coef * (log pi - log ref)``, plus the score at the last token; advantages
     by GAE; clipped surrogate and clipped value loss. The layout says who answers policy, value, reference
     and reward; the algorithm does not depend on it. PPO-max (2307.04964) is ``score_normalization``,
-    ``score_clip``, ``critic_warmup`` and ``kl_control`` together: configs/relatives/ppo_max.yaml.
+    ``score_clip``, ``advantage_clip``, ``critic_warmup`` and ``lm_weight`` together:
+    configs/relatives/ppo_max.yaml.
 
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.

@@ -42,7 +42,7 @@ class KLControl:
         if self.target is None or not math.isfinite(kl):
             return kl_coef
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return kl_coef * (1 + error * episodes / self.horizon)
+        return kl_coef * (1 + error * min(episodes / self.horizon, 1.0))
 
 
 # Checkpoints hold it among the hyper-parameters.

@@ -50,7 +50,9 @@ TASKMASTER: dict[str, Any] = {
 #: The value of every key, by class; `train` and `data_dir` have to be given.
 KEYS = {
     "PreferenceDataModule": SHARED | OWN,
-    "MixedDataModule": SHARED | OWN | {"texts": "b", "texts_batch_size": 8, "rows": "prompts"},
+    "MixedDataModule": SHARED
+    | OWN
+    | {"texts": "b", "texts_batch_size": 8, "texts_settings": None, "rows": "prompts"},
     "HarmlessnessDataModule": CORPUS | {"data_dir": "a", "test_fraction": 0.1},
     "HelpfulnessDataModule": CORPUS
     | {"data_dir": "a", "test_fraction": 0.1, "corpus": "hh", "min_score_ratio": 1.0},

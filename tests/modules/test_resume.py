@@ -14,9 +14,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 
-from lightning_perl.batches import MixedBatch
 from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.loaders import ResumableLoader
+from lightning_perl.data.mixed import beside
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import (
     DPO,
@@ -30,6 +30,7 @@ from lightning_perl.modules import (
     SFT,
     HydraPPO,
     HydraSFT,
+    JointHydraPPO,
     Reinforce,
     ReMax,
     RewardModel,
@@ -83,7 +84,8 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     ),
     "PPO lora": lambda trunk: PPO(trunk, "lora", **RL),
     "PPO full": lambda trunk: PPO(trunk, "full", **RL),
-    "RLOO": lambda trunk: RLOO(trunk, samples=2, **SHORT),
+    "RLOO, LoRA+": lambda trunk: RLOO(trunk, samples=2, loraplus_lr_ratio=4.0, **SHORT),
+    "JointHydraPPO": lambda trunk: JointHydraPPO(trunk, **RL),
     "ReMax": lambda trunk: ReMax(trunk, **SHORT),
     "GRPO": lambda trunk: GRPO(trunk, samples=2, epochs=2, minibatch_size=4, **SHORT),
     "RAFT": lambda trunk: RAFT(trunk, samples=2, minibatch_size=2, **SHORT),
@@ -101,7 +103,7 @@ def loader_for(module: AdapterModule) -> ResumableLoader | CombinedLoader:
     if isinstance(module, OnPolicy) and module.lm_weight:
         texts = [tiny.rated(3, seed) for seed in range(BATCHES - 1)]
         fewer = ResumableLoader(texts, 1, itemgetter(0), seed=4, bucket=False)
-        return CombinedLoader(MixedBatch(loader, fewer), "max_size_cycle")  # type: ignore[arg-type]
+        return beside(loader, fewer)
     return loader
 
 
