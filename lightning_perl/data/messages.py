@@ -221,8 +221,8 @@ _AGENT_TAG = re.compile(r"\s*(?:(?:### ?)?(?:Assistant|ASSISTANT|Response):|<\|a
 def without_prompt(answers: list[str], prompt: str) -> list[str] | None:
     """Returns answers without the prompt or speaker that all begin with, or a mark that ends one; else None."""
     asked, said = prompt.strip(), [_ENDS.sub("", answer).strip() for answer in answers]
-    # An answer may well begin with the words of a short question: "Hi", "Hi there".
-    long = "\n" in asked or len(asked.split()) >= LONG_PROMPT
+    # An answer may well begin with the words of a short prompt: "Hi", "Hi there".
+    long = "\n" in asked or asked.endswith(("?", ":")) or len(asked.split()) >= LONG_PROMPT
     rests = [words.removeprefix(asked) for words in said]
     held = all(
         rest[:1].isspace() and rest != words for rest, words in zip(rests, said, strict=True)

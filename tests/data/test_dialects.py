@@ -183,6 +183,21 @@ def test_answers(tokenizer_dir: Path, name: str) -> None:
     assert (item.label, item.imitate) == (label, label != 0.0)
 
 
+@pytest.mark.parametrize("scores", [(float("nan"), 0.9), (0.9, float("nan")), (float("inf"), 1.0)])
+def test_scores_that_are_no_numbers_prefer_no_answer(
+    scores: tuple[float, float], tokenizer_dir: Path
+) -> None:
+    row = {
+        "prompt": "Tea?",
+        "answer_a": "Yes.",
+        "answer_b": "No.",
+        "score_a": scores[0],
+        "score_b": scores[1],
+    }
+    with pytest.raises(BadRow, match="two scores must be finite numbers"):
+        read([row], tokenizer_dir)
+
+
 def whole(question: str, answer: str) -> str:
     return f"{question}\n\nAssistant: {answer}"
 
@@ -194,6 +209,7 @@ SPOKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "both answers begin with the prompt": (
         {"prompt": "Q", "chosen": whole("Q", "Yes."), "rejected": whole("Q", "No.")}, ["Q"], ["Yes.", "No."],
     ),
+    "a short prompt's words": ({"prompt": "Hi", "response": "Hi there!"}, ["Hi"], ["Hi there!"]),
     "one answer repeats the prompt's words": (
         {"prompt": "Q", "chosen": "Q is one.", "rejected": "No."}, ["Q"], ["Q is one.", "No."],
     ),

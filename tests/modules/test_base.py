@@ -284,6 +284,21 @@ def test_lora_plus_gives_up_projections_their_own_rate(hydra_trunk: Path) -> Non
         SFT(str(hydra_trunk), loraplus_lr_ratio=16.0).configure_optimizers()
 
 
+def test_a_scheduler_that_forgets_the_groups_rates_is_refused(hydra_trunk: Path) -> None:
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    settings: dict[str, Any] = {"lora": tiny.LORA, "critic_learning_rate": 5e-5}
+    module = HydraPPO(
+        str(hydra_trunk), scheduler=lambda made: cycle(made, 1e-3, total_steps=9), **settings
+    )
+    with pytest.raises(MisconfigurationException, match="Give it a list of rates in this order"):
+        module.configure_optimizers()
+    rates = [1e-3, 5e-4, 5e-4]
+    module = HydraPPO(
+        str(hydra_trunk), scheduler=lambda made: cycle(made, rates, total_steps=9), **settings
+    )
+    module.configure_optimizers()
+
+
 def test_groups_are_clipped_by_their_own_limits() -> None:
     ones = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
     names = ("small", "large", "unnamed")

@@ -49,6 +49,10 @@ def test_kl_is_steered_to_its_target(hydra_trunk: Path) -> None:
         stats = module._steer(kl, 20)
         expected *= 1 + error * 20 / 100
         assert stats["kl_coef"].item() == pytest.approx(expected)
+    # However many episodes a rollout has, the weight stays positive; and nothing is steered that did not learn.
+    assert KLControl(target=6.0, horizon=100).steered(0.05, 0.0, 1024) == pytest.approx(0.04)
+    module.critic_warmup = 1
+    assert module._steer(40.0, 20) == {}
     fixed = tiny.hydra(hydra_trunk, kl_coef=0.5)
     assert fixed._steer(40.0, 20) == {}
     assert fixed.steered_kl_coef == 0.5
