@@ -10,9 +10,9 @@ reward head scores. Offline methods learn in one pass from as many answers: DPO,
 of the reference's own answers to a packaged prompt, put in order by the same reward head; KTO also from packaged
 thumbs. Each run is a process of its own with one thread and ends on the packaged held-out prompts.
 
-The rule: a method keeps the settings of its recipe in ``configs/``, in batches of 64 episodes or 16 pairs, and its
-learning rate is the one of three whose run with seed 100 has the highest learned score on the validation prompts,
-among those within a ceiling of the KL to the reference (of those above it, the nearest). Writes
+The rule: a method keeps the coefficients of its recipe in ``configs/``, on the quickstart's trunk and adapter, in
+batches of 64 episodes or 16 pairs. Its learning rate is the one of three whose run with seed 100 has the highest
+learned score on the validation prompts, within a ceiling of the KL to the reference (or is nearest to it). Writes
 ``benchmarks/reports/bakeoff.md`` and ``.png``.
 """
 
@@ -248,13 +248,12 @@ def judged(adapter: dict[str, torch.Tensor], held_out: bool) -> dict[str, Any]:
 def at_seven_b(name: str) -> dict[str, Any]:
     """What `estimate` says of a method on Llama-7B: bf16 trunk, rank 16, rows of 256 + 256 tokens, 4 at once."""
     method = METHODS[name]
-    settings = {"lora": LoraSpec(16, 16.0), "trunk_dtype": "bfloat16"} | method.settings
+    own = {name: value for name, value in method.settings.items() if name != "minibatch_size"}
+    settings = {"lora": LoraSpec(16, 16.0), "trunk_dtype": "bfloat16"} | own
     load = Load(PROMPT_TOKENS, ANSWER_TOKENS, AT_ONCE)
     if issubclass(method.make, OnPolicy):
         sampling = SamplingSpec(max_new_tokens=ANSWER_TOKENS)
-        settings |= {"micro_batch_size": AT_ONCE, "minibatch_size": None, "sampling": sampling}
-        if "minibatch_size" not in method.settings:
-            del settings["minibatch_size"]
+        settings |= {"micro_batch_size": AT_ONCE, "sampling": sampling}
         load = load._replace(rows=ESTIMATED_EPISODES)
     elif method.rows == "pairs":
         load = load._replace(rows=AT_ONCE // 2, pairs=True)
@@ -404,7 +403,8 @@ def report(root: Path) -> None:
     about = [
         f"{machine()}; one thread per run. Command: `python benchmarks/bakeoff.py`.",
         "",
-        f"{EPISODES:,} episodes (offline: answers) a run, LoRA of rank 16, seeds {SEEDS}; mean ± standard "
+        f"{EPISODES:,} episodes a run (offline: {EPISODES // 2 - PAIRS} pairs or {EPISODES:,} thumbs, one pass); "
+        f"LoRA of rank 16; seeds {SEEDS}; mean ± standard "
         "deviation over seeds, on the 256 held-out prompts with the same noise for all. Gold: the true quality, "
         "0 to 1. KL: nats of a response. Wins: over the reference under the learned reward, a tie is half. CPU "
         "and wall seconds are of the training alone, on a machine that others used too: compare the first. Peak: "
