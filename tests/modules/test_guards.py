@@ -481,6 +481,7 @@ def test_reward_adapter_names_its_trunk(reward_run: Path, plain_trunk: Path) -> 
         "trunk": str(plain_trunk),
         "trunk_fingerprint": trunk.fingerprint(),
         "stop_ids": list(trunk.stop_ids),
+        "rewarded_by": [],
     }
 
 
