@@ -24,7 +24,7 @@ def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
     """
     places = list(_places(trainer))
     found = {path for folder, pattern in places for path in folder.glob(pattern)}
-    ours = [path for path in found if path.resolve().parents[1].name != "latest"]
+    ours = [path for path in found if path.absolute().parents[1].name != "latest"]
     passed_over = []
     for path in sorted(ours, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
