@@ -10,14 +10,20 @@ in bf16, adapters and moments fp32. ``--micro``: pairs per forward and backward.
 
 from __future__ import annotations
 
-import json
-import resource
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-from reward import WARM_UP_STEPS, arguments, byte_tokenizer, fit, harmless_rows, random_trunk
+from reward import (
+    WARM_UP_STEPS,
+    arguments,
+    byte_tokenizer,
+    fit,
+    harmless_rows,
+    print_report,
+    random_trunk,
+)
 from rloo import ANSWER
 from transformers import PreTrainedTokenizerFast
 
@@ -66,18 +72,7 @@ def main() -> None:
     pairs, named = encoded(rows, tokenizer, args.max_length), args.batch * args.steps
     fit(module, pairs[named : named + 8 * WARM_UP_STEPS], args)
     seconds = fit(module, pairs[:named], args)
-    report = {
-        "peer": "lightning-perl DPO",
-        "pairs_per_second": named / seconds,
-        "pairs": named,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "trunk_dtype": str(module.trunk.dtype),
-        "adapter_dtype": str(next(p for p in module.parameters() if p.requires_grad).dtype),
-        **{key: str(value) if key == "data_dir" else value for key, value in vars(args).items()},
-    }
-    if torch.cuda.is_available():
-        report["peak_cuda_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps(report))
+    print_report("DPO", module, args, named, seconds)
 
 
 if __name__ == "__main__":

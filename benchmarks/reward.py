@@ -148,6 +148,25 @@ def fit(module: Supervised, pairs: list[RatedExample], args: argparse.Namespace)
     return clock.ended - clock.began
 
 
+def print_report(
+    name: str, module: Supervised, args: argparse.Namespace, pairs: int, seconds: float
+) -> None:
+    """Print one JSON line with the peers' keys."""
+    flags = {key: str(value) if key == "data_dir" else value for key, value in vars(args).items()}
+    report = {
+        "peer": f"lightning-perl {name}",
+        "pairs_per_second": pairs / seconds,
+        "pairs": pairs,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "trunk_dtype": str(module.trunk.dtype),
+        "adapter_dtype": str(next(p for p in module.parameters() if p.requires_grad).dtype),
+        **flags,
+    }
+    if torch.cuda.is_available():
+        report["peak_cuda_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps(report))
+
+
 def main() -> None:
     """Warm up, train on the named rows, print what it cost."""
     args = arguments(__doc__, full=0)
@@ -169,19 +188,7 @@ def main() -> None:
     fit(module, encoded(rows[named : named + 8 * WARM_UP_STEPS], tokenizer, args.max_length), args)
     pairs = encoded(rows[:named], tokenizer, args.max_length)
     seconds = fit(module, pairs, args)
-    report = {
-        "peer": "lightning-perl RewardModel",
-        "pairs_per_second": len(pairs) / seconds,
-        "pairs": len(pairs),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "trunk_dtype": str(module.trunk.dtype),
-        "adapter_dtype": str(next(p for p in module.parameters() if p.requires_grad).dtype),
-        **{key: str(value) for key, value in vars(args).items() if key == "data_dir"},
-        **{key: value for key, value in vars(args).items() if key != "data_dir"},
-    }
-    if torch.cuda.is_available():
-        report["peak_cuda_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps(report))
+    print_report("RewardModel", module, args, len(pairs), seconds)
 
 
 if __name__ == "__main__":

@@ -287,10 +287,10 @@ class Evaluation(AdapterModule):
 
     def prompts_read(self, rows: list[list[int]]) -> list[str]:
         """Texts of prompts, a line per turn (``User:``, ``Agent:``) whatever template wrote them."""
-        tokenizer = self.policy_trunk.tokenizer
-        whole = [str(tokenizer.decode(row, skip_special_tokens=False)) for row in rows]
-        plain = [self._headers.plain(text) for text in whole]
-        return [text or other for text, other in zip(plain, self.decoded(rows), strict=True)]
+        decode, headers = self.policy_trunk.tokenizer.decode, self._headers
+        if not headers.first:
+            return self.decoded(rows)
+        return [headers.plain(str(decode(row))) or self.decoded([row])[0] for row in rows]
 
     @cached_property
     def _headers(self) -> Headers:

@@ -87,8 +87,8 @@ class OnPolicy(Updating):
         self.guard = FiniteGuard()
         self.episodes = 0
         self.tokens = 0
-        # What training itself changes; it goes into checkpoints.
-        self.running: dict[str, float] = {}
+        # What training itself changes besides weights; it goes into checkpoints.
+        self.steered_to: float | None = None
         self.score_moments: dict[str, float] = {}
         self._fingerprints: dict[str, str] | None = None
 
@@ -195,14 +195,15 @@ class OnPolicy(Updating):
         if self.kl_control.target is None or "policy" not in self.learning_roles:
             return {}
         steered = self.kl_control.steered(self.steered_kl_coef, kl, episodes)
-        self.running["kl_coef"] = steered
+        self.steered_to = steered
         return {"kl_coef": torch.tensor(steered)}
 
     @property
     def steered_kl_coef(self) -> float:
         """Today's weight of the KL."""
-        fixed = self.kl_control.target is None
-        return self.kl_coef if fixed else self.running.get("kl_coef", self.kl_coef)
+        if self.kl_control.target is None or self.steered_to is None:
+            return self.kl_coef
+        return self.steered_to
 
     def _greedy(self, prompts: PromptBatch) -> Rollout:
         """The policy's likeliest responses, one per prompt."""
@@ -308,7 +309,7 @@ class OnPolicy(Updating):
             "rollout_index": self.rollout_index,
             "episodes": self.episodes,
             "tokens": self.tokens,
-            "running": self.running,
+            "steered_to": self.steered_to,
             "score_moments": self.score_moments,
             "skipped": self.guard.skipped,
             "rewarded_by": self.rewarded_by,
@@ -320,7 +321,7 @@ class OnPolicy(Updating):
         progress = checkpoint["on_policy"]
         self.rollout_index = progress["rollout_index"]
         self.episodes, self.tokens = progress["episodes"], progress["tokens"]
-        self.running = dict(progress.get("running", {}))
+        self.steered_to = progress.get("steered_to")
         self.score_moments = dict(progress.get("score_moments", {}))
         self.guard.skipped = progress.get("skipped", 0)
         if (before := progress.get("rewarded_by", self.rewarded_by)) != self.rewarded_by:
