@@ -267,10 +267,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             self.report.write_rejected(file)
             rank_zero_info(f"{len(self.report.messages)} rejected rows are listed in {file}")
 
-    def imitated(self) -> int:
-        """Leaves the training rows that are imitated alone, each by itself; returns how many they are."""
-        if self.streaming:
-            return 1  # The stream says so row by row.
+    def keep_imitated(self) -> int:
+        """Drops the training rows that are not imitated, and takes pairs apart; returns how many are left."""
         every = [row for example in self._examples["train"] for row in example.rows]
         self._examples["train"] = [RatedExample((row,)) for row in every if row.imitate]
         return len(self._examples["train"])

@@ -92,7 +92,7 @@ class MixedDataModule(PreferenceDataModule):
         super().setup(stage)
         self.texts.setup(stage)
         self.report.messages.extend(self.texts.report.messages)
-        if not self.texts.imitated():
+        if not self.texts.streaming and not self.texts.keep_imitated():
             raise ValueError(
                 "data.texts has no row to imitate: demonstrations, chosen answers or thumbs up. What was read:\n"
                 f"{self.texts.report}"
