@@ -39,9 +39,11 @@ def main() -> None:
     gguf = packaged_gguf()
     source = {"gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    # It was 4 bits in the file and is float32 now.
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(folder)
+    # It was 4 bits in the file and is float32 now, which transformers does not know: it would not save it.
+    del model.config.quantization_config
+    dense = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    dense.load_state_dict(model.state_dict())
+    dense.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{folder}: {millions:.0f}M parameters")
