@@ -8,6 +8,7 @@ warpers.
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ def save_tiny_trunk(
     """
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     settings = {
-        **{**FAMILIES, **RECURRENT}[family],
+        # A copy all through: Phi-3's configuration writes into its rotary settings, which families share.
+        **deepcopy({**FAMILIES, **RECURRENT}[family]),
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -77,8 +77,8 @@ def slow_response(trunk: Trunk, prompt: list[int], row: int, spec: SamplingSpec)
     return text[len(prompt) :]
 
 
-LENGTHS = {"llama": 3, "gpt2": 3, "gemma3": 2}
-"""Families whose rows leave the batch one after the other, one of them past its window."""
+LENGTHS = {"llama": 3, "gpt2": 3, "gemma3": 2, "phi3": 2}
+"""Families whose rows leave the batch one after the other, two of them past their window."""
 
 
 # float64, so that no rounding turns a draw; Gemma 2 is refused there.
