@@ -1,4 +1,4 @@
-"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk,compare,mix}``."""
+"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk,generate,compare,mix,export}``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -37,6 +38,8 @@ from lightning_perl.commands import mix
 from lightning_perl.commands.compare import compare
 from lightning_perl.commands.estimate import add_arguments
 from lightning_perl.commands.estimate import run as estimate
+from lightning_perl.commands.export import export
+from lightning_perl.commands.generate import generate
 from lightning_perl.commands.going_on import newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
@@ -51,7 +54,8 @@ CONFIG_HELP = (
 ALSO = (
     f"There are more commands, each with a --help: {PROGRAM} estimate prints how much memory a fit will take, "
     f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data, {PROGRAM} "
-    f"compare lets trained adapters answer the same held-out prompts, and {PROGRAM} mix makes one of several."
+    f"generate lets a trained policy answer, {PROGRAM} compare lets several answer the same held-out prompts, "
+    f"{PROGRAM} mix makes one of several, and {PROGRAM} export writes a folder for others."
 )
 
 
@@ -268,11 +272,25 @@ def silence_known() -> None:
 
 
 def run_function(command: str, function: Callable[..., object], args: Sequence[str]) -> None:
-    """A command that takes the arguments of a function; data has the trunk's tokenizer, where there is a trunk."""
-    parser = Parser(description="", prog=f"{PROGRAM} {command}", **usage_of(command))
+    """A command that takes the arguments of a function; data has the trunk's tokenizer, where there are both."""
+    takes = signature(function).parameters
+    # A run comes first, without its name.
+    runs = "run" in takes
+    usage = usage_of(command)
+    if runs:
+        usage["usage"] = f"{PROGRAM} {command} RUN {'OUT ' * ('out' in takes)}[--KEY VALUE]..."
+    parser = Parser(description="", prog=f"{PROGRAM} {command}", **usage)
     parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG_HELP)
-    if "trunk" in parser.add_function_arguments(function):
+    parser.add_function_arguments(function, as_positional=runs)
+    if {"data", "trunk"} <= takes.keys():
         parser.link_arguments("trunk", "data.init_args.tokenizer")
+    # A switch needs no value.
+    switches = {f"--{name}" for name, taken in takes.items() if taken.annotation == "bool"}
+    ends = [*args[1:], ""]
+    args = [
+        f"{arg}=true" if arg in switches and end not in ("true", "false") else arg
+        for arg, end in zip(args, ends, strict=False)
+    ]
     chosen = parser.instantiate(parser.parse_args(args)).as_dict()
     chosen.pop("config")
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -287,6 +305,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "new-trunk": partial(run_function, "new-trunk", new_trunk),
         "compare": partial(run_function, "compare", compare),
         "mix": partial(mix.run, program=f"{PROGRAM} mix"),
+        "generate": partial(run_function, "generate", generate),
+        "export": partial(run_function, "export", export),
         "estimate": run_estimate,
     }
     if given and given[0] in own_commands:

@@ -101,6 +101,22 @@ def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which then takes this name; others may read its files."""
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for path in beside.rglob("*"):
+            # safetensors writes files that nobody but their owner can read, a server of another user for one.
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def require_whole(folder: Path) -> None:
     """Refuse a folder whose weights or scale are not what `written_whole` wrote; others are taken as they are."""
     manifest = folder / MANIFEST_FILE

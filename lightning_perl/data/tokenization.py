@@ -48,6 +48,13 @@ from lightning_perl.data.rows import (
 T = TypeVar("T")
 #: The name of the plain turn template. A change of a single id of it needs a new number.
 PLAIN = "plain-1"
+#: The plain turn template as a chat template, for those who read what was trained with it.
+PLAIN_CHAT_TEMPLATE = (
+    "{{ bos_token or '' }}{% for turn in messages %}{% if turn.role == 'assistant' %}"
+    "Agent: {{ turn.content | trim }}{{ eos_token }}{% else %}"
+    "{{ {'system': 'System', 'tool': 'API'}.get(turn.role, 'User') }}: {{ turn.content | trim }}{{ '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}Agent:{% endif %}"
+)
 #: Texts whose ids an encoder remembers.
 MOST_CACHED = 1 << 14
 _TAGS = {"system": "System", "user": "User", "api": "API"}

@@ -330,6 +330,18 @@ def stored_spec(folder: Path) -> LoraSpec:
     )
 
 
+def trunk_of(folder: Path) -> str:
+    """The trunk that a PEFT folder names as its base; empty where it names none."""
+    return str(json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path") or "")
+
+
+def name_trunk(folder: Path, trunk: str) -> None:
+    """Let a PEFT folder name this trunk as its base."""
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": trunk}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def mixed_spec(specs: Sequence[LoraSpec]) -> LoraSpec:
     """The shape of a `mixture`: the ranks added up, scale 1, on every layer that one of them has."""
     rank = sum(spec.rank for spec in specs)

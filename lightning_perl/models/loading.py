@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -80,6 +82,30 @@ def load_trunk(
     _end_responses(trunk)
     note_template(Path(where), trunk)
     return trunk
+
+
+def plain_model(folder: Path, classifier: bool = False) -> PreTrainedModel:
+    """What others load from a folder, in float32: transformers' own model, through PEFT where it is an adapter."""
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    return cast(PreTrainedModel, kind.from_pretrained(folder, dtype=torch.float32))
+
+
+def classifier_like(trunk: Trunk) -> PreTrainedModel:
+    """An untrained sequence classifier of the trunk's family with one label, in float32.
+
+    Its padding is no stop token: an answer is scored at its stop token, and padding would be passed over.
+    """
+    config = copy.deepcopy(trunk.model.config)
+    config.num_labels, config.problem_type, config.dtype = 1, "regression", torch.float32
+    special = trunk.tokenizer.all_special_ids
+    config.pad_token_id = next((n for n in special if n not in trunk.stop_ids), None)
+    try:
+        made = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ValueError(
+            f"transformers has no sequence classifier of the family {config.model_type}. Export without merge."
+        ) from error
+    return cast(PreTrainedModel, made)
 
 
 def model_source(source: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.whole import MANIFEST_FILE, require_whole
 
@@ -38,6 +39,72 @@ def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str,
         "stop_ids": list(trunk.stop_ids),
     }
     _write(folder, own | _trained_on(trunk) | about)
+
+
+def save_classifier(
+    trunk: Trunk, classifier: PreTrainedModel, folder: Path, adapter: str | None, head: ScalarHead
+) -> None:
+    """Write a reward model as a sequence classifier of transformers with one label, an adapter merged into it.
+
+    Such classifiers have no bias: scores are lower by the head's, which ``config.json`` keeps as ``reward_bias``.
+    They read the score at the last token that is not padding.
+
+    Args:
+        trunk: The trunk, which is not changed.
+        classifier: A classifier of its family; it gets the weights.
+        folder: Made if missing.
+        adapter: Name of the adapter; None takes the trunk's own weights.
+        head: The reward head.
+
+    Raises:
+        ValueError: The family's classifiers have more than a matrix for a head.
+    """
+    weights, own = trunk.adapters.merged(adapter), classifier.state_dict()
+    added = [key for key in own if key not in weights]
+    if len(added) != 1 or own[added[0]].shape != (1, trunk.hidden_size):
+        raise ValueError(
+            f"{type(classifier).__name__} adds {added or 'nothing'} to the trunk and not one matrix, so a reward "
+            "head cannot be written as its head. Export without merge."
+        )
+    weights[added[0]] = head.weight.detach().unsqueeze(0)
+    classifier.load_state_dict({key: weights[key] for key in own})
+    classifier.config.reward_bias = float(head.bias)
+    classifier.save_pretrained(folder)
+    tokenizer, padding = copy.deepcopy(trunk.tokenizer), classifier.config.pad_token_id
+    if padding is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(folder)
+
+
+def require_alike(
+    folder: Path,
+    ours: Tensor,
+    stored: Tensor,
+    dtype: torch.dtype = torch.float32,
+    scale: float | None = None,
+) -> float:
+    """Returns the largest difference of two results, which rounding in ``dtype`` must explain.
+
+    Args:
+        folder: What was written, for the message.
+        ours: The trained model's result.
+        stored: What the written model gives.
+        dtype: Dtype of the products.
+        scale: Size of the terms that add up to a result. None: of the results themselves.
+
+    Raises:
+        RuntimeError: It is larger: what was written is not what was trained.
+    """
+    difference = float((ours.double() - stored.double()).abs().max())
+    # A merged adapter is added to the weights instead of to the products: rounding differs.
+    allowed = 64 * torch.finfo(dtype).eps * max(1.0, scale or float(ours.abs().max()))
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"{folder} was written but gives logits that differ by {difference:.3g} from the trained "
+            f"model's (allowed {allowed:.3g})."
+        )
+    return difference
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

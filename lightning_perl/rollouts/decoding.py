@@ -33,11 +33,19 @@ WORTH = 4
 """Smallest number of steps left for which a step is recorded: recording costs as much as a step in Python."""
 
 
-def ends_of(trunk: Trunk, responses: Responses, strings: tuple[str, ...]) -> Ended:
+Watch = Callable[[Tensor, Tensor], None]
+"""``(numbers of rows (b,), last tokens (b,))``."""
+
+
+def ends_of(
+    trunk: Trunk, responses: Responses, strings: tuple[str, ...], watch: Watch | None = None
+) -> Ended:
     """What tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
     stop_ids = trunk.stop_ids
 
     def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
+        if watch is not None:
+            watch(rows, tokens)
         by_token = until_stop(tokens.unsqueeze(-1), stop_ids)[1]
         if not strings:
             return by_token
@@ -114,6 +122,7 @@ def sample(
     spec: SamplingSpec,
     uniforms: Tensor,
     early_exit: bool = True,
+    watch: Watch | None = None,
 ) -> Rollout:
     """Sample a response to every prompt, with the adapter that is switched on.
 
@@ -125,6 +134,8 @@ def sample(
         early_exit: Finished rows leave the batch, and the loop ends with the last of them. False: the loop
             reads no tensor's value, as fake tensors need it; the responses are the same, padded to
             ``max_new_tokens``. Stop strings need early exit.
+        watch: Called with the numbers of the running rows and the tokens that they have just drawn, for those
+            who read along. It needs early exit.
     """
     if spec.stop and not early_exit:
         raise ValueError("stop strings are found by decoding text, which needs early_exit=True.")
@@ -132,7 +143,7 @@ def sample(
     mask = torch.cat([prompts.mask, torch.ones_like(responses.mask)], 1)
     cache = trunk.empty_cache(mask.shape[1])
     # Stop strings are looked for in decoded text, after every token.
-    recorded = trunk.model.device.type in RECORDING and early_exit and not spec.stop
+    recorded = trunk.model.device.type in RECORDING and early_exit and not spec.stop and not watch
     record = recorder_of(trunk, mask.shape[1]) if recorded else None
     logits = _read_prompts(trunk, cache, prompts, early_exit and trunk.shortcuts.shared_prompts)
     everybody = torch.arange(len(mask), device=mask.device)
@@ -140,7 +151,7 @@ def sample(
     if record is not None:
         _play(trunk, cache, mask, tokens, responses, record)
     else:
-        ends = ends_of(trunk, responses, spec.stop) if early_exit else None
+        ends = ends_of(trunk, responses, spec.stop, watch) if early_exit else None
         _step(trunk, cache, mask, tokens, responses, ends)
     if not spec.stop:
         responses.end_by(trunk.stop_ids)

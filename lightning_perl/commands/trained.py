@@ -1,0 +1,192 @@
+"""What a run has trained: which adapter or trunk, and the trunk beneath."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_perl.commands.going_on import read
+from lightning_perl.models.adapters import CONFIG_FILE, OFF, LoraSpec, trunk_of
+from lightning_perl.models.heads import ScalarHead, has_head, save_heads
+from lightning_perl.models.loading import TrunkDtype, load_trunk
+from lightning_perl.models.manifest import manifest_of, require_trunk_of, write_adapter_manifest
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.packaged import unpackaged
+
+Part = Literal["policy", "reward"]
+NAME = "trained"
+"""The adapter's name on a trunk that :func:`load` has loaded."""
+# Below a run's folder, the first that exists. An SFT's adapter is in its trunk when the run ends.
+PLACES: dict[Part, tuple[str, ...]] = {
+    "policy": ("adapters/actor", "policy", "trunk"),
+    "reward": ("adapters/reward", "trunk"),
+}
+ADAPTERS: dict[Part, tuple[str, ...]] = {"policy": ("actor", "sft"), "reward": ("reward",)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run handed over.
+
+    Attributes:
+        folder: An adapter's folder, or that of a whole trunk.
+        trunk: Folder or hub name of the trunk that the adapter was trained on, or the trunk's own folder.
+    """
+
+    folder: Path
+    trunk: str
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, and not a whole trunk."""
+        return (self.folder / CONFIG_FILE).is_file()
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, where it was handed over in one."""
+        below = 2 if self.folder.parent.name == "adapters" else 1
+        return self.folder.resolve().parents[below - 1]
+
+
+def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
+    """Find what a run's folder, an adapter's or a trunk's holds.
+
+    Args:
+        run: One of these folders; of a folder of runs the latest one is meant.
+        part: What to look for in a run's folder.
+        trunk: The trunk, where it no longer lies where it was. None: as the adapter says.
+
+    Raises:
+        FileNotFoundError: There is nothing of this kind.
+        ValueError: A reward model is there in place of a policy, or an adapter that names no trunk.
+    """
+    run = Path(unpackaged(str(run))).expanduser()
+    if (run / "latest").is_dir():
+        run = run / "latest"
+    places = [run, *(run / place for place in PLACES[part])]
+    kinds = (CONFIG_FILE, "config.json")
+    found = next((p for p in places if any((p / kind).is_file() for kind in kinds)), None)
+    if found is None:
+        raise FileNotFoundError(_nothing_in(run, part))
+    if not (found / CONFIG_FILE).is_file():
+        return Trained(found, str(found.resolve()))
+    if part == "policy" and has_head(found, "reward"):
+        raise ValueError(f"{found} is a reward model, which answers nothing.")
+    base = unpackaged(trunk or trunk_of(found))
+    folder = Path(base).expanduser()
+    if base and folder.exists():
+        return Trained(found, str(folder.resolve()))
+    if trunk is None and (folder.is_absolute() or base.startswith(".")):
+        raise FileNotFoundError(
+            f"{found} was trained on the trunk {base}, which is not there (looked from {Path.cwd()}). Give it as "
+            "--trunk."
+        )
+    if not base:
+        raise ValueError(
+            f"{found} does not name the trunk that it was trained on. Give it as --trunk."
+        )
+    return Trained(found, base)
+
+
+def _nothing_in(run: Path, part: Part) -> str:
+    if not run.exists():
+        return f"There is no {run} (looked from {Path.cwd()}). Give a run's folder, such as runs/NAME/latest."
+    checkpoints = sorted(
+        (run / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime
+    )
+    if checkpoints:
+        return (
+            f"{run} has handed over no {part}; it may not have ended. Its newest checkpoint can be exported: "
+            f"{checkpoints[-1]}."
+        )
+    return (
+        f"{run} holds no {part}: none of {', '.join(PLACES[part])}. Give a run's folder, the folder of an adapter "
+        "or a trunk, or a checkpoint."
+    )
+
+
+def load(found: Trained, dtype: TrunkDtype = "float32") -> tuple[Trunk, str]:
+    """Load the trunk, quantized as it was in training, and the adapter.
+
+    Returns:
+        The trunk, and the name of the adapter on it; `OFF` where the trunk itself was trained.
+    """
+    about = manifest_of(found.folder) if found.is_adapter else {}
+    trunk = load_trunk(found.trunk, dtype, quantization=about.get("quantization"))
+    if not found.is_adapter:
+        return trunk, OFF
+    require_trunk_of(found.folder, trunk)
+    trunk.adapters.load(NAME, found.folder, trainable=False)
+    return trunk, NAME
+
+
+def template_of(found: Trained) -> str | None:
+    """Name of the chat template that it was trained with; None where nobody noted it."""
+    template: str | None = manifest_of(found.folder).get("template")
+    return template
+
+
+def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None) -> Path:
+    """Write the adapter in a checkpoint as a PEFT folder, with its reward head if it has one.
+
+    Args:
+        checkpoint: A checkpoint of any module that trains an adapter.
+        part: Which adapter.
+        folder: Where to write.
+        trunk: The trunk, where it no longer lies where it was.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: It holds no such adapter, or was trained on another trunk.
+    """
+    stored = read(checkpoint)
+    given, state = stored["hyper_parameters"], stored["state_dict"]
+    ends = {name: f".lora_A.{name}.weight" for name in ADAPTERS[part]}
+    name = next(
+        (name for name, end in ends.items() if any(key.endswith(end) for key in state)), None
+    )
+    if name is None:
+        raise ValueError(
+            f"{checkpoint} holds no {part} adapter. Where a whole trunk is trained, give the folder that the run "
+            "handed over (RUN/trunk or RUN/policy)."
+        )
+    found = load_trunk(unpackaged(trunk or given["trunk"]), quantization=given.get("quantization"))
+    spec = given["lora"]
+    found.adapters.add(name, spec if isinstance(spec, LoraSpec) else LoraSpec(**spec), 0)
+    _fill(found, name, state, str(checkpoint))
+    found.adapters.save(name, folder, found.source)
+    write_adapter_manifest(folder, found, stored.get("on_policy", {}).get("rewarded_by", ()))
+    if part == "reward":
+        head = ScalarHead(found.hidden_size)
+        head.load_state_dict({key: state[f"reward_head.{key}"] for key in head.state_dict()})
+        save_heads(folder, {"reward": head})
+    return folder
+
+
+@torch.no_grad()
+def _fill(trunk: Trunk, name: str, state: dict[str, Any], source: str) -> None:
+    """Give an adapter the values that a checkpoint has for it."""
+    # A checkpoint's names are a module's: roles.trunks.0.model.LAYER.lora_A.NAME.weight.
+    for key, weight in trunk.adapters.tensors(name).items():
+        layer, _, which = key.removesuffix(".weight").rpartition(".")
+        end = f"model.{layer}.{which}.{name}.weight"
+        value = next((v for k, v in state.items() if k == end or k.endswith(f".{end}")), None)
+        if value is None or value.shape != weight.shape:
+            raise ValueError(
+                f"{source} was trained on another trunk than {trunk.source}: it has no weights for {layer}."
+            )
+        weight.copy_(value)
+
+
+def settings_of(run: Path) -> dict[str, str]:
+    """The sections of a run's ``config.yaml`` (model, data, trainer) as text; nothing where there is none."""
+    path = run / "config.yaml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    sections = re.split(r"^(?=\w+:)", text, flags=re.MULTILINE)
+    return {section.partition(":")[0]: section.rstrip() for section in sections if section}
