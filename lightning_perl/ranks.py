@@ -186,6 +186,14 @@ def take_from_first(weights: Iterable[Tensor]) -> None:
             dist.broadcast(weight, 0)
 
 
+def everyones(own: Any) -> list[Any]:  # noqa: ANN401 (anything that can be pickled)
+    """What each rank has, in their order."""
+    every = [own] * world()
+    if world() > 1:
+        dist.all_gather_object(every, own)
+    return every
+
+
 def require_same(numbers: Tensor, what: str) -> None:
     """Refuse to go on where ranks hold different numbers.
 

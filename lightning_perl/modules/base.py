@@ -39,7 +39,7 @@ from lightning_perl.modules.launching import require_plain_ranks, unwrap
 from lightning_perl.modules.safety import require_batch
 from lightning_perl.optim import HostAdamW
 from lightning_perl.phases import PhaseCallback
-from lightning_perl.ranks import require_same, take_from_first
+from lightning_perl.ranks import everyones, require_same, take_from_first
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 # From Python a module's specs are pickled into its checkpoints, which are read with weights_only.
@@ -318,7 +318,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in state if key in trainable}
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        states = everyones({"cpu": torch.get_rng_state(), "cuda": cuda})
+        checkpoint["rng"] = states if len(states) > 1 else states[0]
         checkpoint["trained_on"] = self._trained_on()
 
     def _trained_on(self) -> dict[str, str]:
@@ -364,7 +365,9 @@ class AdapterModule(Checked, LightningModule, ABC):
                 + f". Give the trunk, reward and lora that it was trained with ({', '.join(names)}), or leave "
                 "ckpt_path out."
             )
-        self._rng = checkpoint["rng"]
+        # Of one rank, or a list of several ranks'. A rank that is new goes on as the first does.
+        states = checkpoint["rng"] if isinstance(checkpoint["rng"], list) else [checkpoint["rng"]]
+        self._rng = states[self.global_rank if self.global_rank < len(states) else 0]
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 (torch's own)
         """Do not report frozen weights as missing: they are in no checkpoint, and Lightning would list them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_perl.batches import MixedBatch
@@ -93,8 +95,10 @@ class Watch(Callback):
         self.logged: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
+        # A resumed run does not know the validation before.
+        here = ("train/", "rollout/") if trainer.training else ""
         metrics = trainer.callback_metrics.items()
-        self.logged.append({key: float(value) for key, value in metrics})
+        self.logged.append({k: float(value) for k, value in metrics if k.startswith(here)})
 
 
 def batches_for(module: AdapterModule, rows: int, count: int = 2) -> list[Any]:
@@ -107,12 +111,19 @@ def batches_for(module: AdapterModule, rows: int, count: int = 2) -> list[Any]:
     return [MixedBatch(batch, tiny.rated(3, n)) for n, batch in enumerate(prompts)]
 
 
-def train(kind: str, trunk: str, root: Path, ranks: int, rows: int = 5) -> Trained:
+def train(
+    kind: str,
+    trunk: str,
+    root: Path,
+    ranks: int,
+    rows: int = 5,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Trained:
     module, watch = MAKERS[kind](trunk), Watch()
     held_out = [batch for batch in batches_for(module, 3) if not isinstance(batch, MixedBatch)]
-    trainer, _ = tiny.fit(
-        module, root, batches_for(module, rows), watch, held_out=held_out, devices=ranks
-    )
+    settings = {"held_out": held_out, "devices": ranks, **options}
+    trainer, _ = tiny.fit(module, root, batches_for(module, rows), watch, *callbacks, **settings)
     watch.on_train_batch_end(trainer)
     names = module.trainable_names()
     weights = {name: weight for name, weight in tiny.weights(module).items() if name in names}
@@ -142,9 +153,9 @@ def test_two_ranks_are_one(kind: str, hydra_trunk: Path, tmp_path: Path) -> None
     assert_equal(ours)
     assert_close(ours[0], expected)
     # One of them writes, and both know where.
-    assert [path.name for path in (tmp_path / "two/run").iterdir() if not path.is_symlink()] == [
-        "version_0"
-    ]
+    (folder,) = (path for path in (tmp_path / "two/run").iterdir() if not path.is_symlink())
+    if (kept := folder / "kept.jsonl").exists():
+        assert len(kept.read_text().splitlines()) == 11 * (2 if kind == "INPO" else 1)
 
 
 @pytest.mark.parametrize("kind", ["RewardModel", "KTO", "HydraPPO", "RLOO", "PPO-max"])
@@ -153,3 +164,54 @@ def test_a_rank_without_rows_waits_for_nobody(kind: str, hydra_trunk: Path, tmp_
     ours = on_ranks(3, tmp_path / "ranks", train, kind, str(hydra_trunk), tmp_path / "three", 3, 2)
     assert_equal(ours)
     assert_close(ours[0], expected)
+
+
+def part(kind: str, trunk: str, root: Path, ranks: int, epochs: int) -> Trained:
+    """One more epoch, from the checkpoint of the epoch before."""
+    path = root / f"{epochs - 1}.ckpt"
+    keep = ModelCheckpoint(root, str(epochs), enable_version_counter=False)
+    given = path if path.exists() else None
+    return train(kind, trunk, root, ranks, 5, [keep], max_epochs=epochs, ckpt_path=given)
+
+
+@pytest.mark.parametrize("kind", ["HydraSFT", "PPO-max"])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    kind: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    trunk, root = str(hydra_trunk), tmp_path / "parts"
+    expected = train(kind, trunk, tmp_path, 1, max_epochs=3)
+    on_ranks(2, tmp_path / "first", part, kind, trunk, root, 2, 1)
+    part(kind, trunk, root, 1, 2)
+    ours = on_ranks(2, tmp_path / "last", part, kind, trunk, root, 2, 3)
+    assert_equal(ours)
+    assert_close(ours[0], expected._replace(logged=expected.logged[-3:]))
+
+
+def twenty(trunk: str, root: Path) -> dict[str, Tensor]:
+    """20 rollouts in float32, two steps each."""
+    module = HydraPPO(trunk, **{**STEPS, "trunk_dtype": "float32", "minibatch_size": None})
+    batches = [tiny.prompts(5, seed) for seed in range(20)]
+    trainer, _ = tiny.fit(module, root, batches, devices=2)
+    assert trainer.global_step == 40
+    return {name: weight for name, weight in tiny.weights(module).items() if "lora" in name}
+
+
+def test_twenty_rollouts_end_with_equal_adapters(hydra_trunk: Path, tmp_path: Path) -> None:
+    one, two = on_ranks(2, tmp_path / "ranks", twenty, str(hydra_trunk), tmp_path)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(bool(weight.any()) for name, weight in one.items() if "lora_B" in name)
+
+
+def shuffled_by_rank(trunk: str, root: Path) -> str:
+    """What a loader is refused with that gives each rank other rows."""
+    module = MAKERS["SFT"](trunk)
+    batches = [tiny.rated(4, seed) for seed in range(2)]
+    batches = batches if os.environ["RANK"] == "0" else batches[::-1]
+    with pytest.raises(RuntimeError) as error:
+        tiny.fit(module, root, batches, devices=2)
+    return str(error.value)
+
+
+def test_ranks_with_batches_of_their_own_are_refused(hydra_trunk: Path, tmp_path: Path) -> None:
+    words = on_ranks(2, tmp_path / "ranks", shuffled_by_rank, str(hydra_trunk), tmp_path)
+    assert all("The ranks hold different rows, but each must be given the same" in w for w in words)
