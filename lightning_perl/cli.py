@@ -44,6 +44,7 @@ from lightning_perl.commands.going_on import newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
 from lightning_perl.modules.base import AdapterModule
+from lightning_perl.modules.launching import require_plain_ranks
 from lightning_perl.packaged import PREFIX, unpackaged
 
 PROGRAM = "python -m lightning_perl"
@@ -138,9 +139,12 @@ class SaveRunConfig(SaveConfigCallback):
 def refuse_early(given: Namespace, trainer_settings: dict[str, Any]) -> None:
     """What the module's `setup` would refuse, once the trunk is loaded and the data read."""
     module = resolve_name(given.model.class_path)
-    strategy = trainer_settings.get("strategy", "auto")
-    if not issubclass(module, AdapterModule) or not isinstance(strategy, str):
+    if not issubclass(module, AdapterModule):
         return
+    strategy = trainer_settings.get("strategy", "auto")
+    require_plain_ranks(getattr(strategy, "class_path", strategy))
+    if not isinstance(strategy, str):
+        trainer_settings = {**trainer_settings, "strategy": "auto"}
     for key in ("optimizer", "lr_scheduler"):
         if given.get(key):
             raise ValueError(
@@ -239,7 +243,8 @@ class EstimateCLI(PerlCLI):
         """Refuse what `fit` refuses, whatever devices there are here."""
         trainer = self.config.trainer
         devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
-        settings = {key: trainer[key] for key in ("num_nodes", "precision", "overfit_batches")}
+        keys = ("strategy", "num_nodes", "precision", "overfit_batches")
+        settings = {key: trainer[key] for key in keys}
         settings |= {"accelerator": "cpu", "devices": devices if str(devices).isdigit() else 1}
         refuse_early(self.config, settings)
 

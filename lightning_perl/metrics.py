@@ -104,7 +104,8 @@ class RewardMetrics(Metric):
     pairs: list[Tensor]
 
     def __init__(self) -> None:
-        super().__init__()
+        # Every rank has all rows.
+        super().__init__(sync_on_compute=False)
         # The rows themselves, not sums: ranks cannot be added up, and a row is four numbers.
         self.add_state("thumbs", [], dist_reduce_fx="cat")
         self.add_state("pairs", [], dist_reduce_fx="cat")

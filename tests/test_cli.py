@@ -460,7 +460,12 @@ def test_a_printed_config_can_be_read_again(
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--trainer.devices=2", "is tested on one device only, got 2"),
+        ("--trainer.strategy=fsdp", "trainer.strategy FSDPStrategy cannot train .*: it wraps the"),
+        (
+            "--trainer.strategy=deepspeed_stage_2",
+            "DeepSpeedStrategy cannot train .*steps the optim",
+        ),
+        ("--trainer.strategy=ModelParallelStrategy", "ModelParallelStrategy .*Leave it at auto"),
         ("--trainer.precision=bf16-mixed", "trainer.precision must stay 32-true"),
         ("--data.rows=rated", "HydraPPO learns from prompts, but data.rows is 'rated'"),
         ("--optimizer=torch.optim.SGD", "--optimizer would replace the module's parameter groups"),

@@ -23,16 +23,17 @@ BELOW: dict[str, set[str]] = {
     "models": {"arguments", "chat", "functional", "whole"},
     "optim": {"arguments"},
     "phases": set(),
+    "ranks": {"functional"},
     "rollouts": {"arguments", "batches", "functional", "models"},
     "packaged": set(),
     "chat": set(),
     "whole": set(),
     "data": {"arguments", "batches", "chat", "functional", "metrics", "packaged"},
     "rewards": {"arguments", "data"},
-    "callbacks": {"arguments", "batches", "metrics", "phases", "whole"},
+    "callbacks": {"arguments", "batches", "metrics", "phases", "ranks", "whole"},
     "metrics": {"functional"},
     "modules": {"functional", "losses", "models", "optim", "rollouts", "batches", "rewards"}
-    | {"arguments", "callbacks", "chat", "metrics", "packaged", "phases", "whole"},
+    | {"arguments", "callbacks", "chat", "metrics", "packaged", "phases", "ranks", "whole"},
 }
 BELOW["commands"] = set(BELOW) - {""}
 BELOW["cli"] = set(BELOW) - {""}
@@ -45,6 +46,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "batches": {"torch"},
     "optim": {"torch"},
     "phases": {"lightning", "torch"},
+    "ranks": {"torch"},
     "functional": {"torch"},
     "losses": {"torch"},
     "callbacks": {"lightning", "torch", "wandb", "matplotlib", "psutil"},

@@ -21,6 +21,7 @@ from lightning_perl.callbacks.run_folder import (
     link_latest,
     run_folder,
 )
+from lightning_perl.ranks import alone
 from lightning_perl.whole import WholeCheckpoints, damage, written_whole
 
 
@@ -163,7 +164,7 @@ class Handover(Callback):
         if trainer.is_global_zero:
             note = f"stopped by {stopped_by} after {trainer.global_step} steps"
             about: dict[str, Any] = {"unfinished": note} if stopped_by else {}
-            with written_whole(folder, about) as beside:
+            with alone(), written_whole(folder, about) as beside:
                 pl_module.hand_over(beside)
             link_latest(folder)
         rank_zero_info(f"handed over in {folder}")

@@ -1,7 +1,8 @@
 """Loaders whose position can be saved, so that a resumed run continues at the right batch.
 
 They are plain iterables, not ``torch.utils.data.DataLoader``: Lightning rebuilds a ``DataLoader``
-(losing its state) when it inserts a distributed sampler. Ranks share the batches here instead.
+(losing its state) when it inserts a sampler. Every rank gets the same batches; modules share out their rows, so
+that a position means the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.distributed
 from torch.utils.data import DataLoader
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
@@ -77,15 +77,6 @@ def _refuse_other_data(
             )
 
 
-def shard(batches: list[list[int]]) -> list[list[int]]:
-    """Returns this rank's batches; the first ones are repeated so that all ranks have as many."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return batches
-    ranks = torch.distributed.get_world_size()
-    missing = -len(batches) % ranks
-    return [*batches, *(batches * ranks)[:missing]][torch.distributed.get_rank() :: ranks]
-
-
 class FixedLoader:
     """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
@@ -112,14 +103,14 @@ class FixedLoader:
     def _batches(self) -> list[list[int]]:
         rows = list(range(len(self.examples)))
         size = self.batch_size
-        return shard([rows[start : start + size] for start in range(0, len(rows), size)])
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields this rank's batches, in order."""
+        """Yields the batches, in order."""
         yield from self._load(self._batches())
 
     def __len__(self) -> int:
-        """Returns the batches of this rank."""
+        """Returns the number of batches."""
         return len(self._batches())
 
 
@@ -163,7 +154,7 @@ class ResumableLoader(FixedLoader):
             self.epoch, self.batch = epoch, 0
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Returns the row numbers of every batch of an epoch, of all ranks."""
+        """Returns the row numbers of every batch of an epoch."""
         order = random.Random(f"{self.seed}/{epoch}")
         drawn = list(range(len(self.examples))) if self.parts is None else []
         for rows, count in self.parts or ():
@@ -172,7 +163,7 @@ class ResumableLoader(FixedLoader):
         return shuffled(drawn, self.lengths, self.batch_size, order)
 
     def _batches(self) -> list[list[int]]:
-        return shard(self.batches(self.epoch))
+        return self.batches(self.epoch)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the rest of the epoch, or the next epoch where none is left."""
@@ -264,7 +255,7 @@ class StreamingLoader:
             lengths = [example.tokens for example in examples] if self.bucket else None
             order = random.Random(f"{self.seed}/{epoch}/{rows}")
             numbers = list(range(len(examples)))
-            batches = shard(shuffled(numbers, lengths, self.batch_size, order))
+            batches = shuffled(numbers, lengths, self.batch_size, order)
             for number, members in enumerate(batches[batch:], start=batch + 1):
                 self._places.append(Place(epoch, rows, number))
                 yield self.collate([examples[member] for member in members])

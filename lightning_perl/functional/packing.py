@@ -40,6 +40,13 @@ class Packing(NamedTuple):
     lines: int
     columns: int
 
+    def rows(self, rows: slice) -> Packing:
+        """The plan of some neighbouring rows, whole lines of them."""
+        if rows == slice(0, len(self.line)):
+            return self
+        line, shared, start = (part[rows] for part in self[:3])
+        return Packing(line - line[0], shared, start, int(line[-1] - line[0]) + 1, self.columns)
+
 
 class Lines(NamedTuple):
     """Packed rows: ids, positions of tokens in their own rows, and owners. Shape: ``(L, C)`` each, int64.

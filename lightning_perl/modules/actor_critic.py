@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_perl.arguments import CountOrZero, NonNegative, Positive
-from lightning_perl.functional.sequences import cuts
 from lightning_perl.models.heads import save_heads
 from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.modules.updating import MinibatchSize, add, size_of
+from lightning_perl.modules.updating import MinibatchSize, add, size_of, weighed
+from lightning_perl.ranks import shared_cuts, summed
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
@@ -140,18 +140,20 @@ class ActorCritic(OnPolicy):
         size = size_of(sequences)
         by_length = by_length and self.shortcuts.length_buckets
         sums: Stats = {}
-        for cut in cuts(sequences, self.micro_batch_size, by_length):
+        for cut, counts in shared_cuts(sequences, self.micro_batch_size, by_length):
             rows = first[cut.rows]
             with self.roles.training_pass(("value",)):
                 answers = self.roles.answer(sequences.cut(cut), ("value",))
-                values[rows, : cut.responses] = given(answers.value).detach()
+                if counts:
+                    values[rows, : cut.responses] = given(answers.value).detach()
                 piece = scored._replace(values=values).rows(rows)
                 experience, _ = self.experience(rollout.rows(rows), piece)
                 every = torch.arange(len(rows), device=rows.device)
                 micro = experience.cut(cut._replace(rows=every))
                 loss, stats = self.role_loss("value", answers, micro, size)
-                backward(loss)
-            add(sums, stats)
+                backward(weighed(loss, counts))
+            add(sums, {key: weighed(value, counts) for key, value in stats.items()})
+        values[first] = summed(values[first])
         return scored._replace(values=values), sums
 
     def parameter_groups(self) -> list[dict[str, Any]]:

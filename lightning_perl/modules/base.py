@@ -35,9 +35,11 @@ from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import TrainedRole
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.modules.launching import require_plain_ranks, unwrap
 from lightning_perl.modules.safety import require_batch
 from lightning_perl.optim import HostAdamW
 from lightning_perl.phases import PhaseCallback
+from lightning_perl.ranks import everyones, require_same, take_from_first
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 # From Python a module's specs are pickled into its checkpoints, which are read with weights_only.
@@ -215,12 +217,7 @@ class AdapterModule(Checked, LightningModule, ABC):
                 "the adapters, whose weights, gradients and moments must be fp32. For bf16 matrix products "
                 "set model.init_args.trunk_dtype: bfloat16."
             )
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"{cls.__name__} is tested on one device only, got {trainer.world_size}: "
-                "gradients and logged means of several processes are not verified yet. Set "
-                "trainer.devices: 1 (and trainer.num_nodes: 1)."
-            )
+        require_plain_ranks(type(trainer.strategy).__name__)
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "trainer.overfit_batches would exchange the loaders' samplers, by which a run resumes exactly. "
@@ -236,6 +233,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         """Refuse trainer settings and data that would make the numbers wrong."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.refuse(self.trainer, data.rows if isinstance(data, Bounded) else None)
+        unwrap(self.trainer)
         if self.automatic_optimization and self.trainer.accumulate_grad_batches > 1:
             rank_zero_warn(
                 "With accumulate_grad_batches every batch weighs the same, however many tokens or thumbs it "
@@ -320,7 +318,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in state if key in trainable}
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        states = everyones({"cpu": torch.get_rng_state(), "cuda": cuda})
+        checkpoint["rng"] = states if len(states) > 1 else states[0]
         checkpoint["trained_on"] = self._trained_on()
 
     def _trained_on(self) -> dict[str, str]:
@@ -366,7 +365,9 @@ class AdapterModule(Checked, LightningModule, ABC):
                 + f". Give the trunk, reward and lora that it was trained with ({', '.join(names)}), or leave "
                 "ckpt_path out."
             )
-        self._rng = checkpoint["rng"]
+        # Of one rank, or a list of several ranks'. A rank that is new goes on as the first does.
+        states = checkpoint["rng"] if isinstance(checkpoint["rng"], list) else [checkpoint["rng"]]
+        self._rng = states[self.global_rank if self.global_rank < len(states) else 0]
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 (torch's own)
         """Do not report frozen weights as missing: they are in no checkpoint, and Lightning would list them."""
@@ -379,10 +380,14 @@ class AdapterModule(Checked, LightningModule, ABC):
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, HostAdamW):
                 optimizer.rest()
+        take_from_first(weight for weight in self.parameters() if weight.requires_grad)
 
     def require_batch(self, batch: object) -> None:
         """Refuse what a loader of the user's own yields, where it is no batch of this module's kind."""
         name, vocabulary = type(self).__name__, self._trunks[0].vocabulary_size
+        if isinstance(batch, MixedBatch | PromptBatch | RatedBatch):
+            prompts = batch.prompts if isinstance(batch, MixedBatch) else batch
+            require_same(prompts.row, "rows")
         if self.rows == "prompts" and isinstance(batch, MixedBatch):
             require_batch(batch.texts, RatedBatch, name, vocabulary)
             batch = batch.prompts

@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_perl.arguments import Count, NonNegative
 from lightning_perl.batches import Answers, Bounded, PromptBatch
 from lightning_perl.chat import Headers, headers_of
-from lightning_perl.functional.sequences import cuts
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import (
     Layout,
@@ -28,6 +27,7 @@ from lightning_perl.models.roles import (
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.packaged import unpackaged
+from lightning_perl.ranks import Share, largest, share, shared_cuts, summed, world
 from lightning_perl.rewards import RewardFunction, checked_scores
 from lightning_perl.rollouts.decoding import sample
 from lightning_perl.rollouts.rollout import Rollout, Scored, describe, joined, split_at
@@ -166,9 +166,10 @@ class Evaluation(AdapterModule):
             early_exit: See `rollouts.decoding.sample`.
             samples: Responses per prompt.
         """
-        spec = sampling or self.sampling
-        uniforms = row_uniforms(self.seed, rollout_index, prompts.row, spec.max_new_tokens, samples)
-        repeated = PromptBatch(*(part.repeat_interleave(samples, 0) for part in prompts))
+        spec, mine = sampling or self.sampling, share(len(prompts.row))
+        own = PromptBatch(*(part[mine.rows] for part in prompts))
+        uniforms = row_uniforms(self.seed, rollout_index, own.row, spec.max_new_tokens, samples)
+        repeated = PromptBatch(*(part.repeat_interleave(samples, 0) for part in own))
         size = spec.batch_size or len(repeated.row)
         slices = [slice(start, start + size) for start in range(0, len(repeated.row), size)]
         with self.roles(role) as trunk, trunk.switch.at_rest():
@@ -183,6 +184,7 @@ class Evaluation(AdapterModule):
                 for rows in slices
             ]
             rollout = joined(parts, trunk.pad_id)._replace(samples=samples)
+        rollout = gathered(rollout, prompts, mine, self.policy_trunk.pad_id)
         kept = (
             role == "policy"
             and spec.scored_as_sampled
@@ -236,15 +238,16 @@ class Evaluation(AdapterModule):
         sequences = rollout.sequences()
         by_length = by_length and self.shortcuts.length_buckets
         whole: dict[str, Tensor] = {}
-        for cut in cuts(sequences, self.score_batch_size, by_length):
+        for cut, counts in shared_cuts(sequences, self.score_batch_size, by_length):
             answers = self.roles.answer(sequences.cut(cut), roles, temperature)
             for name, part in answers._asdict().items():
                 if part is None:
                     continue
                 shape = rollout.response_mask.shape[: part.dim()]
                 into = whole.setdefault(name, part.new_zeros(shape))
-                into[(cut.rows, slice(cut.responses))[: part.dim()]] = part
-        return RoleAnswers(**whole)
+                if counts:
+                    into[(cut.rows, slice(cut.responses))[: part.dim()]] = part
+        return RoleAnswers(**{name: summed(part) for name, part in whole.items()})
 
     def rewarded(self, rollout: Rollout, learned: Tensor) -> tuple[Tensor, Stats]:
         """What the responses earn: the learned score and the Python reward, each times its weight.
@@ -307,10 +310,15 @@ class Evaluation(AdapterModule):
         ]
 
     def call(self, function: RewardFunction, argument: str, rollout: Rollout) -> Tensor:
-        """Scores of a Python reward, the argument that named it being used in messages. Shape: ``(B,)``."""
-        prompts, responses = self.texts(rollout)
-        scores = checked_scores(function, argument, prompts, responses, rollout.row.tolist())
-        return torch.tensor(scores, dtype=torch.float32)
+        """Scores of a Python reward, the argument that named it being used in messages. Shape: ``(B,)``.
+
+        It is called once for each response, on one of the ranks.
+        """
+        mine = share(len(rollout.row))
+        own, scores = rollout.rows(mine.rows), [0.0]
+        if mine.counted:
+            scores = checked_scores(function, argument, *self.texts(own), own.row.tolist())
+        return mine.gathered(torch.tensor(scores, dtype=torch.float32))
 
     # ---- Lightning -------------------------------------------------------------------------------
 
@@ -371,6 +379,26 @@ class Evaluation(AdapterModule):
         """The longest prompt and the longest sampled response, in tokens."""
         sampled = max(self.sampling.max_new_tokens, self.validation_sampling.max_new_tokens)
         return data.max_tokens - data.max_response_tokens + sampled
+
+
+def gathered(own: Rollout, prompts: PromptBatch, mine: Share, pad_id: int) -> Rollout:
+    """The rollouts of all ranks: the responses to their shares of the prompts, padded to one length."""
+    if world() == 1:
+        return own
+    samples, (width,) = own.samples, largest([own.response_ids.shape[1]])
+    own, rows = own.widened(width, pad_id), mine.times(samples)
+    parts = (part.repeat_interleave(samples, 0) for part in prompts)
+    every = PromptBatch(*parts)
+    return Rollout(
+        every.ids,
+        every.mask,
+        rows.gathered(own.response_ids),
+        rows.gathered(own.response_mask),
+        rows.gathered(own.stopped),
+        every.row,
+        None if own.logprobs is None else rows.gathered(own.logprobs),
+        samples,
+    )
 
 
 def kept_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:

@@ -72,8 +72,10 @@ class Scoring(Judging):
         self.center_coef = center_coef
         self.normalize_scores = normalize_scores
         # By default NaN is left out, and a diverged model would have the best loss of all.
-        self.mean_lm = MeanMetric(nan_strategy=float("nan"))
-        self.mean_reward = MeanMetric(nan_strategy=float("nan"))
+        # Every rank has all rows, which must not be counted once per rank.
+        options: Any = {"nan_strategy": float("nan"), "sync_on_compute": False}
+        self.mean_lm = MeanMetric(**options)
+        self.mean_reward = MeanMetric(**options)
 
     def heads(self) -> dict[str, ScalarHead]:
         """The reward head, unless nothing ever trains it."""
@@ -88,10 +90,10 @@ class Scoring(Judging):
     # ---- the objective ---------------------------------------------------------------------------
 
     def score_of(self, hidden: Tensor, batch: RatedBatch) -> Tensor:
-        """Scores of rows whose last hidden states are known. Shape: ``(B,)``."""
-        last = at_last_response(hidden, sequences_of(batch).response_mask)
-        scores: Tensor = self.reward_head(last)
-        return scores
+        """Scores of all rows, of which ``hidden`` are the last states of this rank's share. Shape: ``(B,)``."""
+        share = self.share(batch)
+        last = at_last_response(hidden, sequences_of(batch).response_mask[share.rows])
+        return share.gathered(self.reward_head(last))
 
     def scores(self, batch: RatedBatch) -> Tensor:
         """Scores of the responses, read at their last tokens. Shape: ``(B,)``."""

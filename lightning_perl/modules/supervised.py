@@ -25,8 +25,9 @@ from lightning_perl.models.manifest import require_alike, save_trunk, write_adap
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, Stats
-from lightning_perl.modules.safety import FiniteGuard, clip_by_group
+from lightning_perl.modules.safety import FiniteGuard, clip_by_group, trained_by
 from lightning_perl.packaged import unpackaged
+from lightning_perl.ranks import Share, share_of_lines, sum_gradients
 
 
 def sequences_of(batch: RatedBatch) -> Sequences:
@@ -104,25 +105,36 @@ class Supervised(AdapterModule):
 
     # ---- what objectives are made of -------------------------------------------------------------
 
+    def share(self, batch: RatedBatch) -> Share:
+        """The rows that this rank reads; those of one line stay together."""
+        packing = batch.packing if self.share_prompts else None
+        return share_of_lines(None if packing is None else packing.line, len(batch.ids))
+
     def hidden(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
-        """Last hidden states. Shape: ``(B, T, H)``.
+        """Last hidden states of this rank's share ``b`` of the rows. Shape: ``(b, T, H)``.
 
         Args:
             batch: The rows.
             adapter: Name of the adapter that answers, or `OFF`. None: the module's own.
         """
         with self.trunk.switch.use(self.adapter if adapter is None else adapter):
+            rows = self.share(batch).rows
+            ids, mask = batch.ids[rows], batch.attention_mask[rows]
             if batch.packing is None or not self.share_prompts:
-                states: Tensor = self.trunk(batch.ids, batch.attention_mask)
+                states: Tensor = self.trunk(ids, mask)
             else:
-                states = self.trunk.packed(batch.ids, batch.attention_mask, batch.packing)
+                states = self.trunk.packed(ids, mask, batch.packing.rows(rows))
         return states
 
     def token_logprobs(self, hidden: Tensor, batch: RatedBatch) -> Tensor:
-        """Log-probabilities of the response columns, at least fp32. Shape: ``(B, R)``."""
-        sequences = sequences_of(batch)
+        """Log-probabilities of the response columns of all rows, at least fp32. Shape: ``(B, R)``.
+
+        ``hidden`` are the states of this rank's share.
+        """
+        share = self.share(batch)
+        sequences = sequences_of(batch).rows(share.rows)
         states = predicting(hidden, sequences.response_mask.shape[1])
-        return self.trunk.logprobs(states, sequences.response_ids, entropy=False)[0]
+        return share.gathered(self.trunk.logprobs(states, sequences.response_ids, entropy=False)[0])
 
     def response_logprobs(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
         """Log-probability of each response, summed over its tokens, at least fp32. Shape: ``(B,)``."""
@@ -191,6 +203,7 @@ class Supervised(AdapterModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leave out a step whose gradient is not finite or comes from no rating: nothing moves without it."""
+        sum_gradients(trained_by(optimizer))
         unrated = self.needs_ratings and self._ratings_of_step == 0
         self._ratings_of_step = 0
         if unrated or not self.guard(clip_by_group(optimizer, {})):

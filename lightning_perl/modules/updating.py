@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from lightning_perl.arguments import Count, NonNegative, Positive
 from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.masked import masked_mean
-from lightning_perl.functional.sequences import Sequences, cuts
+from lightning_perl.functional.sequences import Sequences
 from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import Evaluation, given
-from lightning_perl.modules.safety import clip_by_group, require_trainable
+from lightning_perl.modules.safety import clip_by_group, require_trainable, trained_by
+from lightning_perl.ranks import shared_cuts, sum_gradients
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 Accept = Callable[[Mapping[str, Tensor]], bool]
@@ -196,14 +197,16 @@ class Updating(Evaluation):
             for rows in self._minibatches(episodes, samples, epoch):
                 minibatch = experience.rows(rows.to(experience.old_logprobs.device))
                 groups = self.roles.groups(self.learning_roles)
+                stats: Stats = {}
                 if first_value_stats is not None:
                     groups.remove(("value",))
-                    add(sums, first_value_stats)
+                    add(stats, first_value_stats)
                     first_value_stats = None
-                add(sums, self._gradients(groups, minibatch, backward, first_read, by_length))
+                add(stats, self._gradients(groups, minibatch, backward, first_read, by_length))
                 first_read = None
                 if texts is not None and "policy" in self.learning_roles:
-                    add(sums, self._imitate(texts, backward))
+                    add(stats, self._imitate(texts, backward))
+                add(sums, sum_gradients(trained_by(optimizer), stats))
                 add(sums, self._step(optimizer, accept))
                 steps += 1
         return {key: value / steps for key, value in sums.items()}
@@ -216,15 +219,15 @@ class Updating(Evaluation):
         first_read: FirstRead | None,
         by_length: bool,
     ) -> Stats:
-        """Accumulate the gradients of one minibatch, role group by role group."""
+        """Accumulate the gradients of this rank's share of a minibatch, role group by role group."""
         sums: Stats = {}
         size = size_of(minibatch.sequences)
         by_length = by_length and self.shortcuts.length_buckets
-        micro = list(cuts(minibatch.sequences, self.micro_batch_size, by_length))
+        micro = list(shared_cuts(minibatch.sequences, self.micro_batch_size, by_length))
         for group in groups:
             check = first_read if "policy" in group else None
             with self.phase("actor" if "policy" in group else "critic"):
-                pieces = (minibatch.cut(cut) for cut in micro)
+                pieces = ((minibatch.cut(cut), counts) for cut, counts in micro)
                 for stats in self._backward(group, pieces, size, backward, check):
                     add(sums, stats)
         return sums
@@ -232,13 +235,16 @@ class Updating(Evaluation):
     def _backward(
         self,
         group: tuple[Role, ...],
-        pieces: Iterable[Experience],
+        pieces: Iterable[tuple[Experience, bool]],
         size: MinibatchSize,
         backward: Backward,
         check: FirstRead | None,
     ) -> Iterator[Stats]:
-        """A forward and a backward pass per micro-batch; the statistics of each role of the group."""
-        for piece in pieces:
+        """A forward and a backward pass per micro-batch; the statistics of each role of the group.
+
+        A micro-batch that does not count, of a rank that has none left, adds zeros.
+        """
+        for piece, counts in pieces:
             with self.roles.training_pass(group):
                 answers = self.roles.answer(
                     piece.sequences,
@@ -250,9 +256,9 @@ class Updating(Evaluation):
                 if check is not None:
                     check(answers, piece)
                 parts = [self.role_loss(role, answers, piece, size) for role in group]
-                backward(torch.stack([loss for loss, _ in parts]).sum())
+                backward(weighed(torch.stack([loss for loss, _ in parts]).sum(), counts))
             check = None
-            yield from (stats for _, stats in parts)
+            yield from ({k: weighed(v, counts) for k, v in stats.items()} for _, stats in parts)
 
     def _imitate(self, texts: RatedBatch, backward: Backward) -> Stats:
         """Add the gradient of the language-modelling loss on texts, at temperature 1."""
@@ -261,11 +267,12 @@ class Updating(Evaluation):
         imitated = responses & texts.imitate.unsqueeze(1)
         total = torch.zeros((), device=responses.device)
         with self.phase("actor"):
-            for cut in cuts(rows, self.micro_batch_size, by_length=False):
+            for cut, counts in shared_cuts(rows, self.micro_batch_size, by_length=False):
                 with self.roles.training_pass(("policy",)):
                     logprobs = given(self.roles.answer(rows.cut(cut), ("policy",)).policy)
                     mask = imitated[cut.rows, : cut.responses]
                     loss = cross_entropy(logprobs, mask, imitated.sum().clamp(min=1))
+                    loss = weighed(loss, counts)
                     backward(self.lm_weight * loss)
                 total = total + loss.detach()
         return {"lm_loss": total}
@@ -307,6 +314,11 @@ def size_of(sequences: Sequences) -> MinibatchSize:
     """Episodes and response tokens of a minibatch."""
     mask = sequences.response_mask
     return MinibatchSize(mask.sum().clamp(min=1), len(mask))
+
+
+def weighed(value: Tensor, counts: bool) -> Tensor:
+    """The value of a micro-batch, or 0 times it where that does not count."""
+    return value if counts else 0 * value
 
 
 def add(sums: Stats, stats: Mapping[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ class Rollout(NamedTuple):
     logprobs: Tensor | None = None
     samples: int = 1
 
-    def rows(self, rows: Tensor) -> Rollout:
+    def rows(self, rows: Tensor | slice) -> Rollout:
         """The named rows only; all that have one prompt, or ``samples`` is no longer right."""
         parts = [None if part is None else part[rows] for part in self[:-1]]
         return Rollout(*parts)._replace(samples=self.samples)  # type: ignore[arg-type]

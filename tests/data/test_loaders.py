@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -15,7 +14,6 @@ from lightning_perl.data.loaders import (
     ResumableLoader,
     StreamingLoader,
     mixture,
-    shard,
 )
 from lightning_perl.data.rows import PromptExample, collate_prompts
 
@@ -120,18 +118,6 @@ def test_fixed_rows_keep_their_order() -> None:
     for _ in range(2):
         assert [batch.row.tolist() for batch in fixed] == [[0, 1], [2, 3], [4]]
     assert len(fixed) == 3
-
-
-def test_ranks_share_the_batches_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = [[n] for n in range(5)]
-    assert shard(batches) == batches
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        shares.append(shard(batches))
-    assert shares == [[[0], [3]], [[1], [4]], [[2], [0]]]
 
 
 def test_a_stream_has_every_row_once_in_every_epoch() -> None:

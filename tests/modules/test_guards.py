@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from safetensors.torch import load_file, save_file
@@ -347,19 +346,6 @@ def test_prompts_and_answers_past_the_window_are_refused(
     trainer, _ = tiny.quiet_trainer(tmp_path)
     trainer.fit(module, datamodule=Data("prompts", [batch], 62))
     assert trainer.global_step == 1
-
-
-@pytest.mark.parametrize("kind", ["SFT", "RewardModel", "HydraPPO"])
-def test_several_devices_are_refused(
-    kind: str, hydra_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = KINDS[kind](str(hydra_trunk))
-    trainer, _ = tiny.quiet_trainer(tmp_path)
-    monkeypatch.setattr(Trainer, "world_size", property(lambda self: 2))
-    words = f"{kind} is tested on one device only, got 2: .*Set trainer.devices: 1 .and trainer.num"
-    with pytest.raises(MisconfigurationException, match=words):
-        trainer.fit(module, tiny.Batches(tiny.batches_for(module, 1)))
-    assert trainer.global_step == 0
 
 
 # ---- a head that never learned -------------------------------------------------------------------

@@ -1,0 +1,217 @@
+"""Several ranks train what one trains: the same losses, statistics and weights, to rounding in float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_perl.batches import MixedBatch
+from lightning_perl.modules import (
+    DPO,
+    GRPO,
+    INPO,
+    IPO,
+    KTO,
+    PPO,
+    RAFT,
+    RDPO,
+    RLOO,
+    SFT,
+    HydraPPO,
+    HydraSFT,
+    JointHydraPPO,
+    Reinforce,
+    ReMax,
+    RewardModel,
+    SuperHF,
+)
+from lightning_perl.modules.base import AdapterModule
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.running import KLControl
+from tests.modules import tiny
+from tests.modules.ranks import on_ranks
+
+WIDE: dict[str, Any] = {"trunk_dtype": "float64"}
+LORA: dict[str, Any] = {"lora": tiny.LORA, **WIDE}
+RL: dict[str, Any] = {"sampling": tiny.SAMPLING, "micro_batch_size": 2, **LORA}
+STEPS: dict[str, Any] = {"ppo_epochs": 2, "minibatch_size": 3, **RL}
+MAKERS: dict[str, Callable[[str], AdapterModule]] = {
+    "SFT": lambda trunk: SFT(trunk, **LORA),
+    "SFT full": lambda trunk: SFT(trunk, **WIDE),
+    "HydraSFT": lambda trunk: HydraSFT(trunk, **LORA),
+    "RewardModel": lambda trunk: RewardModel(trunk, lm_weight=0.5, center_coef=0.1, **LORA),
+    "DPO": lambda trunk: DPO(trunk, **LORA),
+    "IPO": lambda trunk: IPO(trunk, **LORA),
+    "RDPO": lambda trunk: RDPO(trunk, **LORA),
+    "KTO": lambda trunk: KTO(trunk, **LORA),
+    "HydraPPO": lambda trunk: HydraPPO(trunk, **STEPS),
+    "JointHydraPPO": lambda trunk: JointHydraPPO(trunk, **STEPS),
+    "PPO full": lambda trunk: PPO(trunk, "full", **STEPS),
+    "PPO-max": lambda trunk: PPO(
+        trunk,
+        "hydra",
+        score_normalization="standardize",
+        lm_weight=0.1,
+        critic_warmup=1,
+        kl_control=KLControl(target=0.01, horizon=50),
+        reward_function=digits,
+        **STEPS,
+    ),
+    "RLOO": lambda trunk: RLOO(trunk, samples=3, **RL),
+    "GRPO": lambda trunk: GRPO(trunk, samples=2, epochs=2, minibatch_size=4, **RL),
+    "ReMax": lambda trunk: ReMax(trunk, **RL),
+    "Reinforce": lambda trunk: Reinforce(trunk, **RL),
+    "RAFT": lambda trunk: RAFT(trunk, samples=2, minibatch_size=2, **RL),
+    "SuperHF": lambda trunk: SuperHF(trunk, samples=2, **RL),
+    "INPO": lambda trunk: INPO(trunk, samples=3, **RL),
+}
+
+
+def digits(
+    prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+) -> Sequence[float]:
+    """A Python reward that no rank may call without rows."""
+    assert rows
+    return [float(sum(map(str.isdigit, response))) for response in responses]
+
+
+class Trained(NamedTuple):
+    """What a run logged after each batch and in the end, and the weights that it trained."""
+
+    logged: list[dict[str, float]]
+    weights: dict[str, Tensor]
+
+
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
+        # A resumed run does not know the validation before.
+        here = ("train/", "rollout/") if trainer.training else ""
+        metrics = trainer.callback_metrics.items()
+        self.logged.append({k: float(value) for k, value in metrics if k.startswith(here)})
+
+
+def batches_for(module: AdapterModule, rows: int, count: int = 2) -> list[Any]:
+    """Batches of one row more each, so that shares are unequal."""
+    if not isinstance(module, OnPolicy):
+        return [tiny.rated(rows + n, n, pairs=(rows + n) // 4) for n in range(count)]
+    prompts = [tiny.prompts(rows + n, n) for n in range(count)]
+    if not module.lm_weight:
+        return prompts
+    return [MixedBatch(batch, tiny.rated(3, n)) for n, batch in enumerate(prompts)]
+
+
+def train(
+    kind: str,
+    trunk: str,
+    root: Path,
+    ranks: int,
+    rows: int = 5,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Trained:
+    module, watch = MAKERS[kind](trunk), Watch()
+    held_out = [batch for batch in batches_for(module, 3) if not isinstance(batch, MixedBatch)]
+    settings = {"held_out": held_out, "devices": ranks, **options}
+    trainer, _ = tiny.fit(module, root, batches_for(module, rows), watch, *callbacks, **settings)
+    watch.on_train_batch_end(trainer)
+    names = module.trainable_names()
+    weights = {name: weight for name, weight in tiny.weights(module).items() if name in names}
+    return Trained(watch.logged, weights)
+
+
+def assert_close(ours: Trained, expected: Trained) -> None:
+    assert len(ours.logged) == len(expected.logged)
+    for one, two in zip(ours.logged, expected.logged, strict=True):
+        assert one == pytest.approx(two, rel=1e-12, abs=1e-12)
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(ours.weights[name], weight, rtol=1e-12, atol=1e-12)
+
+
+def assert_equal(ranks: list[Trained]) -> None:
+    """All ranks have the same weights, bit for bit, and logged the same."""
+    first, *others = ranks
+    for other in others:
+        assert other.logged == first.logged
+        assert all(torch.equal(other.weights[name], first.weights[name]) for name in first.weights)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_two_ranks_are_one(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    expected = train(kind, str(hydra_trunk), tmp_path, 1)
+    ours = on_ranks(2, tmp_path / "ranks", train, kind, str(hydra_trunk), tmp_path / "two", 2)
+    assert_equal(ours)
+    assert_close(ours[0], expected)
+    # One of them writes, and both know where.
+    (folder,) = (path for path in (tmp_path / "two/run").iterdir() if not path.is_symlink())
+    if (kept := folder / "kept.jsonl").exists():
+        assert len(kept.read_text().splitlines()) == 11 * (2 if kind == "INPO" else 1)
+
+
+@pytest.mark.parametrize("kind", ["RewardModel", "KTO", "HydraPPO", "RLOO", "PPO-max"])
+def test_a_rank_without_rows_waits_for_nobody(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
+    expected = train(kind, str(hydra_trunk), tmp_path, 1, rows=2)
+    ours = on_ranks(3, tmp_path / "ranks", train, kind, str(hydra_trunk), tmp_path / "three", 3, 2)
+    assert_equal(ours)
+    assert_close(ours[0], expected)
+
+
+def part(kind: str, trunk: str, root: Path, ranks: int, epochs: int) -> Trained:
+    """One more epoch, from the checkpoint of the epoch before."""
+    path = root / f"{epochs - 1}.ckpt"
+    keep = ModelCheckpoint(root, str(epochs), enable_version_counter=False)
+    given = path if path.exists() else None
+    return train(kind, trunk, root, ranks, 5, [keep], max_epochs=epochs, ckpt_path=given)
+
+
+@pytest.mark.parametrize("kind", ["HydraSFT", "PPO-max"])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    kind: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    trunk, root = str(hydra_trunk), tmp_path / "parts"
+    expected = train(kind, trunk, tmp_path, 1, max_epochs=3)
+    on_ranks(2, tmp_path / "first", part, kind, trunk, root, 2, 1)
+    part(kind, trunk, root, 1, 2)
+    ours = on_ranks(2, tmp_path / "last", part, kind, trunk, root, 2, 3)
+    assert_equal(ours)
+    assert_close(ours[0], expected._replace(logged=expected.logged[-3:]))
+
+
+def twenty(trunk: str, root: Path) -> dict[str, Tensor]:
+    """20 rollouts in float32, two steps each."""
+    module = HydraPPO(trunk, **{**STEPS, "trunk_dtype": "float32", "minibatch_size": None})
+    batches = [tiny.prompts(5, seed) for seed in range(20)]
+    trainer, _ = tiny.fit(module, root, batches, devices=2)
+    assert trainer.global_step == 40
+    return {name: weight for name, weight in tiny.weights(module).items() if "lora" in name}
+
+
+def test_twenty_rollouts_end_with_equal_adapters(hydra_trunk: Path, tmp_path: Path) -> None:
+    one, two = on_ranks(2, tmp_path / "ranks", twenty, str(hydra_trunk), tmp_path)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(bool(weight.any()) for name, weight in one.items() if "lora_B" in name)
+
+
+def shuffled_by_rank(trunk: str, root: Path) -> str:
+    """What a loader is refused with that gives each rank other rows."""
+    module = MAKERS["SFT"](trunk)
+    batches = [tiny.rated(4, seed) for seed in range(2)]
+    batches = batches if os.environ["RANK"] == "0" else batches[::-1]
+    with pytest.raises(RuntimeError) as error:
+        tiny.fit(module, root, batches, devices=2)
+    return str(error.value)
+
+
+def test_ranks_with_batches_of_their_own_are_refused(hydra_trunk: Path, tmp_path: Path) -> None:
+    words = on_ranks(2, tmp_path / "ranks", shuffled_by_rank, str(hydra_trunk), tmp_path)
+    assert all("The ranks hold different rows, but each must be given the same" in w for w in words)
