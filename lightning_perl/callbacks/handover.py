@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.callbacks.run_folder import (
     give_back,
     holds_another_run,
@@ -112,7 +113,9 @@ class Handover(Callback):
         late = trainer.should_stop and any((timer.time_remaining() or 1) <= 0 for timer in timers)
         if trainer.should_stop:
             self._save(trainer)
-        self._hand_over(trainer, pl_module, "the time limit" if late else None)
+        guards = [one for one in trainer.callbacks if isinstance(one, PolicyGuard)]  # type: ignore[attr-defined]
+        reasons = ["the time limit"] * late + [one.stopped_by for one in guards if one.stopped_by]
+        self._hand_over(trainer, pl_module, ", ".join(reasons) or None)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -83,6 +83,7 @@ class RoleAnswers(NamedTuple):
         reference: The reference's log-probabilities. Shape: ``(B, R)``.
         divergence: KL(reference || policy) over the whole vocabulary, in nats. Shape: ``(B, R)``.
         reward: Score of each row, read at its last response token. Shape: ``(B,)``.
+        spread: Highest less lowest score that an ensemble's rewards give each row. Shape: ``(B,)``.
     """
 
     policy: Tensor | None = None
@@ -91,6 +92,7 @@ class RoleAnswers(NamedTuple):
     reference: Tensor | None = None
     divergence: Tensor | None = None
     reward: Tensor | None = None
+    spread: Tensor | None = None
 
 
 class Roles(Checked, nn.Module):
@@ -276,6 +278,8 @@ class Roles(Checked, nn.Module):
         scores = [found.pop(judge) for judge in self.judges if judge in found]
         if scores:
             found["reward"] = REDUCTIONS[self.ensemble](torch.stack(scores))
+        if len(scores) > 1:
+            found["spread"] = torch.stack(scores).amax(0) - torch.stack(scores).amin(0)
         return RoleAnswers(**found)
 
     def _hidden(self, trunk: Trunk, sequences: Sequences) -> Tensor:

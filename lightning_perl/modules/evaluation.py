@@ -224,6 +224,7 @@ class Evaluation(AdapterModule):
             reference,
             torch.zeros_like(reference) if answers.value is None else answers.value,
             torch.zeros_like(reference[:, 0]) if answers.reward is None else answers.reward,
+            spread=answers.spread,
         )
 
     @torch.no_grad()

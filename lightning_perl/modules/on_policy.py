@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lightning_perl.arguments import Count, Finite, NonNegative, Positive
 from lightning_perl.batches import MixedBatch, PromptBatch, RatedBatch
+from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
@@ -32,7 +34,6 @@ from lightning_perl.modules.safety import (
     ratio_tolerance,
     require_equal_logprobs,
     require_unmoved,
-    warn_if_far,
 )
 from lightning_perl.modules.updating import Updating
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe
@@ -109,6 +110,17 @@ class OnPolicy(Updating):
 
     # ---- Lightning -------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[Callback]:
+        """A guard as well, unless the trainer was given one: of a whole trunk it keeps no copy."""
+        given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, PolicyGuard) for callback in given):
+            return super().configure_callbacks()
+        whole = self.roles.seats["policy"].adapter == OFF
+        return [
+            PolicyGuard(max_rollbacks=0) if whole else PolicyGuard(),
+            *super().configure_callbacks(),
+        ]
+
     def on_train_start(self) -> None:
         """Remember which weights reference and reward have."""
         super().on_train_start()
@@ -152,7 +164,6 @@ class OnPolicy(Updating):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)
             described = {**describe(rollout, scored._replace(scores=scores)), **parts}
-            warn_if_far(described["kl"], described["response_tokens"])
             if self.score_normalization is not None:
                 self.score_moments = seen(self.score_moments, scores)
             scored = scored._replace(scores=self.shaped_scores(scores, rollout.stopped))

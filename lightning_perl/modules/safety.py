@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -97,15 +96,6 @@ def require_unmoved(roles: Roles, before: Mapping[str, str], since: str) -> None
         raise RuntimeError(
             f"{moved} has other weights than {since}, so scores and KL are measured "
             "against something else. Was it trained, merged into, or exchanged in its folder?"
-        )
-
-
-def warn_if_far(kl: Tensor, tokens: Tensor) -> None:
-    """Say, once, that the policy has left the reference: means per response of KL in nats, and of tokens."""
-    if float(kl) > float(tokens):
-        rank_zero_warn(
-            "The rollouts' KL is above 1 nat per response token: the policy no longer speaks the reference's "
-            "language. Lower the learning rate or raise kl_coef (beta), and go on from an earlier checkpoint."
         )
 
 

@@ -102,6 +102,7 @@ class Scored(NamedTuple):
             missing-EOS rules. Shape: ``(B,)``.
         baseline: What the greedy response to the same prompt earns, by the same rules, where a method wants
             it. Shape: ``(B,)``.
+        spread: How far apart an ensemble's rewards are, see `RoleAnswers`. Shape: ``(B,)``.
     """
 
     logprobs: Tensor
@@ -109,6 +110,7 @@ class Scored(NamedTuple):
     values: Tensor
     scores: Tensor
     baseline: Tensor | None = None
+    spread: Tensor | None = None
 
     def kl(self, mask: Tensor) -> Tensor:
         """``sum_t (log pi - log ref)_t`` of each response, in nats. Shape: ``(B,)``."""
@@ -155,11 +157,13 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
     """What a rollout looked like, each a mean over its responses.
 
     ``score``, ``kl`` (k1 summed over the response, nats), ``response_tokens``, ``truncated_fraction``,
-    ``distinct_2`` (different pairs of neighbouring tokens over all pairs, in the whole batch) and
-    ``length_score_correlation`` (Pearson; 0 where either does not vary).
+    ``distinct_2`` (different pairs of neighbouring tokens over all pairs, in the whole batch),
+    ``length_score_correlation`` (Pearson; 0 where either does not vary) and ``score_gap`` where rewards are an
+    ensemble.
     """
     mask = rollout.response_mask
     lengths = rollout.response_tokens().float()
+    gap = {} if scored.spread is None else {"score_gap": scored.spread.mean()}
     return {
         "score": scored.scores.mean(),
         "kl": scored.kl(mask).mean(),
@@ -167,6 +171,7 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
         "truncated_fraction": (~rollout.stopped).float().mean(),
         "distinct_2": distinct_pairs(rollout.response_ids, mask),
         "length_score_correlation": correlation(lengths, scored.scores.float()),
+        **gap,
     }
 
 

@@ -65,6 +65,8 @@ def test_scores_are_reduced_one_forward_each(
     (trunk,) = roles.distinct_trunks()
     before = trunk.passes
     found = answers(roles)
+    assert found.spread is not None
+    assert_close(found.spread, alone.amax(0) - alone.amin(0))
     assert trunk.passes - before == 3 + 3  # policy, value and reference once each
     plain = answers(perl(tiny_trunk(), adapters[0]))
     for role in ("policy", "reference", "value"):

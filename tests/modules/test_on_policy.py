@@ -189,7 +189,7 @@ def test_a_scheduler_that_watches_is_stepped_after_each_validation(
 TRAINED = {
     *("train/loss", "train/policy_loss", "train/value_loss", "train/entropy", "train/reward"),
     *("train/clip_fraction", "train/approx_kl", "train/value_clip_fraction", "train/tokens"),
-    *("train/explained_variance", "train/skipped_steps", "train/episodes"),
+    *("train/explained_variance", "train/skipped_steps", "train/rollbacks", "train/episodes"),
     *("train/grad_norm_actor", "train/grad_norm_critic", "train/grad_norm_head"),
 }
 VALIDATED = {"val/score", "val/kl", "val/response_tokens", "val/win_rate", "val/reference_score"}
