@@ -119,10 +119,18 @@ class Supervised(AdapterModule):
         return states
 
     def token_logprobs(self, hidden: Tensor, batch: RatedBatch) -> Tensor:
-        """Log-probabilities of the response columns, at least fp32. Shape: ``(B, R)``."""
-        sequences = sequences_of(batch)
-        states = predicting(hidden, sequences.response_mask.shape[1])
-        return self.trunk.logprobs(states, sequences.response_ids, entropy=False)[0]
+        """Log-probabilities of the response columns, at least fp32. Shape: ``(B, R)``.
+
+        Where the batch names its response tokens' places, the other columns are 0.
+        """
+        sequences, places = sequences_of(batch), batch.response_places
+        if places is None:
+            states = predicting(hidden, sequences.response_mask.shape[1])
+            return self.trunk.logprobs(states, sequences.response_ids, entropy=False)[0]
+        states, targets = hidden.flatten(0, 1)[places - 1], batch.ids.flatten()[places]
+        found, _ = self.trunk.logprobs(states.unsqueeze(0), targets.unsqueeze(0), entropy=False)
+        every = found.new_zeros(batch.ids.numel()).scatter(0, places, found.squeeze(0))
+        return every.view_as(batch.ids)[:, batch.prompt_tokens :]
 
     def response_logprobs(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
         """Log-probability of each response, summed over its tokens, at least fp32. Shape: ``(B,)``."""
