@@ -68,6 +68,9 @@ class RatedBatch(NamedTuple):
             None where no row shares anything.
         margins: By how much the scores of a pair should differ, as its judge said. Shape: ``(K,)``, float32; None
             where no pair has a margin of its own.
+        response_places: Where ``response_mask`` is True, as ``row * T + column`` and without column 0, so that no
+            other token is projected onto the vocabulary. Shape: ``(N,)``, int64. None: all columns from
+            ``prompt_tokens`` on are.
     """
 
     ids: Tensor
@@ -82,6 +85,7 @@ class RatedBatch(NamedTuple):
     turns: Tensor
     packing: Packing | None = None
     margins: Tensor | None = None
+    response_places: Tensor | None = None
 
 
 class MixedBatch(NamedTuple):

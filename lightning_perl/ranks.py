@@ -44,19 +44,15 @@ class Share(NamedTuple):
     """The rows of a global batch that one rank reads.
 
     Attributes:
-        rows: They stand together. At least one unit, so that every rank runs the trunk equally often.
+        rows: Their numbers, or a slice where they stand together. At least one unit, so that every rank runs the
+            trunk equally often.
         counted: How many of them count: all, or none where a rank has no rows of its own.
         total: Rows of the global batch.
     """
 
-    rows: slice
+    rows: slice | Tensor
     counted: int
     total: int
-
-    def times(self, samples: int) -> Share:
-        """The same where every row has become ``samples`` rows."""
-        start, stop = self.rows.start * samples, self.rows.stop * samples
-        return Share(slice(start, stop), self.counted * samples, self.total * samples)
 
     def gathered(self, part: Tensor) -> Tensor:
         """This share's results and those of the others. Shape: ``(rows of the share, ...)`` to ``(B, ...)``.
@@ -65,14 +61,22 @@ class Share(NamedTuple):
         """
         if world() == 1:
             return part
-        start, end = self.rows.start, self.rows.start + self.counted
         number = part if part.is_floating_point() else part.long()
-        before, after = (
-            number.new_zeros(rows, *part.shape[1:]) for rows in (start, self.total - end)
-        )
-        parts = torch.cat([before, number[: self.counted], after])
+        places = torch.arange(self.total, device=part.device)[self.rows][: self.counted]
+        parts = number.new_zeros(self.total, *part.shape[1:])
+        parts = parts.index_copy(0, places, number[: self.counted])
         whole: Tensor = _Sum.apply(parts)  # type: ignore[no-untyped-call]
         return whole.to(part.dtype)
+
+    def places(self, places: Tensor, tokens: int) -> Tensor:
+        """Those of the places ``row * tokens + column`` that lie in this share, counted in its own rows."""
+        if world() == 1:
+            return places
+        numbers = torch.full((self.total,), -1, device=places.device)
+        own = torch.arange(self.total, device=places.device)[self.rows]
+        numbers[own] = torch.arange(len(own), device=places.device)
+        row, column = numbers[places // tokens], places % tokens
+        return (row * tokens + column)[row >= 0]
 
 
 def share(units: int, samples: int = 1) -> Share:
@@ -81,17 +85,18 @@ def share(units: int, samples: int = 1) -> Share:
     rank = dist.get_rank() if ranks > 1 else 0
     least, more = divmod(units, ranks)
     start, count = rank * least + min(rank, more), least + (rank < more)
-    read = slice(start, start + count) if count else slice(0, 1)
-    return Share(read, count, units).times(samples)
+    first, end = (start, start + count) if count else (0, 1)
+    return Share(slice(first * samples, end * samples), count * samples, units * samples)
 
 
 def share_of_lines(line: Tensor | None, rows: int) -> Share:
-    """This rank's share of rows of which some lie on one line, see `Packing`; ``line`` rises with the row."""
+    """This rank's share of rows of which some lie on one line, see `Packing`."""
     if line is None or world() == 1:
         return share(rows)
-    lines = share(int(line[-1]) + 1)
-    start, stop = (int((line < edge).sum()) for edge in (lines.rows.start, lines.rows.stop))
-    return Share(slice(start, stop), stop - start if lines.counted else 0, rows)
+    lines = share(int(line.max()) + 1)
+    own = torch.arange(int(line.max()) + 1, device=line.device)[lines.rows]
+    numbers = torch.isin(line, own).nonzero().squeeze(-1)
+    return Share(numbers, len(numbers) if lines.counted else 0, rows)
 
 
 def shared_cuts(
@@ -103,6 +108,7 @@ def shared_cuts(
         return
     groups = len(sequences.ids) // sequences.samples
     mine = share(groups, sequences.samples)
+    numbers = torch.arange(len(sequences.ids), device=sequences.ids.device)[mine.rows]
     own = list(cuts(sequences.rows(mine.rows), size, by_length))
     counted = len(own) if mine.counted else 0
     # The first rank's share is the largest.
@@ -110,7 +116,7 @@ def shared_cuts(
     longest = sequences.rows(slice(0, most))
     for number in range(sum(1 for _ in cuts(longest, size, by_length=False))):
         cut = own[number % len(own)]
-        yield cut._replace(rows=cut.rows + mine.rows.start), number < counted
+        yield cut._replace(rows=numbers[cut.rows]), number < counted
 
 
 class _Sum(torch.autograd.Function):

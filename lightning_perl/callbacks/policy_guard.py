@@ -40,15 +40,16 @@ class PolicyGuard(Checked, Callback):
     by 0.2 and above 0.5, distinct-2 has fallen by 30%, the rewards of an ensemble are 1.5 times as far apart, or
     the rise took 5 times as much KL per score as those before.
 
-    Every on-policy module has this guard with its default settings, unless the trainer is given one. The kept
-    policy is in the host's memory and in checkpoints: as much again as is trained, with its moments.
+    Every on-policy module has this guard with its default settings, unless the trainer is given one: it warns, and
+    changes nothing. With a ceiling or ``act_on_hacking`` the kept policy is in the host's memory and in checkpoints:
+    as much again as is trained, with its moments.
 
     Args:
-        max_kl_per_token: Ceiling of a rollout's mean KL in nats per response token; 1 is far above what training
-            needs. None: no such ceiling.
+        max_kl_per_token: Ceiling of a rollout's mean KL in nats per response token. For texts 1 is far above what
+            training needs; an answer of a word or two may cost more. None: no such ceiling.
         max_kl: Ceiling of the mean KL in nats per response. None: no such ceiling.
         max_rollbacks: How often the policy is taken back before training ends. 0: no policy is kept, and training
-            ends the first time. That is the default where whole trunks are trained.
+            ends the first time: for whole trunks, of which a copy is large.
         lr_factor: What a rollback multiplies learning rates by.
         window: Rollouts that the watch takes a mean of. None: no watch.
         act_on_hacking: Also take the policy back, to that of the warning, where signs of hacking are still there a
@@ -57,7 +58,7 @@ class PolicyGuard(Checked, Callback):
 
     def __init__(
         self,
-        max_kl_per_token: Positive | None = 1.0,
+        max_kl_per_token: Positive | None = None,
         max_kl: Positive | None = None,
         max_rollbacks: CountOrZero = 3,
         lr_factor: FractionAboveZero = 0.5,
@@ -127,7 +128,8 @@ class PolicyGuard(Checked, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         """Keep the policy that samples now: whether it is good is known after its rollout."""
-        if self.max_rollbacks:
+        acts = self.max_kl_per_token or self.max_kl or self.act_on_hacking
+        if self.max_rollbacks and acts:
             self._sampled = _kept(trainer.optimizers[0])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:

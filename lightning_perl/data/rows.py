@@ -7,6 +7,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -208,7 +209,17 @@ def collate_rated(examples: Sequence[RatedExample]) -> RatedBatch:
         if pairs
         else None,
         margins=torch.tensor(margins, dtype=torch.float32) if any(margins) else None,
+        response_places=torch.tensor(_places([row.response_mask for row in rows], ids.shape[1])),
     )
+
+
+def _places(masks: Sequence[Sequence[bool]], tokens: int) -> list[int]:
+    """``row * T + column`` of what is True, without column 0. No tensor's value is read, for `estimate`."""
+    return [
+        place
+        for row, mask in enumerate(masks)
+        for place in compress(range(row * tokens + 1, (row + 1) * tokens), mask[1:])
+    ]
 
 
 def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:

@@ -1,8 +1,9 @@
 """Rows that begin alike, packed into one line so that what they share is computed once.
 
 A preference pair is ``prompt + chosen`` and ``prompt + rejected``; packed it is ``prompt | chosen | rejected``.
-So are several responses to one prompt. Positions restart at each answer, and a mask keeps the answers apart, so
-that every token attends to exactly the tokens that it attends to in a row of its own.
+So are several responses to one prompt. Short pairs share a line, so that little of it is padding. Positions
+restart at each pair and answer, and a mask keeps them apart, so that every token attends to exactly the tokens
+that it attends to in a row of its own.
 
 Shapes: ``B`` rows, ``T`` tokens of the longest row, ``L`` lines, ``C`` columns of the longest line.
 """
@@ -18,44 +19,49 @@ from torch import Tensor
 from lightning_perl.functional.sequences import position_ids
 
 SHARED = 0
-"""Owner of the tokens that all rows of a line share."""
+"""Owner of the tokens that all rows of a group share."""
 NOBODY = -1
 """Owner of padding."""
 
 
 class Packing(NamedTuple):
-    """Where each row's tokens go: token ``t`` to column ``t``, from ``shared`` on to ``start + t - shared``.
+    """Where rows' tokens go: token ``t`` to column ``first + t``, from ``shared`` on to ``start + t - shared``.
 
     Attributes:
-        line: Shape: ``(B,)``, int64, like ``shared`` and ``start``.
-        shared: Number of columns that the row shares with all others of its line.
+        line: Shape: ``(B,)``, int64, like ``first``, ``shared`` and ``start``.
+        first: Column of the first token that the row shares with the others of its group.
+        shared: Number of tokens that it shares with them.
         start: Column of the row's first own token.
         lines: ``L``.
         columns: ``C``.
     """
 
     line: Tensor
+    first: Tensor
     shared: Tensor
     start: Tensor
     lines: int
     columns: int
 
-    def rows(self, rows: slice) -> Packing:
-        """The plan of some neighbouring rows, whole lines of them."""
-        if rows == slice(0, len(self.line)):
+    def rows(self, rows: slice | Tensor) -> Packing:
+        """The plan of some rows, all of their lines."""
+        if isinstance(rows, slice) and rows == slice(0, len(self.line)):
             return self
-        line, shared, start = (part[rows] for part in self[:3])
-        return Packing(line - line[0], shared, start, int(line[-1] - line[0]) + 1, self.columns)
+        lines, line = torch.unique(self.line[rows], return_inverse=True)
+        first, shared, start = (part[rows] for part in self[1:4])
+        return Packing(line, first, shared, start, len(lines), self.columns)
 
 
 class Lines(NamedTuple):
-    """Packed rows: ids, positions of tokens in their own rows, and owners. Shape: ``(L, C)`` each, int64.
+    """Packed rows: ids, positions of tokens in their own rows, groups and owners. Shape: ``(L, C)`` each, int64.
 
-    The owner of a token is `SHARED`, `NOBODY`, or 1 + the row that it belongs to.
+    Tokens of rows that share something have the same group; padding's is `NOBODY`. The owner of a token is
+    `SHARED`, `NOBODY`, or 1 + the row that it belongs to.
     """
 
     ids: Tensor
     position_ids: Tensor
+    group: Tensor
     owner: Tensor
 
 
@@ -74,23 +80,29 @@ def packed_tokens(rows: Sequence[Sequence[int]]) -> int:
 
 
 def plan(groups: Sequence[Sequence[Sequence[int]]], device: torch.device | None = None) -> Packing:
-    """One line per group of rows of token ids. Rows are numbered in the order given, and padded on the right."""
-    lines, shares, starts, columns = [], [], [], 1
-    for line, rows in enumerate(groups):
-        shared = start = common_prefix(rows)
+    """Lines for groups of rows of token ids; rows are numbered in the order given, and padded on the right.
+
+    A line is as long as the longest group. The longest groups are placed first, each on the first line that has
+    room for it.
+    """
+    sizes = [packed_tokens(rows) for rows in groups]
+    columns, ends = max(sizes, default=1), list[int]()
+    begins: dict[int, tuple[int, int]] = {}
+    for group in sorted(range(len(groups)), key=lambda group: -sizes[group]):
+        fits = (line for line, end in enumerate(ends) if end + sizes[group] <= columns)
+        line = next(fits, len(ends))
+        ends += [0] * (line == len(ends))
+        begins[group] = line, ends[line]
+        ends[line] += sizes[group]
+    places: list[tuple[int, ...]] = []
+    for group, rows in enumerate(groups):
+        (line, first), shared = begins[group], common_prefix(rows)
+        start = first + shared
         for row in rows:
-            lines.append(line)
-            shares.append(shared)
-            starts.append(start)
+            places.append((line, first, shared, start))
             start += len(row) - shared
-        columns = max(columns, start)
-    return Packing(
-        torch.tensor(lines, device=device),
-        torch.tensor(shares, device=device),
-        torch.tensor(starts, device=device),
-        len(groups),
-        columns,
-    )
+    line_of, first_of, shared_of, start_of = torch.tensor(places, device=device).unbind(1)
+    return Packing(line_of, first_of, shared_of, start_of, len(ends), columns)
 
 
 def plan_samples(
@@ -104,6 +116,7 @@ def plan_samples(
     row, response_tokens = torch.arange(rows, device=device), tokens - prompt_tokens
     return Packing(
         row // samples,
+        torch.zeros_like(row),
         torch.full_like(row, prompt_tokens),
         prompt_tokens + row % samples * response_tokens,
         rows // samples,
@@ -124,10 +137,9 @@ def places(packing: Packing, tokens: int) -> Tensor:
     """Where each token of ``T`` goes, ``line * C + column``; padding anywhere. Shape: ``(B, T)``, int64."""
     column = torch.arange(tokens, device=packing.line.device).expand(len(packing.line), tokens)
     own = column - packing.shared[:, None] + packing.start[:, None]
-    inside = torch.where(column < packing.shared[:, None], column, own).clamp(
-        max=packing.columns - 1
-    )
-    return packing.line[:, None] * packing.columns + inside
+    together = column + packing.first[:, None]
+    inside = torch.where(column < packing.shared[:, None], together, own)
+    return packing.line[:, None] * packing.columns + inside.clamp(max=packing.columns - 1)
 
 
 def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
@@ -138,27 +150,30 @@ def pack(ids: Tensor, attention_mask: Tensor, packing: Packing) -> Lines:
     where = torch.where(attention_mask, places(packing, tokens), size).flatten()
     column = torch.arange(tokens, device=ids.device).expand_as(ids)
     row = torch.arange(1, len(ids) + 1, device=ids.device)[:, None].expand_as(ids)
+    group = (packing.line * packing.columns + packing.first)[:, None].expand_as(ids)
     owner = torch.where(column < packing.shared[:, None], SHARED, row)
 
     def laid(values: Tensor, padding: int) -> Tensor:
         flat = torch.full((size + 1,), padding, dtype=torch.int64, device=ids.device)
         return flat.scatter(0, where, values.flatten())[:size].view(packing.lines, packing.columns)
 
-    return Lines(laid(ids, 0), laid(position_ids(attention_mask), 0), laid(owner, NOBODY))
+    positions = laid(position_ids(attention_mask), 0)
+    return Lines(laid(ids, 0), positions, laid(group, NOBODY), laid(owner, NOBODY))
 
 
-def attention_bias(owner: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_bias(group: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to attention scores: 0 where a token may look, the dtype's least number elsewhere.
 
-    A token attends to the shared tokens and to those of its own row, never to later ones; padding attends to
-    itself, so that no softmax is empty. Additive and not boolean: transformers' eager attention adds a boolean
-    mask as 0 and 1. Shape: `Lines.owner` to ``(L, 1, C, C)``, queries by keys.
+    A token attends to the shared tokens of its group and to those of its own row, never to later ones; padding
+    attends to itself, so that no softmax is empty. Additive and not boolean: transformers' eager attention adds a
+    boolean mask as 0 and 1. Shape: `Lines.group` and `Lines.owner` to ``(L, 1, C, C)``, queries by keys.
     """
     query, key = owner[:, :, None], owner[:, None, :]
     columns = torch.arange(owner.shape[1], device=owner.device)
     later = columns[None, :] > columns[:, None]
     itself = columns[None, :] == columns[:, None]
-    visible = ((key == SHARED) | ((key == query) & (key != NOBODY))) & ~later | itself
+    shared = (key == SHARED) & (group[:, :, None] == group[:, None, :])
+    visible = (shared | ((key == query) & (key > SHARED))) & ~later | itself
     zero = torch.zeros((), dtype=dtype, device=owner.device)
     return torch.where(visible, zero, torch.finfo(dtype).min).unsqueeze(1)
 

@@ -248,7 +248,8 @@ class Trunk(nn.Module):
     def _packed(self, ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
         adapter = self.switch.current
         lines = pack(ids, attention_mask, packing)
-        hidden = self._read(lines.ids, attention_bias(lines.owner, self.dtype), lines.position_ids)
+        bias = attention_bias(lines.group, lines.owner, self.dtype)
+        hidden = self._read(lines.ids, bias, lines.position_ids)
         self._count(lines.ids.numel(), packing.columns, adapter, hidden.requires_grad)
         return unpack(hidden, packing, ids.shape[1])
 

@@ -27,7 +27,7 @@ from lightning_perl.models.roles import (
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.packaged import unpackaged
-from lightning_perl.ranks import Share, largest, share, shared_cuts, summed, world
+from lightning_perl.ranks import largest, share, shared_cuts, summed, world
 from lightning_perl.rewards import RewardFunction, checked_scores
 from lightning_perl.rollouts.decoding import sample
 from lightning_perl.rollouts.rollout import Rollout, Scored, describe, joined, split_at
@@ -184,7 +184,7 @@ class Evaluation(AdapterModule):
                 for rows in slices
             ]
             rollout = joined(parts, trunk.pad_id)._replace(samples=samples)
-        rollout = gathered(rollout, prompts, mine, self.policy_trunk.pad_id)
+        rollout = gathered(rollout, prompts, self.policy_trunk.pad_id)
         kept = (
             role == "policy"
             and spec.scored_as_sampled
@@ -382,12 +382,12 @@ class Evaluation(AdapterModule):
         return data.max_tokens - data.max_response_tokens + sampled
 
 
-def gathered(own: Rollout, prompts: PromptBatch, mine: Share, pad_id: int) -> Rollout:
+def gathered(own: Rollout, prompts: PromptBatch, pad_id: int) -> Rollout:
     """The rollouts of all ranks: the responses to their shares of the prompts, padded to one length."""
     if world() == 1:
         return own
     samples, (width,) = own.samples, largest([own.response_ids.shape[1]])
-    own, rows = own.widened(width, pad_id), mine.times(samples)
+    own, rows = own.widened(width, pad_id), share(len(prompts.row), samples)
     parts = (part.repeat_interleave(samples, 0) for part in prompts)
     every = PromptBatch(*parts)
     return Rollout(

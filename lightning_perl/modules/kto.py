@@ -62,5 +62,6 @@ class KTO(Pairwise):
             attention_mask=rows.attention_mask,
             response_mask=rows.response_mask,
             packing=None,
+            response_places=None,
         )
         return kl_anchor(self.response_logprobs(other) - self.reference_logprobs(other))

@@ -111,15 +111,11 @@ class OnPolicy(Updating):
     # ---- Lightning -------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """A guard as well, unless the trainer was given one: of a whole trunk it keeps no copy."""
+        """A guard that warns as well, unless the trainer was given one."""
         given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, PolicyGuard) for callback in given):
             return super().configure_callbacks()
-        whole = self.roles.seats["policy"].adapter == OFF
-        return [
-            PolicyGuard(max_rollbacks=0) if whole else PolicyGuard(),
-            *super().configure_callbacks(),
-        ]
+        return [PolicyGuard(), *super().configure_callbacks()]
 
     def on_train_start(self) -> None:
         """Remember which weights reference and reward have."""

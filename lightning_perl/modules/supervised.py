@@ -129,12 +129,20 @@ class Supervised(AdapterModule):
     def token_logprobs(self, hidden: Tensor, batch: RatedBatch) -> Tensor:
         """Log-probabilities of the response columns of all rows, at least fp32. Shape: ``(B, R)``.
 
-        ``hidden`` are the states of this rank's share.
+        ``hidden`` are the states of this rank's share. Where the batch names its response tokens' places, other
+        columns are 0.
         """
         share = self.share(batch)
-        sequences = sequences_of(batch).rows(share.rows)
-        states = predicting(hidden, sequences.response_mask.shape[1])
-        return share.gathered(self.trunk.logprobs(states, sequences.response_ids, entropy=False)[0])
+        sequences, places = sequences_of(batch).rows(share.rows), batch.response_places
+        if places is None:
+            states = predicting(hidden, sequences.response_mask.shape[1])
+            found, _ = self.trunk.logprobs(states, sequences.response_ids, entropy=False)
+            return share.gathered(found)
+        own = share.places(places, batch.ids.shape[1])
+        states, targets = hidden.flatten(0, 1)[own - 1], sequences.ids.flatten()[own]
+        found, _ = self.trunk.logprobs(states.unsqueeze(0), targets.unsqueeze(0), entropy=False)
+        every = found.new_zeros(sequences.ids.numel()).scatter(0, own, found.squeeze(0))
+        return share.gathered(every.view_as(sequences.ids)[:, batch.prompt_tokens :])
 
     def response_logprobs(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
         """Log-probability of each response, summed over its tokens, at least fp32. Shape: ``(B,)``."""

@@ -54,9 +54,15 @@ def test_no_column_before_prompt_tokens_holds_a_response_token() -> None:
     batch = collate_rated([RatedExample((row,)) for row in (UP, DOWN, DEMONSTRATION)])
     assert not batch.response_mask[:, : batch.prompt_tokens].any()
     assert batch.response_mask[:, batch.prompt_tokens].any()
+    assert batch.response_places is not None
+    nowhere = torch.zeros(batch.ids.numel(), dtype=torch.bool)
+    places = nowhere.index_fill(0, batch.response_places, True)
+    assert torch.equal(places.view_as(batch.ids), batch.response_mask)
     # One column is always a prompt's.
     bare = collate_rated([RatedExample((RatedRow([5, 2], [True, True], True, None, 0),))])
     assert bare.prompt_tokens == 1
+    assert bare.response_places is not None
+    assert bare.response_places.tolist() == [1]
 
 
 def test_prompts_are_padded_on_the_left_and_end_together() -> None:

@@ -75,7 +75,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "plan": [
         ("answers on one another", "start += len(row) - shared", "start += 0"),
         ("gaps as long as the prompt", "len(row) - shared", "len(row)"),
-        ("the last line's columns", "max(columns, start)", "start"),
+        ("a line for each group", "ends[line] += sizes[group]", "ends[line] = columns"),
+        ("lines without end", "end + sizes[group] <= columns", "end <= columns"),
+        ("pairs on one another", "start = first + shared", "start = shared"),
+        ("groups as they come", "-sizes[group])", "0)"),
     ],
     "plan_samples": [
         ("answers on one another", "row % samples * response_tokens", "0 * row"),
@@ -88,7 +91,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "places": [
         ("lines on one another", "packing.line[:, None] * packing.columns + inside", "inside"),
-        ("answers where they stood", "torch.where(column < packing.shared[:, None], column, own)", "column"),
+        ("answers where they stood", "torch.where(column < packing.shared[:, None], together, own)", "together"),
+        ("prompts on one another", "column + packing.first[:, None]", "column"),
         ("outside the batch", ".clamp(max=packing.columns - 1)", ""),
     ],
     "pack": [
@@ -96,15 +100,17 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
          "places(packing, tokens)"),
         ("all tokens shared", "column < packing.shared[:, None]", "column >= 0"),
         ("nothing shared", "column < packing.shared[:, None]", "column < 0"),
+        ("lines are groups", "packing.line * packing.columns + packing.first", "packing.line * packing.columns"),
         ("rows counted from zero", "torch.arange(1, len(ids) + 1,", "torch.arange(0, len(ids),"),
         ("positions run on", "laid(position_ids(attention_mask), 0)", "laid(places(packing, tokens), 0)"),
     ],
     "attention_bias": [
-        ("answers see one another", "key == query", "key != NOBODY"),
-        ("the prompt is hidden", "(key == SHARED) | ", ""),
+        ("answers see one another", "(key == query)", "(group[:, :, None] == group[:, None, :])"),
+        ("the prompt is hidden", "(shared | ", "("),
+        ("prompts see one another", " & (group[:, :, None] == group[:, None, :])", ""),
         ("looks ahead", "& ~later", ""),
         ("empty softmax", " | itself", ""),
-        ("padding is seen", "(key != NOBODY)", "(key == key)"),
+        ("padding is seen", "(key > SHARED)", "(key == key)"),
         ("boolean", "torch.where(visible, zero, torch.finfo(dtype).min)", "visible"),
     ],
     "unpack": [

@@ -108,8 +108,8 @@ def test_layers_that_run_on_across_rows_are_not_packed(
 def test_a_mask_that_is_wrong_by_less_than_bf16_rounds_is_found(
     tiny_trunk: TinyTrunk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leaking(owner: Tensor, dtype: torch.dtype) -> Tensor:
-        return attention_bias(owner, dtype).clamp(min=-12)
+    def leaking(group: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
+        return attention_bias(group, owner, dtype).clamp(min=-12)
 
     trunk = load_trunk(str(tiny_trunk("llama")), "bfloat16")
     monkeypatch.setattr("lightning_perl.models.trunk.attention_bias", leaking)

@@ -94,9 +94,12 @@ def test_loss_and_gradients_do_not_depend_on_packing(
 ) -> None:
     batch = collate_rated(examples(8, 1))
     assert batch.packing is not None
+    assert batch.packing.lines < 8  # pairs share lines
     assert batch.packing.lines * batch.packing.columns < batch.ids.numel()
+    plain = batch._replace(response_places=None)
     packed, separate = (
-        gradients_of(trained(gpt2_trunk, share, kind), batch) for share in (True, False)
+        gradients_of(trained(gpt2_trunk, share, kind), rows)
+        for share, rows in ((True, batch), (False, plain))
     )
     assert packed.keys() == separate.keys()
     for name, gradient in packed.items():

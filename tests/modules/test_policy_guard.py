@@ -51,11 +51,11 @@ def test_a_gamed_reward_is_rolled_back_and_the_kl_stays_under_its_ceiling(
     plain_trunk: Path, tmp_path: Path
 ) -> None:
     def guard() -> PolicyGuard:
-        return PolicyGuard(max_kl=CEILING, max_kl_per_token=None, lr_factor=0.1)
+        return PolicyGuard(max_kl=CEILING, lr_factor=0.1)
 
     path = tmp_path / "killed.ckpt"
     free, held = Watch(path), Watch(path)
-    play(plain_trunk, tmp_path, PolicyGuard(max_kl_per_token=None, window=None), free)
+    play(plain_trunk, tmp_path, PolicyGuard(window=None), free)
     with pytest.warns(UserWarning, match=r"Step \d+: KL of .* max_kl allows 4; back to the last"):
         module, trainer, folder = play(plain_trunk, tmp_path, guard(), held)
     above = [
@@ -124,8 +124,9 @@ def guarded(folder: Path, guard: PolicyGuard, rollouts: Sequence[dict[str, float
     [
         # The step after the third rollout is taken back, and the others are half as long.
         ({"max_kl": 1.0}, [0, 0, 2, 0, 0], [0, 1, 2, 1, 1.5], ""),
-        # The ceiling of 1 nat per token holds without being asked for.
-        ({}, [0, 5.1, 0, 4.9, 0], [0, 1, 0, 0.5, 1], ""),
+        ({"max_kl_per_token": 1.0}, [0, 5.1, 0, 4.9, 0], [0, 1, 0, 0.5, 1], ""),
+        # Nothing is done that nobody asked for.
+        ({}, [0, 5.1, 0, 50.0, 0], [0, 1, 2, 3, 4], ""),
         ({"max_kl": 1.0, "max_rollbacks": 1}, [0, 2, 0, 2, 0], [0, 1, 0, 0.5], "KL of 2 nats"),
         ({"max_kl": 1.0, "max_rollbacks": 0}, [0, 2, 0], [0, 1], "KL of 2 nats"),
         # Not a number is neither a reason nor a policy to go back to.
