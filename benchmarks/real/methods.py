@@ -96,6 +96,7 @@ def asked(trunk: Path, data_dir: Path, **options: Any) -> PreferenceDataModule:
 def policy(trunk: Path, make: Any = RLOO, **settings: Any) -> Any:  # noqa: ANN401 (any on-policy class)
     """An on-policy module on the trunk, its reward in Python alone."""
     fixed: dict[str, Any] = {
+        "trunk_dtype": "bfloat16",
         "lora": LORA,
         "sampling": SAMPLING,
         "learned_reward_weight": 0.0,
@@ -150,7 +151,8 @@ def train(
         module = policy(trunk, method.make, max_episodes=EPISODES, **options)
         callbacks: list[Any] = [course]
     else:
-        module, callbacks = method.make(str(trunk), lora=LORA, **options), []
+        module = method.make(str(trunk), lora=LORA, trunk_dtype="bfloat16", **options)
+        callbacks = []
     cpu = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         data = data_for(name, seed, trunk, data_dir, root)

@@ -40,9 +40,9 @@ class PolicyGuard(Checked, Callback):
     by 0.2 and above 0.5, distinct-2 has fallen by 30%, the rewards of an ensemble are 1.5 times as far apart, or
     the rise took 5 times as much KL per score as those before.
 
-    Every on-policy module has this guard with its default settings, unless the trainer is given one: it warns, and
-    changes nothing. With a ceiling or ``act_on_hacking`` the kept policy is in the host's memory and in checkpoints:
-    as much again as is trained, with its moments.
+    Every on-policy module has this guard with its default settings, unless the trainer is given one. It then warns
+    (also of a KL above 1 nat per token) and changes nothing. With a ceiling or ``act_on_hacking`` a copy is kept
+    in the host's memory and in checkpoints: as much again as is trained, with its moments.
 
     Args:
         max_kl_per_token: Ceiling of a rollout's mean KL in nats per response token. For texts 1 is far above what
@@ -154,6 +154,12 @@ class PolicyGuard(Checked, Callback):
         ):
             if ceiling is not None and kl > ceiling:
                 return f"KL of {kl:.3g} nats per response, {name} allows {ceiling:.3g}"
+        if kl > tokens and self.max_kl is self.max_kl_per_token is None:
+            rank_zero_warn(
+                "The rollouts' KL is above 1 nat per response token: the policy no longer speaks the reference's "
+                "language. Lower the learning rate or raise kl_coef (beta), and go on from an earlier checkpoint; "
+                "PolicyGuard(max_kl_per_token=1) does so by itself."
+            )
         return None
 
     def _hacking(self, rollout: dict[str, float]) -> str | None:

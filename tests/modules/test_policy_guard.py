@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,9 @@ def test_a_gamed_reward_is_rolled_back_and_the_kl_stays_under_its_ceiling(
         tiny.assert_equal_moments(later, trainer)
 
 
-def test_whole_trunks_are_not_kept_and_other_modules_have_no_guard(
-    hydra_trunk: Path, tmp_path: Path
-) -> None:
-    for layout, rollbacks in (("full", 0), ("hydra", 3)):
-        callbacks = tiny.hydra(hydra_trunk, layout=layout).configure_callbacks()
-        (guard,) = (one for one in callbacks if isinstance(one, PolicyGuard))
-        assert guard.max_rollbacks == rollbacks
+def test_other_modules_have_no_guard(hydra_trunk: Path, tmp_path: Path) -> None:
+    callbacks = tiny.hydra(hydra_trunk).configure_callbacks()
+    assert len([one for one in callbacks if isinstance(one, PolicyGuard)]) == 1
     with pytest.raises(MisconfigurationException, match="PolicyGuard reads rollouts, and SFT has"):
         tiny.fit(SFT(str(hydra_trunk), tiny.LORA), tmp_path, [tiny.rated(2)], PolicyGuard())
 
@@ -143,7 +140,9 @@ def test_the_ceiling_takes_back_slows_and_ends(
     tmp_path: Path,
 ) -> None:
     guard = PolicyGuard(**settings)
-    assert guarded(tmp_path, guard, [{"kl": kl} for kl in kls]) == weights
+    warned = pytest.warns(UserWarning, match="1 nat per response token|rollback|training ends")
+    with warned if max(kls) > 1 else nullcontext():
+        assert guarded(tmp_path, guard, [{"kl": kl} for kl in kls]) == weights
     assert (guard.stopped_by or "").partition(" per")[0] == stopped
 
 
