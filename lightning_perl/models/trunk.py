@@ -66,6 +66,7 @@ class Trunk(nn.Module):
         passes: Forward passes so far.
         flops: Model FLOPs of these passes and of their backwards, see `_count` and `_count_logits`.
         templates: Name of the chat template, by the folder (or ``data``) that names it.
+        sharding: How the blocks are sharded, see `sharding`; None where they are whole.
         recordable: Whether decoding steps can be recorded as a CUDA graph; None before the first rollout.
     """
 
@@ -93,6 +94,8 @@ class Trunk(nn.Module):
         self._linear = [m for m in model.base_model.modules() if isinstance(m, LINEAR)]
         self._adapter_weights = {OFF: 0}
         self._transform = LogitTransform(model.config)
+        self.sharding: str | None = None
+        self._fingerprint: str | None = None
         self.recordable: bool | None = None
         if checkpointing:
             options = {"use_reentrant": False, "context_fn": self.switch.pinned}
@@ -313,12 +316,19 @@ class Trunk(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of some of the trunk's own weights: the same in every dtype, another one if quantized."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         for key, value in sorted(self.adapters.own_weights().items()):
             digest.update(key.encode())
             sample = value.detach().flatten()[:256].to("cpu", torch.bfloat16)
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def keep_in_mind(self) -> None:
+        """Find out what needs whole weights, before the blocks are sharded."""
+        self._fingerprint = self.fingerprint()
+        _ = self._longest_masked, self._flop_sizes
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits as the model's own forward gives them. Shape: ``(..., H)`` to ``(..., V)``."""

@@ -33,6 +33,7 @@ from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import agree_on_template
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import TrainedRole
+from lightning_perl.models.sharding import TrunkSharding, shard
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.launching import require_plain_ranks, unwrap
@@ -89,6 +90,9 @@ class AdapterModule(Checked, LightningModule, ABC):
         quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
             (int8) by bitsandbytes, the extra ``quantization``. LM head and embeddings stay in
             ``trunk_dtype``. Not where the whole trunk is trained. None: everything in ``trunk_dtype``.
+        trunk_sharding: Where the decoder blocks of a frozen trunk are. ``shard``: a piece of each on every device,
+            by FSDP2. ``offload``: in the host's memory, in pieces where there are several devices; a block is
+            copied to the device for every pass, so draw many rollouts at once. None: whole on every device.
         shortcuts: Save work whose result is known or not needed. Results change by rounding at most; False
             does everything the plain way, for comparison.
         optimizer: Makes the one optimizer from the parameter groups.
@@ -107,6 +111,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         checkpointing: bool | list[TrainedRole] = False,
         attention: str | None = None,
         quantization: Quantization | None = None,
+        trunk_sharding: TrunkSharding | None = None,
         shortcuts: bool | Shortcuts = True,
         optimizer: OptimizerCallable = default_optimizer(1e-4),
         scheduler: LRSchedulerCallable | None = None,
@@ -121,6 +126,12 @@ class AdapterModule(Checked, LightningModule, ABC):
         self.checkpointing = checkpointing
         self.attention = attention
         self.quantization: Quantization | None = quantization
+        self.trunk_sharding: TrunkSharding | None = trunk_sharding
+        if trunk_sharding is not None and quantization is not None:
+            raise ValueError(
+                f"trunk_sharding is {trunk_sharding} and quantization {quantization}: FSDP2 takes no codes of "
+                "bitsandbytes apart. Give one of the two."
+            )
         self.shortcuts = chosen(shortcuts)
         self.seed = seed
         # Callables and functions cannot be read back with weights_only; the values can.
@@ -240,6 +251,27 @@ class AdapterModule(Checked, LightningModule, ABC):
                 "has: the step is not quite that of one larger batch."
             )
         self.require_fitting(data)
+
+    def configure_model(self) -> None:
+        """Shard the trunks, before the trainer moves the module to its device.
+
+        Raises:
+            ValueError: There is no other device to share them with.
+        """
+        trunks = [trunk for trunk in self._trunks if trunk.sharding is None]
+        if self.trunk_sharding is None or not trunks:
+            return
+        if self.trunk_sharding == "shard" and self.trainer.world_size == 1:
+            raise ValueError(
+                "trunk_sharding shard: there is one device only. Set trainer.devices, or trunk_sharding: offload."
+            )
+        for trunk in trunks:
+            shard(trunk, self.trainer.strategy.root_device, self.trunk_sharding)
+
+    def cpu(self) -> AdapterModule:
+        """Stay where it is when a stage has ended, if a part of the trunk could not come along."""
+        sharded = any(trunk.sharding for trunk in self._trunks)
+        return self if sharded else super().cpu()
 
     def require_fitting(self, data: object) -> None:
         """Refuse data written with another chat template, or with rows that the trunk has no positions for."""

@@ -24,6 +24,7 @@ from lightning_perl.models.roles import (
     Roles,
     TrainedRole,
 )
+from lightning_perl.models.sharding import NO_SHARDED_TUNING
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.packaged import unpackaged
@@ -122,6 +123,8 @@ class Evaluation(AdapterModule):
                 f"layout joint_hydra is one adapter for actor and critic, and {type(self).__name__} trains no "
                 "critic. Use layout hydra, which is the same without one."
             )
+        if layout == "full" and self.trunk_sharding is not None:
+            raise ValueError(NO_SHARDED_TUNING)
         named = self.checkpointing if isinstance(self.checkpointing, list) else []
         if untrained := [role for role in named if role not in self.trained_roles]:
             raise ValueError(
@@ -172,6 +175,8 @@ class Evaluation(AdapterModule):
         repeated = PromptBatch(*(part.repeat_interleave(samples, 0) for part in own))
         size = spec.batch_size or len(repeated.row)
         slices = [slice(start, start + size) for start in range(0, len(repeated.row), size)]
+        # Ranks may share the trunk's blocks, so each draws as often as the one with the most rows.
+        (rounds,) = largest([len(slices)])
         with self.roles(role) as trunk, trunk.switch.at_rest():
             parts = [
                 sample(
@@ -181,9 +186,9 @@ class Evaluation(AdapterModule):
                     uniforms[rows],
                     early_exit,
                 )
-                for rows in slices
+                for rows in (slices * rounds)[:rounds]
             ]
-            rollout = joined(parts, trunk.pad_id)._replace(samples=samples)
+            rollout = joined(parts[: len(slices)], trunk.pad_id)._replace(samples=samples)
         rollout = gathered(rollout, prompts, self.policy_trunk.pad_id)
         kept = (
             role == "policy"

@@ -64,6 +64,11 @@ class Scoring(Judging):
         **settings: Any,
     ) -> None:
         super().__init__(trunk, **settings)
+        if normalize_scores and self.trunk_sharding is not None:
+            raise ValueError(
+                "normalize_scores reads demonstrations on one rank when the run has ended, and trunk_sharding "
+                "leaves it no whole trunk. Give one of the two."
+            )
         dtype = torch.promote_types(self.trunk.dtype, torch.float32)
         self.reward_head = ScalarHead(self.trunk.hidden_size, self.seed).to(dtype)
         self.head_learning_rate = head_learning_rate

@@ -23,6 +23,7 @@ from lightning_perl.models.heads import ScalarHead, save_heads
 from lightning_perl.models.loading import NO_BF16_TUNING, load_trunk
 from lightning_perl.models.manifest import require_alike, save_trunk, write_adapter_manifest
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING
+from lightning_perl.models.sharding import NO_SHARDED_TUNING
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.modules.safety import FiniteGuard, clip_by_group, trained_by
@@ -71,6 +72,8 @@ class Supervised(AdapterModule):
             raise ValueError(NO_BF16_TUNING)
         if lora is None and self.quantization is not None:
             raise ValueError(NO_QUANTIZED_TUNING)
+        if lora is None and self.trunk_sharding is not None:
+            raise ValueError(NO_SHARDED_TUNING)
         self.guard = FiniteGuard()
         self.rated = 0
         self.unrated_steps = 0
@@ -261,6 +264,8 @@ class Supervised(AdapterModule):
         if self.heads():
             self._require_ratings()
         if self.adapter == OFF or not self.keeps_adapter:
+            if self.trunk.sharding is not None:
+                self.trunk = self._whole_trunk()
             self.save_trunk(folder / "trunk")
             return folder / "trunk"
         target = folder / "adapters" / self.adapter
@@ -269,6 +274,15 @@ class Supervised(AdapterModule):
             save_heads(target, self.heads())
         write_adapter_manifest(target, self.trunk)
         return target
+
+    def _whole_trunk(self) -> Trunk:
+        """The trunk with its adapter in the host's memory, where its blocks are sharded: read once more."""
+        dtype, sharded = self.trunk_dtype, self.trunk
+        trunk = load_trunk(sharded.source, dtype, False, self.attention, None, self.shortcuts)
+        trunk.adapters.add(self.adapter, sharded.adapters.specs[self.adapter], self.seed)
+        for key, weight in sharded.adapters.tensors(self.adapter).items():
+            trunk.adapters.tensors(self.adapter)[key].data.copy_(weight)
+        return trunk
 
     def save_trunk(self, folder: Path) -> None:
         """Write the tuned trunk and its head, read it back, and compare.
@@ -285,9 +299,10 @@ class Supervised(AdapterModule):
         again = load_trunk(
             str(folder), self.trunk_dtype, attention=self.trunk.model.config._attn_implementation
         )
-        ids = torch.arange(16, device=self.device).unsqueeze(0) % self.trunk.vocabulary_size
+        ids = torch.arange(16, device=self.trunk.model.device).unsqueeze(0)
+        ids = ids % self.trunk.vocabulary_size
         mask = torch.ones_like(ids, dtype=torch.bool)
-        again.to(self.device)
+        again.to(ids.device)
         with torch.no_grad(), self.trunk.switch.use(self.adapter), again.switch.use(OFF):
             ours = self.trunk.project(self.trunk(ids, mask)).double()
             stored = again.project(again(ids, mask)).double()

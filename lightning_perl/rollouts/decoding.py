@@ -18,6 +18,7 @@ from lightning_perl.functional.sequences import until_stop
 from lightning_perl.models.lean_layers import keep_rows
 from lightning_perl.models.recording import GrowingRows, Recorder, Step, recorder_of
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.ranks import largest
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec, draw
 
@@ -143,7 +144,8 @@ def sample(
     mask = torch.cat([prompts.mask, torch.ones_like(responses.mask)], 1)
     cache = trunk.empty_cache(mask.shape[1])
     # Stop strings are looked for in decoded text, after every token.
-    recorded = trunk.model.device.type in RECORDING and early_exit and not spec.stop and not watch
+    plain = bool(spec.stop) or watch is not None or trunk.sharding is not None
+    recorded = trunk.model.device.type in RECORDING and early_exit and not plain
     record = recorder_of(trunk, mask.shape[1]) if recorded else None
     logits = _read_prompts(trunk, cache, prompts, early_exit and trunk.shortcuts.shared_prompts)
     everybody = torch.arange(len(mask), device=mask.device)
@@ -186,20 +188,26 @@ def _step(
     responses: Responses,
     ends: Ended | None,
 ) -> None:
-    """Decode token by token behind the first ``tokens``. With ``ends``, rows leave the batch as they end."""
+    """Decode token by token behind the first ``tokens``. With ``ends``, rows leave the batch as they end.
+
+    Ranks that share a trunk's blocks decode until the rows of all of them have ended.
+    """
     running = torch.arange(len(tokens), device=tokens.device)
     longest = responses.ids.shape[1]
     prompt_tokens = mask.shape[1] - longest
+    alive = True
     for column in range(1, longest + 1):
-        ended = None if ends is None else ends(running, column, tokens)
+        ended = None if ends is None or not alive else ends(running, column, tokens)
         if ended is not None and bool(ended.any()):
             responses.end(running[ended], column)
             stay = (~ended).nonzero().squeeze(-1)
-            if stay.numel() == 0:
-                return
+            alive = stay.numel() > 0
+            # Other ranks may need this one's pieces of the blocks: a row that has ended keeps them company.
+            stay = stay if alive else torch.zeros_like(running[:1])
             running, tokens, mask = running[stay], tokens[stay], mask[stay]
             keep_rows(cache, stay)
-        if column == longest:
+        together = trunk.sharding is not None
+        if column == longest or not (any(largest([alive])) if together else alive):
             return
         hidden = trunk(tokens.unsqueeze(-1), mask[:, : prompt_tokens + column], cache)
         tokens = responses.draw(trunk.project(hidden[:, -1]), running, column)

@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_perl.batches import MixedBatch
+from lightning_perl.models.sharding import TrunkSharding
 from lightning_perl.modules import (
     DPO,
     GRPO,
@@ -43,36 +45,6 @@ WIDE: dict[str, Any] = {"trunk_dtype": "float64"}
 LORA: dict[str, Any] = {"lora": tiny.LORA, **WIDE}
 RL: dict[str, Any] = {"sampling": tiny.SAMPLING, "micro_batch_size": 2, **LORA}
 STEPS: dict[str, Any] = {"ppo_epochs": 2, "minibatch_size": 3, **RL}
-MAKERS: dict[str, Callable[[str], AdapterModule]] = {
-    "SFT": lambda trunk: SFT(trunk, **LORA),
-    "SFT full": lambda trunk: SFT(trunk, **WIDE),
-    "HydraSFT": lambda trunk: HydraSFT(trunk, **LORA),
-    "RewardModel": lambda trunk: RewardModel(trunk, lm_weight=0.5, center_coef=0.1, **LORA),
-    "DPO": lambda trunk: DPO(trunk, **LORA),
-    "IPO": lambda trunk: IPO(trunk, **LORA),
-    "RDPO": lambda trunk: RDPO(trunk, **LORA),
-    "KTO": lambda trunk: KTO(trunk, **LORA),
-    "HydraPPO": lambda trunk: HydraPPO(trunk, **STEPS),
-    "JointHydraPPO": lambda trunk: JointHydraPPO(trunk, **STEPS),
-    "PPO full": lambda trunk: PPO(trunk, "full", **STEPS),
-    "PPO-max": lambda trunk: PPO(
-        trunk,
-        "hydra",
-        score_normalization="standardize",
-        lm_weight=0.1,
-        critic_warmup=1,
-        kl_control=KLControl(target=0.01, horizon=50),
-        reward_function=digits,
-        **STEPS,
-    ),
-    "RLOO": lambda trunk: RLOO(trunk, samples=3, **RL),
-    "GRPO": lambda trunk: GRPO(trunk, samples=2, epochs=2, minibatch_size=4, **RL),
-    "ReMax": lambda trunk: ReMax(trunk, **RL),
-    "Reinforce": lambda trunk: Reinforce(trunk, **RL),
-    "RAFT": lambda trunk: RAFT(trunk, samples=2, minibatch_size=2, **RL),
-    "SuperHF": lambda trunk: SuperHF(trunk, samples=2, **RL),
-    "INPO": lambda trunk: INPO(trunk, samples=3, **RL),
-}
 
 
 def digits(
@@ -81,6 +53,38 @@ def digits(
     """A Python reward that no rank may call without rows."""
     assert rows
     return [float(sum(map(str.isdigit, response))) for response in responses]
+
+
+PPO_MAX: dict[str, Any] = {
+    "layout": "hydra",
+    "score_normalization": "standardize",
+    "lm_weight": 0.1,
+    "critic_warmup": 1,
+    "kl_control": KLControl(target=0.01, horizon=50),
+    "reward_function": digits,
+    **STEPS,
+}
+KINDS: dict[str, tuple[Callable[..., AdapterModule], dict[str, Any]]] = {
+    "SFT": (SFT, LORA),
+    "SFT full": (SFT, WIDE),
+    "HydraSFT": (HydraSFT, LORA),
+    "RewardModel": (RewardModel, {"lm_weight": 0.5, "center_coef": 0.1, **LORA}),
+    "DPO": (DPO, LORA),
+    "IPO": (IPO, LORA),
+    "RDPO": (RDPO, LORA),
+    "KTO": (KTO, LORA),
+    "HydraPPO": (HydraPPO, STEPS),
+    "JointHydraPPO": (JointHydraPPO, STEPS),
+    "PPO full": (PPO, {"layout": "full", **STEPS}),
+    "PPO-max": (PPO, PPO_MAX),
+    "RLOO": (RLOO, {"samples": 3, "checkpointing": True, **RL}),
+    "GRPO": (GRPO, {"samples": 2, "epochs": 2, "minibatch_size": 4, **RL}),
+    "ReMax": (ReMax, RL),
+    "Reinforce": (Reinforce, RL),
+    "RAFT": (RAFT, {"samples": 2, "minibatch_size": 2, **RL}),
+    "SuperHF": (SuperHF, {"samples": 2, **RL}),
+    "INPO": (INPO, {"samples": 3, **RL}),
+}
 
 
 class Trained(NamedTuple):
@@ -101,6 +105,11 @@ class Watch(Callback):
         self.logged.append({k: float(value) for k, value in metrics if k.startswith(here)})
 
 
+def made(kind: str, trunk: str, **options: object) -> AdapterModule:
+    build, settings = KINDS[kind]
+    return build(trunk, **settings, **options)
+
+
 def batches_for(module: AdapterModule, rows: int, count: int = 2) -> list[Any]:
     """Batches of one row more each, so that shares are unequal."""
     if not isinstance(module, OnPolicy):
@@ -118,13 +127,17 @@ def train(
     ranks: int,
     rows: int = 5,
     callbacks: Sequence[Callback] = (),
+    sharding: TrunkSharding | None = None,
     **options: Any,
 ) -> Trained:
-    module, watch = MAKERS[kind](trunk), Watch()
+    module, watch = made(kind, trunk, trunk_sharding=sharding), Watch()
     held_out = [batch for batch in batches_for(module, 3) if not isinstance(batch, MixedBatch)]
     settings = {"held_out": held_out, "devices": ranks, **options}
     trainer, _ = tiny.fit(module, root, batches_for(module, rows), watch, *callbacks, **settings)
     watch.on_train_batch_end(trainer)
+    pieces = [isinstance(weight, DTensor) for weight in module.parameters()]
+    # To merge its adapter, the first rank has read the trunk once more.
+    assert any(pieces) == (sharding is not None) or kind == "HydraSFT"
     names = module.trainable_names()
     weights = {name: weight for name, weight in tiny.weights(module).items() if name in names}
     return Trained(watch.logged, weights)
@@ -146,7 +159,7 @@ def assert_equal(ranks: list[Trained]) -> None:
         assert all(torch.equal(other.weights[name], first.weights[name]) for name in first.weights)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_are_one(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
     expected = train(kind, str(hydra_trunk), tmp_path, 1)
     ours = on_ranks(2, tmp_path / "ranks", train, kind, str(hydra_trunk), tmp_path / "two", 2)
@@ -204,7 +217,7 @@ def test_twenty_rollouts_end_with_equal_adapters(hydra_trunk: Path, tmp_path: Pa
 
 def shuffled_by_rank(trunk: str, root: Path) -> str:
     """What a loader is refused with that gives each rank other rows."""
-    module = MAKERS["SFT"](trunk)
+    module = made("SFT", trunk)
     batches = [tiny.rated(4, seed) for seed in range(2)]
     batches = batches if os.environ["RANK"] == "0" else batches[::-1]
     with pytest.raises(RuntimeError) as error:
@@ -215,3 +228,23 @@ def shuffled_by_rank(trunk: str, root: Path) -> str:
 def test_ranks_with_batches_of_their_own_are_refused(hydra_trunk: Path, tmp_path: Path) -> None:
     words = on_ranks(2, tmp_path / "ranks", shuffled_by_rank, str(hydra_trunk), tmp_path)
     assert all("The ranks hold different rows, but each must be given the same" in w for w in words)
+
+
+@pytest.mark.parametrize("kind", ["HydraSFT", "KTO", "PPO-max", "RLOO", "SuperHF"])
+def test_sharded_blocks_are_whole_ones_bit_for_bit(
+    kind: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    def on_two(sharding: TrunkSharding | None) -> list[Trained]:
+        name, given = str(sharding), (kind, str(hydra_trunk), tmp_path / f"run_{sharding}", 2, 5)
+        return on_ranks(2, tmp_path / name, train, *given, [], sharding)
+
+    assert_equal([*on_two("shard"), *on_two(None)])
+
+
+@pytest.mark.parametrize("kind", ["DPO", "HydraPPO"])
+def test_blocks_in_the_hosts_memory_change_nothing(
+    kind: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    given = (kind, str(hydra_trunk), tmp_path, 1)
+    ours = on_ranks(1, tmp_path / "ranks", train, *given, 5, [], "offload")
+    assert_equal([*ours, train(*given)])
