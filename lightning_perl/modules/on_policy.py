@@ -319,6 +319,7 @@ class OnPolicy(Updating):
             "steered_to": self.steered_to,
             "score_moments": self.score_moments,
             "skipped": self.guard.skipped,
+            "skipped_in_a_row": self.guard.in_a_row,
             "rewarded_by": self.rewarded_by,
         }
 
@@ -331,6 +332,7 @@ class OnPolicy(Updating):
         self.steered_to = progress.get("steered_to")
         self.score_moments = dict(progress.get("score_moments", {}))
         self.guard.skipped = progress.get("skipped", 0)
+        self.guard.in_a_row = progress.get("skipped_in_a_row", 0)
         if (before := progress.get("rewarded_by", self.rewarded_by)) != self.rewarded_by:
             rank_zero_warn(
                 f"The checkpoint learned from the rewards {before}, this run goes on with {self.rewarded_by}."

@@ -236,6 +236,7 @@ class Supervised(AdapterModule):
         """Keep the number of ratings as well: the rest of an epoch may have none."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rated"] = self.rated
+        checkpoint["skipped"] = (self.guard.skipped, self.guard.in_a_row)
         if self.needs_ratings:
             checkpoint["unrated_steps"] = self.unrated_steps
 
@@ -243,6 +244,7 @@ class Supervised(AdapterModule):
         """Go on counting."""
         super().on_load_checkpoint(checkpoint)
         self.rated = checkpoint.get("rated", 0)
+        self.guard.skipped, self.guard.in_a_row = checkpoint.get("skipped", (0, 0))
         self.unrated_steps = checkpoint.get("unrated_steps", 0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
