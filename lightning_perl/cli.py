@@ -33,6 +33,7 @@ import lightning_perl.data
 import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
+from lightning_perl.callbacks.phase_meter import ran_out_of_memory
 from lightning_perl.callbacks.resume import changes
 from lightning_perl.commands import mix
 from lightning_perl.commands.compare import compare
@@ -340,6 +341,7 @@ def run() -> None:
         origin = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(origin.filename).is_relative_to(Path(__file__).parent)
         refusal = ours and (origin.line or "").startswith("raise ")
-        if not refusal and not isinstance(error, MisconfigurationException):
+        told = isinstance(error, MisconfigurationException) or ran_out_of_memory(error)
+        if not refusal and not told:
             raise
         sys.exit(f"error: {error}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_perl.arguments import Checked, FractionBelowOne, NonNegative, Positive
 
@@ -108,6 +108,15 @@ class HostAdamW(Checked, Optimizer):
         """Wait for copies: a checkpoint may read them next."""
         if any(parameter.is_cuda for group in self.param_groups for parameter in group["params"]):
             torch.cuda.synchronize()
+
+
+def room_for_moments(optimizer: Optimizer) -> list[Tensor]:
+    """The memory that Adam's moments will take on the weights' device, where its first step has not made them."""
+    made_later = isinstance(optimizer, Adam | AdamW) and not optimizer.state
+    groups = optimizer.param_groups if made_later else []
+    return [
+        torch.empty_like(weight) for group in groups for weight in group["params"] for _ in MOMENTS
+    ]
 
 
 def _pieces(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

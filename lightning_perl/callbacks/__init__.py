@@ -3,6 +3,7 @@
 from lightning_perl.callbacks.before_after import BeforeAfter
 from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
 from lightning_perl.callbacks.policy_guard import PolicyGuard
+from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.reward_report import RewardReport
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.callbacks.samples import Answering, SampleWriter
@@ -14,6 +15,7 @@ __all__ = [
     "BeforeAfter",
     "CudaMemoryMonitor",
     "CudaMemorySnapshot",
+    "MemoryPreflight",
     "PhaseCallback",
     "PolicyGuard",
     "RewardReport",

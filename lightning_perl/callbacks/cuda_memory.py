@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import psutil
@@ -13,9 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_perl.arguments import Checked, Count, CountOrZero
 from lightning_perl.callbacks.console import show
-from lightning_perl.callbacks.phase_meter import PhaseMeter, cuda_device
+from lightning_perl.callbacks.phase_meter import (
+    PhaseMeter,
+    PhaseTracker,
+    cuda_device,
+    ran_out_of_memory,
+)
 from lightning_perl.callbacks.run_folder import run_folder
-from lightning_perl.phases import WHOLE_BATCH, PhaseCallback
+from lightning_perl.phases import WHOLE_BATCH
 
 GIB = 1024**3
 """Bytes of one GiB, the unit of every ``memory/`` key."""
@@ -102,7 +106,7 @@ def _keep_largest(largest: dict[str, int], peaks: dict[str, int]) -> None:
         largest[name] = max(largest.get(name, 0), peak)
 
 
-class CudaMemorySnapshot(Checked, PhaseCallback):
+class CudaMemorySnapshot(Checked, PhaseTracker):
     """Records every allocation of some train batches, and the moment of an out-of-memory error.
 
     Files open in PyTorch's memory viewer, https://pytorch.org/memory_viz (drag and drop; nothing is uploaded),
@@ -131,14 +135,13 @@ class CudaMemorySnapshot(Checked, PhaseCallback):
         steps: Count = 3,
         max_entries: Count = 100_000,
     ) -> None:
+        super().__init__()
         self.folder = folder
         self.start_step = start_step
         self.steps = steps
         self.max_entries = max_entries
         self._into: Path | None = None
         self._batches = 0
-        # The phases that are running, or were when memory ran out; the innermost last.
-        self._running: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts recording, before the module's weights reach the device."""
@@ -159,18 +162,9 @@ class CudaMemorySnapshot(Checked, PhaseCallback):
 
     def on_train_batch_start(self, *_: object) -> None:
         """Drops the events so far where the recorded train batches begin."""
-        self._running = []
+        super().on_train_batch_start()
         if self._into is not None and self._batches == self.start_step:
             self._record()
-
-    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """Remembers the phase."""
-        self._running.append(phase)
-
-    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
-        """Forgets the phase, unless memory ran out in it: phases end before the trainer hears of the error."""
-        if self._running and not isinstance(sys.exc_info()[1], torch.OutOfMemoryError):
-            self._running.pop()
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Writes the file after the last recorded train batch."""
@@ -187,8 +181,8 @@ class CudaMemorySnapshot(Checked, PhaseCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Writes a file if memory ran out, and stops recording."""
-        if _is_out_of_memory(exception):
-            phase = self._running[-1] if self._running else "no_phase"
+        if ran_out_of_memory(exception):
+            phase = self.running[-1] if self.running else "no_phase"
             self._dump(trainer, f"out_of_memory_in_{phase}")
         self._stop()
 
@@ -221,10 +215,3 @@ class CudaMemorySnapshot(Checked, PhaseCallback):
             path = self._into / f"{name}_{next(numbers)}.pickle"
         torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
         show(f"memory snapshot: {path} (open it at https://pytorch.org/memory_viz)")
-
-
-def _is_out_of_memory(exception: BaseException | None) -> bool:
-    """Whether an exception is, or was caused by, an out-of-memory error."""
-    while exception is not None and not isinstance(exception, torch.OutOfMemoryError):
-        exception = exception.__cause__ or exception.__context__
-    return exception is not None

@@ -6,7 +6,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -20,6 +20,7 @@ from lightning_perl.callbacks.run_folder import (
     give_back,
     holds_another_run,
     link_latest,
+    locked,
     run_folder,
 )
 from lightning_perl.ranks import alone
@@ -54,7 +55,7 @@ class Handover(Callback):
         self._began = False
         self._ended = False
         self._interrupted = False
-        self._saved_at = -1
+        self._lock: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come first, and let checkpoints appear whole and in the run's folder."""
@@ -68,7 +69,9 @@ class Handover(Callback):
             callback.dirpath = callback.dirpath or str(folder / "checkpoints")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a folder in which another run lies."""
+        """Refuse a folder in which another run lies, or in which another process runs."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._lock = locked(run_folder(trainer))
         if not trainer.fast_dev_run and not trainer.ckpt_path and holds_another_run(trainer):  # type: ignore[attr-defined]
             raise FileExistsError(
                 f"{run_folder(trainer)} holds another run. Go on with it (--ckpt_path last), or give "
@@ -96,10 +99,6 @@ class Handover(Callback):
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
-    def on_save_checkpoint(self, trainer: Trainer, *_: object) -> None:
-        """Note the step of a whole checkpoint; those of weights alone are not told."""
-        self._saved_at = trainer.global_step
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand over; a dry run (``fast_dev_run``) writes nothing.
 
@@ -117,10 +116,16 @@ class Handover(Callback):
         reasons = ["the time limit"] * late + [one.stopped_by for one in guards if one.stopped_by]
         self._hand_over(trainer, pl_module, ", ".join(reasons) or None)
 
+    def teardown(self, *_: object, **__: object) -> None:
+        """Let others into the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave weights and a checkpoint, unless the error came inside a batch: it is about the training then."""
+        self.teardown()
         stopped_by = type(exception).__name__
         if isinstance(exception, SIGTERMException):
             number = signal.SIGINT if self._interrupted else signal.SIGTERM
@@ -130,7 +135,7 @@ class Handover(Callback):
         fitting = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
         trained = fitting and self._began and trainer.global_step > 0
         asked = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if self._ended or not trained or not (asked or _between_batches(trainer)):
+        if self._ended or not trained or not (asked or between_batches(trainer)):
             return
         try:
             self._save(trainer)
@@ -140,9 +145,11 @@ class Handover(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         """Save a checkpoint where this step has none; one from inside a batch could not go on exactly."""
-        saved = self._saved_at == trainer.global_step
-        if model_checkpoints(trainer) and not saved and _between_batches(trainer):
-            path = run_folder(trainer) / "checkpoints" / "stopped.ckpt"
+        keepers = model_checkpoints(trainer)
+        whole = [one for one in keepers if not one.save_weights_only]
+        saved = any(one._last_global_step_saved == trainer.global_step for one in whole)
+        if keepers and not saved and between_batches(trainer):
+            path = stopped_checkpoint(trainer)
             trainer.save_checkpoint(path, weights_only=False)
             rank_zero_info(f"saved {path}")
 
@@ -175,7 +182,13 @@ class Handover(Callback):
             rank_zero_info(f"unfinished, {note}; to go on, add --ckpt_path last")
 
 
-def _between_batches(trainer: Trainer) -> bool:
+def stopped_checkpoint(trainer: Trainer) -> Path:
+    """Where a run that ends before its time leaves a checkpoint."""
+    return run_folder(trainer) / "checkpoints" / "stopped.ckpt"
+
+
+def between_batches(trainer: Trainer) -> bool:
+    """Whether no batch is being learned from."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(progress.processed == progress.ready)
 

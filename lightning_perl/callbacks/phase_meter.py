@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +16,37 @@ def cuda_device(trainer: Trainer) -> torch.device | None:
     """Returns the CUDA device that this process trains on, or None where it trains elsewhere."""
     device = trainer.strategy.root_device
     return device if device.type == "cuda" else None
+
+
+def ran_out_of_memory(exception: BaseException | None) -> bool:
+    """Whether an exception is, or was caused by, an out-of-memory error; a CPU's has no type of its own."""
+    while exception is not None:
+        if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(
+            exception
+        ):
+            return True
+        exception = exception.__cause__ or exception.__context__
+    return False
+
+
+class PhaseTracker(PhaseCallback):
+    """Knows which phases are running, or were when memory ran out; the innermost last."""
+
+    def __init__(self) -> None:
+        self.running: list[str] = []
+
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+        """Begin anew."""
+        self.running = []
+
+    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Remember the phase."""
+        self.running.append(phase)
+
+    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+        """Forget the phase, unless memory ran out in it: phases end before the trainer hears of the error."""
+        if self.running and not ran_out_of_memory(sys.exc_info()[1]):
+            self.running.pop()
 
 
 class PhaseMeter(PhaseCallback, ABC):

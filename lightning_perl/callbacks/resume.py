@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.call import _call_callbacks_state_dict
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_perl.callbacks.handover import model_checkpoints
+from lightning_perl.callbacks.handover import (
+    between_batches,
+    model_checkpoints,
+    stopped_checkpoint,
+)
 
 FIXED = ("class", "layout", "lora", "loraplus_lr_ratio", "seed", "samples")
 """What a run may not change on its way: shapes, the optimizer's groups, and what its random numbers depend on."""
@@ -31,12 +36,14 @@ class Resume(Callback):
     and scheduler would have reached. The best checkpoint of earlier parts stays the best. A run that was stopped
     inside an epoch (by max_episodes or max_time) goes on inside it.
     every_n_train_steps also saves where a batch makes several steps and passes the number instead of meeting it.
+    A rollout that fails before its first step leaves a checkpoint of the moment before it.
     """
 
     def __init__(self) -> None:
         self._steps = 0
         self._groups: list[dict[str, Any]] = []
         self._schedules: list[dict[str, Any]] = []
+        self._before: dict[str, Any] = {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -106,7 +113,13 @@ class Resume(Callback):
             rank_zero_info(f"learning rates, the checkpoint's -> by today's settings: {changed}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Save where the steps of this batch passed a multiple of ``every_n_train_steps``."""
+        """Save where the steps of this batch passed a multiple of ``every_n_train_steps``.
+
+        Of a batch that is a whole rollout, note what a checkpoint would hold: its weights and moments are those
+        of the run itself, and copied by nobody.
+        """
+        if not pl_module.automatic_optimization:
+            self._before = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         before, self._steps = self._steps, trainer.global_step
         for callback in model_checkpoints(trainer):
             every = callback._every_n_train_steps
@@ -115,6 +128,22 @@ class Resume(Callback):
                 if callback.monitor is None or callback.monitor in candidates:
                     callback._save_topk_checkpoint(trainer, candidates)
                     callback._save_last_checkpoint(trainer, candidates)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save what was noted, as long as nothing was learned since."""
+        steps = self._before.get("global_step")
+        if steps != trainer.global_step or between_batches(trainer):
+            return
+        # Validation since then may have found a best checkpoint.
+        self._before["callbacks"] = _call_callbacks_state_dict(trainer)
+        path = stopped_checkpoint(trainer)
+        try:
+            trainer.strategy.save_checkpoint(self._before, path)
+            rank_zero_info(f"saved {path}, before this rollout; to go on, add --ckpt_path last")
+        except OSError as error:  # the first one is the one to raise
+            rank_zero_warn(str(error))
 
 
 def changes(

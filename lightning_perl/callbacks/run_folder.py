@@ -5,10 +5,16 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import TextIO
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows
+    flock = None  # type: ignore[assignment]
 
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 # Folders that a trainer made, so that no other run lies in them.
@@ -107,6 +113,30 @@ def holds_another_run(trainer: Trainer) -> bool:
     )
     before = counted and trainer not in _MADE
     return before and any((folder / name).exists() for name in ("checkpoints", "adapters", "trunk"))
+
+
+def locked(folder: Path) -> TextIO | None:
+    """Keep other processes from running in a folder until the result is closed or this process ends.
+
+    Returns:
+        None where the system has no such locks.
+
+    Raises:
+        FileExistsError: Another process runs in it.
+    """
+    if flock is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w", encoding="utf-8")
+    try:
+        flock(lock, LOCK_EX | LOCK_NB)
+    except BlockingIOError as error:
+        raise FileExistsError(
+            f"{folder}: another process runs in it. Wait for its end, or give trainer.logger another version."
+        ) from error
+    except OSError:  # a file system without locks
+        return None
+    return lock
 
 
 def give_back(trainer: Trainer) -> None:

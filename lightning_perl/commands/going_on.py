@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_perl.whole import damage
 
@@ -25,10 +26,12 @@ def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
     places = list(_places(trainer))
     found = {path for folder, pattern in places for path in folder.glob(pattern)}
     ours = [path for path in found if path.absolute().parents[1].name != "latest"]
-    passed_over = []
+    passed_over: list[str] = []
     for path in sorted(ours, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
             if "optimizer_states" in read(path) or not resumed:
+                for problem in passed_over:
+                    rank_zero_warn(f"--ckpt_path last is {path}: {problem}.")
                 return path
             passed_over.append(f"{path} holds weights alone (save_weights_only)")
         except ValueError as error:

@@ -25,6 +25,7 @@ from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
 from lightning_perl.batches import Bounded, MixedBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.predictions import PredictionWriter
+from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.resume import Resume
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.models.adapters import LoraSpec
@@ -156,6 +157,10 @@ class AdapterModule(Checked, LightningModule, ABC):
         """Longest row in tokens that this module would make of the data's rows."""
 
     @abstractmethod
+    def preflight(self, batch: Any, optimizer: Optimizer) -> None:  # noqa: ANN401 (of this module's kind)
+        """Do what a batch of so many rows, all as long as they may be, would do, but for the step."""
+
+    @abstractmethod
     def hand_over(self, folder: Path) -> None:
         """Write what the next stage loads below ``folder``."""
 
@@ -216,7 +221,9 @@ class AdapterModule(Checked, LightningModule, ABC):
         """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""
         if self._trainer is not None:
             claim(self.trainer)
-        return [Handover(), Resume(), PredictionWriter()]
+        given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        told = any(isinstance(callback, MemoryPreflight) for callback in given)
+        return [Handover(), *([] if told else [MemoryPreflight()]), Resume(), PredictionWriter()]
 
     @classmethod
     def refuse(cls, trainer: Trainer, rows: str | None) -> None:

@@ -18,9 +18,10 @@ from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_perl.arguments import Count, Finite, NonNegative, Positive
-from lightning_perl.batches import MixedBatch, PromptBatch, RatedBatch
+from lightning_perl.batches import Bounded, MixedBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
@@ -36,6 +37,8 @@ from lightning_perl.modules.safety import (
     require_unmoved,
 )
 from lightning_perl.modules.updating import Updating
+from lightning_perl.optim import room_for_moments
+from lightning_perl.ranks import world
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe
 
 
@@ -179,6 +182,34 @@ class OnPolicy(Updating):
         rollouts = [rollout, greedy] if greedy else [rollout]
         return self._account(rollouts, learned, described, {**stats, **trained})
 
+    def preflight(self, batch: PromptBatch | MixedBatch, optimizer: Optimizer) -> None:
+        """Sample and score a rollout of the longest rows, and take one micro-batch's gradients."""
+        prompts, texts = batch if isinstance(batch, MixedBatch) else (batch, None)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        longest = prompts.ids.shape[1]
+        if isinstance(data, Bounded):
+            longest = max(longest, data.max_tokens - data.max_response_tokens)
+        ids = prompts.ids[:, -1:].repeat(1, longest)
+        prompts = prompts._replace(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+        with self.phase("rollout"):
+            rollout = self.collect(prompts, 0, early_exit=False, samples=self.samples)
+            rollout = rollout._replace(response_mask=torch.ones_like(rollout.response_mask))
+        with self.phase("score"):
+            scored = self.score(rollout, values=not self.values_come_later)
+            scored = scored._replace(baseline=scored.scores if self.greedy_baseline else None)
+        scored, _ = self.values_of(rollout, scored)
+        experience, _ = self.experience(rollout, scored)
+        kept = self.samples_learned
+        learned = -(-self.micro_batch_size // kept) * kept * world()
+        piece = experience.rows(torch.arange(min(learned, len(experience.old_logprobs))))
+        taken: list[Tensor] = []
+
+        def leave_out(_: object) -> bool:
+            taken.extend(room_for_moments(optimizer))
+            return False
+
+        self.update(piece, optimizer, accept=leave_out, by_length=False, texts=texts)
+
     def on_validation_end(self) -> None:
         """A scheduler that watches a measure is stepped after each validation, the others after each rollout.
 
@@ -319,6 +350,7 @@ class OnPolicy(Updating):
             "steered_to": self.steered_to,
             "score_moments": self.score_moments,
             "skipped": self.guard.skipped,
+            "skipped_in_a_row": self.guard.in_a_row,
             "rewarded_by": self.rewarded_by,
         }
 
@@ -331,6 +363,7 @@ class OnPolicy(Updating):
         self.steered_to = progress.get("steered_to")
         self.score_moments = dict(progress.get("score_moments", {}))
         self.guard.skipped = progress.get("skipped", 0)
+        self.guard.in_a_row = progress.get("skipped_in_a_row", 0)
         if (before := progress.get("rewarded_by", self.rewarded_by)) != self.rewarded_by:
             rank_zero_warn(
                 f"The checkpoint learned from the rewards {before}, this run goes on with {self.rewarded_by}."

@@ -109,7 +109,7 @@ class FiniteGuard:
     def __init__(self, patience: int = 3) -> None:
         self.patience = patience
         self.skipped = 0
-        self._in_a_row = 0
+        self.in_a_row = 0
 
     def __call__(self, norms: Mapping[str, Tensor]) -> bool:
         """Look at the gradient norms before clipping.
@@ -119,13 +119,13 @@ class FiniteGuard:
         """
         broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
         if not broken:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return True
         self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.patience:
+        self.in_a_row += 1
+        if self.in_a_row >= self.patience:
             raise RuntimeError(
-                f"The gradients of {broken} were not finite {self._in_a_row} times in a row; nothing was "
+                f"The gradients of {broken} were not finite {self.in_a_row} times in a row; nothing was "
                 "learned from those steps. Look at the scores (a reward that is inf or NaN), at the learning "
                 "rate, and at trunk_dtype."
             )

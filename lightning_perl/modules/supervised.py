@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_perl.batches import Bounded, RatedBatch
 from lightning_perl.functional.masked import masked_row_sums
+from lightning_perl.functional.packing import plan
 from lightning_perl.functional.sequences import Sequences, predicting
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
@@ -27,6 +28,7 @@ from lightning_perl.models.sharding import NO_SHARDED_TUNING
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.modules.safety import FiniteGuard, clip_by_group, trained_by
+from lightning_perl.optim import room_for_moments
 from lightning_perl.packaged import unpackaged
 from lightning_perl.ranks import Share, share_of_lines, sum_gradients
 
@@ -34,6 +36,22 @@ from lightning_perl.ranks import Share, share_of_lines, sum_gradients
 def sequences_of(batch: RatedBatch) -> Sequences:
     """The batch's rows, with the response columns cut off the prompt's."""
     return Sequences(batch.ids, batch.attention_mask, batch.response_mask[:, batch.prompt_tokens :])
+
+
+def lengthened(batch: RatedBatch, tokens: int) -> RatedBatch:
+    """The batch with rows of so many tokens, the last of each repeated."""
+    last = batch.attention_mask.sum(1, keepdim=True) - 1
+    column = torch.arange(tokens, device=last.device).expand(len(last), tokens)
+    ids = batch.ids.gather(1, column.minimum(last))
+    counts = batch.response_mask.gather(1, column.minimum(last))
+    packing = batch.packing
+    if packing is not None:
+        lines: dict[int, list[list[int]]] = {}
+        for line, row in zip(packing.line.tolist(), ids.tolist(), strict=True):
+            lines.setdefault(line, []).append(row)
+        packing = plan(list(lines.values()), ids.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return batch._replace(ids=ids, attention_mask=mask, response_mask=counts, packing=packing)
 
 
 class Supervised(AdapterModule):
@@ -179,6 +197,15 @@ class Supervised(AdapterModule):
         self.log("train/loss", loss.detach(), batch_size=len(batch.ids), prog_bar=True)
         return {"loss": loss, "tokens": {"step": int(batch.attention_mask.sum())}}
 
+    def preflight(self, batch: RatedBatch, optimizer: Optimizer) -> None:
+        """Take the gradients of these rows, each made as long as the longest there may be."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tokens = max(batch.ids.shape[1], data.max_tokens if isinstance(data, Bounded) else 0)
+        with self.trunk.training_pass():
+            loss, _ = self.objective(lengthened(batch, tokens))
+        loss.backward()  # type: ignore[no-untyped-call]
+        room_for_moments(optimizer)
+
     def setup(self, stage: str) -> None:
         """Refuse training rows of which none says what is to be learned, as far as their report knows.
 
@@ -239,6 +266,7 @@ class Supervised(AdapterModule):
         """Keep the number of ratings as well: the rest of an epoch may have none."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rated"] = self.rated
+        checkpoint["skipped"] = (self.guard.skipped, self.guard.in_a_row)
         if self.needs_ratings:
             checkpoint["unrated_steps"] = self.unrated_steps
 
@@ -246,6 +274,7 @@ class Supervised(AdapterModule):
         """Go on counting."""
         super().on_load_checkpoint(checkpoint)
         self.rated = checkpoint.get("rated", 0)
+        self.guard.skipped, self.guard.in_a_row = checkpoint.get("skipped", (0, 0))
         self.unrated_steps = checkpoint.get("unrated_steps", 0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
