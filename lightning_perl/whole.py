@@ -92,6 +92,7 @@ def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
+        _let_others_read(beside)
         for manifest in list(beside.rglob(MANIFEST_FILE)):
             _seal(manifest, about)
             _replace(manifest.parent, folder / manifest.parent.relative_to(beside))
@@ -109,9 +110,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for path in beside.rglob("*"):
-            # safetensors writes files that nobody but their owner can read, a server of another user for one.
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        _let_others_read(beside)
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -130,11 +129,17 @@ def require_whole(folder: Path) -> None:
             )
 
 
+def _let_others_read(folder: Path) -> None:
+    """Safetensors writes files that only their owner can read: a server that runs as another user could not."""
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def _seal(manifest: Path, about: dict[str, Any]) -> None:
     folder = manifest.parent
     # An adapter's config has its scale, which no tensor has.
-    sealed = [*sorted(folder.glob("*.safetensors")), *folder.glob("adapter_config.json")]
-    checksums = {path.name: _checksum(path) for path in sealed}
+    sealed = [*sorted(folder.rglob("*.safetensors")), *folder.glob("adapter_config.json")]
+    checksums = {path.relative_to(folder).as_posix(): _checksum(path) for path in sealed}
     whole = json.loads(manifest.read_text()) | about | {"checksums": checksums}
     manifest.write_text(json.dumps(whole, indent=2) + "\n")
 

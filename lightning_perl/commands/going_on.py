@@ -28,19 +28,25 @@ def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
     ours = [path for path in found if path.absolute().parents[1].name != "latest"]
     passed_over: list[str] = []
     for path in sorted(ours, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
-        try:
-            if "optimizer_states" in read(path) or not resumed:
-                for problem in passed_over:
-                    rank_zero_warn(f"--ckpt_path last is {path}: {problem}.")
-                return path
-            passed_over.append(f"{path} holds weights alone (save_weights_only)")
-        except ValueError as error:
-            passed_over.append(str(error))
+        problem = _unusable(path, resumed)
+        if problem is None:
+            for other in passed_over:
+                rank_zero_warn(f"--ckpt_path last is {path}: {other}.")
+            return path
+        passed_over.append(problem)
     looked = " or ".join(str(folder / pattern) for folder, pattern in places)
     raise FileNotFoundError(
         f"no checkpoint to go on from in {looked}. Leave --ckpt_path out to begin, or give a file. "
         + "; ".join(passed_over)
     )
+
+
+def _unusable(path: Path, resumed: bool) -> str | None:
+    try:
+        whole = "optimizer_states" in read(path)
+    except ValueError as error:
+        return str(error)
+    return None if whole or not resumed else f"{path} holds weights alone (save_weights_only)"
 
 
 def _places(trainer: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:

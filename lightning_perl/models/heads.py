@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_perl.functional.logprobs import at_least_fp32
 from lightning_perl.models.weightless import architecture
 
-HEADS_FILE = "heads.safetensors"
+HEADS_FILE = "heads/heads.safetensors"
+"""Not beside the weights: inference servers take every safetensors file there for weights."""
 
 
 class ScalarHead(nn.Module):
@@ -55,8 +56,8 @@ def average(heads: Sequence[ScalarHead]) -> ScalarHead:
 
 
 def save_heads(folder: Path, heads: dict[str, ScalarHead]) -> None:
-    """Write ``heads.safetensors`` with ``NAME.weight`` and ``NAME.bias`` per head."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``heads/heads.safetensors`` with ``NAME.weight`` and ``NAME.bias`` per head."""
+    (folder / HEADS_FILE).parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, head in heads.items()
@@ -67,6 +68,8 @@ def save_heads(folder: Path, heads: dict[str, ScalarHead]) -> None:
 
 def _stored(folder: Path) -> dict[str, Tensor]:
     path = folder / HEADS_FILE
+    if not path.is_file():  # where folders of 0.1 have it
+        path = folder / "heads.safetensors"
     return load_file(path) if path.is_file() else {}
 
 

@@ -316,7 +316,7 @@ class OnPolicy(Updating):
         if not bool(torch.isfinite(scored.scores).all()):
             raise RuntimeError(
                 "The reward role gives non-finite scores before any update. Look at the reward head in "
-                "heads.safetensors and at trunk_dtype."
+                "heads/heads.safetensors and at trunk_dtype."
             )
         self._require_equal(
             masked_mean((scored.logprobs - scored.reference).abs(), rollout.response_mask),

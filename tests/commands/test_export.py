@@ -25,7 +25,7 @@ from lightning_perl.commands.generate import Answer, columns, generate
 from lightning_perl.commands.trained import load, trained
 from lightning_perl.data.rows import Turn
 from lightning_perl.data.tokenization import TurnEncoder
-from lightning_perl.models.heads import load_head
+from lightning_perl.models.heads import HEADS_FILE, load_head
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -154,8 +154,7 @@ def test_a_checkpoint_becomes_the_adapter_that_was_handed_over(
         == (kept / "adapter_model.safetensors").read_bytes()
     )
     assert (
-        role == "policy"
-        or Path("out/heads.safetensors").read_bytes() == (kept / "heads.safetensors").read_bytes()
+        role == "policy" or Path("out", HEADS_FILE).read_bytes() == (kept / HEADS_FILE).read_bytes()
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_perl.models.heads import ScalarHead, has_head, load_head, save_heads
+from lightning_perl.models.heads import HEADS_FILE, ScalarHead, has_head, load_head, save_heads
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -42,6 +43,10 @@ def test_heads_come_back_by_name(tmp_path: Path) -> None:
         assert torch.equal(found.bias, head.bias)
     assert has_head(tmp_path / "new", "reward")
     assert not has_head(tmp_path, "reward")
+    # Not beside the weights, where servers take it for weights; but found there, as folders of 0.1 have it.
+    assert not list((tmp_path / "new").glob("*.safetensors"))
+    shutil.copy(tmp_path / "new" / HEADS_FILE, tmp_path / "heads.safetensors")
+    assert torch.equal(load_head(tmp_path, "value").weight, heads["value"].weight)
     assert not has_head(tmp_path / "new", "judge")
 
 

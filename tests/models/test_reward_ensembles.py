@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.heads import ScalarHead, load_head, save_heads
+from lightning_perl.models.heads import HEADS_FILE, ScalarHead, load_head, save_heads
 from lightning_perl.models.manifest import write_adapter_manifest
 from lightning_perl.models.roles import REDUCTIONS, RewardEnsemble, RoleAnswers, Roles
 from tests.conftest import TinyTrunk
@@ -154,7 +154,7 @@ def test_every_member_must_fit_the_trunk(
     write_adapter_manifest(tmp_path, other)
     with pytest.raises(ValueError, match=rf"{tmp_path} was trained on another trunk"):
         perl(tiny_trunk(), [adapters[0], str(tmp_path)], ensemble)
-    (tmp_path / "heads.safetensors").unlink()
+    (tmp_path / HEADS_FILE).unlink()
     with pytest.raises(ValueError, match=rf"{tmp_path} has no reward head"):
         perl(tiny_trunk(), [adapters[0], str(tmp_path)], ensemble)
     save_heads(tmp_path, {"reward": ScalarHead(48)})

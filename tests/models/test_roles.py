@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.models.adapters import LoraSpec
-from lightning_perl.models.heads import ScalarHead, load_head, save_heads
+from lightning_perl.models.heads import HEADS_FILE, ScalarHead, load_head, save_heads
 from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.models.manifest import write_adapter_manifest
 from lightning_perl.models.roles import LAYOUTS, Layout, Role, RoleAnswers, Roles
@@ -342,7 +342,7 @@ def test_a_missing_reward_head_is_found_before_any_weight_is_read(
     tiny_trunk: TinyTrunk, layout: Layout, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_trunk(), tmp_path, dirs_exist_ok=True)
-    (tmp_path / "heads.safetensors").unlink()
+    (tmp_path / HEADS_FILE).unlink()
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no reward head \(found: no heads file\)"):
         Roles(layout, str(tmp_path), SPEC)

@@ -460,7 +460,7 @@ def test_reward_adapter_names_its_trunk(reward_run: Path, plain_trunk: Path) -> 
     assert about.pop("checksums").keys() == {
         "adapter_config.json",
         "adapter_model.safetensors",
-        "heads.safetensors",
+        HEADS_FILE,
     }
     assert about == {
         "kind": "adapter",

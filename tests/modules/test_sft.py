@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lightning_perl.models.adapters import OFF, LoraSpec
+from lightning_perl.models.heads import HEADS_FILE
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import SFT
 from tests.modules import tiny
@@ -64,7 +65,7 @@ def test_trunk_that_is_handed_over_gives_the_trained_models_logits(
     manifest = json.loads((folder / "trunk" / "manifest.json").read_text())
     assert manifest["module"] == "SFT"
     assert manifest["from"] == str(plain_trunk)
-    assert not (folder / "trunk" / "heads.safetensors").exists()
+    assert not (folder / "trunk" / HEADS_FILE).exists()
 
 
 def test_folder_that_gives_other_logits_is_reported(
