@@ -37,7 +37,7 @@ from lightning_perl.callbacks.phase_meter import ran_out_of_memory
 from lightning_perl.callbacks.resume import changes
 from lightning_perl.commands import mix
 from lightning_perl.commands.compare import compare
-from lightning_perl.commands.estimate import add_arguments
+from lightning_perl.commands.estimate import add_arguments, devices_of
 from lightning_perl.commands.estimate import run as estimate
 from lightning_perl.commands.export import export
 from lightning_perl.commands.generate import generate
@@ -243,10 +243,9 @@ class EstimateCLI(PerlCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what `fit` refuses, whatever devices there are here."""
         trainer = self.config.trainer
-        devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
         keys = ("strategy", "num_nodes", "precision", "overfit_batches")
         settings = {key: trainer[key] for key in keys}
-        settings |= {"accelerator": "cpu", "devices": devices if str(devices).isdigit() else 1}
+        settings |= {"accelerator": "cpu", "devices": devices_of(trainer.devices)}
         refuse_early(self.config, settings)
 
     def instantiate_classes(self) -> None:

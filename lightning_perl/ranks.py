@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_perl.functional.sequences import Cut, Sequences, cuts
 
-AT_ONCE = 2**26
+AT_ONCE = 2**24
 """Most numbers of gradients that are copied and summed at a time; one tensor may be larger."""
 _alone = 0
 

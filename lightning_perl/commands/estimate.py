@@ -130,15 +130,24 @@ def load_of(config: Namespace) -> Load:
             f"estimate runs this package's modules, and {config.model.class_path} is none of them."
         )
     prompt = data.max_tokens - data.max_response_tokens
+    ranks = devices_of(config.trainer.devices) * config.trainer.num_nodes
+    rows = -(-data.batch_size // ranks)
     if issubclass(module_class, OnPolicy):
-        rows = data.batch_size * model.get("samples", 1)
-        return Load(prompt, model.sampling.max_new_tokens, rows)
+        rows *= model.get("samples", 1)
+        return Load(prompt, model.sampling.max_new_tokens, rows, ranks=ranks)
     pairs = config.pairs
     if pairs is None:
         data_class = resolve_name(config.data.class_path)
         pairs = issubclass(module_class, Judging) and getattr(data_class, "pairs", True)
     accumulated = (config.trainer.accumulate_grad_batches or 1) > 1
-    return Load(prompt, data.max_response_tokens, data.batch_size, pairs, accumulated)
+    return Load(prompt, data.max_response_tokens, rows, pairs, accumulated, ranks)
+
+
+def devices_of(devices: object) -> int:
+    """How many devices of a node ``trainer.devices`` names; one where that depends on the machine."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(str(devices)) if str(devices).isdigit() else 1
 
 
 def _make_module(config: Namespace, parser: LightningArgumentParser) -> AdapterModule:
@@ -303,7 +312,9 @@ def comparisons(module: AdapterModule, load: Load) -> dict[str, Comparison]:
     shared: dict[str, Any] = {"trunk": "trunk", "optimizer": module._make_optimizer}
     shared |= {name: own[name] for name in ("attention", "shortcuts", "checkpointing")}
     # What is tuned whole is not quantized, and float32.
-    frozen: dict[str, Any] = {name: own[name] for name in ("trunk_dtype", "quantization")}
+    frozen: dict[str, Any] = {
+        name: own[name] for name in ("trunk_dtype", "quantization", "trunk_sharding")
+    }
     lora = next(iter(trunk.adapters.specs.values()), LoraSpec())
     sft = shared | {"checkpointing": bool(own["checkpointing"])}
     ppo = shared | {"sampling": sampling, "lora": lora, "micro_batch_size": micro}
@@ -370,11 +381,12 @@ def _as_text(
     facts: dict[str, Any], own: Estimate, others: Mapping[str, Estimate | None], budget: str | None
 ) -> str:
     load = facts["load"]
+    shared = "" if load["ranks"] == 1 else f" on each of {load['ranks']} devices"
     lines = [
         f"{facts['module']} on {facts['model_type']} of {facts['parameters'] / 1e9:.2f}B parameters, "
         f"{load['prompt_tokens']} + {load['response_tokens']} tokens, {load['rows']} "
-        f"{'pairs' if load['pairs'] else 'rows'} a batch, {load['micro_batch_size']} at once; GiB at each "
-        "phase's peak:",
+        f"{'pairs' if load['pairs'] else 'rows'} a batch{shared}, {load['micro_batch_size']} at once; GiB at "
+        "each phase's peak:",
         phase_table(own),
         NOT_COUNTED,
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -94,14 +95,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind, size = self._storages.pop(key)
         self.live[kind] -= size
 
-    def mark(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Count tensors as a kind from now on, also those that were not made inside the ledger."""
+    def mark(self, tensors: Iterable[Tensor], kind: Kind, parts: float = 1) -> None:
+        """Count tensors as a kind from now on, also those that were not made inside the ledger.
+
+        Of each only one of so many ``parts`` is counted, nothing of infinitely many.
+        """
         for tensor in tensors:
             self._count(tensor)
             key = tensor.untyped_storage()._cdata
             if key in self._storages:
                 before, size = self._storages[key]
                 self.live[before] -= size
+                size = math.ceil(size / parts)
                 self.live[kind] += size
                 self._storages[key] = kind, size
 

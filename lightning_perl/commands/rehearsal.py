@@ -6,6 +6,7 @@ Nothing is computed and no memory is taken: `FakeTensorMode` gives every operati
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.commands.ledger import CUDA_BLOCK, HOST, Ledger, Peak, PhaseLedger
 from lightning_perl.data.rows import RatedExample, RatedRow, collate_rated
 from lightning_perl.functional import logprobs
+from lightning_perl.models.sharding import decoder_blocks
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import materialize
 from lightning_perl.modules.actor_critic import ActorCritic
@@ -46,7 +48,8 @@ Peaks = dict[str, Peak]
 class Load(NamedTuple):
     """How much a train batch holds: its longest prompt and response, and its rows (a pair counts as one).
 
-    ``accumulated``: gradients of earlier supervised batches are held already.
+    ``accumulated``: gradients of earlier supervised batches are held already. ``ranks``: of so many devices these
+    are one's rows.
     """
 
     prompt_tokens: int
@@ -54,6 +57,7 @@ class Load(NamedTuple):
     rows: int
     pairs: bool = False
     accumulated: bool = False
+    ranks: int = 1
 
 
 AnyModule = TypeVar("AnyModule", bound=AdapterModule)
@@ -129,12 +133,32 @@ class Rehearsal(ABC, Generic[AnyModule]):
     def _mark_weights(self) -> None:
         for trunk in self.trunks:
             self.ledger.mark([*trunk.parameters(), *trunk.buffers()], "trunk")
+            if self.module.trunk_sharding is not None:
+                self._take_apart(trunk)
         frozen = {id(weight) for trunk in self.trunks for weight in own_weights(trunk)}
         rest = (weight for weight in self.module.parameters() if id(weight) not in frozen)
         self.ledger.mark(rest, "adapters")
         for parameter in self.module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)  # type: ignore[no-untyped-call]
+
+    def _take_apart(self, trunk: Trunk) -> None:
+        """Count a piece of each block, none where they rest on the host; and two whole blocks.
+
+        One of these runs, and the next is put together meanwhile.
+        """
+        names = decoder_blocks(trunk.model)
+        own = {id(weight) for weight in own_weights(trunk)}
+        blocks = [
+            [weight for weight in trunk.model.get_submodule(name).parameters() if id(weight) in own]
+            for name in names
+        ]
+        parts = math.inf if self.module.trunk_sharding == "offload" else self.load.ranks
+        whole = max(sum(weight.numel() for weight in block) for block in blocks)
+        self._gathered = torch.empty(2 * whole, dtype=trunk.dtype)
+        self.ledger.mark([self._gathered], "trunk")
+        for block in blocks:
+            self.ledger.mark(block, "trunk", parts)
 
     def _mark_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -169,7 +193,9 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
     def learn(self) -> None:
         """A rollout batch."""
         module, rows = self.module, self.load.rows
-        minibatch = min(module.minibatch_size or rows, rows)
+        kept = module.samples_learned
+        prompts = (module.minibatch_size or rows * self.load.ranks) // kept
+        minibatch = min(-(-prompts // self.load.ranks) * kept, rows)
         learned = min(module.micro_batch_size, minibatch)
         self.rollout(self._sampled_rows)
         self.update(min(module.score_batch_size, rows), learned, accumulate=learned < minibatch)

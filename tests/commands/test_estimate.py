@@ -36,6 +36,7 @@ from lightning_perl.commands.rehearsal import Load, OnPolicyRehearsal, prompts_o
 from lightning_perl.functional import logprobs
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
+from lightning_perl.models.sharding import TrunkSharding
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.weightless import materialize, weightless
 from lightning_perl.modules import (
@@ -128,6 +129,17 @@ def test_weights_adapters_and_moments_by_hand() -> None:
         # AdamW: two moments, and a count of steps per tensor.
         tensors = adapters * layers * 7 * 2 + 2
         assert peak.kinds["optimizer"] == FLOAT * (2 * (adapters * adapter + head) + tensors)
+
+
+@pytest.mark.parametrize(("sharding", "ranks", "share"), [("shard", 4, 1 / 4), ("offload", 1, 0)])
+def test_blocks_in_pieces_by_hand(sharding: TrunkSharding, ranks: int, share: float) -> None:
+    hidden, inner, words = 64, 176, 500
+    block = 4 * hidden**2 + 3 * hidden * inner + 2 * hidden
+    make, load = ppo(trunk_sharding=sharding), LOAD._replace(ranks=ranks)
+    peaks = rehearsal(make, load, block=1).peaks()
+    # Two blocks are whole, embeddings and LM head always are; rotary frequencies are buffers.
+    trunk = FLOAT * ((2 + share) * block + 2 * words * hidden + hidden + 2 * (hidden // 4 // 2))
+    assert {peak.kinds["trunk"] for peak in peaks.values()} == {trunk}
 
 
 def test_moments_that_rest_on_the_host_are_counted_in_the_step_only() -> None:
@@ -398,7 +410,7 @@ def test_the_command_prints_one_object(
     assert (found["module"], found["layout"]) == ("HydraPPO", "hydra")
     assert found["load"] == {
         "prompt_tokens": 32, "response_tokens": 8, "rows": 4, "pairs": False, "accumulated": False,
-        "micro_batch_size": 2,
+        "ranks": 1, "micro_batch_size": 2,
     }  # fmt: skip
     assert set(found["phases"]) == {"rollout", "score", "actor", "critic", "optimizer"}
     for phase in found["phases"].values():
@@ -424,11 +436,13 @@ def test_rows_are_pairs_as_module_and_data_say(
     module: str, data: str, asked: bool | None, pairs: bool
 ) -> None:
     space: Any = Namespace
-    config = space(pairs=asked, trainer=space(accumulate_grad_batches=2))
+    trainer = space(accumulate_grad_batches=2, devices=[0, 1, 2], num_nodes=1)
+    config = space(pairs=asked, trainer=trainer)
     config.model = space(class_path=f"lightning_perl.modules.{module}", init_args=space())
     sizes = space(max_tokens=40, max_response_tokens=8, batch_size=4)
     config.data = space(class_path=f"lightning_perl.data.{data}", init_args=sizes)
-    assert load_of(config) == Load(32, 8, 4, pairs, accumulated=True)
+    # Of the 4 rows on three devices, one reads two.
+    assert load_of(config) == Load(32, 8, 2, pairs, accumulated=True, ranks=3)
 
 
 def test_the_command_prints_a_table_of_all_layouts(
