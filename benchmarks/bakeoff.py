@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from calibration import calibration
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from perl_reward import read, spread
@@ -42,7 +43,7 @@ from small_trunk import adam, fitted, resident_mb, run_missing
 
 from lightning_perl.commands.estimate import GIB, LlamaSizes, estimate
 from lightning_perl.commands.rehearsal import Load, rehearsal_of
-from lightning_perl.data import PreferenceDataModule
+from lightning_perl.data import MixedDataModule, PreferenceDataModule
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import (
@@ -61,6 +62,7 @@ from lightning_perl.modules import (
 )
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.running import KLControl
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards.coffee_orders import CoffeeOrderQuality
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -72,6 +74,8 @@ EPISODES = 1024
 BATCH = 64
 PAIRS, THUMBS = 16, 32
 """Pairs and thumbs of an optimizer step: as many answers in both."""
+TEXTS = 32
+"""Texts to imitate beside the episodes of an optimizer step."""
 RATES = (1e-3, 3e-3, 1e-2)
 GRID_SEED, SEEDS = 100, (0, 1, 2)
 CEILING = 10.0
@@ -92,6 +96,11 @@ PPO_MAX = {
     "advantage_clip": 3.0,
     "critic_warmup": 2,
 }
+LORA_RLHF = {
+    "lora": LoraSpec(8, alpha=64.0, targets=("attention",)),
+    "kl_control": KLControl("jensen_shannon"),
+}
+LORA = LoraSpec(16, alpha=16.0)
 
 
 class Method(NamedTuple):
@@ -106,11 +115,18 @@ class Method(NamedTuple):
         """Responses per prompt."""
         return int(self.settings.get("samples", 1))
 
+    @property
+    def lora(self) -> LoraSpec:
+        """The adapter's shape: the quickstart's, or the recipe's own."""
+        return self.settings.get("lora", LORA)
+
 
 METHODS = {
     "PPO, hydra": Method(PPO, RECIPE | PPO_RECIPE),
     "PPO, joint_hydra": Method(PPO, RECIPE | PPO_RECIPE | {"layout": "joint_hydra"}),
     "PPO-max": Method(PPO, RECIPE | PPO_RECIPE | PPO_MAX),
+    "PPO-max, texts": Method(PPO, RECIPE | PPO_RECIPE | PPO_MAX | {"lm_weight": 0.02}, "texts"),
+    "LoRA-RLHF": Method(PPO, RECIPE | PPO_RECIPE | LORA_RLHF),
     "Reinforce": Method(Reinforce, RECIPE | {"beta": 0.05}),
     "RLOO": Method(RLOO, RECIPE | {"samples": 4, "kl_coef": 0.05}),
     "ReMax": Method(ReMax, RECIPE | {"kl_coef": 0.05}),
@@ -137,35 +153,30 @@ def packaged_rows(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def prompts(train: list[dict[str, Any]] | None = None, **options: Any) -> PreferenceDataModule:
+def prompts(**options: Any) -> PreferenceDataModule:
     """The packaged prompts; ``train`` are the training rows, if not all of them."""
     files = {split: f"{ORDERS}/prompts_{split}.jsonl.gz" for split in ("train", "val", "test")}
-    return orders(**files | ({"train": train} if train else {}), rows="prompts", **options)
+    return orders(**files | options, rows="prompts")
 
 
-def orders(**options: Any) -> PreferenceDataModule:
+def orders(
+    make: type[PreferenceDataModule] = PreferenceDataModule, **options: Any
+) -> PreferenceDataModule:
     """Rows about orders."""
-    return PreferenceDataModule(
-        TRUNK, max_tokens=80, max_response_tokens=32, val_batch_size=256, **options
-    )
+    return make(TRUNK, max_tokens=80, max_response_tokens=32, val_batch_size=256, **options)
 
 
 def policy(make: type[OnPolicy] = RLOO, **settings: Any) -> Any:  # noqa: ANN401 (any on-policy class)
     """An on-policy module on the packaged trunk."""
-    return make(
-        TRUNK,
-        lora=LoraSpec(16, alpha=16.0),
-        sampling=SamplingSpec(max_new_tokens=32),
-        gold=CoffeeOrderQuality(),
-        **settings,
-    )
+    shared = {"lora": LORA, "sampling": SamplingSpec(max_new_tokens=32)}
+    return make(TRUNK, gold=CoffeeOrderQuality(), **shared | settings)
 
 
 def make_pairs() -> dict[str, Any]:
     """Two answers of the reference to every prompt, the one that the reward head prefers first."""
     module, pairs = policy(score_batch_size=64, seed=GRID_SEED), []
     rows = packaged_rows("prompts_train")[PAIRS : PAIRS + EPISODES // 2]
-    data = prompts(rows, batch_size=BATCH, seed=GRID_SEED)
+    data = prompts(train=rows, batch_size=BATCH, seed=GRID_SEED)
     data.setup()
     for batch in data.train_dataloader():
         rollout = module.collect(batch, 0, "reference", samples=2)
@@ -185,8 +196,12 @@ def make_pairs() -> dict[str, Any]:
 
 def data_for(method: Method, seed: int, root: Path) -> PreferenceDataModule:
     """What a method learns from."""
+    options = {"batch_size": BATCH // method.samples, "seed": seed}
     if method.rows == "prompts":
-        return prompts(batch_size=BATCH // method.samples, seed=seed)
+        return prompts(**options)
+    if method.rows == "texts":
+        texts = {"texts": f"{ORDERS}/rated_train.jsonl.gz", "texts_batch_size": TEXTS}
+        return prompts(make=MixedDataModule, **options | texts)
     if method.rows == "pairs":
         rows, size = json.loads((root / "pairs.json").read_text())["pairs"], PAIRS
     else:
@@ -207,7 +222,7 @@ def train(name: str, learning_rate: float, seed: int, root: Path) -> dict[str, A
         module = policy(method.make, max_episodes=EPISODES, score_batch_size=64, **options)
         trunk, callbacks = module.policy_trunk, [course]
     else:
-        module, callbacks = method.make(TRUNK, lora=LoraSpec(16, alpha=16.0), **options), []
+        module, callbacks = method.make(TRUNK, **{"lora": LORA} | options), []
         trunk = module.trunk
     wall, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -227,19 +242,21 @@ def train(name: str, learning_rate: float, seed: int, root: Path) -> dict[str, A
         "updates": module.trainer.global_step,
         "rollouts": course.rollouts,
     }
-    return result | judged(trunk.adapters.tensors("actor"), held_out=seed != GRID_SEED)
+    adapter, held_out = trunk.adapters.tensors("actor"), seed != GRID_SEED
+    result |= judged(adapter, method.lora, held_out)
+    return result | (calibration(TRUNK, adapter, method.lora) if held_out else {})
 
 
-def judged(adapter: dict[str, torch.Tensor], held_out: bool) -> dict[str, Any]:
+def judged(adapter: dict[str, torch.Tensor], lora: LoraSpec, held_out: bool) -> dict[str, Any]:
     """Answers of a policy, drawn with the same noise for all."""
-    judge = policy(score_batch_size=64)
+    judge = policy(score_batch_size=64, lora=lora)
     with torch.no_grad():
         for name, weight in judge.policy_trunk.adapters.tensors("actor").items():
             weight.copy_(adapter[name])
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
     )
-    data = prompts(packaged_rows("prompts_train")[:1])  # they are not looked at
+    data = prompts(train=packaged_rows("prompts_train")[:1])  # they are not looked at
     answer = trainer.test if held_out else trainer.validate
     (found,) = answer(judge, datamodule=data, verbose=False)
     return {key.partition("/")[2]: value for key, value in found.items()}
@@ -354,6 +371,25 @@ def results(runs: list[dict[str, Any]], at_7b: dict[str, float]) -> list[str]:
     return table([*head, "updates", "CPU s", "wall s", "peak MB", "7B GiB"], rows)
 
 
+def calibration_table(runs: list[dict[str, Any]]) -> list[str]:
+    """Share of right predictions and their calibration error, see ``calibration.py``; the reference's first."""
+    keys = [f"{kind}_{measure}" for kind in ("choice", "token") for measure in ("accuracy", "ece")]
+    measured = [run for run in runs if keys[0] in run]
+    rows = [
+        [
+            "reference",
+            "",
+            *(f"{run[f'reference_{key}']:.3f}" for run in measured[:1] for key in keys),
+        ]
+    ]
+    for name, mine in by_method(measured).items():
+        cells = (spread([run[key] for run in mine], 3) for key in keys)
+        rows.append([name, str(len(mine)), *cells])
+    return table(
+        ["method", "runs", *(key.replace("_ece", " ECE").replace("_", " ") for key in keys)], rows
+    )
+
+
 def grid_table(runs: list[dict[str, Any]], rates: dict[str, float]) -> list[str]:
     """Every run of the grid: learned score / KL (gold, which chooses nothing)."""
 
@@ -414,6 +450,13 @@ def report(root: Path) -> None:
     ]
     image = f"![gold and learned reward over KL]({REPORT.with_suffix('.png').name})"
     write("Held-out prompts", [*about, "", *results(runs, at_7b), "", image])
+    sure = [
+        "Is a policy as sure as it is right (SuperHF's paper asks that)? Expected calibration errors in ten "
+        "bins, on held-out orders. Choice: of four answers, three of which get the drink, the size or the number "
+        "wrong, the policy picks the likeliest. Token: the likeliest next token of 512 answers as they were "
+        "written, good and bad. `benchmarks/calibration.py`.",
+    ]
+    write("Calibration", [*sure, "", *calibration_table(runs)])
     rule = [
         f"One run per learning rate with seed {GRID_SEED}: learned score / KL (gold) on the validation "
         f"prompts. Bold: chosen, the highest learned score within {CEILING:g} nats, or the run nearest to them. "

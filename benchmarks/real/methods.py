@@ -281,7 +281,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     given: dict[str, Any] = {"trunk": args.trunk, "data_dir": args.data_dir, "root": args.root}
-    names = [name for name in args.methods if METHODS[name].rows != "thumbs"]
+    # Without those that need rows of other kinds, or bring an adapter of their own.
+    names = [
+        name
+        for name in args.methods
+        if METHODS[name].rows in ("prompts", "pairs") and "lora" not in METHODS[name].settings
+    ]
     if not args.report:
         pairs = partial(make_pairs, args.trunk, args.data_dir)
         run_missing({args.root / "pairs.json": pairs}, args.workers)

@@ -6,6 +6,7 @@ Shapes: ``B`` rows, ``K`` pairs.
 from __future__ import annotations
 
 from abc import abstractmethod
+from hashlib import blake2b
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,9 @@ class Pairwise(Judging):
         trunk: Folder or hub name of the SFT trunk.
         lora: Shape of the adapter.
         beta: Weight of the KL to the reference that is implied; the smaller, the further the policy may go.
+        keep_reference: Ask the reference once for each row: what it says in the first epoch is kept (16 bytes a
+            row, in checkpoints too), and later epochs and validations save its pass. Their numbers change by
+            rounding, as a row's log-probability does from batch to batch.
         settings: Arguments of `Supervised` and `AdapterModule`.
     """
 
@@ -41,7 +45,12 @@ class Pairwise(Judging):
     rating_columns: ClassVar[str] = "`chosen` and `rejected`"
 
     def __init__(
-        self, trunk: str, lora: LoraSpec = LoraSpec(), beta: Positive = 0.1, **settings: Any
+        self,
+        trunk: str,
+        lora: LoraSpec = LoraSpec(),
+        beta: Positive = 0.1,
+        keep_reference: bool = False,
+        **settings: Any,
     ) -> None:
         if lora is None:
             raise ValueError(
@@ -50,6 +59,8 @@ class Pairwise(Judging):
             )
         super().__init__(trunk, lora=lora, **settings)
         self.beta = beta
+        self.keep_reference = keep_reference
+        self._kept: dict[int, float] = {}
 
     @abstractmethod
     def preference_loss(self, ratios: Tensor, batch: RatedBatch) -> tuple[Tensor, Stats]:
@@ -66,8 +77,8 @@ class Pairwise(Judging):
 
     def losses(self, batch: RatedBatch) -> tuple[Tensor, Tensor, Stats]:
         """Loss, scores and statistics."""
-        logprobs, reference = self.response_logprobs(batch), self.reference_logprobs(batch)
-        ratios = logprobs - reference
+        logprobs = self.response_logprobs(batch)
+        ratios = logprobs - self.kept_reference(batch)
         loss, stats = self.preference_loss(ratios, batch)
         scores = self.beta * ratios.detach()
         if self.needs_pairs:
@@ -83,10 +94,23 @@ class Pairwise(Judging):
         loss, _, stats = self.losses(batch)
         return loss, stats
 
+    def kept_reference(self, batch: RatedBatch) -> Tensor:
+        """`reference_logprobs`, of each row as it was first seen with ``keep_reference``. Shape: ``(B,)``."""
+        # Shapes without values (see `weightless`) are no rows.
+        if not self.keep_reference or self.trunk.weightless:
+            return self.reference_logprobs(batch)
+        rows = row_keys(batch)
+        if any(row not in self._kept for row in rows):
+            fresh = dict(zip(rows, self.reference_logprobs(batch).tolist(), strict=True))
+            self._kept = fresh | self._kept
+        kept = [self._kept[row] for row in rows]
+        dtype = torch.promote_types(self.trunk.dtype, torch.float32)
+        return torch.tensor(kept, dtype=dtype, device=batch.ids.device)
+
     @torch.no_grad()
     def scores(self, batch: RatedBatch) -> Tensor:
         """Implicit rewards. Shape: ``(B,)``."""
-        return self.beta * (self.response_logprobs(batch) - self.reference_logprobs(batch))
+        return self.beta * (self.response_logprobs(batch) - self.kept_reference(batch))
 
     def validation_step(self, batch: RatedBatch, batch_idx: int) -> None:
         """Loss, weighted by ratings, and the scores' measures."""
@@ -97,3 +121,26 @@ class Pairwise(Judging):
         self.measure(scores, batch)
 
     test_step = validation_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also what is kept of the reference."""
+        super().on_save_checkpoint(checkpoint)
+        if self.keep_reference:
+            rows = torch.tensor([*self._kept], dtype=torch.int64)
+            values = torch.tensor([*self._kept.values()], dtype=torch.float64)
+            checkpoint["kept_reference"] = (rows, values)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with it: a checkpoint of another trunk is refused."""
+        super().on_load_checkpoint(checkpoint)
+        if "kept_reference" in checkpoint:
+            rows, values = checkpoint["kept_reference"]
+            self._kept = dict(zip(rows.tolist(), values.tolist(), strict=True))
+
+
+def row_keys(batch: RatedBatch) -> list[int]:
+    """A number for each row's tokens and which of them count; the same text has the same number in any batch."""
+    tokens = (2 * batch.ids + batch.response_mask).cpu()
+    rows = zip(tokens, batch.attention_mask.cpu(), strict=True)
+    digests = (blake2b(row[mask].numpy().tobytes(), digest_size=8).digest() for row, mask in rows)
+    return [int.from_bytes(digest, "big", signed=True) for digest in digests]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_perl.batches import RatedBatch
 from lightning_perl.data.rows import collate_rated
-from lightning_perl.modules import DPO
+from lightning_perl.modules import DPO, KTO
+from lightning_perl.modules.pairwise import Pairwise
 from tests.modules import tiny
 from tests.modules.test_packed_pairs import examples
 
@@ -58,6 +60,30 @@ def test_loss_and_gradients_in_float64(share: bool, gpt2_trunk: Path, tmp_path: 
     gradients = tiny.gradients_of(module, batch)
     assert_gradients_of(policy, gradients)
     assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [DPO, KTO])
+def test_a_kept_reference_is_asked_once_a_row(kind: type[Pairwise], gpt2_trunk: Path) -> None:
+    rows = examples(8, 1)
+    first, again = collate_rated(rows[:4]), collate_rated(rows[2:])
+    plain, keeping = (
+        kind(str(gpt2_trunk), lora=tiny.LORA, trunk_dtype="float64", keep_reference=keep)
+        for keep in (False, True)
+    )
+    for module in (plain, keeping):
+        tiny.train_adapters(module)
+    fits = collate_rated(rows[4:6])
+    for batch, reads in ((first, True), (again, True), (fits, False), (first, False)):
+        before = keeping.trunk.passes
+        assert_close(keeping.objective(batch)[0], plain.objective(batch)[0], rtol=0, atol=1e-12)
+        anchor = 2 * (kind is KTO)  # rows of other texts every time
+        assert keeping.trunk.passes - before == 1 + reads + anchor
+    saved: dict[str, Any] = {"state_dict": keeping.state_dict()}
+    keeping.on_save_checkpoint(saved)
+    later = kind(str(gpt2_trunk), lora=tiny.LORA, trunk_dtype="float64", keep_reference=True)
+    later.on_load_checkpoint(saved)
+    assert torch.equal(later.kept_reference(again), keeping.kept_reference(again))
+    assert later.trunk.passes == 0
 
 
 def test_steps_without_pairs_move_nothing_and_are_counted(gpt2_trunk: Path, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "HydraSFT": lambda trunk: HydraSFT(trunk, DROPOUT, scheduler=halving),
     "RewardModel": lambda trunk: RewardModel(trunk, DROPOUT),
     "DPO": lambda trunk: DPO(trunk, lora=DROPOUT),
+    "DPO, kept reference": lambda trunk: DPO(trunk, lora=DROPOUT, keep_reference=True),
     "KTO": lambda trunk: KTO(trunk, lora=DROPOUT),
     "HydraPPO": lambda trunk: HydraPPO(trunk, **RL),
     "HydraPPO, moments on the host": lambda trunk: HydraPPO(
