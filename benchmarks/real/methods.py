@@ -3,7 +3,8 @@
     python benchmarks/real/methods.py --trunk runs/real/trunk --data_dir ../shared/data
     python benchmarks/real/methods.py --trunk runs/real/trunk --data_dir ../shared/data --report
 
-Prompts are the first human turns of Anthropic's harmless-base. The reward is plain Python, `ShortAndOnTopic`: half
+Prompts are the first human turns of Anthropic's harmless-base, with a system turn that asks for one short
+sentence (without it 3% of answers have both, too few to learn from). The reward is plain Python, `ShortAndOnTopic`: half
 a point for an answer of at most 20 words, half for one that uses a word of the question of five letters or more.
 Gold is the share of held-out answers with both: shortness alone is learned fast, by answers such as "A myth.",
 and does not count. On-policy methods learn from 512 episodes, the others in one pass from as many answers of the
@@ -55,6 +56,7 @@ LORA = LoraSpec(16, alpha=16.0)
 SAMPLING = SamplingSpec(max_new_tokens=48, temperature=0.7)
 SIZES: dict[str, Any] = {"max_tokens": 192, "max_response_tokens": 48, "on_bad_row": "reject"}
 HELD_OUT = 64
+ASKED = "Answer in one short sentence."
 WORD = re.compile(r"[a-z']+")
 
 
@@ -82,7 +84,7 @@ def questions(trunk: Path, data_dir: Path) -> list[dict[str, str]]:
     data = HarmlessnessDataModule(str(trunk), data_dir, on_bad_row="reject")
     firsts = [first_row(item).context[0].text for part in data.read() for item in part]
     short = {text: None for text in firsts if len(WORD.findall(text.lower())) <= 60}
-    return [{"prompt": text} for text in short]
+    return [{"prompt": text, "system": ASKED} for text in short]
 
 
 def asked(trunk: Path, data_dir: Path, **options: Any) -> PreferenceDataModule:

@@ -2,6 +2,7 @@
 
 from lightning_perl.callbacks.before_after import BeforeAfter
 from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
+from lightning_perl.callbacks.episode_bar import EpisodeBar
 from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.reward_report import RewardReport
@@ -15,6 +16,7 @@ __all__ = [
     "BeforeAfter",
     "CudaMemoryMonitor",
     "CudaMemorySnapshot",
+    "EpisodeBar",
     "MemoryPreflight",
     "PhaseCallback",
     "PolicyGuard",

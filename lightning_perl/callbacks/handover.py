@@ -26,6 +26,14 @@ from lightning_perl.callbacks.run_folder import (
 from lightning_perl.ranks import alone
 from lightning_perl.whole import WholeCheckpoints, damage, written_whole
 
+NEXT = {
+    "adapters/actor": "talk to it: python -m lightning_perl generate {run}",
+    "policy": "talk to it: python -m lightning_perl generate {run}",
+    "adapters/reward": "learn from it: --model.layout=perl --model.reward={place}",
+    "trunk": "begin the next stage with it: --model.trunk={place}",
+}
+"""What to do with a folder that was handed over."""
+
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     """The callbacks that save checkpoints."""
@@ -178,6 +186,9 @@ class Handover(Callback):
                 pl_module.hand_over(beside)
             link_latest(folder)
         rank_zero_info(f"handed over in {folder}")
+        for place, then in NEXT.items():
+            if (folder / place).is_dir():
+                rank_zero_info(then.format(run=folder, place=folder / place))
         if stopped_by:
             rank_zero_info(f"unfinished, {note}; to go on, add --ckpt_path last")
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_perl.arguments import Count, Finite, NonNegative, Positive
 from lightning_perl.batches import Bounded, MixedBatch, PromptBatch, RatedBatch
+from lightning_perl.callbacks.episode_bar import count_episodes
 from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
@@ -114,8 +115,9 @@ class OnPolicy(Updating):
     # ---- Lightning -------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """A guard that warns as well, unless the trainer was given one."""
+        """A bar that counts episodes, and a guard that warns, unless the trainer was given another."""
         given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        count_episodes(given)
         if any(isinstance(callback, PolicyGuard) for callback in given):
             return super().configure_callbacks()
         return [PolicyGuard(), *super().configure_callbacks()]
