@@ -43,10 +43,8 @@ def unwrap(trainer: Trainer) -> None:
 
     The wrapper would sum gradients in the middle of a step that has several backward passes.
     """
-    strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
-        return
-    strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
-    trainer._accelerator_connector.use_distributed_sampler = False
     # Every rank logs what all rows gave.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level")
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+        trainer._accelerator_connector.use_distributed_sampler = False
