@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_perl.arguments import CountOrZero, NonNegative, Positive
 from lightning_perl.models.heads import save_heads
-from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
+from lightning_perl.models.roles import Layout, Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
@@ -53,11 +53,6 @@ class ActorCritic(OnPolicy):
     ) -> None:
         norm = max_grad_norm if critic_max_grad_norm is None else critic_max_grad_norm
         super().__init__(trunk, max_grad_norm=max_grad_norm, **settings)
-        if critic_warmup and self.roles.seats["policy"] == self.roles.seats["value"]:
-            raise ValueError(
-                f"critic_warmup needs a critic of its own; layout {self.roles.layout} has one adapter for actor "
-                "and critic. Use layout hydra, or critic_warmup: 0."
-            )
         self.value_coef = value_coef
         self.critic_warmup = critic_warmup
         self.max_grad_norms |= {"critic": norm, "head": norm}
@@ -65,6 +60,15 @@ class ActorCritic(OnPolicy):
         self.head_learning_rate = (
             critic_learning_rate if head_learning_rate is None else head_learning_rate
         )
+
+    def require_settings(self, layout: Layout) -> None:
+        """Refuse to warm up a critic that is the actor."""
+        super().require_settings(layout)
+        if layout == "joint_hydra" and self.hparams.get("critic_warmup"):
+            raise ValueError(
+                f"critic_warmup needs a critic of its own; layout {layout} has one adapter for actor and "
+                "critic. Use layout hydra, or critic_warmup: 0."
+            )
 
     @abstractmethod
     def value_loss(

@@ -74,6 +74,11 @@ def require_rates(optimizer: OptimizerCallable) -> None:
             raise ValueError(f"model.optimizer: {name} must be {least}finite, got {value}.")
 
 
+NO_LORAPLUS = (
+    "loraplus_lr_ratio is the ratio of two learning rates of an adapter, and none is trained here. Give lora (RL: "
+    "another layout than full), or leave it out."
+)
+"""Refusal of LoRA+ without LoRA."""
 Stats = dict[str, Tensor]
 """Named statistics of a step, detached."""
 
@@ -196,11 +201,7 @@ class AdapterModule(Checked, LightningModule, ABC):
             )
 
     def _split_groups(self) -> Iterator[dict[str, Any]]:
-        """The groups; with LoRA+ each as two of the same name, the second with the ``B`` of its adapters.
-
-        Raises:
-            ValueError: LoRA+ without an adapter that is trained.
-        """
+        """The groups; with LoRA+ each as two of the same name, the second with the ``B`` of its adapters."""
         if self.loraplus_lr_ratio is None:
             yield from self.parameter_groups()
             return
@@ -211,11 +212,6 @@ class AdapterModule(Checked, LightningModule, ABC):
                 part = [weight for weight in group["params"] if (id(weight) in ups) == up]
                 if part:
                     yield {**group, "params": part, "lr_ratio": ratio}
-        if not ups:
-            raise ValueError(
-                "loraplus_lr_ratio is the ratio of two learning rates of an adapter, and none is trained here. "
-                "Give lora, or leave it out."
-            )
 
     def configure_callbacks(self) -> list[Callback]:
         """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""

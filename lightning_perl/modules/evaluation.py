@@ -26,7 +26,7 @@ from lightning_perl.models.roles import (
 )
 from lightning_perl.models.sharding import NO_SHARDED_TUNING
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.modules.base import AdapterModule, Stats
+from lightning_perl.modules.base import NO_LORAPLUS, AdapterModule, Stats
 from lightning_perl.packaged import unpackaged
 from lightning_perl.ranks import largest, share, shared_cuts, summed, world
 from lightning_perl.rewards import RewardFunction, checked_scores
@@ -90,7 +90,7 @@ class Evaluation(AdapterModule):
                 "learned_reward_weight is 0 and there is no reward_function with a weight, so every "
                 "score would be 0. Give one of them."
             )
-        self._require_trained(layout)
+        self.require_settings(layout)
         self.roles = Roles(
             layout,
             unpackaged(trunk),
@@ -116,8 +116,8 @@ class Evaluation(AdapterModule):
         self.gold = gold
         self._reference_gold: list[Tensor] = []
 
-    def _require_trained(self, layout: Layout) -> None:
-        """Refuse a layout and a checkpointing that are about a role which is not trained."""
+    def require_settings(self, layout: Layout) -> None:
+        """Refuse arguments, found in ``hparams``, that do not go together, before any weight is loaded."""
         if layout == "joint_hydra" and "value" not in self.trained_roles:
             raise ValueError(
                 f"layout joint_hydra is one adapter for actor and critic, and {type(self).__name__} trains no "
@@ -125,6 +125,8 @@ class Evaluation(AdapterModule):
             )
         if layout == "full" and self.trunk_sharding is not None:
             raise ValueError(NO_SHARDED_TUNING)
+        if layout == "full" and self.loraplus_lr_ratio is not None:
+            raise ValueError(NO_LORAPLUS)
         named = self.checkpointing if isinstance(self.checkpointing, list) else []
         if untrained := [role for role in named if role not in self.trained_roles]:
             raise ValueError(

@@ -31,7 +31,7 @@ class INPO(Selecting):
         settings: Arguments of `Selecting`, `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
-    keeps_worst: ClassVar[bool] = True
+    samples_kept: ClassVar[int | None] = 2
 
     def __init__(
         self, trunk: str, eta: Positive = 0.0075, tau: Positive | None = None, **settings: Any

@@ -63,12 +63,12 @@ class Scoring(Judging):
         head_learning_rate: Positive | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(trunk, **settings)
-        if normalize_scores and self.trunk_sharding is not None:
+        if normalize_scores and settings.get("trunk_sharding") is not None:
             raise ValueError(
                 "normalize_scores reads demonstrations on one rank when the run has ended, and trunk_sharding "
                 "leaves it no whole trunk. Give one of the two."
             )
+        super().__init__(trunk, **settings)
         dtype = torch.promote_types(self.trunk.dtype, torch.float32)
         self.reward_head = ScalarHead(self.trunk.hidden_size, self.seed).to(dtype)
         self.head_learning_rate = head_learning_rate
@@ -338,11 +338,11 @@ class HydraSFT(Scoring):
         reward_weight: NonNegative = 0.1,
         **settings: Any,
     ) -> None:
-        super().__init__(trunk, lora=lora, **settings)
-        if self.normalize_scores and reward_weight == 0:
+        if settings.get("normalize_scores") and reward_weight == 0:
             raise ValueError(
                 "normalize_scores needs a trained reward head: set reward_weight above 0."
             )
+        super().__init__(trunk, lora=lora, **settings)
         self.reward_weight = reward_weight
 
 

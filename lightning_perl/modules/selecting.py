@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_perl.arguments import Count, NonNegative, TwoOrMore
 from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.models.roles import Layout
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
@@ -22,7 +23,7 @@ KEPT_FILE = "kept.jsonl"
 
 
 class Selecting(OnPolicy):
-    """Learns from the best response to each prompt, or with ``keeps_worst`` from the best and the worst.
+    """Learns from the best response to each prompt, or with ``samples_kept`` 2 from the best and the worst.
 
     Leaves fill `policy_loss`. Scores of different prompts are never compared. What was kept is appended to
     ``kept.jsonl`` in the run's folder, to be looked at.
@@ -36,7 +37,7 @@ class Selecting(OnPolicy):
         settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
-    keeps_worst: ClassVar[bool] = False
+    samples_kept: ClassVar[int | None] = 1
 
     def __init__(
         self,
@@ -48,20 +49,23 @@ class Selecting(OnPolicy):
         **settings: Any,
     ) -> None:
         super().__init__(trunk, samples=samples, **settings)
-        kept = 2 if self.keeps_worst else 1
-        if self.micro_batch_size < kept:
-            raise ValueError(
-                f"{type(self).__name__} compares two responses to a prompt, so micro_batch_size must be at least "
-                f"2; got {self.micro_batch_size}."
-            )
-        self.learn_in(epochs, minibatch_size, kept)
+        self.learn_in(epochs, minibatch_size)
         self.rank_kl_coef = rank_kl_coef
         self._kept: tuple[Rollout, Tensor] | None = None
+
+    def require_settings(self, layout: Layout) -> None:
+        """Refuse to compare responses that no micro-batch holds together."""
+        super().require_settings(layout)
+        if self.hparams["micro_batch_size"] < (self.samples_kept or 1):
+            raise ValueError(
+                f"{type(self).__name__} compares two responses to a prompt, so micro_batch_size must be at least "
+                f"2; got {self.hparams['micro_batch_size']}."
+            )
 
     def experience(self, rollout: Rollout, scored: Scored) -> tuple[Experience, Stats]:
         """The kept responses; a row's advantages are what it was ranked by."""
         ranks = scored.scores - self.rank_kl_coef * scored.kl(rollout.response_mask)
-        rows = kept_rows(ranks, rollout.samples, self.keeps_worst)
+        rows = kept_rows(ranks, rollout.samples, self.samples_kept == 2)
         kept = rollout.rows(rows)._replace(samples=self.samples_learned)
         self._kept = (kept, scored.scores[rows])
         experience = Experience(

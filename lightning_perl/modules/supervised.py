@@ -26,7 +26,7 @@ from lightning_perl.models.manifest import require_alike, save_trunk, write_adap
 from lightning_perl.models.quantization import NO_QUANTIZED_TUNING
 from lightning_perl.models.sharding import NO_SHARDED_TUNING
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.modules.base import AdapterModule, Stats
+from lightning_perl.modules.base import NO_LORAPLUS, AdapterModule, Stats
 from lightning_perl.modules.safety import FiniteGuard, clip_by_group, trained_by
 from lightning_perl.optim import room_for_moments
 from lightning_perl.packaged import unpackaged
@@ -92,6 +92,8 @@ class Supervised(AdapterModule):
             raise ValueError(NO_QUANTIZED_TUNING)
         if lora is None and self.trunk_sharding is not None:
             raise ValueError(NO_SHARDED_TUNING)
+        if lora is None and self.loraplus_lr_ratio is not None:
+            raise ValueError(NO_LORAPLUS)
         self.guard = FiniteGuard()
         self.rated = 0
         self.unrated_steps = 0

@@ -18,7 +18,7 @@ from lightning_perl.batches import RatedBatch
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import Sequences
 from lightning_perl.losses.language_modeling import cross_entropy
-from lightning_perl.models.roles import Role, RoleAnswers, TrainedRole
+from lightning_perl.models.roles import Layout, Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import Evaluation, given
 from lightning_perl.modules.safety import clip_by_group, require_trainable, trained_by
@@ -61,6 +61,8 @@ class MinibatchSize(NamedTuple):
 class Updating(Evaluation):
     """Learns from an experience. Leaves fill `experience` and `policy_loss`.
 
+    One that learns from some of the responses to a prompt says from how many in ``samples_kept``.
+
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt; a rollout batch has ``data.batch_size * samples`` episodes.
@@ -74,6 +76,7 @@ class Updating(Evaluation):
     """
 
     full_kl: ClassVar[bool] = False
+    samples_kept: ClassVar[int | None] = None
     entropy_gradient: bool = False
 
     def __init__(
@@ -95,24 +98,30 @@ class Updating(Evaluation):
         self.rollout_index = 0
         self.learn_in(1, None)
 
-    def learn_in(self, epochs: int, minibatch_size: int | None, kept: int | None = None) -> None:
+    def require_settings(self, layout: Layout) -> None:
+        """Refuse a ``minibatch_size`` that would cut the responses to a prompt apart."""
+        super().require_settings(layout)
+        samples, size = self.hparams.get("samples", 1), self.hparams.get("minibatch_size")
+        kept = self.samples_kept or samples
+        if size is not None and size % kept:
+            raise ValueError(
+                f"minibatch_size must be a multiple of {'samples' if kept == samples else 'the kept'} "
+                f"({kept}), so that the responses to one prompt stay in one minibatch; got {size}."
+            )
+
+    def learn_in(self, epochs: int, minibatch_size: int | None) -> None:
         """Go over each rollout several times, in minibatches that keep the responses to a prompt together.
 
         Args:
             epochs: Passes over each rollout batch.
-            minibatch_size: Episodes per optimizer step. None: the whole rollout batch.
-            kept: Responses per prompt that are learned from. None: all ``samples``.
-
-        Raises:
-            ValueError: A minibatch that would cut the responses to a prompt apart.
+            minibatch_size: Episodes per optimizer step, the leaf's argument of this name. None: the whole batch.
         """
-        kept = kept or self.samples
-        if minibatch_size is not None and minibatch_size % kept:
-            raise ValueError(
-                f"minibatch_size must be a multiple of {'samples' if kept == self.samples else 'the kept'} "
-                f"({kept}), so that the responses to one prompt stay in one minibatch; got {minibatch_size}."
-            )
-        self.epochs, self.minibatch_size, self.samples_learned = epochs, minibatch_size, kept
+        self.epochs, self.minibatch_size = epochs, minibatch_size
+
+    @property
+    def samples_learned(self) -> int:
+        """Responses per prompt that are learned from."""
+        return self.samples_kept or self.samples
 
     # ---- holes -----------------------------------------------------------------------------------
 
