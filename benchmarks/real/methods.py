@@ -4,8 +4,9 @@
     python benchmarks/real/methods.py --trunk runs/real/trunk --data_dir ../shared/data --report
 
 Prompts are the first human turns of Anthropic's harmless-base, with a system turn that asks for one short
-sentence (without it 3% of answers have both, too few to learn from). The reward is plain Python, `ShortAndOnTopic`: half
-a point for an answer of at most 20 words, half for one that uses a word of the question of five letters or more.
+sentence (without it 3% of answers have both, too few to learn from). The reward is plain Python,
+`ShortAndOnTopic`: half a point for an answer of at most 20 words, half for one that uses a word of the question
+of five letters or more.
 Gold is the share of held-out answers with both: shortness alone is learned fast, by answers such as "A myth.",
 and does not count. On-policy methods learn from 512 episodes, the others in one pass from as many answers of the
 untrained model, two to a question, that the same reward put in order. Recipes are those of
