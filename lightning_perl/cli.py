@@ -35,7 +35,7 @@ import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
 from lightning_perl.callbacks.phase_meter import ran_out_of_memory
 from lightning_perl.callbacks.resume import changes
-from lightning_perl.commands import mix
+from lightning_perl.commands import dry_run, mix
 from lightning_perl.commands.compare import compare
 from lightning_perl.commands.estimate import add_arguments, devices_of
 from lightning_perl.commands.estimate import run as estimate
@@ -54,6 +54,7 @@ CONFIG_HELP = (
     "over each other, the last one on top."
 )
 ALSO = (
+    f"fit {dry_run.FLAG} builds everything, learns from one batch, prints a plan and keeps nothing. "
     f"There are more commands, each with a --help: {PROGRAM} estimate prints how much memory a fit will take, "
     f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data, {PROGRAM} "
     f"generate lets a trained policy answer, {PROGRAM} compare lets several answer the same held-out prompts, "
@@ -99,7 +100,8 @@ def config_source(given: str) -> str:
 
 def usage_of(command: str) -> dict[str, Any]:
     """Settings of a command's parser; a key that is almost right is an error, not a guess."""
-    usage = f"{PROGRAM} {command} [-c CONFIG]... [--KEY VALUE]..."
+    dry = f"[{dry_run.FLAG}] " * (command == "fit")
+    usage = f"{PROGRAM} {command} [-c CONFIG]... {dry}[--KEY VALUE]..."
     return {"usage": usage, "allow_abbrev": False}
 
 
@@ -317,6 +319,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if given and given[0] in own_commands:
         own_commands[given[0]](given[1:])
         return
+    if given[:1] == ["fit"] and dry_run.FLAG in given:
+        given.remove(dry_run.FLAG)
+        run_estimate(given[1:])
+        given += dry_run.AS_FIT
     PerlCLI(
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"save_to_log_dir": False},

@@ -24,7 +24,7 @@ import lightning_perl
 from lightning_perl.cli import config_source, main, packaged_configs, run
 from lightning_perl.commands.going_on import newest_checkpoint
 from tests.conftest import TinyTrunk
-from tests.data.orders import prompt_data
+from tests.data.orders import orders, prompt_data
 from tests.modules import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,7 @@ MODEL: dict[str, Any] = {
     "class_path": "HydraPPO",
     "init_args": {"lora": {"rank": 2}, "sampling": {"max_new_tokens": 3}, "micro_batch_size": 4},
 }
+REWARD: dict[str, Any] = {"class_path": "RewardModel", "init_args": {"lora": {"rank": 2}}}
 DATA = prompt_data()
 TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
@@ -85,6 +86,36 @@ def exits(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, 
         main(list(arguments))
     printed = capsys.readouterr()
     return stopped.value.code, printed.out + printed.err
+
+
+# ---- the dry run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "said"),
+    [
+        (MODEL, [], "reference off, reward off (layout hydra)"),
+        (REWARD, ["--data.rows=rated"], "trained: head"),
+    ],
+)
+def test_a_dry_run_plans_and_keeps_nothing(
+    model: dict[str, Any],
+    rows: list[str],
+    said: str,
+    trunk: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = orders("rated_train" if rows else "prompts_train", 8)
+    settings = DATA["init_args"] | {"train": train, "val": train[:2], "max_response_tokens": 64}
+    extra = [f"--model.trunk={trunk}", *(rows or ["--model.max_episodes=16"])]
+    fit("--dry-run", *extra, model=model, data=DATA | {"init_args": settings})
+    printed = capsys.readouterr().out
+    assert "GiB at each phase's peak" in printed
+    assert said in printed
+    assert f"{trunk}: 0.0M parameters, float32" in printed
+    assert rows or "16 episodes, 4 a batch: about" in printed
+    assert printed.endswith("nothing is kept\n")
+    assert {path.suffix for path in Path().iterdir()} == {".yaml"}
 
 
 # ---- what it finds -------------------------------------------------------------------------------
