@@ -63,6 +63,7 @@ class Handover(Callback):
         self._began = False
         self._ended = False
         self._interrupted = False
+        self._asked = False
         self._lock: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,19 +88,31 @@ class Handover(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let Ctrl-C wait for the end of a batch."""
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        """Let Ctrl-C wait for the end of a batch; and SIGTERM for a batch after which all ranks can stop."""
+        if threading.current_thread() is not threading.main_thread():
             return
+        several = trainer.world_size > 1
 
         def stop(number: int, frame: FrameType | None) -> None:
-            signal.signal(number, signal.default_int_handler)
-            self._interrupted = True
-            # As SIGTERM does: Lightning raises at the end of the batch, and puts the handlers back.
-            trainer._signal_connector.received_sigterm = True
-            rank_zero_info("Ctrl-C: stops at the end of this batch; once more: stops at once")
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
+                self._interrupted = True
+                rank_zero_info("Ctrl-C: stops at the end of this batch; once more: stops at once")
+            self._asked = True
+            if not several:
+                # As SIGTERM does: Lightning raises at the end of the batch, and puts the handlers back.
+                trainer._signal_connector.received_sigterm = True
 
-        signal.signal(signal.SIGINT, stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, stop)
+        if several:  # Lightning's own would talk to the other ranks at once, whatever they do then.
+            signal.signal(signal.SIGTERM, stop)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
+        """Stop where one of several ranks was asked to."""
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+            trainer._signal_connector.received_sigterm = asked
 
     def on_train_batch_start(self, *_: object, **__: object) -> None:
         """From here on there is something to lose."""
@@ -146,7 +159,9 @@ class Handover(Callback):
         if self._ended or not trained or not (asked or between_batches(trainer)):
             return
         try:
-            self._save(trainer)
+            # All ranks save, and of an error the others may know nothing.
+            if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
+                self._save(trainer)
             self._hand_over(trainer, pl_module, stopped_by)
         except Exception as error:  # the first one is the one to raise
             rank_zero_warn(f"Nothing is handed over: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_perl.batches import MixedBatch
+from lightning_perl.data import PreferenceDataModule
 from lightning_perl.models.sharding import TrunkSharding
 from lightning_perl.modules import (
     DPO,
@@ -70,7 +72,7 @@ KINDS: dict[str, tuple[Callable[..., AdapterModule], dict[str, Any]]] = {
     "HydraSFT": (HydraSFT, LORA),
     "RewardModel": (RewardModel, {"lm_weight": 0.5, "center_coef": 0.1, **LORA}),
     "DPO": (DPO, LORA),
-    "IPO": (IPO, LORA),
+    "IPO": (IPO, {"keep_reference": True, **LORA}),
     "RDPO": (RDPO, LORA),
     "KTO": (KTO, LORA),
     "HydraPPO": (HydraPPO, STEPS),
@@ -203,7 +205,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 def twenty(trunk: str, root: Path) -> dict[str, Tensor]:
     """20 rollouts in float32, two steps each."""
     module = HydraPPO(trunk, **{**STEPS, "trunk_dtype": "float32", "minibatch_size": None})
-    batches = [tiny.prompts(5, seed) for seed in range(20)]
+    batches = [tiny.prompts(3, seed) for seed in range(20)]
     trainer, _ = tiny.fit(module, root, batches, devices=2)
     assert trainer.global_step == 40
     return {name: weight for name, weight in tiny.weights(module).items() if "lora" in name}
@@ -213,6 +215,72 @@ def test_twenty_rollouts_end_with_equal_adapters(hydra_trunk: Path, tmp_path: Pa
     one, two = on_ranks(2, tmp_path / "ranks", twenty, str(hydra_trunk), tmp_path)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(bool(weight.any()) for name, weight in one.items() if "lora_B" in name)
+
+
+def staged(trunk: str, root: Path, ranks: int, module_class: str) -> tuple[Trained, list[Any]]:
+    """A fit, a test and a prediction of rows from a datamodule, packed and with their responses' places."""
+    words = [f"w{number}" for number in range(3, 17)]
+    pairs = [
+        {"prompt": f"{word} w4", "chosen": " ".join(words[:n]), "rejected": " ".join(words[n:8])}
+        for n, word in enumerate(words[:5], 2)
+    ]
+    module, watch = made(module_class, trunk), Watch()
+    kind: Any = module.rows
+    data = PreferenceDataModule(
+        trunk, train=pairs, val=pairs[:3], test=pairs[:3], rows=kind, batch_size=3, val_batch_size=2
+    )
+    trainer, _ = tiny.quiet_trainer(root, watch, devices=ranks)
+    trainer.fit(module, datamodule=data)
+    logged = [*watch.logged, dict(trainer.test(module, datamodule=data, verbose=False)[0])]
+    predicted: list[Any] = trainer.predict(module, datamodule=data) or []
+    names = module.trainable_names()
+    weights = {name: weight for name, weight in tiny.weights(module).items() if name in names}
+    return Trained(logged, weights), [
+        next(part[k] for k in ("score", "scores") if k in part) for part in predicted
+    ]
+
+
+@pytest.mark.parametrize("kind", ["RewardModel", "HydraPPO"])
+def test_stages_of_a_datamodule_are_those_of_one_rank(
+    kind: str, hydra_trunk: Path, tmp_path: Path
+) -> None:
+    trunk = str(hydra_trunk)
+    expected, scores = staged(trunk, tmp_path / "one", 1, kind)
+    two = on_ranks(2, tmp_path / "ranks", staged, trunk, tmp_path / "two", 2, kind)
+    assert_equal([run for run, _ in two])
+    assert_close(two[0][0], expected)
+    for found in (two[0][1], two[1][1]):
+        for part, wanted in zip(found, scores, strict=True):
+            assert torch.as_tensor(part).tolist() == pytest.approx(torch.as_tensor(wanted).tolist())
+    (path,) = (tmp_path / "two/run/version_0").glob("predictions.jsonl")
+    assert len(path.read_text().splitlines()) == sum(map(len, scores))
+
+
+class Term(Callback):
+    """Sends SIGTERM to the last rank alone, in its second batch."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(trunk: str, root: Path) -> tuple[int, bool, str]:
+    """When a run ended, whether it left a checkpoint, and its manifest."""
+    module = made("RewardModel", trunk)
+    trainer, folder = tiny.quiet_trainer(root, Term(), devices=2)
+    with pytest.raises(SystemExit) as stopped:
+        trainer.fit(module, tiny.Batches([tiny.rated(4, seed, pairs=2) for seed in range(4)]))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    trainer.strategy.barrier()
+    manifest = (folder / "adapters/reward/manifest.json").read_text()
+    return trainer.global_step, (folder / "checkpoints/stopped.ckpt").is_file(), manifest
+
+
+def test_a_rank_that_is_asked_to_stop_stops_all(hydra_trunk: Path, tmp_path: Path) -> None:
+    one, two = on_ranks(2, tmp_path / "ranks", terminated, str(hydra_trunk), tmp_path)
+    assert one == two
+    assert one[:2] == (2, True)
+    assert "stopped by SIGTERM after 2 steps" in one[2]
 
 
 def shuffled_by_rank(trunk: str, root: Path) -> str:
