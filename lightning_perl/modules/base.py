@@ -355,10 +355,14 @@ class AdapterModule(Checked, LightningModule, ABC):
         checkpoint["state_dict"] = {key: state[key] for key in state if key in trainable}
         states = everyones(standing())
         checkpoint["rng"] = states if len(states) > 1 else states[0]
-        checkpoint["trained_on"] = self._trained_on()
+        checkpoint["trained_on"] = self._trained_on
 
+    @cached_property
     def _trained_on(self) -> dict[str, str]:
-        """Shapes of the adapters, and fingerprints of the frozen trunks, heads and adapters that they need."""
+        """Shapes of the adapters, and fingerprints of the frozen trunks, heads and adapters that they need.
+
+        Taken once, since what is frozen stays: `OnPolicy` looks after that.
+        """
         about = {}
         for name, module in self.named_modules():
             if isinstance(module, Trunk | ScalarHead):
@@ -389,7 +393,7 @@ class AdapterModule(Checked, LightningModule, ABC):
                 f"({len(trainable - stored)} and {len(stored - trainable)} in all). It belongs to another "
                 "layout, LoRA shape or trunk."
             )
-        here, there = self._trained_on(), checkpoint.get("trained_on", {})
+        here, there = self._trained_on, checkpoint.get("trained_on", {})
         changed = [key for key in here if there.get(key, here[key]) != here[key]]
         if changed:
             settings = checkpoint.get("hyper_parameters", {})
