@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         beside = target.with_name(f".{target.name}.part")
         try:
             torch.save(checkpoint, beside)
+            _reach_disk(beside)
             beside.replace(target)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's own, on a full disk
             beside.unlink(missing_ok=True)
@@ -95,6 +97,8 @@ def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
         _let_others_read(beside)
         for manifest in list(beside.rglob(MANIFEST_FILE)):
             _seal(manifest, about)
+            for path in manifest.parent.rglob("*"):
+                _reach_disk(path)
             _replace(manifest.parent, folder / manifest.parent.relative_to(beside))
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder}: not written, what was there stays as it was ({error})") from error
@@ -127,6 +131,13 @@ def require_whole(folder: Path) -> None:
                 f"{path} is missing, cut short or changed: it is not what was handed over. Copy the folder again. "
                 f"If it was changed on purpose, take `checksums` out of {manifest}."
             )
+
+
+def _reach_disk(path: Path) -> None:
+    """Wait until a file is stored, so that no power cut leaves the name without the content."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _let_others_read(folder: Path) -> None:

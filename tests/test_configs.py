@@ -278,15 +278,22 @@ def test_logger_config_lies_on_top_of_a_run(
         main([*arguments, "--config", str(path)])
         # A W&B run lasts as long as its process, and here two share one.
         wandb.finish()
+    # One that goes on is the same W&B run.
+    main([*arguments, "--config", str(path), "--ckpt_path", "last"])
+    wandb.finish()
     logger = content(path)["trainer"]["logger"]["init_args"]
     folder = Path(logger["save_dir"], logger["project"])
     runs = sorted(path for path in folder.iterdir() if not path.is_symlink())
     assert len(runs) == 2
+    newest = (folder / "latest").resolve()
     for run in runs:
         assert (run / "adapters/actor/adapter_config.json").is_file()
         saved = content(run / "config.yaml")["trainer"]["logger"]
         assert saved["class_path"].endswith("WandbLogger")
-        (logged,) = Path(logger["save_dir"], "wandb").glob(f"offline-run-*-{run.name}")
+        logged, *continued = sorted(
+            Path(logger["save_dir"], "wandb").glob(f"offline-run-*-{run.name}")
+        )
+        assert len(continued) == (run.resolve() == newest)
         tables = sorted(logged.rglob("samples_*.table.json"))
         lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         last = [list(json.loads(line).values()) for line in lines[-4:]]

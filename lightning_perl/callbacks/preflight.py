@@ -82,7 +82,9 @@ class MemoryPreflight(Checked, PhaseTracker):
             return
         validating = trainer.validating or trainer.sanity_checking
         phase = "validation" if validating else (self.running or [WHOLE_BATCH])[-1]
-        rows = "the longest rows there may be, before the first step" if self._flying else "a batch"
+        rows = "a batch"
+        if self._flying:
+            rows = "the longest rows there may be, before the first step (MemoryPreflight)"
         exception.args = (
             f"Out of memory in the phase {phase} of {rows}: {ADVICE.get(phase, ADVICE[WHOLE_BATCH])}. "
             f"`estimate` tells what fits. ({str(exception).splitlines()[0]})",

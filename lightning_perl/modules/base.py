@@ -37,6 +37,7 @@ from lightning_perl.models.roles import TrainedRole
 from lightning_perl.models.sharding import TrunkSharding, shard
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.modules.generators import put_back, standing
 from lightning_perl.modules.launching import require_plain_ranks, unwrap
 from lightning_perl.modules.safety import require_batch
 from lightning_perl.optim import HostAdamW
@@ -352,13 +353,16 @@ class AdapterModule(Checked, LightningModule, ABC):
         trainable = self.trainable_names()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in state if key in trainable}
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        states = everyones({"cpu": torch.get_rng_state(), "cuda": cuda})
+        states = everyones(standing())
         checkpoint["rng"] = states if len(states) > 1 else states[0]
-        checkpoint["trained_on"] = self._trained_on()
+        checkpoint["trained_on"] = self._trained_on
 
+    @cached_property
     def _trained_on(self) -> dict[str, str]:
-        """Shapes of the adapters, and fingerprints of the frozen trunks, heads and adapters that they need."""
+        """Shapes of the adapters, and fingerprints of the frozen trunks, heads and adapters that they need.
+
+        Taken once, since what is frozen stays: `OnPolicy` looks after that.
+        """
         about = {}
         for name, module in self.named_modules():
             if isinstance(module, Trunk | ScalarHead):
@@ -389,7 +393,7 @@ class AdapterModule(Checked, LightningModule, ABC):
                 f"({len(trainable - stored)} and {len(stored - trainable)} in all). It belongs to another "
                 "layout, LoRA shape or trunk."
             )
-        here, there = self._trained_on(), checkpoint.get("trained_on", {})
+        here, there = self._trained_on, checkpoint.get("trained_on", {})
         changed = [key for key in here if there.get(key, here[key]) != here[key]]
         if changed:
             settings = checkpoint.get("hyper_parameters", {})
@@ -438,17 +442,15 @@ class AdapterModule(Checked, LightningModule, ABC):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        """Refuse a foreign batch, and put torch's generators where the checkpoint left them.
+        """Refuse a foreign batch, and put generators where the checkpoint left them.
 
-        Only adapter dropout uses those. Not on loading: making a loader's iterator may draw numbers too.
+        Only adapter dropout and Python rewards use those. Not on loading: making a loader's iterator may draw
+        numbers too.
         """
         self.require_batch(batch)
-        if self._rng is None:
-            return
-        torch.set_rng_state(self._rng["cpu"].cpu())
-        if len(self._rng["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([state.cpu() for state in self._rng["cuda"]])
-        self._rng = None
+        if self._rng is not None:
+            put_back(self._rng)
+            self._rng = None
 
 
 Backward = Callable[[Tensor], None]

@@ -46,12 +46,18 @@ def lengthened(batch: RatedBatch, tokens: int) -> RatedBatch:
     counts = batch.response_mask.gather(1, column.minimum(last))
     packing = batch.packing
     if packing is not None:
-        lines: dict[int, list[list[int]]] = {}
-        for line, row in zip(packing.line.tolist(), ids.tolist(), strict=True):
-            lines.setdefault(line, []).append(row)
-        packing = plan(list(lines.values()), ids.device)
+        groups: dict[tuple[int, int], list[list[int]]] = {}
+        for *begin, row in zip(
+            packing.line.tolist(), packing.first.tolist(), ids.tolist(), strict=True
+        ):
+            groups.setdefault((begin[0], begin[1]), []).append(row)
+        packing = plan(list(groups.values()), ids.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return batch._replace(ids=ids, attention_mask=mask, response_mask=counts, packing=packing)
+    batch = batch._replace(ids=ids, attention_mask=mask, response_mask=counts, packing=packing)
+    if batch.response_places is None:
+        return batch
+    predicted = counts & (column > 0)
+    return batch._replace(response_places=predicted.flatten().nonzero().squeeze(1))
 
 
 class Supervised(AdapterModule):

@@ -165,14 +165,20 @@ def test_a_named_version_is_gone_on_with_or_refused(tmp_path: Path) -> None:
     def named() -> CSVLogger:
         return CSVLogger(tmp_path, "run", version="mine")
 
-    folder, _ = fit(tmp_path, logger=named())
+    def work(module: Phased) -> None:
+        module.log("weight", module.weight)
+
+    folder, _ = fit(tmp_path, logger=named(), module=Counter(work))
     assert fit(tmp_path)[0] != folder
-    before = (folder / "metrics.csv").read_text() if (folder / "metrics.csv").exists() else ""
+    before = (folder / "metrics.csv").read_text()
+    assert before.count("\n") == 1 + 5
     with pytest.raises(FileExistsError, match="mine holds another run"):
         fit(tmp_path, logger=named())
-    fit(tmp_path, logger=named(), ckpt_path=folder / "checkpoints/last.ckpt", max_epochs=2)
-    after = (folder / "metrics.csv").read_text() if before else ""
+    path = folder / "checkpoints/last.ckpt"
+    fit(tmp_path, logger=named(), ckpt_path=path, max_epochs=2, module=Counter(work))
+    after = (folder / "metrics.csv").read_text()
     assert after.startswith(before)
+    assert after.count("\n") == 1 + 10
 
 
 @pytest.mark.parametrize("keep", [0.5, 1.0], ids=["cut short", "a bit flipped"])

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from torch import Tensor
+from torch.testing import assert_close
 
 from lightning_perl.callbacks import MemoryPreflight
 from lightning_perl.data.rows import collate_rated
+from lightning_perl.functional.packing import plan
 from lightning_perl.modules import DPO, HydraPPO, RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.rollouts.sampling import SamplingSpec
@@ -27,7 +30,7 @@ def test_nothing_is_learned_from_the_preflight(
 ) -> None:
     runs = []
     for when in ("never", "always"):
-        torch.manual_seed(1)
+        seed_everything(1, verbose=False)
         module, watch = MAKERS[kind](str(hydra_trunk)), Watch(tmp_path / "unused")
         trainer, _ = tiny.quiet_trainer(tmp_path, watch, MemoryPreflight(when))
         trainer.fit(module, loader_for(module))
@@ -89,8 +92,13 @@ def test_pairs_are_as_long_as_data_allows(
     (longest,) = seen
     assert longest.ids.shape == (4, 30)
     assert bool(longest.attention_mask.all())
+    rows = longest.ids.tolist()
     assert longest.packing is not None
-    assert longest.packing.columns > 30
+    assert_close(tuple(longest.packing), tuple(plan([rows[:2], rows[2:]])))
+    assert longest.response_places is not None
+    places = longest.response_places
+    assert len(places) == int(longest.response_mask.sum()) > 2 * 4 * 10
+    assert bool(longest.response_mask.flatten()[places].all())
 
 
 def hungry(*_: object, **__: object) -> Tensor:
@@ -129,7 +137,7 @@ def test_out_of_memory_names_the_phase_and_the_setting(
     module = make(hydra_trunk)
     monkeypatch.setattr(module, method, hungry)
     trainer, _ = tiny.quiet_trainer(tmp_path, MemoryPreflight(when))
-    rows = "the longest rows .* before the first step" if when == "always" else "a batch"
+    rows = r"the longest rows .*, before the first step .*" if when == "always" else "a batch"
     words = words.replace(" of .*", f" of {rows}")
     with pytest.raises(RuntimeError, match=rf"Out of memory in the {words}.*tells what fits. \(.*"):
         trainer.fit(module, tiny.Batches(tiny.batches_for(module)))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 
+from lightning_perl import modules
 from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.data.mixed import beside
@@ -26,6 +29,7 @@ from lightning_perl.modules import (
     KTO,
     PPO,
     RAFT,
+    RDPO,
     RLOO,
     SFT,
     HydraPPO,
@@ -41,6 +45,11 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.running import KLControl
 from lightning_perl.optim import HostAdamW
 from tests.modules import tiny
+
+
+def drawn(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]) -> list[float]:
+    """Every score is noise from Python's and NumPy's generators."""
+    return [random.random() + float(np.random.rand()) for _ in responses]
 
 
 def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -93,8 +102,19 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "SuperHF": lambda trunk: SuperHF(trunk, samples=2, **SHORT),
     "INPO": lambda trunk: INPO(trunk, samples=3, **SHORT),
     "Reinforce": lambda trunk: Reinforce(trunk, **SHORT),
+    "IPO": lambda trunk: IPO(trunk, lora=DROPOUT, scheduler=halving),
+    "RDPO": lambda trunk: RDPO(trunk, lora=DROPOUT),
+    "PPO dynamic_lora, a reward that draws": lambda trunk: PPO(
+        trunk, "dynamic_lora", **RL, reward_function=drawn
+    ),
 }
 BATCHES = 4
+
+
+def test_every_module_is_resumed_here() -> None:
+    assert {kind.partition(",")[0].split()[0].split("-")[0] for kind in MAKERS} == set(
+        modules.__all__
+    )
 
 
 def loader_for(module: AdapterModule) -> ResumableLoader | CombinedLoader:
@@ -130,7 +150,7 @@ class Watch(Callback):
 @pytest.mark.parametrize("kind", MAKERS)
 def test_resumed_run_is_the_uninterrupted_one(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
     def run(seed: int, watch: Watch, **options: Any) -> tuple[Trainer, AdapterModule]:
-        torch.manual_seed(seed)
+        seed_everything(seed, verbose=False)
         module = MAKERS[kind](str(hydra_trunk))
         trainer, _ = tiny.quiet_trainer(tmp_path, watch, max_epochs=2)
         trainer.fit(module, loader_for(module), **options)
