@@ -106,7 +106,7 @@ def test_a_dry_run_plans_and_keeps_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     train = orders("rated_train" if rows else "prompts_train", 8)
-    settings = DATA["init_args"] | {"train": train, "val": train[:2], "max_response_tokens": 64}
+    settings = DATA["init_args"] | {"train": train, "val": train[:2], "max_response_tokens": 128}
     extra = [f"--model.trunk={trunk}", *(rows or ["--model.max_episodes=16"])]
     fit("--dry-run", *extra, model=model, data=DATA | {"init_args": settings})
     printed = capsys.readouterr().out
