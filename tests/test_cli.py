@@ -24,7 +24,7 @@ import lightning_perl
 from lightning_perl.cli import config_source, main, packaged_configs, run
 from lightning_perl.commands.going_on import newest_checkpoint
 from tests.conftest import TinyTrunk
-from tests.data.orders import orders, prompt_data
+from tests.data.orders import prompt_data
 from tests.modules import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -105,8 +105,8 @@ def test_a_dry_run_plans_and_keeps_nothing(
     trunk: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    train = orders("rated_train" if rows else "prompts_train", 8)
-    settings = DATA["init_args"] | {"train": train, "val": train[:2], "max_response_tokens": 128}
+    thumbs = [{"prompt": f"tea {n}", "response": "Sure.", "label": n % 2} for n in range(4)]
+    settings = DATA["init_args"] | ({"train": thumbs, "val": thumbs} if rows else {})
     extra = [f"--model.trunk={trunk}", *(rows or ["--model.max_episodes=16"])]
     fit("--dry-run", *extra, model=model, data=DATA | {"init_args": settings})
     printed = capsys.readouterr().out
