@@ -163,7 +163,8 @@ def refuse_early(given: Namespace, trainer_settings: dict[str, Any]) -> None:
         raise ValueError(f"trainer: {error}") from error
     finally:
         messages.setLevel(level)
-    module.refuse(trainer, given.get("data.init_args.rows"))
+    sharding = given.get("model.init_args.trunk_sharding")
+    module.refuse(trainer, given.get("data.init_args.rows"), sharding)
 
 
 class PerlCLI(LightningCLI):

@@ -157,9 +157,9 @@ def sum_gradients(
     if world() == 1:
         return named
     weights = list(parameters)
-    with_gradient = [torch.tensor(weight.grad is not None) for weight in weights]
-    small = [value.to("cpu", torch.float64) for value in (*with_gradient, *named.values())]
-    sums = summed(torch.stack(small)).tolist()
+    given = torch.tensor([weight.grad is not None for weight in weights]).to(weights[0].device)
+    values = [value.to(weights[0].device, torch.float64).reshape(1) for value in named.values()]
+    sums = summed(torch.cat([given.double(), *values])).tolist()
     moved = [weight for weight, count in zip(weights, sums, strict=False) if count]
     for bucket in _buckets(moved):
         parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in bucket]
@@ -167,8 +167,8 @@ def sum_gradients(
         pieces = torch.split(flat, [part.numel() for part in parts])
         for weight, piece in zip(bucket, pieces, strict=True):
             weight.grad = piece.view_as(weight)
-    values = zip(named.items(), sums[len(weights) :], strict=True)
-    return {key: torch.full_like(value, total) for (key, value), total in values}
+    totals = zip(named.items(), sums[len(weights) :], strict=True)
+    return {key: torch.full_like(value, total) for (key, value), total in totals}
 
 
 def _buckets(weights: list[Tensor]) -> Iterator[list[Tensor]]:

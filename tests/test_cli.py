@@ -497,6 +497,7 @@ def test_a_printed_config_can_be_read_again(
             "DeepSpeedStrategy cannot train .*steps the optim",
         ),
         ("--trainer.strategy=ModelParallelStrategy", "ModelParallelStrategy .*Leave it at auto"),
+        ("--model.trunk_sharding=shard", "trunk_sharding is shard, and there is one device only"),
         ("--trainer.precision=bf16-mixed", "trainer.precision must stay 32-true"),
         ("--data.rows=rated", "HydraPPO learns from prompts, but data.rows is 'rated'"),
         ("--optimizer=torch.optim.SGD", "--optimizer would replace the module's parameter groups"),

@@ -223,7 +223,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         return [Handover(), *([] if told else [MemoryPreflight()]), Resume(), PredictionWriter()]
 
     @classmethod
-    def refuse(cls, trainer: Trainer, rows: str | None) -> None:
+    def refuse(cls, trainer: Trainer, rows: str | None, sharding: str | None = None) -> None:
         """Refuse a trainer's settings, and rows of another kind, before data is read and weights are loaded."""
         precision = trainer.precision
         if precision != "32-true":
@@ -233,6 +233,11 @@ class AdapterModule(Checked, LightningModule, ABC):
                 "set model.init_args.trunk_dtype: bfloat16."
             )
         require_plain_ranks(type(trainer.strategy).__name__)
+        if sharding == "shard" and trainer.world_size == 1:
+            raise MisconfigurationException(
+                "model.trunk_sharding is shard, and there is one device only. Set trainer.devices, or "
+                "trunk_sharding: offload, which keeps the blocks in the host's memory."
+            )
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "trainer.overfit_batches would exchange the loaders' samplers, by which a run resumes exactly. "
@@ -247,7 +252,8 @@ class AdapterModule(Checked, LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuse trainer settings and data that would make the numbers wrong."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.refuse(self.trainer, data.rows if isinstance(data, Bounded) else None)
+        rows = data.rows if isinstance(data, Bounded) else None
+        self.refuse(self.trainer, rows, self.trunk_sharding)
         unwrap(self.trainer)
         if self.automatic_optimization and self.trainer.accumulate_grad_batches > 1:
             rank_zero_warn(
@@ -257,20 +263,10 @@ class AdapterModule(Checked, LightningModule, ABC):
         self.require_fitting(data)
 
     def configure_model(self) -> None:
-        """Shard the trunks, before the trainer moves the module to its device.
-
-        Raises:
-            ValueError: There is no other device to share them with.
-        """
-        trunks = [trunk for trunk in self._trunks if trunk.sharding is None]
-        if self.trunk_sharding is None or not trunks:
-            return
-        if self.trunk_sharding == "shard" and self.trainer.world_size == 1:
-            raise ValueError(
-                "trunk_sharding shard: there is one device only. Set trainer.devices, or trunk_sharding: offload."
-            )
-        for trunk in trunks:
-            shard(trunk, self.trainer.strategy.root_device, self.trunk_sharding)
+        """Shard the trunks, before the trainer moves the module to its device."""
+        for trunk in self._trunks:
+            if self.trunk_sharding is not None and trunk.sharding is None:
+                shard(trunk, self.trainer.strategy.root_device, self.trunk_sharding)
 
     def cpu(self) -> AdapterModule:
         """Stay where it is when a stage has ended, if a part of the trunk could not come along."""

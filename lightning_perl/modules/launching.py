@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -48,3 +49,7 @@ def unwrap(trainer: Trainer) -> None:
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
         trainer._accelerator_connector.use_distributed_sampler = False
+        # In validation and tests DDP would send the first rank's weights to all. Frozen ones are read by each.
+        module: Any = trainer.lightning_module
+        frozen = [name for name, weight in module.named_parameters() if not weight.requires_grad]
+        module._ddp_params_and_buffers_to_ignore = frozen

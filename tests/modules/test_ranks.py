@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -224,7 +226,8 @@ def staged(trunk: str, root: Path, ranks: int, module_class: str) -> tuple[Train
         {"prompt": f"{word} w4", "chosen": " ".join(words[:n]), "rejected": " ".join(words[n:8])}
         for n, word in enumerate(words[:5], 2)
     ]
-    module, watch = made(module_class, trunk), Watch()
+    sharding = "shard" if ranks > 1 and module_class == "RewardModel" else None
+    module, watch = made(module_class, trunk, trunk_sharding=sharding), Watch()
     kind: Any = module.rows
     data = PreferenceDataModule(
         trunk, train=pairs, val=pairs[:3], test=pairs[:3], rows=kind, batch_size=3, val_batch_size=2
@@ -316,3 +319,33 @@ def test_blocks_in_the_hosts_memory_change_nothing(
     given = (kind, str(hydra_trunk), tmp_path, 1)
     ours = on_ranks(1, tmp_path / "ranks", train, *given, 5, [], "offload")
     assert_equal([*ours, train(*given)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (
+            "SFT full",
+            {},
+            r"trunk_sharding is for frozen trunks: .*Give lora \(and not layout full\)",
+        ),
+        ("PPO full", {}, "trunk_sharding is for frozen trunks"),
+        ("DPO", {"quantization": "nf4"}, "trunk_sharding is offload and quantization nf4: FSDP2"),
+        ("RewardModel", {"normalize_scores": True}, "normalize_scores reads demonstrations on one"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_at_once(
+    kind: str, options: dict[str, Any], words: str, hydra_trunk: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        made(kind, str(hydra_trunk), trunk_sharding="offload", **options)
+
+
+def test_other_strategies_are_refused(hydra_trunk: Path, tmp_path: Path) -> None:
+    class Own(DDPStrategy):
+        """A subclass may wrap the module in a way of its own."""
+
+    trainer, _ = tiny.quiet_trainer(tmp_path, strategy=Own(), devices=2)
+    module = made("SFT", str(hydra_trunk))
+    with pytest.raises(MisconfigurationException, match=r"trainer\.strategy Own cannot train"):
+        module.refuse(trainer, None)
