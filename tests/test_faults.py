@@ -141,6 +141,9 @@ def test_nan_from_the_trunk_teaches_nothing(trunk: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"rollout .scores, .* not finite 3 times in a row"):
         run.fit()
     assert [one["train/skipped_steps"] for one in run.logged] == [0, 1, 1, 2, 3]
+    kept = sorted((run.folder / "skipped").iterdir())
+    assert [path.name for path in kept] == ["1.pt", "2.pt", "3.pt", "4.pt"]
+    assert torch.load(kept[0], weights_only=True).keys() == {"ids", "mask", "row"}
     # The last rollout is the one in flight: it is all that is lost.
     assert newest(tmp_path).stem == "stopped"
     weights = torch.load(newest(tmp_path), weights_only=True)["state_dict"].values()

@@ -63,6 +63,7 @@ class Handover(Callback):
         self._began = False
         self._ended = False
         self._interrupted = False
+        self._steps: int | None = None
         self._asked = False
         self._lock: TextIO | None = None
 
@@ -89,6 +90,7 @@ class Handover(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let Ctrl-C wait for the end of a batch; and SIGTERM for a batch after which all ranks can stop."""
+        self._steps = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
         several = trainer.world_size > 1
@@ -133,6 +135,12 @@ class Handover(Callback):
         late = trainer.should_stop and any((timer.time_remaining() or 1) <= 0 for timer in timers)
         if trainer.should_stop:
             self._save(trainer)
+        # Lightning may not even begin.
+        if trainer.ckpt_path and self._steps in (None, trainer.global_step):
+            rank_zero_warn(
+                f"This run had ended already, after {trainer.global_step} steps; nothing more was learned. To go "
+                "on, raise what ended it: model.max_episodes, trainer.max_epochs or trainer.max_steps."
+            )
         guards = [one for one in trainer.callbacks if isinstance(one, PolicyGuard)]  # type: ignore[attr-defined]
         reasons = ["the time limit"] * late + [one.stopped_by for one in guards if one.stopped_by]
         self._hand_over(trainer, pl_module, ", ".join(reasons) or None)

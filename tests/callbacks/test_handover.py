@@ -175,6 +175,8 @@ def test_a_named_version_is_gone_on_with_or_refused(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="mine holds another run"):
         fit(tmp_path, logger=named())
     path = folder / "checkpoints/last.ckpt"
+    with pytest.warns(UserWarning, match=r"had ended already, after 5 steps; .* trainer.max_epoch"):
+        fit(tmp_path, ckpt_path=path)
     fit(tmp_path, logger=named(), ckpt_path=path, max_epochs=2, module=Counter(work))
     after = (folder / "metrics.csv").read_text()
     assert after.startswith(before)

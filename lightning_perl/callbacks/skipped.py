@@ -1,0 +1,59 @@
+"""Keeps the batches that nothing was learned from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_perl.callbacks.run_folder import run_folder
+
+MOST = 10
+"""Batches that are kept of a run."""
+
+
+class SkippedBatches(Callback):
+    """Writes each batch whose step was left out, since a gradient was not finite, to ``RUN/skipped/NUMBER.pt``.
+
+    ``torch.load`` gives its tensors by name: ``row`` is the rows' numbers in their corpus. A rollout batch is its
+    prompts, from which the same responses can be drawn again.
+    """
+
+    def __init__(self) -> None:
+        self._batch: object = None
+        self._before = 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Note the batch."""
+        self._batch, self._before = batch, _skipped(pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Keep it, if its step was left out."""
+        count, self._batch, batch = _skipped(pl_module), None, self._batch
+        if batch is None or not self._before < count <= MOST or not trainer.is_global_zero:
+            return
+        path = run_folder(trainer) / "skipped" / f"{count}.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save(_plain(batch), path)
+        rank_zero_warn(f"A step was left out: a gradient was not finite. Its batch is in {path}.")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Keep the one that ended the run as well."""
+        self.on_train_batch_end(trainer, pl_module)
+
+
+def _skipped(module: Any) -> int:  # noqa: ANN401 (an AdapterModule, which this room does not import)
+    guard = getattr(module, "guard", None)
+    return 0 if guard is None else int(guard.skipped)
+
+
+def _plain(batch: Any) -> Any:  # noqa: ANN401 (tuples with names become dicts, others stay)
+    if not hasattr(batch, "_asdict"):
+        return batch
+    return {name: _plain(part) for name, part in batch._asdict().items()}
