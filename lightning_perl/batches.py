@@ -88,16 +88,36 @@ class RatedBatch(NamedTuple):
     response_places: Tensor | None = None
 
 
+class PairBatch(NamedTuple):
+    """Pairs of answers to a prompt, laid out as sampled ones: the better one, then the worse one.
+
+    Shapes: ``B`` rows, twice as many as pairs; ``R`` response tokens.
+
+    Attributes:
+        prompt_ids: Padded on the left; the same in both rows of a pair. Shape: ``(B, P)``, int64.
+        prompt_mask: Shape: ``(B, P)``, bool.
+        response_ids: Padded on the right. Shape: ``(B, R)``, int64.
+        response_mask: Shape: ``(B, R)``, bool.
+        row: The row's number in its corpus. Shape: ``(B,)``, int64.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    row: Tensor
+
+
 class MixedBatch(NamedTuple):
     """Prompts to answer, and texts that are learned beside what is answered.
 
     Attributes:
         prompts: The prompts.
-        texts: Rows to imitate.
+        texts: Rows to imitate, or pairs.
     """
 
     prompts: PromptBatch
-    texts: RatedBatch
+    texts: RatedBatch | PairBatch
 
 
 class Answers(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,26 @@ def test_fit_config_runs_and_hands_over(path: Path, trunk: Path, corpora: Path) 
     saved = content(run / "config.yaml")
     assert saved["model"]["init_args"]["trunk"] == str(trunk)
     assert saved["trainer"]["limit_train_batches"] == 2
+
+
+def test_inpo_beside_a_preference_file(trunk: Path) -> None:
+    page = (ROOT / "docs/methods.md").read_text("utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    prompts = orders("prompts_train", 8)
+    pairs = [{**row, "chosen": "two lattes", "rejected": "a mocha"} for row in prompts]
+    for name, rows in (("prompts", prompts), ("preferences", pairs)):
+        Path(f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    recipe = {**content(ROOT / "configs/relatives/inpo.yaml"), **yaml.safe_load(block)}
+    small = {"max_tokens": 300, "max_response_tokens": 128, "batch_size": 4, "texts_batch_size": 3}
+    tiny = {
+        "data": {"init_args": small},
+        "model": {"init_args": tiny_model(recipe["model"]["init_args"], trunk)},
+        "trainer": TINY_TRAINER,
+    }
+    for name, part in (("inpo", recipe), ("tiny", tiny)):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(part), "utf-8")
+    main(["fit", "--config", "inpo.yaml", "--config", "tiny.yaml"])
+    assert_finite(run_of(recipe), "train/log_odds")
 
 
 @of_kind("data")

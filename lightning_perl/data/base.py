@@ -31,6 +31,7 @@ from lightning_perl.data.rows import (
     RatedExample,
     Splits,
     Tie,
+    collate_pairs,
     collate_prompts,
     collate_rated,
     conflicting,
@@ -271,6 +272,16 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         """Drops the training rows that are not imitated, and takes pairs apart; returns how many are left."""
         every = [row for example in self._examples["train"] for row in example.rows]
         self._examples["train"] = [RatedExample((row,)) for row in every if row.imitate]
+        return len(self._examples["train"])
+
+    def keep_pairs(self) -> int:
+        """Drops the training rows that are no two answers to one prompt, and gives the others as `PairBatch`."""
+        self._examples["train"] = [
+            example
+            for example in self._examples["train"]
+            if len(example.rows) == 2 and example.rows[0].prompt == example.rows[1].prompt
+        ]
+        self.collate = collate_pairs
         return len(self._examples["train"])
 
     @cached_property

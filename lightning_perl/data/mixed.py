@@ -43,17 +43,20 @@ def beside(prompts: ResumableLoader, texts: ResumableLoader) -> CombinedLoader:
 
 
 class MixedDataModule(PreferenceDataModule):
-    """Prompts of your own, and with each batch of them rows to imitate, for ``lm_weight`` of on-policy modules.
+    """Prompts of your own, and with each batch of them texts to learn beside what is answered.
 
+    They are rows to imitate, for ``lm_weight`` of on-policy modules, or pairs, which `INPO` learns beside its own.
     An epoch is one of the prompts; the texts begin again where they end. Held-out rows are prompts alone.
 
     Args:
         train: Prompts to answer, see :class:`PreferenceDataModule`.
         texts: Rows to imitate, such as those of SFT. Rows that are not imitated (rejected answers, thumbs down)
-            are passed over.
-        texts_batch_size: Texts in a batch; every optimizer step learns all of them.
+            are passed over. Or rows with ``chosen`` and ``rejected``, of which those without are passed over.
+        texts_batch_size: Texts in a batch. Every optimizer step learns all rows to imitate; pairs are shuffled
+            among the sampled ones.
         texts_settings: Arguments of :class:`PreferenceDataModule` for the texts, such as ``columns``. Lengths,
             seed, ``on_bad_row`` and ``chat_template`` are the prompts' unless these are among them.
+        texts_as: What the texts are: ``demonstrations`` to imitate, or ``pairs``, which cannot be streamed.
         rows: Always ``prompts``.
         settings: As :class:`PreferenceDataModule`, for the prompts.
     """
@@ -65,6 +68,7 @@ class MixedDataModule(PreferenceDataModule):
         texts: Sources,
         texts_batch_size: Count = 8,
         texts_settings: dict[str, Any] | None = None,
+        texts_as: Literal["demonstrations", "pairs"] = "demonstrations",
         rows: Literal["prompts"] = "prompts",
         **settings: Any,
     ) -> None:
@@ -75,6 +79,11 @@ class MixedDataModule(PreferenceDataModule):
             tokenizer, texts, batch_size=texts_batch_size, **{"val_fraction": 0.0, **theirs}
         )
         self.texts.train_sources = sources_of(texts, "data.texts")
+        self.texts_as = texts_as
+        if texts_as == "pairs" and self.texts.streaming:
+            raise ValueError(
+                "data.texts: pairs are not streamed. Leave streaming out of data.texts_settings."
+            )
 
     def prepare_data(self) -> None:
         """Fetches both."""
@@ -85,18 +94,20 @@ class MixedDataModule(PreferenceDataModule):
         """Reads both; rejected texts are listed among rejected prompts.
 
         Raises:
-            ValueError: No text is imitated.
+            ValueError: No text is imitated, or none is a pair.
         """
         if self.splits is not None:
             return
         super().setup(stage)
         self.texts.setup(stage)
         self.report.messages.extend(self.texts.report.messages)
-        if not self.texts.streaming and not self.texts.keep_imitated():
-            raise ValueError(
-                "data.texts has no row to imitate: demonstrations, chosen answers or thumbs up. What was read:\n"
-                f"{self.texts.report}"
-            )
+        if self.texts_as == "pairs":
+            kept, needed = self.texts.keep_pairs(), "pair: `chosen` and `rejected`"
+        elif not self.texts.streaming:
+            kept = self.texts.keep_imitated()
+            needed = "row to imitate: demonstrations, chosen answers or thumbs up"
+        if not self.texts.streaming and not kept:
+            raise ValueError(f"data.texts has no {needed}. What was read:\n{self.texts.report}")
 
     @cached_property
     def trained_rows(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.batches import PairBatch, PromptBatch, RatedBatch
 from lightning_perl.functional.packing import packed_tokens, plan
 from lightning_perl.functional.sequences import pad_left, pad_right
 
@@ -146,6 +146,11 @@ class RatedRow(NamedTuple):
     row: int
     turns: int = 1
 
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first one that counts."""
+        return self.ids[: self.response_mask.index(True)]
+
 
 class RatedExample(NamedTuple):
     """One row, or the chosen and the rejected row of a pair; ``cut_turns`` did not fit the window."""
@@ -220,6 +225,16 @@ def _places(masks: Sequence[Sequence[bool]], tokens: int) -> list[int]:
         for row, mask in enumerate(masks)
         for place in compress(range(row * tokens + 1, (row + 1) * tokens), mask[1:])
     ]
+
+
+def collate_pairs(examples: Sequence[RatedExample]) -> PairBatch:
+    """Pads prompts on the left and answers, which have no holes, on the right."""
+    rows = [row for example in examples for row in example.rows]
+    prompt_ids, prompt_mask = pad_left([row.prompt for row in rows], _PAD)
+    answers = [list(compress(row.ids, row.response_mask)) for row in rows]
+    response_ids, response_mask = pad_right(answers, _PAD)
+    numbers = torch.tensor([row.row for row in rows])
+    return PairBatch(prompt_ids, prompt_mask, response_ids, response_mask, numbers)
 
 
 def collate_prompts(examples: Sequence[PromptExample]) -> PromptBatch:

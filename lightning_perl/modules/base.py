@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
-from lightning_perl.batches import Bounded, MixedBatch, PromptBatch, RatedBatch
+from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.predictions import PredictionWriter
 from lightning_perl.callbacks.preflight import MemoryPreflight
@@ -426,7 +426,8 @@ class AdapterModule(Checked, LightningModule, ABC):
             prompts = batch.prompts if isinstance(batch, MixedBatch) else batch
             require_same(prompts.row, "rows")
         if self.rows == "prompts" and isinstance(batch, MixedBatch):
-            require_batch(batch.texts, RatedBatch, name, vocabulary)
+            texts = PairBatch if isinstance(batch.texts, PairBatch) else RatedBatch
+            require_batch(batch.texts, texts, name, vocabulary)
             batch = batch.prompts
         kind = PromptBatch if self.rows == "prompts" else RatedBatch
         require_batch(batch, kind, name, vocabulary)

@@ -23,6 +23,7 @@ class INPO(Selecting):
     reward or a Python judge, and the best and the worst of a prompt make a pair. The policy is then regressed, for
     ``epochs`` passes, towards a log-odds of ``1 / (2 eta)`` above the mixture of reference and pi_t. Both are kept
     as log-probabilities, so that no second trunk is needed. A prompt whose responses score the same moves nothing.
+    Pairs of the data (`MixedDataModule` with ``texts_as: pairs``) enter the regression beside them.
 
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
@@ -32,6 +33,7 @@ class INPO(Selecting):
     """
 
     samples_kept: ClassVar[int | None] = 2
+    learns_pairs: ClassVar[bool] = True
 
     def __init__(
         self, trunk: str, eta: Positive = 0.0075, tau: Positive | None = None, **settings: Any

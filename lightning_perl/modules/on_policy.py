@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_perl.arguments import Count, Finite, NonNegative, Positive
-from lightning_perl.batches import Bounded, MixedBatch, PromptBatch, RatedBatch
+from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.episode_bar import count_episodes
 from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.functional.masked import masked_mean
@@ -29,6 +29,7 @@ from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
 from lightning_perl.modules.base import Backward, Stats
+from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.running import KLControl, seen
 from lightning_perl.modules.safety import (
     FiniteGuard,
@@ -40,7 +41,7 @@ from lightning_perl.modules.safety import (
 from lightning_perl.modules.updating import Updating
 from lightning_perl.optim import room_for_moments
 from lightning_perl.ranks import world
-from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe, experiences
 
 
 class OnPolicy(Updating):
@@ -48,8 +49,9 @@ class OnPolicy(Updating):
 
     A leaf that goes over each rollout several times, or in minibatches, calls `learn_in`; one that sets
     ``greedy_baseline`` finds in ``scored.baseline`` what the policy's greedy responses earn; see `PolicyAnswers`
-    for ``entropy_gradient`` and ``full_kl``. One that sets ``kl_control`` reads its ``kl_coef`` as
-    ``steered_kl_coef``.
+    for ``entropy_gradient`` and ``full_kl``. One that sets ``learns_pairs`` finds pairs of the data behind its
+    experience, a better and a worse answer each, without advantages. One that sets ``kl_control`` reads its
+    ``kl_coef`` as ``steered_kl_coef``.
 
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
@@ -64,6 +66,7 @@ class OnPolicy(Updating):
 
     automatic_optimization: bool
     greedy_baseline: ClassVar[bool] = False
+    learns_pairs: ClassVar[bool] = False
     kl_coef: float
     kl_control: KLControl = KLControl()
 
@@ -142,7 +145,13 @@ class OnPolicy(Updating):
     ) -> int | None:
         """Learn nothing more where a resumed run already has its episodes."""
         super().on_train_batch_start(batch, batch_idx)
-        if isinstance(batch, MixedBatch) != (self.lm_weight > 0):
+        texts = batch.texts if isinstance(batch, MixedBatch) else None
+        if isinstance(texts, PairBatch) and not self.learns_pairs:
+            raise ValueError(
+                f"{type(self).__name__} learns no pairs beside its own responses; INPO does. Set "
+                "data.texts_as: demonstrations and lm_weight to imitate the chosen ones."
+            )
+        if isinstance(texts, RatedBatch) != (self.lm_weight > 0):
             raise ValueError(
                 f"lm_weight is {self.lm_weight:g}, and the data gives {'no ' * (self.lm_weight > 0)}texts beside "
                 "its prompts. Texts to imitate come from MixedDataModule, and lm_weight above 0 learns them."
@@ -175,6 +184,7 @@ class OnPolicy(Updating):
             self._require_fresh_start(rollout, scored)
         scored, first_value_stats = self.values_of(rollout, scored, self.manual_backward)
         experience, stats = self.experience(rollout, scored)
+        experience, texts = self.with_pairs(experience, texts)
         trained = self._learn(experience, first_value_stats, texts)
         trained |= self._steer(float(described["kl"]), len(rollout.row))
         scheduler = None if self._make_scheduler is None else self.lr_schedulers()
@@ -183,6 +193,21 @@ class OnPolicy(Updating):
         learned = int(experience.sequences.attention_mask.sum()) * self.epochs
         rollouts = [rollout, greedy] if greedy else [rollout]
         return self._account(rollouts, learned, described, {**stats, **trained})
+
+    def with_pairs(
+        self, experience: Experience, texts: RatedBatch | PairBatch | None
+    ) -> tuple[Experience, RatedBatch | None]:
+        """The experience and behind it the data's pairs, as the policy reads them now; the texts to imitate."""
+        if not isinstance(texts, PairBatch):
+            return experience, texts
+        stopped = texts.response_mask[:, 0]  # nobody asks
+        pairs = Rollout(*texts[:4], stopped, texts.row, samples=experience.sequences.samples)
+        with self.phase("score"):
+            answers = self.ask(pairs, ("policy", "reference"), self.sampling.temperature)
+        before, reference = given(answers.policy), given(answers.reference)
+        nothing = torch.zeros_like(before)
+        added = Experience(pairs.sequences(), before, nothing, reference=reference)
+        return experiences([experience, added]), None
 
     def preflight(self, batch: PromptBatch | MixedBatch, optimizer: Optimizer) -> None:
         """Sample and score a rollout of the longest rows, and take one micro-batch's gradients."""
@@ -201,6 +226,7 @@ class OnPolicy(Updating):
             scored = scored._replace(baseline=scored.scores if self.greedy_baseline else None)
         scored, _ = self.values_of(rollout, scored)
         experience, _ = self.experience(rollout, scored)
+        experience, texts = self.with_pairs(experience, texts)
         kept = self.samples_learned
         learned = -(-self.micro_batch_size // kept) * kept * world()
         piece = experience.rows(torch.arange(min(learned, len(experience.old_logprobs))))

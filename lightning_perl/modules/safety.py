@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.batches import PairBatch, PromptBatch, RatedBatch
 from lightning_perl.models.roles import Roles
 
 
 def require_batch(
-    batch: object, kind: type[PromptBatch] | type[RatedBatch], module: str, vocabulary: int
+    batch: object,
+    kind: type[PromptBatch] | type[RatedBatch] | type[PairBatch],
+    module: str,
+    vocabulary: int,
 ) -> None:
     """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not.
 
@@ -21,9 +24,10 @@ def require_batch(
         TypeError: One of these; the message says how to make such batches.
     """
     if isinstance(batch, kind):
-        masks = {name: mask.dtype for name, mask in batch._asdict().items() if "mask" in name}
+        parts = batch._asdict()
+        masks = {name: part.dtype for name, part in parts.items() if "mask" in name}
         wrong = {name: dtype for name, dtype in masks.items() if dtype != torch.bool}
-        largest = int(batch.ids.max())
+        largest = max(int(part.max()) for name, part in parts.items() if name.endswith("ids"))
         if not wrong and largest < vocabulary:
             return
         got = f"one whose masks are {wrong}" if wrong else f"one with the id {largest}"

@@ -152,6 +152,31 @@ class Experience(NamedTuple):
     def _parts(self, index: Tensor | tuple[Tensor, slice]) -> list[Tensor | None]:
         return [None if part is None else part[index] for part in self[1:]]
 
+    def widened(self, prompt_tokens: int, response_tokens: int) -> Experience:
+        """The same with so many columns; the new ones, at the left and at the right, are masked out."""
+        ids, attention_mask, response_mask, samples = self.sequences
+        right = response_tokens - response_mask.shape[1]
+        both = (prompt_tokens - self.sequences.prompt_tokens, right)
+        sequences = Sequences(
+            F.pad(ids, both), F.pad(attention_mask, both), F.pad(response_mask, (0, right)), samples
+        )
+        parts = [None if part is None else F.pad(part, (0, right)) for part in self[1:]]
+        return Experience(sequences, *parts)  # type: ignore[arg-type]
+
+
+def experiences(parts: Sequence[Experience]) -> Experience:
+    """Several with the same fields and samples as one."""
+    prompts = max(part.sequences.prompt_tokens for part in parts)
+    responses = max(part.sequences.response_mask.shape[1] for part in parts)
+    wide = [part.widened(prompts, responses) for part in parts]
+    ids, attention_mask, response_mask = (
+        torch.cat(column) for column in zip(*(part.sequences[:3] for part in wide), strict=True)
+    )
+    sequences = Sequences(ids, attention_mask, response_mask, parts[0].sequences.samples)
+    fields = zip(*(part[1:] for part in wide), strict=True)
+    joint = (None if field[0] is None else torch.cat(field) for field in fields)
+    return Experience(sequences, *joint)  # type: ignore[arg-type]
+
 
 def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
     """What a rollout looked like, each a mean over its responses.

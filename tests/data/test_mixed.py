@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_perl.batches import MixedBatch, PromptBatch, RatedBatch
+from lightning_perl.batches import MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.data import MixedDataModule
 
 
@@ -41,7 +42,40 @@ def test_texts_stand_beside_every_batch_of_prompts(tokenizer_dir: Path) -> None:
     assert isinstance(next(iter(data.val_dataloader())), PromptBatch)
 
 
-def test_texts_of_which_none_is_imitated_are_refused(tokenizer_dir: Path) -> None:
-    texts = [{"prompt": "w1", "response": "w2", "label": 0}]
-    with pytest.raises(ValueError, match=r"data\.texts has no row to imitate"):
-        MixedDataModule(str(tokenizer_dir), [{"prompt": "w1"}, {"prompt": "w2"}], texts).setup()
+def test_pairs_are_laid_out_as_sampled_answers(tokenizer_dir: Path) -> None:
+    prompts = [{"prompt": f"w{row} w1 w2"} for row in range(4, 14)]
+    pairs = [{"prompt": "w1 w2", "chosen": f"w{row} w3", "rejected": f"w{row}"} for row in (4, 5)]
+    options = {"texts_as": "pairs", "batch_size": 3, "max_tokens": 24, "max_response_tokens": 8}
+    data = MixedDataModule(str(tokenizer_dir), prompts, pairs, 1, **options)
+    data.setup()
+    for batch, _, _ in iter(data.train_dataloader()):
+        texts = batch.texts
+        assert isinstance(texts, PairBatch)
+        assert torch.equal(texts.prompt_ids[0], texts.prompt_ids[1])
+        assert texts.prompt_mask.all()
+        better, worse = (
+            data.tokenizer.decode(ids[mask])
+            for ids, mask in zip(texts.response_ids, texts.response_mask, strict=True)
+        )
+        assert " w3" in better
+        assert " w3" not in worse
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        ({"response": "w2", "label": 0}, {}, r"data\.texts has no row to imitate"),
+        ({"response": "w2"}, {"texts_as": "pairs"}, r"data\.texts has no pair: `chosen` and"),
+        (
+            {},
+            {"texts_as": "pairs", "texts_settings": {"streaming": True}},
+            "pairs are not streamed",
+        ),
+    ],
+)
+def test_texts_that_cannot_be_learned_are_refused(
+    texts: dict[str, Any], options: dict[str, Any], words: str, tokenizer_dir: Path
+) -> None:
+    prompts = [{"prompt": "w1"}, {"prompt": "w2"}]
+    with pytest.raises(ValueError, match=words):
+        MixedDataModule(str(tokenizer_dir), prompts, [{"prompt": "w1", **texts}], **options).setup()

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_perl.batches import MixedBatch
+from lightning_perl.batches import MixedBatch, PairBatch, RatedBatch
+from lightning_perl.data.rows import collate_pairs
 from lightning_perl.functional.logprobs import jensen_shannon, k2, k3
 from lightning_perl.modules import JointHydraPPO
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.running import KLControl, seen
 from tests.functional.test_kl import Estimator
 from tests.modules import tiny
+from tests.modules.test_packed_pairs import examples
 
 
 @pytest.mark.parametrize(("mode", "shift"), [("scale", 0.0), ("standardize", 1.0)])
@@ -134,16 +136,21 @@ def test_texts_are_imitated_beside_every_step(hydra_trunk: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "mixed", "words"),
+    ("weight", "texts", "words"),
     [
-        (0.0, True, "0, and the data gives texts"),
-        (0.1, False, "0.1, and the data gives no texts"),
+        (0.0, tiny.rated(2), "0, and the data gives texts"),
+        (0.1, None, "0.1, and the data gives no texts"),
+        (
+            0.0,
+            collate_pairs(examples(2, 1)),
+            "PPO learns no pairs beside its own responses; INPO does",
+        ),
     ],
 )
 def test_texts_without_a_weight_and_a_weight_without_texts(
-    weight: float, mixed: bool, words: str, hydra_trunk: Path
+    weight: float, texts: RatedBatch | PairBatch | None, words: str, hydra_trunk: Path
 ) -> None:
     module = tiny.hydra(hydra_trunk, lm_weight=weight)
     prompts = tiny.prompts(2)
     with pytest.raises(ValueError, match=words):
-        module.on_train_batch_start(MixedBatch(prompts, tiny.rated(2)) if mixed else prompts, 0)
+        module.on_train_batch_start(MixedBatch(prompts, texts) if texts else prompts, 0)

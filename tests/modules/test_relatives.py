@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_perl import modules
 from lightning_perl.batches import RatedBatch
-from lightning_perl.data.rows import collate_rated
+from lightning_perl.data.rows import collate_pairs, collate_rated
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import (
     DPO,
@@ -174,6 +174,38 @@ def test_a_step_against_transformers_and_peft(name: str, gpt2_trunk: Path, tmp_p
     expected = loss_of(module, twin, experience, scored.scores)
     expected.backward()  # type: ignore[no-untyped-call]
     for size in (2, 3, 100):
+        module.micro_batch_size = size
+        stats, (gradients,) = tiny.rehearse(module, experience)
+        assert_close(stats["policy_loss"], expected.detach(), rtol=1e-9, atol=1e-10)
+        assert_gradients_of(twin.model, gradients, rtol=1e-7, atol=1e-9)
+
+
+def test_inpo_learns_pairs_of_the_data_beside_its_own(gpt2_trunk: Path, tmp_path: Path) -> None:
+    trunk = tiny.with_head(gpt2_trunk, tmp_path / "trunk")
+    module = make(INPO, trunk, eta=0.5, tau=0.2)
+    tiny.train_adapters(module)
+    rollout = module.collect(tiny.prompts(4), 0, samples=3)
+    ROLLOUTS.append(rollout)
+    scored = module.score(rollout)
+    own, _ = module.experience(rollout, scored)
+    rows = [example for example in examples(9, 2) if len(example.rows) == 2]
+    experience, left = module.with_pairs(own, collate_pairs(rows))
+    assert left is None
+    assert len(experience.old_logprobs) == 8 + 2 * len(rows)
+    twin = twin_of(module, rollout, trunk, tmp_path)
+    batch = collate_rated(rows)
+    bare = AutoModelForCausalLM.from_pretrained(trunk, dtype=torch.float64).train(False)
+    policy, reference = (
+        better - worse
+        for better, worse in (
+            summed(model, batch)[batch.pairs].unbind(1) for model in (twin.model, bare)
+        )
+    )
+    h = policy - 0.4 * reference.detach() - 0.6 * policy.detach()
+    losses = [4 * inpo_loss(module, twin, own, scored.scores), ((h - 1) ** 2).sum()]
+    expected = torch.stack(losses).sum() / (4 + len(rows))
+    expected.backward()  # type: ignore[no-untyped-call]
+    for size in (2, 100):
         module.micro_batch_size = size
         stats, (gradients,) = tiny.rehearse(module, experience)
         assert_close(stats["policy_loss"], expected.detach(), rtol=1e-9, atol=1e-10)

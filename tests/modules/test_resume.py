@@ -20,6 +20,7 @@ from lightning_perl import modules
 from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.data.mixed import beside
+from lightning_perl.data.rows import collate_pairs
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import (
     DPO,
@@ -45,6 +46,7 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.running import KLControl
 from lightning_perl.optim import HostAdamW
 from tests.modules import tiny
+from tests.modules.test_packed_pairs import examples
 
 
 def drawn(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]) -> list[float]:
@@ -101,6 +103,7 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "RAFT": lambda trunk: RAFT(trunk, samples=2, minibatch_size=2, **SHORT),
     "SuperHF": lambda trunk: SuperHF(trunk, samples=2, **SHORT),
     "INPO": lambda trunk: INPO(trunk, samples=3, **SHORT),
+    "INPO, pairs": lambda trunk: INPO(trunk, samples=3, epochs=2, minibatch_size=4, **SHORT),
     "Reinforce": lambda trunk: Reinforce(trunk, **SHORT),
     "IPO": lambda trunk: IPO(trunk, lora=DROPOUT, scheduler=halving),
     "RDPO": lambda trunk: RDPO(trunk, lora=DROPOUT),
@@ -117,10 +120,13 @@ def test_every_module_is_resumed_here() -> None:
     )
 
 
-def loader_for(module: AdapterModule) -> ResumableLoader | CombinedLoader:
+def loader_for(module: AdapterModule, pairs: bool = False) -> ResumableLoader | CombinedLoader:
     """Four batches in an order that changes with the epoch."""
     batches = tiny.batches_for(module, BATCHES)
     loader = ResumableLoader(batches, 1, itemgetter(0), seed=3, bucket=False)
+    if pairs:
+        rows = [example for example in examples(7, 1) if len(example.rows) == 2]
+        return beside(loader, ResumableLoader(rows, 2, collate_pairs, seed=4))
     if isinstance(module, OnPolicy) and module.lm_weight:
         texts = [tiny.rated(3, seed) for seed in range(BATCHES - 1)]
         fewer = ResumableLoader(texts, 1, itemgetter(0), seed=4, bucket=False)
@@ -153,7 +159,7 @@ def test_resumed_run_is_the_uninterrupted_one(kind: str, hydra_trunk: Path, tmp_
         seed_everything(seed, verbose=False)
         module = MAKERS[kind](str(hydra_trunk))
         trainer, _ = tiny.quiet_trainer(tmp_path, watch, max_epochs=2)
-        trainer.fit(module, loader_for(module), **options)
+        trainer.fit(module, loader_for(module, kind == "INPO, pairs"), **options)
         return trainer, module
 
     path = tmp_path / "killed.ckpt"
