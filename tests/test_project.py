@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from packaging.requirements import Requirement
 
 import lightning_perl
+from lightning_perl import modules
+from lightning_perl.commands.parsing import _arguments
+from lightning_perl.data import PreferenceDataModule
 from tests.test_floors import imported_names
 
 if sys.version_info >= (3, 11):
@@ -178,3 +182,27 @@ def test_config_opens_with_three_comment_lines(path: Path) -> None:
     assert path.name in command
     assert re.match(r"# .{10,}", source)
     assert re.match(r"# .{3,}", hardware)
+
+
+def test_the_page_for_trl_s_users_names_arguments_that_exist() -> None:
+    page = (ROOT / "docs" / "from_trl.md").read_text(encoding="utf-8")
+    checked = 0
+    for section in page.split("\n## ")[1:]:
+        classes = [
+            getattr(modules, name) for name in re.findall(r"`(\w+)`", section.split("\n")[0])
+        ]
+        for line in re.findall(r"^\| `?.*\|$", section, re.MULTILINE):
+            _, theirs, ours, *_ = line.split("|")
+            if "---" in line or theirs.strip() == "TRL":
+                continue
+            for name in re.findall(r"`([\w.]+)`", ours):
+                owner, dot, argument = name.rpartition(".")
+                others: dict[str, list[Any]] = {
+                    "data": [PreferenceDataModule],
+                    "trainer": [Trainer],
+                }
+                owners = others.get(owner, classes)
+                known = set().union(*(_arguments(f"{o.__module__}.{o.__name__}") for o in owners))
+                assert (argument if dot else name) in known, line
+                checked += 1
+    assert checked > 40

@@ -52,7 +52,7 @@ from lightning_perl.rollouts.sampling import SamplingSpec
 
 REPORT = Path("benchmarks/reports/real/methods.md")
 EPISODES, BATCH, PAIRS = 512, 32, 16
-RATE, TRIED, SEEDS = 5e-4, 100, (0, 1, 2)
+RATE, TRIED, SEEDS = 1e-3, 100, (0, 1, 2)
 LORA = LoraSpec(16, alpha=16.0)
 SAMPLING = SamplingSpec(max_new_tokens=48, temperature=0.7)
 SIZES: dict[str, Any] = {"max_tokens": 192, "max_response_tokens": 48, "on_bad_row": "reject"}
