@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-LIMIT = 60.0
+LIMIT = 180.0
 Launched = Callable[[int, int], dict[str, str]]
 """The environment that a launcher gives, by rank and number of ranks."""
 
