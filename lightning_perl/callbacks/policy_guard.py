@@ -120,7 +120,8 @@ class PolicyGuard(Checked, Callback):
     def _lower_rates(self, optimizer: Optimizer, *_: object) -> None:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] *= self.lr_factor**self.rollbacks
+            # Not in place: it may be a tensor.
+            group["lr"] = group["lr"] * self.lr_factor**self.rollbacks
 
     def _put_rates_back(self, optimizer: Optimizer, *_: object) -> None:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
@@ -134,9 +135,11 @@ class PolicyGuard(Checked, Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Judge the rollout."""
-        logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        rollout = {key: logged[f"rollout/{key}"] for key in WATCHED if f"rollout/{key}" in logged}
-        problem = self._above_ceiling(rollout["kl"], logged["rollout/response_tokens"])
+        logged = trainer.callback_metrics
+        rollout = {
+            key: float(logged[f"rollout/{key}"]) for key in WATCHED if f"rollout/{key}" in logged
+        }
+        problem = self._above_ceiling(rollout["kl"], float(logged["rollout/response_tokens"]))
         problem = problem or self._hacking(rollout)
         # Ranks act together, whatever each has logged.
         if trainer.strategy.reduce_boolean_decision(problem is not None, all=False):

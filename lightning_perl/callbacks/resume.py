@@ -118,7 +118,8 @@ class Resume(Callback):
         Of a batch that is a whole rollout, note what a checkpoint would hold: its weights and moments are those
         of the run itself, and copied by nobody.
         """
-        if not pl_module.automatic_optimization:
+        saves = model_checkpoints(trainer) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if saves and not pl_module.automatic_optimization:
             self._before = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         before, self._steps = self._steps, trainer.global_step
         for callback in model_checkpoints(trainer):
