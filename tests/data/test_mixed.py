@@ -45,7 +45,8 @@ def test_texts_stand_beside_every_batch_of_prompts(tokenizer_dir: Path) -> None:
 def test_pairs_are_laid_out_as_sampled_answers(tokenizer_dir: Path) -> None:
     prompts = [{"prompt": f"w{row} w1 w2"} for row in range(4, 14)]
     pairs = [{"prompt": "w1 w2", "chosen": f"w{row} w3", "rejected": f"w{row}"} for row in (4, 5)]
-    options = {"texts_as": "pairs", "batch_size": 3, "max_tokens": 24, "max_response_tokens": 8}
+    options: dict[str, Any] = {"texts_as": "pairs", "batch_size": 3}
+    options |= {"max_tokens": 24, "max_response_tokens": 8}
     data = MixedDataModule(str(tokenizer_dir), prompts, pairs, 1, **options)
     data.setup()
     for batch, _, _ in iter(data.train_dataloader()):

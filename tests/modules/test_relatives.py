@@ -183,6 +183,7 @@ def test_a_step_against_transformers_and_peft(name: str, gpt2_trunk: Path, tmp_p
 def test_inpo_learns_pairs_of_the_data_beside_its_own(gpt2_trunk: Path, tmp_path: Path) -> None:
     trunk = tiny.with_head(gpt2_trunk, tmp_path / "trunk")
     module = make(INPO, trunk, eta=0.5, tau=0.2)
+    assert isinstance(module, INPO)
     tiny.train_adapters(module)
     rollout = module.collect(tiny.prompts(4), 0, samples=3)
     ROLLOUTS.append(rollout)
