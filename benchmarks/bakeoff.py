@@ -383,7 +383,8 @@ def calibration_table(runs: list[dict[str, Any]]) -> list[str]:
         ]
     ]
     for name, mine in by_method(measured).items():
-        cells = (spread([run[key] for run in mine], 3) for key in keys)
+        values = ([run[key] for run in mine] for key in keys)
+        cells = (spread(seeds, 3) if len(seeds) > 1 else f"{seeds[0]:.3f}" for seeds in values)
         rows.append([name, str(len(mine)), *cells])
     return table(
         ["method", "runs", *(key.replace("_ece", " ECE").replace("_", " ") for key in keys)], rows
