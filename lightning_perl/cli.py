@@ -1,4 +1,4 @@
-"""``python -m lightning_perl {fit,validate,test,predict,estimate,new-trunk,generate,compare,mix,export}``."""
+"""``python -m lightning_perl {fit,...,estimate,new-trunk,generate,compare,mix,export,report}``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from lightning_perl.commands.generate import generate
 from lightning_perl.commands.going_on import newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
+from lightning_perl.commands.report import report
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.launching import require_plain_ranks
 from lightning_perl.packaged import PREFIX, unpackaged
@@ -58,7 +59,8 @@ ALSO = (
     f"There are more commands, each with a --help: {PROGRAM} estimate prints how much memory a fit will take, "
     f"{PROGRAM} new-trunk writes a small untrained trunk, with a tokenizer trained on your data, {PROGRAM} "
     f"generate lets a trained policy answer, {PROGRAM} compare lets several answer the same held-out prompts, "
-    f"{PROGRAM} mix makes one of several, and {PROGRAM} export writes a folder for others."
+    f"{PROGRAM} mix makes one of several, {PROGRAM} export writes a folder for others, and {PROGRAM} report "
+    "writes a run's curves and answers as an HTML file."
 )
 
 
@@ -315,6 +317,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "mix": partial(mix.run, program=f"{PROGRAM} mix"),
         "generate": partial(run_function, "generate", generate),
         "export": partial(run_function, "export", export),
+        "report": partial(run_function, "report", report),
         "estimate": run_estimate,
     }
     if given and given[0] in own_commands:
