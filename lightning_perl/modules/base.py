@@ -423,8 +423,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         """Refuse what a loader of the user's own yields, where it is no batch of this module's kind."""
         name, vocabulary = type(self).__name__, self._trunks[0].vocabulary_size
         if isinstance(batch, MixedBatch | PromptBatch | RatedBatch):
-            prompts = batch.prompts if isinstance(batch, MixedBatch) else batch
-            require_same(prompts.row, "rows")
+            parts = batch if isinstance(batch, MixedBatch) else (batch,)
+            require_same(torch.cat([part.row for part in parts]), "rows")
         if self.rows == "prompts" and isinstance(batch, MixedBatch):
             texts = PairBatch if isinstance(batch.texts, PairBatch) else RatedBatch
             require_batch(batch.texts, texts, name, vocabulary)

@@ -301,9 +301,10 @@ class Supervised(AdapterModule):
         if self.heads():
             self._require_ratings()
         if self.adapter == OFF or not self.keeps_adapter:
-            if self.trunk.sharding is not None:
-                self.trunk = self._whole_trunk()
+            kept = self.trunk
+            self.trunk = kept if kept.sharding is None else self._whole_trunk()
             self.save_trunk(folder / "trunk")
+            self.trunk = kept
             return folder / "trunk"
         target = folder / "adapters" / self.adapter
         self.trunk.adapters.save(self.adapter, target, self.trunk.source)

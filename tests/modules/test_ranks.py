@@ -145,8 +145,7 @@ def train(
     trainer, _ = tiny.fit(module, root, batches_for(module, rows), watch, *callbacks, **settings)
     watch.on_train_batch_end(trainer)
     pieces = [isinstance(weight, DTensor) for weight in module.parameters()]
-    # To merge its adapter, the first rank has read the trunk once more.
-    assert any(pieces) == (sharding is not None) or kind == "HydraSFT"
+    assert any(pieces) == (sharding is not None)
     names = module.trainable_names()
     weights = {name: weight for name, weight in tiny.weights(module).items() if name in names}
     return Trained(watch.logged, weights)
