@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any, TextIO
 
@@ -211,7 +212,9 @@ class Handover(Callback):
         rank_zero_info(f"handed over in {folder}")
         for place, then in NEXT.items():
             if (folder / place).is_dir():
-                rank_zero_info(then.format(run=folder, place=folder / place))
+                rank_zero_info(
+                    then.format(run=quote(str(folder)), place=quote(str(folder / place)))
+                )
         if stopped_by:
             rank_zero_info(f"unfinished, {note}; to go on, add --ckpt_path last")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,11 +27,14 @@ from lightning_perl.data.tokenization import PLAIN, TurnEncoder
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import ScalarHead, has_head, load_head
 from lightning_perl.models.loading import TrunkDtype
+from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.decoding import sample
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 
+Prompt: TypeAlias = tuple[str, tuple[Turn, ...]]
+"""A file and line, and the turns there."""
 JUDGE = "judge"
 """The reward adapter's name on the trunk."""
 
@@ -85,13 +88,8 @@ class Speaker:
     def answer(
         self, turns: Sequence[Turn], adapter: str, watch: Callable[[str], None] | None = None
     ) -> Answer:
-        """Answer the last turn; ``watch`` reads along. The same turns in the same place give the same answer.
-
-        Raises:
-            BadRow: The turns do not fit into the trunk's window.
-        """
-        asked = self._encoder.encode_prompt(turns, self._room).ids
-        ids = torch.tensor([asked], device=self._device)
+        """Answer the last turn; ``watch`` reads along. The same turns in the same place give the same answer."""
+        ids = torch.tensor([self.asked(turns)], device=self._device)
         row = torch.tensor([len(turns)], device=self._device)
         uniforms = row_uniforms(self._seed, self._asked, row, self._sampling.max_new_tokens)
         prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), row)
@@ -101,6 +99,17 @@ class Speaker:
         drawn = rollout.response_ids[0][rollout.response_mask[0]]
         text = self.trunk.tokenizer.decode(drawn, skip_special_tokens=True)
         return Answer(str(text).strip(), self._score(torch.cat([ids[0], drawn])))
+
+    def asked(self, turns: Sequence[Turn]) -> list[int]:
+        """The turns as tokens, behind which the answer is drawn.
+
+        Raises:
+            BadRow: They do not fit into the trunk's window, or its chat template refuses them.
+        """
+        try:
+            return self._encoder.encode_prompt(turns, self._room).ids
+        except BadRow as error:  # what it advises are settings of data
+            raise BadRow(f"{str(error).partition('. ')[0]}.") from error
 
     def next_prompt(self) -> None:
         """Draw the answers to come with other noise."""
@@ -130,6 +139,12 @@ def _judge(trunk: Trunk, found: Trained, reward: Path | None) -> tuple[str, Scal
     """The adapter and the head that score answers; no head where there is none."""
     if reward is not None:
         judge = trained(reward, "reward", found.trunk)
+        if not judge.is_adapter:
+            raise ValueError(
+                f"reward: {judge.folder} is a whole trunk and no adapter of {found.trunk}. The reward head of a "
+                "policy's own trunk scores without reward being given."
+            )
+        require_trunk_of(judge.folder, trunk)
         trunk.adapters.load(JUDGE, judge.folder, trainable=False)
         return JUDGE, load_head(judge.folder, "reward")
     own = Path(found.trunk)
@@ -173,10 +188,17 @@ def generate(
             f"out: {out} exists already." if file else "out is for the answers to a file."
         )
     place = None if reward is None else Path(unpackaged(str(reward))).expanduser()
-    speaker = Speaker(trained(run, "policy", trunk), place, sampling, seed, trunk_dtype)
+    found = trained(run, "policy", trunk)
+    if beside and not found.is_adapter:
+        raise ValueError(
+            f"beside: {found.folder} is a whole trunk, under which there is no reference. Leave beside out, and "
+            "ask the trunk that it was trained from by itself."
+        )
+    prompts = [] if file is None else list(prompts_of(file))
+    speaker = Speaker(found, place, sampling, seed, trunk_dtype)
     adapters = {"policy": speaker.policy} | ({"reference": OFF} if beside else {})
     if file is not None:
-        _answer_file(speaker, adapters, file, out)
+        _answer_file(speaker, adapters, prompts, out)
     elif prompt is not None:
         _answer(speaker, adapters, [Turn("user", prompt)])
     else:
@@ -186,7 +208,7 @@ def generate(
 def _answer(speaker: Speaker, adapters: dict[str, str], turns: Sequence[Turn]) -> str:
     """Show the answers to the last turn, alone as it is drawn; returns the policy's."""
     if len(adapters) == 1:
-        alone = speaker.answer(turns, speaker.policy, partial(print, end="", flush=True))
+        alone = speaker.answer(turns, speaker.policy, partial(show, end=""))
         show("" if alone.score is None else f"\n[score {alone.score:+.2f}]")
         return alone.text
     answers = {name: speaker.answer(turns, adapter) for name, adapter in adapters.items()}
@@ -226,20 +248,28 @@ def _chat(speaker: Speaker, adapters: dict[str, str]) -> None:
         except BadRow as error:
             show(f"{error} An empty line begins a new chat.")
             continue
+        except KeyboardInterrupt:
+            show("\n[broken off, and not remembered]")
+            continue
         turns += [Turn("user", said), Turn("agent", text)]
 
 
-def _answer_file(speaker: Speaker, adapters: dict[str, str], file: Path, out: Path | None) -> None:
-    """Answer every prompt of a file; a line of JSON each."""
-    count = 0
-    for where, turns in prompts_of(file):
+def _answer_file(
+    speaker: Speaker, adapters: dict[str, str], prompts: Sequence[Prompt], out: Path | None
+) -> None:
+    """Answer every prompt of a file, a line of JSON each, once all of them are known to fit."""
+    for where, turns in prompts:
+        try:
+            speaker.asked(turns)
+        except BadRow as error:
+            raise BadRow(f"{where}: {error}") from error
+    for where, turns in prompts:
         answers = {name: speaker.answer(turns, adapter) for name, adapter in adapters.items()}
         speaker.next_prompt()
         line: dict[str, Any] = {"where": where, "prompt": turns[-1].text}
         line |= {name: answer.text for name, answer in answers.items()}
         scores = {f"{name}_score": a.score for name, a in answers.items() if a.score is not None}
         text = json.dumps(line | scores, ensure_ascii=False)
-        count += 1
         if out is None:
             show(text)
         else:
@@ -247,10 +277,10 @@ def _answer_file(speaker: Speaker, adapters: dict[str, str], file: Path, out: Pa
             with out.open("a", encoding="utf-8") as written:
                 written.write(f"{text}\n")
     if out is not None:
-        show(f"wrote {count} answers to {out}")
+        show(f"wrote {len(prompts)} answers to {out}")
 
 
-def prompts_of(file: Path) -> Iterator[tuple[str, tuple[Turn, ...]]]:
+def prompts_of(file: Path) -> Iterator[Prompt]:
     """The prompts of a file with their places.
 
     Raises:

@@ -13,7 +13,12 @@ from lightning_perl.commands.going_on import read
 from lightning_perl.models.adapters import CONFIG_FILE, OFF, LoraSpec, trunk_of
 from lightning_perl.models.heads import ScalarHead, has_head, save_heads
 from lightning_perl.models.loading import TrunkDtype, load_trunk
-from lightning_perl.models.manifest import manifest_of, require_trunk_of, write_adapter_manifest
+from lightning_perl.models.manifest import (
+    agree_on_template,
+    manifest_of,
+    require_trunk_of,
+    write_adapter_manifest,
+)
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
 
@@ -160,6 +165,8 @@ def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None)
     spec = given["lora"]
     found.adapters.add(name, spec if isinstance(spec, LoraSpec) else LoraSpec(**spec), 0)
     _fill(found, name, state, str(checkpoint))
+    if stored.get("template") is not None:
+        agree_on_template(found, stored["template"], str(checkpoint))
     found.adapters.save(name, folder, found.source)
     write_adapter_manifest(folder, found, stored.get("on_policy", {}).get("rewarded_by", ()))
     if part == "reward":

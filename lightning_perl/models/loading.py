@@ -97,8 +97,10 @@ def classifier_like(trunk: Trunk) -> PreTrainedModel:
     """
     config = copy.deepcopy(trunk.model.config)
     config.num_labels, config.problem_type, config.dtype = 1, "regression", torch.float32
-    special = trunk.tokenizer.all_special_ids
-    config.pad_token_id = next((n for n in special if n not in trunk.stop_ids), None)
+    tokenizer, rows = trunk.tokenizer, trunk.vocabulary_size
+    special = [n for n in tokenizer.all_special_ids if n not in trunk.stop_ids and n < rows]
+    own = tokenizer.pad_token_id
+    config.pad_token_id = own if own in special else next(iter(special), None)
     try:
         made = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     except ValueError as error:

@@ -354,6 +354,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         states = everyones(standing())
         checkpoint["rng"] = states if len(states) > 1 else states[0]
         checkpoint["trained_on"] = self._trained_on
+        checkpoint["template"] = next(iter(self._trunks[0].templates.values()), None)
 
     @cached_property
     def _trained_on(self) -> dict[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,13 @@ from transformers import (
 )
 
 from lightning_perl.cli import main
-from lightning_perl.commands.generate import Answer, columns, generate
+from lightning_perl.commands.generate import Answer, Speaker, columns, generate
 from lightning_perl.commands.trained import load, trained
-from lightning_perl.data.rows import Turn
-from lightning_perl.data.tokenization import TurnEncoder
+from lightning_perl.data.rows import BadRow, Turn
+from lightning_perl.data.tokenization import PLAIN, PLAIN_CHAT_TEMPLATE, TurnEncoder
 from lightning_perl.models.heads import HEADS_FILE, load_head
 from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.manifest import manifest_of
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.sampling import SamplingSpec
 
@@ -127,6 +129,7 @@ def test_a_merged_reward_model_is_a_classifier(
     assert float(head.bias.abs()) > 0
     texts = ["<bos>User: a tea\nAgent: Sure, a tea.<eos>", "<bos>User: hi\nAgent: No.<eos>"]
     tokenizer = AutoTokenizer.from_pretrained("out")
+    assert tokenizer.pad_token == AutoTokenizer.from_pretrained(TRUNK).pad_token
     model = AutoModelForSequenceClassification.from_pretrained("out")
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     batch.pop("token_type_ids", None)
@@ -156,6 +159,15 @@ def test_a_checkpoint_becomes_the_adapter_that_was_handed_over(
     assert (
         role == "policy" or Path("out", HEADS_FILE).read_bytes() == (kept / HEADS_FILE).read_bytes()
     )
+
+
+def test_a_checkpoint_knows_its_template_where_the_trunk_says_none(runs: Path) -> None:
+    shutil.copytree(TRUNK, "foreign")
+    Path("foreign/manifest.json").unlink()
+    (checkpoint,) = (runs / "policy/latest/checkpoints").glob("last.ckpt")
+    main(["export", str(checkpoint), "out", "--trunk", "foreign"])
+    assert manifest_of(Path("out"))["template"] == PLAIN
+    assert AutoTokenizer.from_pretrained("out").chat_template == PLAIN_CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize(
@@ -255,6 +267,51 @@ def test_a_chat_remembers_until_an_empty_line(
     # The third begins anew and is the first; the fourth follows it, as the second did, with another question.
     assert len(tables) == 4
     assert tables[2] == tables[0] != tables[1]
+
+
+def test_what_cannot_be_answered_is_refused_before_anything_is(runs: Path) -> None:
+    Path("p.jsonl").write_text('{"prompt": "a tea"}\n' + json.dumps({"prompt": "word " * 300}))
+    with pytest.raises(BadRow, match=r"^p.jsonl:2: prompt longer than the window") as refused:
+        generate(runs / "policy", file=Path("p.jsonl"), out=Path("out"))
+    assert "max_tokens, or" not in str(refused.value)
+    assert not Path("out").exists()
+    with pytest.raises(ValueError, match="there is no reference"):
+        generate(Path(TRUNK), prompt="a tea", beside="reference")
+    with pytest.raises(ValueError, match="a whole trunk and no adapter"):
+        generate(runs / "policy", prompt="a tea", reward=Path(TRUNK))
+    # The reward adapter of another trunk would give scores that mean nothing.
+    shutil.copytree(runs / "reward/latest/adapters/reward", "judge")
+    manifest = json.loads(Path("judge/manifest.json").read_text())
+    Path("judge/manifest.json").write_text(json.dumps(manifest | {"trunk_fingerprint": "other"}))
+    with pytest.raises(ValueError, match="trained on another trunk"):
+        generate(runs / "policy", prompt="a tea", reward=Path("judge"))
+
+
+def test_an_answer_can_be_broken_off_and_any_console_shows_it(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: Iterator[str] = iter(["a tea", "a tea"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines, None) or _ended(lines))
+    asked: list[int] = []
+
+    def answer(
+        self: Speaker, turns: list[Turn], adapter: str, watch: Callable[[str], None]
+    ) -> Answer:
+        asked.append(len(turns))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        watch("\u2615")
+        return Answer("\u2615", None)
+
+    monkeypatch.setattr(Speaker, "answer", answer)
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", console)
+    generate(runs / "policy")
+    console.seek(0)
+    shown = console.read()
+    assert asked == [1, 1]
+    assert "broken off" in shown
+    assert shown.rstrip().endswith("?")
 
 
 def _ended(lines: Iterator[str]) -> str:
