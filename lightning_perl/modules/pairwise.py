@@ -101,8 +101,8 @@ class Pairwise(Judging):
             return self.reference_logprobs(batch)
         rows = row_keys(batch)
         if any(row not in self._kept for row in rows):
-            fresh = dict(zip(rows, self.reference_logprobs(batch).tolist(), strict=True))
-            self._kept = fresh | self._kept
+            for row, logprob in zip(rows, self.reference_logprobs(batch).tolist(), strict=True):
+                self._kept.setdefault(row, logprob)
         kept = [self._kept[row] for row in rows]
         dtype = torch.promote_types(self.trunk.dtype, torch.float32)
         return torch.tensor(kept, dtype=dtype, device=batch.ids.device)
