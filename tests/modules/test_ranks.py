@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_perl.batches import MixedBatch
 from lightning_perl.callbacks import run_folder
 from lightning_perl.data import PreferenceDataModule
+from lightning_perl.data.rows import collate_pairs
 from lightning_perl.models.sharding import TrunkSharding
 from lightning_perl.modules import (
     DPO,
@@ -45,6 +46,7 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.running import KLControl
 from tests.modules import tiny
 from tests.modules.ranks import on_ranks
+from tests.modules.test_packed_pairs import examples
 
 WIDE: dict[str, Any] = {"trunk_dtype": "float64"}
 LORA: dict[str, Any] = {"lora": tiny.LORA, **WIDE}
@@ -124,6 +126,9 @@ def batches_for(module: AdapterModule, rows: int, count: int = 2) -> list[Any]:
     if not isinstance(module, OnPolicy):
         return [tiny.rated(rows + n, n, pairs=(rows + n) // 4) for n in range(count)]
     prompts = [tiny.prompts(rows + n, n) for n in range(count)]
+    if isinstance(module, INPO):
+        pairs = [collate_pairs(examples(3, n)) for n in range(count)]
+        return [MixedBatch(*both) for both in zip(prompts, pairs, strict=True)]
     if not module.lm_weight:
         return prompts
     return [MixedBatch(batch, tiny.rated(3, n)) for n, batch in enumerate(prompts)]
