@@ -325,6 +325,8 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if given[:1] == ["fit"] and dry_run.FLAG in given:
         given.remove(dry_run.FLAG)
+        if any(arg.partition("=")[0] == "--ckpt_path" for arg in given):
+            raise ValueError(f"fit {dry_run.FLAG} plans a whole run: leave --ckpt_path out.")
         run_estimate(given[1:])
         given += dry_run.AS_FIT
     PerlCLI(

@@ -113,7 +113,10 @@ def test_a_dry_run_plans_and_keeps_nothing(
     assert "GiB at each phase's peak" in printed
     assert said in printed
     assert f"{trunk}: 0.0M parameters, float32" in printed
-    assert rows or "16 episodes, 4 a batch: about" in printed
+    length = "one epoch" if rows else "16 episodes, 4 a batch: about"
+    assert length in printed
+    with pytest.raises(ValueError, match="leave --ckpt_path out"):
+        main(["fit", "--dry-run", "--ckpt_path", "last"])
     assert printed.endswith("nothing is kept\n")
     assert {path.suffix for path in Path().iterdir()} == {".yaml"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -91,3 +92,7 @@ def _length(module: AdapterModule, seconds: float) -> Iterator[tuple[str, str]]:
     if episodes and most:
         minutes = seconds / episodes * most / 60
         yield "the run", f"{most:,} episodes, {episodes} a batch: about {minutes:,.1f} minutes"
+        return
+    with suppress(TypeError):  # a stream has no length
+        batches = len(module.trainer.train_dataloader)  # type: ignore[arg-type]
+        yield "one epoch", f"{batches:,} batches: about {batches * seconds / 60:,.1f} minutes"

@@ -81,20 +81,30 @@ def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
         return Trained(found, str(found.resolve()))
     if part == "policy" and has_head(found, "reward"):
         raise ValueError(f"{found} is a reward model, which answers nothing.")
-    base = unpackaged(trunk or trunk_of(found))
-    folder = Path(base).expanduser()
-    if base and folder.exists():
-        return Trained(found, str(folder.resolve()))
-    if trunk is None and (folder.is_absolute() or base.startswith(".")):
-        raise FileNotFoundError(
-            f"{found} was trained on the trunk {base}, which is not there (looked from {Path.cwd()}). Give it as "
-            "--trunk."
-        )
+    base = trunk or trunk_of(found)
     if not base:
         raise ValueError(
             f"{found} does not name the trunk that it was trained on. Give it as --trunk."
         )
-    return Trained(found, base)
+    return Trained(found, unpackaged(trunk) if trunk else _lies_at(base, found))
+
+
+def _lies_at(trunk: str, trained_on_it: Path) -> str:
+    """The folder of a trunk, named from here or from a folder above what was trained on it; or a hub name.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    named = Path(unpackaged(trunk)).expanduser()
+    for place in (Path(), *trained_on_it.resolve().parents):
+        if (place / named / "config.json").is_file():
+            return str((place / named).resolve())
+    if named.is_absolute() or trunk.startswith(".") or trunk.count("/") > 1:
+        raise FileNotFoundError(
+            f"{trained_on_it} was trained on the trunk {trunk}, which is not there (looked from {Path.cwd()}, and "
+            "from the folders above what was trained). Give it as --trunk."
+        )
+    return trunk
 
 
 def _nothing_in(run: Path, part: Part) -> str:
@@ -161,7 +171,14 @@ def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None)
             f"{checkpoint} holds no {part} adapter. Where a whole trunk is trained, give the folder that the run "
             "handed over (RUN/trunk or RUN/policy)."
         )
-    found = load_trunk(unpackaged(trunk or given["trunk"]), quantization=given.get("quantization"))
+    where = unpackaged(trunk) if trunk else _lies_at(given["trunk"], checkpoint)
+    found = load_trunk(where, quantization=given.get("quantization"))
+    known = stored.get("trained_on", {}).values()
+    if known and found.fingerprint() not in known:
+        raise ValueError(
+            f"{checkpoint} was trained on another trunk than {where} (other fingerprint). Give the one that it "
+            "was trained on as --trunk."
+        )
     spec = given["lora"]
     found.adapters.add(name, spec if isinstance(spec, LoraSpec) else LoraSpec(**spec), 0)
     _fill(found, name, state, str(checkpoint))

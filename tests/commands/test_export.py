@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -22,10 +23,12 @@ from transformers import (
 )
 
 from lightning_perl.cli import main
+from lightning_perl.commands.export import export
 from lightning_perl.commands.generate import Answer, Speaker, columns, generate
 from lightning_perl.commands.trained import load, trained
 from lightning_perl.data.rows import BadRow, Turn
 from lightning_perl.data.tokenization import PLAIN, PLAIN_CHAT_TEMPLATE, TurnEncoder
+from lightning_perl.models.adapters import name_trunk
 from lightning_perl.models.heads import HEADS_FILE, load_head
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.manifest import manifest_of
@@ -168,6 +171,25 @@ def test_a_checkpoint_knows_its_template_where_the_trunk_says_none(runs: Path) -
     main(["export", str(checkpoint), "out", "--trunk", "foreign"])
     assert manifest_of(Path("out"))["template"] == PLAIN
     assert AutoTokenizer.from_pretrained("out").chat_template == PLAIN_CHAT_TEMPLATE
+    weights = load_file("foreign/model.safetensors")
+    save_file(
+        {key: -value for key, value in weights.items()},
+        "foreign/model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ValueError, match="another trunk than foreign"):
+        export(checkpoint, Path("again"), trunk="foreign")
+
+
+def test_a_trunk_named_from_where_the_run_began_is_found_from_elsewhere(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(TRUNK, "models/trunk")
+    shutil.copytree(runs / "policy/latest/adapters/actor", "runs/a/adapters/actor")
+    name_trunk(Path("runs/a/adapters/actor"), "models/trunk")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert trained(Path("../runs/a"), "policy").trunk == str(tmp_path / "models/trunk")
 
 
 @pytest.mark.parametrize(

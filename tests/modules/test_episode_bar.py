@@ -62,8 +62,15 @@ def test_another_bar_or_none_stays(bar: ProgressBar | None) -> None:
     assert callbacks == ([bar] if bar else [])
 
 
-@pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar()])
-def test_lightning_s_own_is_replaced(bar: ProgressBar) -> None:
-    callbacks: list[Callback] = [bar]
+@pytest.mark.parametrize(
+    ("kind", "rate", "kept"),
+    [(TQDMProgressBar, 7, 7), (RichProgressBar, 7, 1), (RichProgressBar, 0, 0)],
+)
+def test_lightning_s_own_is_replaced(
+    kind: type[TQDMProgressBar | RichProgressBar], rate: int, kept: int
+) -> None:
+    callbacks: list[Callback] = [kind(refresh_rate=rate)]
     count_episodes(callbacks)
-    assert [type(callback) for callback in callbacks] == [EpisodeBar]
+    (bar,) = callbacks
+    assert isinstance(bar, EpisodeBar)
+    assert bar.refresh_rate == kept
