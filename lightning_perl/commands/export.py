@@ -135,6 +135,15 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 SCORING = """An answer is scored at the token that ends it: cut what the chat template writes behind that.
 """
+HEAD = """```python
+from safetensors.torch import load_file
+
+head = load_file("FOLDER/heads/heads.safetensors")
+ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt").input_ids
+hidden = model.base_model(input_ids=ids).last_hidden_state
+score = hidden[0, -1].float() @ head["reward.weight"] + head["reward.bias"]
+```
+"""
 
 
 def _card(found: Trained, home: Path, role: Part, merge: bool) -> Iterator[str]:
@@ -154,6 +163,7 @@ def _card(found: Trained, home: Path, role: Part, merge: bool) -> Iterator[str]:
     yield LOADING.format(kind=kind, through=", with peft installed" if adapter else "")
     if role == "reward":
         yield SCORING
+        yield from () if merge else [HEAD]
     if unfinished := about.get("unfinished"):
         yield f"Unfinished: {unfinished}.\n"
     yield f"Trunk: `{found.trunk}`. Chat template: `{about.get('template', 'not noted')}`."

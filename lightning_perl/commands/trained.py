@@ -52,9 +52,10 @@ class Trained:
 
     @property
     def run(self) -> Path:
-        """The run's folder, where it was handed over in one."""
-        below = 2 if self.folder.parent.name == "adapters" else 1
-        return self.folder.resolve().parents[below - 1]
+        """The run's folder, where it was handed over in one; else its own."""
+        if self.folder.parent.name == "adapters":
+            return self.folder.parent.parent
+        return self.folder.parent if self.folder.name in ("policy", "trunk") else self.folder
 
 
 def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,20 @@ def test_a_merged_reward_model_is_a_classifier(
             assert_close(
                 score + model.config.reward_bias, head(hidden[0, -1]), atol=1e-5, rtol=1e-5
             )
+
+
+def test_the_card_of_a_reward_adapter_scores_as_it_does(runs: Path) -> None:
+    main(["export", str(runs / "reward"), "out", "--role", "reward"])
+    blocks = re.findall(r"```python\n(.*?)```", Path("out/README.md").read_text(), re.DOTALL)
+    text = "<bos>User: a tea\nAgent: Sure, a tea.<eos>"
+    names: dict[str, Any] = {"TEXT": text}
+    exec("".join(blocks).replace("FOLDER", "out"), names)
+    found = trained(runs / "reward", "reward")
+    trunk, adapter = load(found)
+    with torch.no_grad(), trunk.switch.use(adapter):
+        hidden = trunk(names["ids"], torch.ones_like(names["ids"], dtype=torch.bool))
+    ours = load_head(found.folder, "reward")(hidden[0, -1])
+    assert_close(names["score"], ours, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("run", "role"), [("policy", "policy"), ("reward", "reward")])
