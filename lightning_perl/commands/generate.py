@@ -231,7 +231,7 @@ def columns(answers: dict[str, Answer], width: int | None = None) -> str:
 
 def _chat(speaker: Speaker, adapters: dict[str, str]) -> None:
     """Answer until the input ends."""
-    show("An empty line begins a new chat, Ctrl-D ends.")
+    show("An empty line begins a new chat, Ctrl-C breaks an answer off, Ctrl-D ends.")
     turns: list[Turn] = []
     while True:
         try:
