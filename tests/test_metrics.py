@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_perl.metrics import (
     BINS,
@@ -293,30 +292,6 @@ def test_a_diverged_model_measures_nothing_good(broken: float) -> None:
     if math.isnan(broken):
         for key in ("auroc", "margin", "ece", "brier", "length_score_correlation"):
             assert math.isnan(values[key]), key
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_saw_different_kinds_gather_the_same(rank: int) -> None:
-    # One rank saw thumbs alone, the other pairs: both have to ask for the same states in one order.
-    ranks = [RewardMetrics(), RewardMetrics()]
-    ranks[0].update(*random_thumbs(11, 1))
-    ranks[1].update(*random_pairs(9, 2))
-    ours, theirs = ranks[rank], ranks[1 - rank]
-    sent = [dim_zero_cat(state) for state in theirs.metric_state.values()]
-    arrived = iter(sent)
-
-    def gather(state: Tensor, group: object) -> list[Tensor]:
-        other = next(arrived)
-        assert state.dtype == other.dtype
-        return [state, other] if rank == 0 else [other, state]
-
-    ours.dist_sync_fn, ours.distributed_available_fn = gather, lambda: True
-    whole = measured(random_thumbs(11, 1), random_pairs(9, 2))
-    gathered = ours.compute()
-    assert gathered.values == pytest.approx(whole.values, rel=1e-12)
-    assert gathered.counts == whole.counts
-    assert sorted(gathered.good_scores) == sorted(whole.good_scores)
-    assert next(arrived, None) is None
 
 
 def test_a_rating_in_the_middle_is_no_thumb() -> None:

@@ -52,7 +52,8 @@ KEYS = {
     "PreferenceDataModule": SHARED | OWN,
     "MixedDataModule": SHARED
     | OWN
-    | {"texts": "b", "texts_batch_size": 8, "texts_settings": None, "rows": "prompts"},
+    | {"texts": "b", "texts_batch_size": 8, "texts_settings": None, "rows": "prompts"}
+    | {"texts_as": "demonstrations"},
     "HarmlessnessDataModule": CORPUS | {"data_dir": "a", "test_fraction": 0.1},
     "HelpfulnessDataModule": CORPUS
     | {"data_dir": "a", "test_fraction": 0.1, "corpus": "hh", "min_score_ratio": 1.0},
