@@ -30,6 +30,7 @@ def test_one_answer_of_four_is_right_and_comes_first(script: Script) -> None:
 def test_a_fresh_policy_is_as_sure_as_its_reference(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("sklearn", reason="the bake-off needs the extra benchmarks")
     calibration, bakeoff = script("calibration"), script("bakeoff")
     monkeypatch.setattr(calibration, "QUESTIONS", 8)
     weights = bakeoff.policy().policy_trunk.adapters.tensors("actor")

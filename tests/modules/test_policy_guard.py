@@ -70,15 +70,15 @@ def test_a_gamed_reward_is_rolled_back_and_the_kl_stays_under_its_ceiling(
     # What schedulers and logs see are the rates that were asked for.
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
     assert "unfinished" not in (folder / "adapters/actor/manifest.json").read_text()
-    # Killed before, at, and after the rollback.
-    for killed_after in (above[1][0], above[1][0] + 1, above[1][0] + 2):
-        with pytest.raises(KilledError):
-            play(plain_trunk, tmp_path, guard(), Watch(path, killed_after))
-        resumed = Watch(path)
-        again, later, _ = play(plain_trunk, tmp_path, guard(), resumed, ckpt_path=path)
-        assert resumed.logged == held.logged[killed_after:]
-        assert tiny.changed(tiny.weights(module), again) == set()
-        tiny.assert_equal_moments(later, trainer)
+    # Killed right after the rollback.
+    killed_after = above[1][0] + 1
+    with pytest.raises(KilledError):
+        play(plain_trunk, tmp_path, guard(), Watch(path, killed_after))
+    resumed = Watch(path)
+    again, later, _ = play(plain_trunk, tmp_path, guard(), resumed, ckpt_path=path)
+    assert resumed.logged == held.logged[killed_after:]
+    assert tiny.changed(tiny.weights(module), again) == set()
+    tiny.assert_equal_moments(later, trainer)
 
 
 def test_other_modules_have_no_guard(hydra_trunk: Path, tmp_path: Path) -> None:
