@@ -5,7 +5,7 @@
 The quickstart's trunk and reward head, 1,024 episodes in batches of 64, two epochs of minibatches of 32, rank 16,
 learning rate 3e-3, three seeds. TRL gets the reward model as the classifier that ``export --role reward --merge``
 writes, and its value model begins as that, as ours does. Held-out prompts are answered with the same noise by both
-policies and scored by the reward head and by gold, the true quality. Writes a section of
+policies and scored by the reward head and by gold, the true quality. Writes
 ``benchmarks/reports/learning_beside_trl.md``.
 """
 

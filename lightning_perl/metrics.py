@@ -106,7 +106,7 @@ class RewardMetrics(Metric):
     def __init__(self) -> None:
         # Every rank has all rows.
         super().__init__(sync_on_compute=False)
-        # The rows themselves, not sums: ranks cannot be added up, and a row is four numbers.
+        # The rows themselves, four numbers each: an AUROC cannot be added up.
         self.add_state("thumbs", [], dist_reduce_fx="cat")
         self.add_state("pairs", [], dist_reduce_fx="cat")
 

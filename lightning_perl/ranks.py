@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_perl.functional.sequences import Cut, Sequences, cuts
 
@@ -147,6 +148,11 @@ def _reduced(part: Tensor, how: Any) -> Tensor:  # noqa: ANN401 (torch calls it 
     moved = part.cuda() if dist.get_backend() == "nccl" else part
     dist.all_reduce(moved, how)
     return moved.to(part.device)
+
+
+def trained_by(optimizer: Optimizer) -> list[Tensor]:
+    """The weights of an optimizer, in the order of its groups: the same on every rank."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def sum_gradients(

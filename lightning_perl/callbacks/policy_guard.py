@@ -21,6 +21,7 @@ from lightning_perl.arguments import (
     Positive,
     TwoOrMore,
 )
+from lightning_perl.ranks import trained_by
 
 WATCHED = ("score", "kl", "length_score_correlation", "distinct_2", "score_gap")
 """What the watch reads of every rollout, logged as ``rollout/KEY``; the last one where rewards are an ensemble."""
@@ -249,13 +250,9 @@ def _dearer(rise: float, first: Measures, before: Measures, now: Measures) -> bo
     return (now["kl"] - before["kl"]) / rise > 5 * earlier[1] / earlier[0]
 
 
-def _trained(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _kept(optimizer: Optimizer) -> dict[str, Any]:
     """Copies of all weights and of their moments, in the host's memory."""
-    weights = _trained(optimizer)
+    weights = trained_by(optimizer)
     return {
         "weights": [_copied(weight) for weight in weights],
         "moments": [
@@ -272,7 +269,7 @@ def _copied(value: Any) -> Any:  # noqa: ANN401 (a moment, or a number of steps)
 @torch.no_grad()
 def _put_back(kept: Mapping[str, Any], optimizer: Optimizer) -> None:
     for weight, before, moments in zip(
-        _trained(optimizer), kept["weights"], kept["moments"], strict=True
+        trained_by(optimizer), kept["weights"], kept["moments"], strict=True
     ):
         weight.copy_(before)
         if not moments:

@@ -151,11 +151,6 @@ def require_trainable(optimizer: Optimizer) -> None:
             )
 
 
-def trained_by(optimizer: Optimizer) -> list[Tensor]:
-    """The weights of an optimizer."""
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
-
-
 def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str, Tensor]:
     """Clip the gradient norm of each parameter group, or of all that share a name, on its own.
 

@@ -27,10 +27,10 @@ from lightning_perl.models.quantization import NO_QUANTIZED_TUNING
 from lightning_perl.models.sharding import NO_SHARDED_TUNING
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import NO_LORAPLUS, AdapterModule, Stats
-from lightning_perl.modules.safety import FiniteGuard, clip_by_group, trained_by
+from lightning_perl.modules.safety import FiniteGuard, clip_by_group
 from lightning_perl.optim import room_for_moments
 from lightning_perl.packaged import unpackaged
-from lightning_perl.ranks import Share, share_of_lines, sum_gradients
+from lightning_perl.ranks import Share, share_of_lines, sum_gradients, trained_by
 
 
 def sequences_of(batch: RatedBatch) -> Sequences:

@@ -21,8 +21,8 @@ from lightning_perl.losses.language_modeling import cross_entropy
 from lightning_perl.models.roles import Layout, Role, RoleAnswers, TrainedRole
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import Evaluation, given
-from lightning_perl.modules.safety import clip_by_group, require_trainable, trained_by
-from lightning_perl.ranks import shared_cuts, sum_gradients
+from lightning_perl.modules.safety import clip_by_group, require_trainable
+from lightning_perl.ranks import shared_cuts, sum_gradients, trained_by
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 Accept = Callable[[Mapping[str, Tensor]], bool]
