@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ from lightning_perl.chat import name_of
 from lightning_perl.commands.trained import (
     Part,
     Trained,
+    held_out,
     load,
+    series_of,
     settings_of,
     template_of,
     trained,
@@ -168,21 +169,10 @@ def _card(found: Trained, home: Path, role: Part, merge: bool) -> Iterator[str]:
         yield f"Unfinished: {unfinished}.\n"
     yield f"Trunk: `{found.trunk}`. Chat template: `{about.get('template', 'not noted')}`."
     yield "Licence: the trunk's, and that of the data; see there.\n"
-    if rows := measured(home / "metrics.csv"):
+    if rows := held_out(series_of(home / "metrics.csv")):
         yield from ("## Last measured", "", "| measure | value |", "|---|---|")
         yield from (f"| `{key}` | {value:.4g} |" for key, value in rows.items())
         yield ""
     for part in ("model", "data"):
         if part in settings:
             yield f"## Settings: {part}\n\n```yaml\n{settings[part]}\n```\n"
-
-
-def measured(path: Path) -> dict[str, float]:
-    """The last value of every ``val/`` and ``test/`` measure in a run's ``metrics.csv``."""
-    last: dict[str, float] = {}
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                kept = {k: v for k, v in row.items() if k and k.startswith(("val/", "test/")) and v}
-                last |= {key: float(value) for key, value in kept.items()}
-    return last

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 from lightning_perl.callbacks.console import show
-from lightning_perl.commands.trained import settings_of
+from lightning_perl.commands.trained import Series, held_out, series_of, settings_of
 
-Series = Mapping[str, Sequence[tuple[float, float]]]
-"""Values of a measure with their steps."""
 CURVES = (
     ("Score", ("rollout/score", "gold/score", "val/score", "val/gold")),
     ("KL to the reference, nats per response", ("rollout/kl", "val/kl")),
@@ -62,18 +59,6 @@ def report(run: Path, out: Path | None = None) -> Path:
     return target
 
 
-def series_of(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Every measure of a ``metrics.csv`` with its steps."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = float(row.get("step") or 0)
-            for key, value in row.items():
-                if key and value and key not in ("step", "epoch"):
-                    found.setdefault(key, []).append((step, float(value)))
-    return found
-
-
 def _page(folder: Path) -> Iterator[str]:
     series = series_of(folder / "metrics.csv")
     title = escape(str(folder.resolve().relative_to(folder.resolve().parents[1])))
@@ -103,9 +88,7 @@ def _page(folder: Path) -> Iterator[str]:
 
 def _last(series: Series) -> Iterator[str]:
     """A table of the last value of every held-out measure."""
-    held = {
-        key: values[-1][1] for key, values in series.items() if key.startswith(("val/", "test/"))
-    }
+    held = held_out(series)
     if held:
         yield '<h2>Last measured</h2><div class="wide"><table>'
         yield from (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,8 @@ from lightning_perl.models.manifest import (
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
 
+Series = Mapping[str, Sequence[tuple[float, float]]]
+"""Values of a measure with their steps."""
 Part = Literal["policy", "reward"]
 NAME = "trained"
 """The adapter's name on a trunk that :func:`load` has loaded."""
@@ -215,3 +219,23 @@ def settings_of(run: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     sections = re.split(r"^(?=\w+:)", text, flags=re.MULTILINE)
     return {section.partition(":")[0]: section.rstrip() for section in sections if section}
+
+
+def series_of(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Every measure of a ``metrics.csv`` with its steps; nothing where there is no such file."""
+    if not path.is_file():
+        return {}
+    found: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        step = float(row.get("step") or 0)
+        for key, value in row.items():
+            if key and value and key not in ("step", "epoch"):
+                found.setdefault(key, []).append((step, float(value)))
+    return found
+
+
+def held_out(series: Series) -> dict[str, float]:
+    """The last value of every ``val/`` and ``test/`` measure."""
+    return {k: values[-1][1] for k, values in series.items() if k.startswith(("val/", "test/"))}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_perl.cli import main
-from lightning_perl.commands.report import series_of
+from lightning_perl.commands.trained import series_of
 
 METRICS = """step,epoch,rollout/score,rollout/kl,val/score,odd,train/loss
 0,0,1.0,0.0,,,0.5
