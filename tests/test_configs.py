@@ -320,3 +320,8 @@ def test_logger_config_lies_on_top_of_a_run(
         last = [list(json.loads(line).values()) for line in lines[-4:]]
         rows = [json.loads(table.read_text(encoding="utf-8"))["data"] for table in tables]
         assert last in rows
+        charts = {path.parent.name for path in logged.rglob("*score_table_*.table.json")}
+        assert "rollout" in charts, "no score over KL"
+        (memory,) = logged.rglob("by_phase_table_*.table.json")
+        measured = json.loads(memory.read_text(encoding="utf-8"))["data"]
+        assert "rollout_resident" in dict(measured)

@@ -9,6 +9,7 @@ from lightning_perl.callbacks.reward_report import RewardReport
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.callbacks.samples import Answering, SampleWriter
 from lightning_perl.callbacks.speed import SpeedMonitor
+from lightning_perl.callbacks.wandb_summary import WandbSummary
 from lightning_perl.phases import PhaseCallback
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "RewardReport",
     "SampleWriter",
     "SpeedMonitor",
+    "WandbSummary",
     "run_folder",
 ]

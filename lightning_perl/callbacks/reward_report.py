@@ -6,11 +6,11 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_perl.callbacks.console import show
 from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.callbacks.wandb_summary import wandb_loggers
 from lightning_perl.metrics import BINS, RewardMeasures
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ class RewardReport(Callback):
         for name, figure in pictures.items():
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=150)
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.log_image(f"test/{name}", [str(path)])
+            for logger in wandb_loggers(trainer):
+                logger.log_image(f"test/{name}", [str(path)])
         rank_zero_info(f"drew {' and '.join(pictures)} in {folder}")
 
 

@@ -6,10 +6,10 @@ import json
 import math
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -22,6 +22,7 @@ from lightning_perl.arguments import Checked, Count
 from lightning_perl.batches import Answers, PromptBatch
 from lightning_perl.callbacks.console import show
 from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.callbacks.wandb_summary import wandb_loggers
 
 # Characters of a text in the printed table; the file holds all of it.
 _PRINTED = 300
@@ -55,7 +56,7 @@ class SampleWriter(Checked, Callback):
     The prompts are the first rows of the validation data. The reference answers once, when training starts; the
     policy at every validation's end (``trainer.val_check_interval``) and when the fit ends. Each time one JSON
     line per prompt, with the keys of `Sample`, is appended to ``samples.jsonl`` in the run's folder, and every
-    `WandbLogger` gets a table, ``samples``. At the fit's end a table is printed. Only rank zero writes.
+    `WandbLogger` gets a growing table, ``samples``. At the fit's end a table is printed. Only rank zero writes.
 
     Args:
         prompts: Number of prompts; fewer where the validation data has fewer. At least 1.
@@ -67,6 +68,7 @@ class SampleWriter(Checked, Callback):
         self._chunks: list[PromptBatch] = []
         self._before: Answers | None = None
         self._samples: list[Sample] = []
+        self._table: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a module that cannot answer, and chooses the file."""
@@ -74,7 +76,7 @@ class SampleWriter(Checked, Callback):
         if stage == "fit":
             _answering(pl_module)
             self._path = run_folder(trainer) / "samples.jsonl"
-            self._samples = []
+            self._samples, self._table = [], None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the prompts and takes the reference's answers."""
@@ -132,11 +134,19 @@ class SampleWriter(Checked, Callback):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample._asdict()) + "\n" for sample in self._samples)
-        table = [list(sample) for sample in self._samples]
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                # No step: W&B's axis counts train batches here, the rows' own step optimizer steps.
-                logger.log_table("samples", columns=list(Sample._fields), data=table)
+        if loggers := list(wandb_loggers(trainer)):
+            self._send(loggers)
+
+    def _send(self, loggers: Iterable[WandbLogger]) -> None:
+        """Add the rows to the table in W&B; those that it has are not sent again."""
+        import wandb
+
+        self._table = self._table or wandb.Table(columns=[*Sample._fields], log_mode="INCREMENTAL")
+        for sample in self._samples:
+            self._table.add_data(*sample)
+        for logger in loggers:
+            # No step: W&B's axis counts train batches here, the rows' own step optimizer steps.
+            logger.log_metrics({"samples": self._table})
 
 
 def sample_table(samples: list[Sample], width: int | None = None) -> str:

@@ -29,6 +29,7 @@ from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.resume import Resume
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.callbacks.skipped import SkippedBatches
+from lightning_perl.callbacks.wandb_summary import WandbSummary
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.loading import TrunkDtype
@@ -222,7 +223,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         told = any(isinstance(callback, MemoryPreflight) for callback in given)
         preflight = [] if told else [MemoryPreflight()]
-        return [Handover(), *preflight, SkippedBatches(), Resume(), PredictionWriter()]
+        ours = [SkippedBatches(), Resume(), PredictionWriter(), WandbSummary()]
+        return [Handover(), *preflight, *ours]
 
     @classmethod
     def refuse(cls, trainer: Trainer, rows: str | None, sharding: str | None = None) -> None:
