@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "optim": {"arguments"},
     "phases": set(),
     "ranks": {"functional"},
-    "rollouts": {"arguments", "batches", "functional", "models", "ranks"},
+    "rollouts": {"arguments", "batches", "functional", "models", "ranks", "whole"},
     "packaged": set(),
     "chat": set(),
     "whole": set(),

@@ -144,7 +144,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         self.shortcuts = chosen(shortcuts)
         self.seed = seed
         # Callables and functions cannot be read back with weights_only; the values can.
-        self.save_hyperparameters(ignore=["optimizer", "scheduler", "gold", "reward_function"])
+        ignored = ["optimizer", "scheduler", "gold", "reward_function", "rollout_engine"]
+        self.save_hyperparameters(ignore=ignored)
         self.strict_loading = False
         self._rng: dict[str, Any] | None = None
         self._make_optimizer = optimizer

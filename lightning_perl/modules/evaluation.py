@@ -30,9 +30,9 @@ from lightning_perl.modules.base import NO_LORAPLUS, AdapterModule, Stats
 from lightning_perl.packaged import unpackaged
 from lightning_perl.ranks import largest, share, shared_cuts, summed, world
 from lightning_perl.rewards import RewardFunction, checked_scores
-from lightning_perl.rollouts.decoding import sample
-from lightning_perl.rollouts.rollout import Rollout, Scored, describe, joined, split_at
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.engine import Asked, RolloutEngine
+from lightning_perl.rollouts.rollout import Rollout, Scored, describe, split_at
+from lightning_perl.rollouts.sampling import SamplingSpec
 
 VALIDATION_ROLLOUT = -1
 """Rollout index of validation's noise: the same at every validation, never a training rollout's."""
@@ -60,6 +60,7 @@ class Evaluation(AdapterModule):
         sampling: How rollouts are drawn; its temperature also divides the logits in scoring.
         validation_sampling: How validation answers are drawn. None: as rollouts.
         score_batch_size: Episodes per scoring pass.
+        rollout_engine: Where responses are sampled, such as `VllmServers`. None: in this process.
         gold: The true reward, where an experiment knows it; logged, never learned from.
         settings: Arguments of `AdapterModule`.
     """
@@ -80,6 +81,7 @@ class Evaluation(AdapterModule):
         sampling: SamplingSpec = SamplingSpec(),
         validation_sampling: SamplingSpec | None = None,
         score_batch_size: Count = 4,
+        rollout_engine: RolloutEngine | None = None,
         gold: RewardFunction | None = None,
         **settings: Any,
     ) -> None:
@@ -91,6 +93,8 @@ class Evaluation(AdapterModule):
                 "score would be 0. Give one of them."
             )
         self.require_settings(layout)
+        engine = rollout_engine or RolloutEngine()
+        engine.require_served(layout == "full", self.quantization)
         self.roles = Roles(
             layout,
             unpackaged(trunk),
@@ -113,6 +117,7 @@ class Evaluation(AdapterModule):
         self.sampling = sampling
         self.validation_sampling = validation_sampling or sampling
         self.score_batch_size = score_batch_size
+        self.rollout_engine = engine
         self.gold = gold
         self._reference_gold: list[Tensor] = []
 
@@ -173,30 +178,15 @@ class Evaluation(AdapterModule):
         """
         spec, mine = sampling or self.sampling, share(len(prompts.row))
         own = PromptBatch(*(part[mine.rows] for part in prompts))
-        uniforms = row_uniforms(self.seed, rollout_index, own.row, spec.max_new_tokens, samples)
-        repeated = PromptBatch(*(part.repeat_interleave(samples, 0) for part in own))
-        size = spec.batch_size or len(repeated.row)
-        slices = [slice(start, start + size) for start in range(0, len(repeated.row), size)]
-        # Ranks may share the trunk's blocks, so each draws as often as the one with the most rows.
-        (rounds,) = largest([len(slices)])
-        with self.roles(role) as trunk, trunk.switch.at_rest():
-            parts = [
-                sample(
-                    trunk,
-                    PromptBatch(*(part[rows] for part in repeated)),
-                    spec,
-                    uniforms[rows],
-                    early_exit,
-                )
-                for rows in (slices * rounds)[:rounds]
-            ]
-            rollout = joined(parts[: len(slices)], trunk.pad_id)._replace(samples=samples)
-        rollout = gathered(rollout, prompts, self.policy_trunk.pad_id)
+        asked = Asked(own, spec, self.seed, rollout_index, samples)
+        trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
+        drawn = self.rollout_engine.sample(trunk, adapter, asked, early_exit, self.phase)
+        rollout = gathered(drawn, prompts, self.policy_trunk.pad_id)
         kept = (
             role == "policy"
             and spec.scored_as_sampled
             and spec.temperature == self.sampling.temperature
-            and self.shortcuts.sampled_logprobs
+            and (self.shortcuts.sampled_logprobs or self.rollout_engine.elsewhere)
         )
         return rollout if kept else rollout._replace(logprobs=None)
 
@@ -209,7 +199,7 @@ class Evaluation(AdapterModule):
     ) -> Scored:
         """What the roles say of a rollout, one forward pass per distinct (trunk, adapter).
 
-        The policy is not asked where its log-probabilities were kept while it sampled, the critic only
+        The policy is not asked where its log-probabilities were kept while it sampled here, the critic only
         where one is trained. Without a learned reward every score is 0.
 
         Args:
@@ -221,13 +211,14 @@ class Evaluation(AdapterModule):
         roles: list[Role] = ["reference", "reward"]
         if values and "value" in self.trained_roles:
             roles.insert(0, "value")
-        if rollout.logprobs is None:
+        kept = None if self.rollout_engine.elsewhere else rollout.logprobs
+        if kept is None:
             roles.insert(0, "policy")
         temperature = self.sampling.temperature if temperature is None else temperature
         answers = self.ask(rollout, roles, temperature, by_length)
         reference = given(answers.reference)
         return Scored(
-            given(answers.policy if rollout.logprobs is None else rollout.logprobs),
+            given(answers.policy if kept is None else kept),
             reference,
             torch.zeros_like(reference) if answers.value is None else answers.value,
             torch.zeros_like(reference[:, 0]) if answers.reward is None else answers.reward,
@@ -372,6 +363,16 @@ class Evaluation(AdapterModule):
         rollout = self.collect(moved, VALIDATION_ROLLOUT, role, self.validation_sampling)
         prompt_texts, response_texts = self.texts(rollout)
         return Answers(prompt_texts, response_texts, self.scores(rollout).tolist())
+
+    def require_fitting(self, data: object) -> None:
+        """Also ask who samples whether the longest rows fit, and whether the trunk is ours."""
+        super().require_fitting(data)
+        longest = self.longest_row(data) if isinstance(data, Bounded) else 0
+        self.rollout_engine.begin(self.policy_trunk, longest)
+
+    def teardown(self, stage: str) -> None:
+        """Take from servers what was pushed."""
+        self.rollout_engine.close()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Row numbers, prompts, the policy's responses and their scores."""

@@ -173,7 +173,8 @@ class OnPolicy(Updating):
         with self.phase("score"):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)
-            described = {**describe(rollout, scored._replace(scores=scores)), **parts}
+            scored, gaps = self.rollout_engine.compared(rollout, scored)
+            described = {**describe(rollout, scored._replace(scores=scores)), **parts, **gaps}
             if self.score_normalization is not None:
                 self.score_moments = seen(self.score_moments, scores)
             scored = scored._replace(scores=self.shaped_scores(scores, rollout.stopped))
@@ -184,6 +185,8 @@ class OnPolicy(Updating):
             self._require_fresh_start(rollout, scored)
         scored, first_value_stats = self.values_of(rollout, scored, self.manual_backward)
         experience, stats = self.experience(rollout, scored)
+        if experience.importance is None:
+            experience = experience._replace(importance=scored.importance)
         experience, texts = self.with_pairs(experience, texts)
         trained = self._learn(experience, first_value_stats, texts)
         trained |= self._steer(float(described["kl"]), len(rollout.row))
@@ -206,7 +209,8 @@ class OnPolicy(Updating):
             answers = self.ask(pairs, ("policy", "reference"), self.sampling.temperature)
         before, reference = given(answers.policy), given(answers.reference)
         nothing = torch.zeros_like(before)
-        added = Experience(pairs.sequences(), before, nothing, reference=reference)
+        ones = None if experience.importance is None else torch.ones_like(before)
+        added = Experience(pairs.sequences(), before, nothing, reference=reference, importance=ones)
         return experiences([experience, added]), None
 
     def preflight(self, batch: PromptBatch | MixedBatch, optimizer: Optimizer) -> None:

@@ -67,12 +67,14 @@ class Selecting(OnPolicy):
         ranks = scored.scores - self.rank_kl_coef * scored.kl(rollout.response_mask)
         rows = kept_rows(ranks, rollout.samples, self.samples_kept == 2)
         kept = rollout.rows(rows)._replace(samples=self.samples_learned)
-        self._kept = (kept, scored.scores[rows])
+        earned = scored.rows(rows)
+        self._kept = (kept, earned.scores)
         experience = Experience(
             kept.sequences(),
-            scored.logprobs[rows],
+            earned.logprobs,
             ranks[rows].unsqueeze(1) * kept.response_mask,
-            reference=scored.reference[rows],
+            reference=earned.reference,
+            importance=earned.importance,
         )
         best = rows[:: self.samples_learned]
         return experience, {"best_score": scored.scores[best].mean()}

@@ -155,7 +155,12 @@ class Updating(Evaluation):
                 f"{type(self).__name__} trains {' and '.join(self.trained_roles)}, was asked for the loss of "
                 f"{role}."
             )
-        said = PolicyAnswers(answers.policy, answers.entropy, answers.divergence)
+        logprobs = answers.policy
+        if experience.importance is not None:
+            # The same values; what every loss sends back through a token is weighted.
+            fixed = logprobs.detach()
+            logprobs = fixed + experience.importance * (logprobs - fixed)
+        said = PolicyAnswers(logprobs, answers.entropy, answers.divergence)
         loss, stats = self.policy_loss(said, experience, size)
         mask = experience.sequences.response_mask
         entropy = masked_mean(answers.entropy.detach(), mask, size.tokens)

@@ -27,7 +27,8 @@ class Rollout(NamedTuple):
         response_mask: True up to and including the stop token. Shape: ``(B, R)``, bool.
         stopped: False where the length limit cut the response. Shape: ``(B,)``, bool.
         row: The prompts' numbers in their corpus. Shape: ``(B,)``, int64.
-        logprobs: Of the response tokens, in the distribution they were drawn from, if kept. Shape: ``(B, R)``.
+        logprobs: Of the response tokens, in the distribution they were drawn from and as who drew them says, if
+            kept. Shape: ``(B, R)``.
         samples: Responses per prompt, which stand next to each other.
     """
 
@@ -102,6 +103,7 @@ class Scored(NamedTuple):
             missing-EOS rules. Shape: ``(B,)``.
         baseline: What the greedy response to the same prompt earns, by the same rules, where a method wants
             it. Shape: ``(B,)``.
+        importance: Weights of the response tokens, where another policy sampled them. Shape: ``(B, R)``.
         spread: How far apart an ensemble's rewards are, see `RoleAnswers`. Shape: ``(B,)``.
     """
 
@@ -110,6 +112,7 @@ class Scored(NamedTuple):
     values: Tensor
     scores: Tensor
     baseline: Tensor | None = None
+    importance: Tensor | None = None
     spread: Tensor | None = None
 
     def kl(self, mask: Tensor) -> Tensor:
@@ -131,6 +134,7 @@ class Experience(NamedTuple):
         old_values: Values before the update; None without a critic. Shape: ``(B, R)``.
         returns: What values are fitted to; None without a critic. Shape: ``(B, R)``.
         reference: Log-probabilities of the reference, where a loss reads them. Shape: ``(B, R)``.
+        importance: Weights of the tokens in the policy's gradient; None: all 1. Shape: ``(B, R)``.
     """
 
     sequences: Sequences
@@ -139,6 +143,7 @@ class Experience(NamedTuple):
     old_values: Tensor | None = None
     returns: Tensor | None = None
     reference: Tensor | None = None
+    importance: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Experience:
         """The named rows only."""

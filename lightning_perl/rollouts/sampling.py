@@ -85,14 +85,26 @@ def row_uniforms(seed: int, rollout: int, row: Tensor, count: int, samples: int 
         Shape: ``(B k, count)``, float32.
     """
     columns = torch.arange(count, device=row.device)
+    bits = _mix(_states(seed, rollout, row, samples) + columns) & 0x7FFFFF
+    # 23 bits, the middle of each step: exact in float32's 24, never 0 or 1.
+    return (bits.to(torch.float32) + 0.5) / 2**23
+
+
+def row_seeds(seed: int, rollout: int, row: Tensor, samples: int = 1) -> list[int]:
+    """A seed of 62 bits for each response of `row_uniforms`, for a sampler with a generator of its own."""
+    states: list[int] = (
+        (_mix(_states(seed, rollout, row, samples) - 1) & (2**62 - 1)).view(-1).tolist()
+    )
+    return states
+
+
+def _states(seed: int, rollout: int, row: Tensor, samples: int) -> Tensor:
+    """Where each response's numbers begin. Shape: ``(B k, 1)``."""
     # Each is mixed before the next is added: seed 3, rollout 9 is not seed 9, rollout 3.
     state = _mix(_mix(torch.full_like(row, seed)) + rollout)
     state = _mix(state + row).unsqueeze(-1)
     sample = torch.arange(samples, device=row.device)
-    state = torch.where(sample == 0, state, _mix(state + sample)).view(-1, 1)
-    bits = _mix(state + columns) & 0x7FFFFF
-    # 23 bits, the middle of each step: exact in float32's 24, never 0 or 1.
-    return (bits.to(torch.float32) + 0.5) / 2**23
+    return torch.where(sample == 0, state, _mix(state + sample)).view(-1, 1)
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""Where responses are sampled: in this process, or elsewhere.
+
+Shapes: ``B`` prompts, ``k`` responses to each, ``R`` response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_perl.batches import PromptBatch
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.ranks import largest
+from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts.rollout import Rollout, Scored, joined
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Makes a context that tells callbacks of a phase of that name."""
+
+
+def untold(phase: str) -> AbstractContextManager[None]:
+    """A phase that nobody hears of."""
+    return nullcontext()
+
+
+class Asked(NamedTuple):
+    """What is to be sampled. The noise of a response comes from (seed, rollout, row, sample) and nothing else.
+
+    Attributes:
+        prompts: This rank's share of the prompts, ``B`` of them.
+        spec: How tokens are drawn.
+        seed: Seed of the run.
+        rollout: Number of the rollout.
+        samples: Responses per prompt, ``k``.
+    """
+
+    prompts: PromptBatch
+    spec: SamplingSpec
+    seed: int
+    rollout: int
+    samples: int = 1
+
+    def repeated(self) -> PromptBatch:
+        """A prompt per response, those of one prompt next to each other."""
+        return PromptBatch(*(part.repeat_interleave(self.samples, 0) for part in self.prompts))
+
+
+class RolloutEngine:
+    """Samples the responses of a rollout, with the trainer's own trunk unless a subclass does it elsewhere.
+
+    Attributes:
+        elsewhere: Whether log-probabilities of a rollout are another program's, so that the trainer reads its rows
+            again.
+    """
+
+    elsewhere = False
+
+    def sample(
+        self,
+        trunk: Trunk,
+        adapter: str,
+        asked: Asked,
+        early_exit: bool = True,
+        phase: Phase = untold,
+    ) -> Rollout:
+        """``B k`` responses with their log-probabilities.
+
+        Args:
+            trunk: The trunk that answers.
+            adapter: Which of its adapters answers, or `OFF`.
+            asked: What is to be sampled.
+            early_exit: See `rollouts.decoding.sample`.
+            phase: Tells callbacks of a phase inside the rollout.
+        """
+        spec, repeated = asked.spec, asked.repeated()
+        uniforms = row_uniforms(
+            asked.seed, asked.rollout, asked.prompts.row, spec.max_new_tokens, asked.samples
+        )
+        size = spec.batch_size or len(repeated.row)
+        slices = [slice(start, start + size) for start in range(0, len(repeated.row), size)]
+        # Ranks may share the trunk's blocks, so each draws as often as the one with the most rows.
+        (rounds,) = largest([len(slices)])
+        with trunk.switch.use(adapter), trunk.switch.at_rest():
+            parts = [
+                sample(
+                    trunk,
+                    PromptBatch(*(part[rows] for part in repeated)),
+                    spec,
+                    uniforms[rows],
+                    early_exit,
+                )
+                for rows in (slices * rounds)[:rounds]
+            ]
+            rollout = joined(parts[: len(slices)], trunk.pad_id)
+        return rollout._replace(samples=asked.samples)
+
+    def require_served(self, trained_trunk: bool, quantization: str | None) -> None:
+        """Refuse a policy that it cannot sample from, before weights are loaded."""
+
+    def begin(self, trunk: Trunk, longest: int) -> None:
+        """Refuse what can be seen before the first step; rows have up to ``longest`` tokens."""
+
+    def compared(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+        """The scores with the weights of tokens that another policy sampled, and what to log of the mismatch."""
+        return scored, {}
+
+    def close(self) -> None:
+        """Leave nothing behind."""

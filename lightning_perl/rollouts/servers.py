@@ -1,0 +1,367 @@
+"""Rollouts on vLLM servers: an adapter of megabytes is pushed to them, and every push is proven.
+
+Shapes: ``B`` responses, ``R`` response tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
+from uuid import uuid4
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_perl.arguments import AtLeastOne, Checked, Count, Positive, Text
+from lightning_perl.batches import PromptBatch
+from lightning_perl.functional.logprobs import k3
+from lightning_perl.functional.masked import masked_mean
+from lightning_perl.functional.sequences import pad_right, predicting
+from lightning_perl.models.adapters import OFF
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.ranks import everyones, share
+from lightning_perl.rollouts.engine import Asked, Phase, RolloutEngine, untold
+from lightning_perl.rollouts.rollout import Rollout, Scored
+from lightning_perl.rollouts.sampling import row_seeds
+from lightning_perl.rollouts.server import TRUNK, Answer, Json, LostError, Server
+from lightning_perl.whole import whole_folder
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Mean difference of log-probabilities, in nats, that rounding explains between two programs, by dtype."""
+PROBE = 32
+"""Tokens of the row that every push is proven on."""
+NOBODY = "No server is left to sample from, and nothing was learned since the last checkpoint of this run: "
+
+
+class VllmServers(Checked, RolloutEngine):
+    """Samples on vLLM servers that were started beside the run, see docs/servers.md.
+
+    Before a rollout the policy's adapter is written as a PEFT folder, loaded by every server under a name of its
+    own, and proven: log-probabilities of a fixed row under that name and under the trunk's must be ours. A server
+    that does not answer loses its responses to the others, and is asked again at the next push.
+
+    Args:
+        urls: Addresses of the servers, such as ``http://localhost:8000``.
+        folder: Where adapters are written; every server reads them under the same path. None: a temporary folder,
+            for servers on this machine.
+        importance_clip: Largest weight of a sampled token in the gradient: its probability here over that there.
+        at_once: Responses that one server is asked for at the same time.
+        timeout: Seconds after which a server that has not answered counts as lost.
+    """
+
+    elsewhere = True
+
+    def __init__(
+        self,
+        urls: list[Text],
+        folder: str | None = None,
+        importance_clip: AtLeastOne = 2.0,
+        at_once: Count = 64,
+        timeout: Positive = 600.0,
+    ) -> None:
+        if not urls:
+            raise ValueError("VllmServers.urls must name at least one server, got [].")
+        self.urls, self.timeout, self.at_once = urls, timeout, at_once
+        self.importance_clip = importance_clip
+        self._given, self._home = folder, Path()
+        self._servers: list[Server] = []
+        self._longest = 0
+        self._run, self._version = uuid4().hex[:8], 0
+        # The adapter and its weights that the newest name stands for; and all names that are loaded.
+        self._served: tuple[str, str] | None = None
+        self._names: list[str] = []
+        # Our log-probabilities of the probe, by name.
+        self._ours: dict[str, list[float]] = {}
+        # The number of the server that gave each response of this rank's last rollout.
+        self._sources = torch.zeros(0)
+
+    def require_served(self, trained_trunk: bool, quantization: str | None) -> None:
+        """Servers sample from the trunk's own weights and an adapter."""
+        if trained_trunk or quantization:
+            problem = (
+                f"quantization is {quantization}"
+                if quantization
+                else "layout full trains the trunk"
+            )
+            raise ValueError(
+                f"rollout_engine: {problem}, and servers sample from the trunk's own weights and an adapter: "
+                "another model. Leave rollout_engine out, or train an adapter on a trunk that is not quantized."
+            )
+
+    def begin(self, trunk: Trunk, longest: int) -> None:
+        """Every server must answer, and serve this trunk for rows of this length."""
+        self._longest = max(self._longest, longest)
+        self._servers = self._servers or [Server(url, self.timeout) for url in self.urls]
+        self._each(lambda server: server.check(trunk, self._longest), all_must=True)
+
+    # ---- push ------------------------------------------------------------------------------------
+
+    def _publish(self, trunk: Trunk, adapter: str) -> str:
+        """The name under which all servers that answer have the adapter as it is now."""
+        version = (adapter, "" if adapter == OFF else trunk.adapters.fingerprint(adapter))
+        if self._served and (adapter == OFF or version == self._served):
+            return TRUNK if adapter == OFF else self._names[-1]
+        self._version += 1
+        name = TRUNK if adapter == OFF else f"{adapter}-{self._run}-{self._version}"
+        probe = [number * 7919 % trunk.vocabulary_size for number in range(PROBE)]
+        probe = probe[: self._servers[0].window - 1]
+        before = {known: self._ours[known] for known in self._names}
+        self._ours = before | {TRUNK: _logprobs(trunk, OFF, probe)}
+        self._ours[name] = _logprobs(trunk, adapter, probe)
+        refused = None
+        if _first():
+            try:
+                self._push(trunk, adapter, name, probe)
+            except RuntimeError as error:
+                refused = str(error)
+        # The first rank pushes, and all of them know how it went.
+        lost = [server.lost for server in self._servers]
+        every: list[tuple[str, str | None, list[str | None]]] = everyones((name, refused, lost))
+        name, refused, lost = every[0]
+        if refused:
+            raise RuntimeError(refused)
+        for server, reason in zip(self._servers, lost, strict=True):
+            server.lost = reason
+        self._served = version
+        if name != TRUNK:
+            self._names.append(name)
+            self._forget(1)
+        return name
+
+    def _push(self, trunk: Trunk, adapter: str, name: str, probe: list[int]) -> None:
+        """Write the adapter, let every server load it, and prove that each serves it."""
+        folder = self._folder() / name
+        if name != TRUNK:
+            with whole_folder(folder) as part:
+                trunk.adapters.save(adapter, part, trunk.source)
+
+        def load(server: Server) -> None:
+            if server.lost:
+                server.check(trunk, self._longest)
+            if name != TRUNK:
+                told = {"lora_name": name, "lora_path": str(folder)}
+                server.tell("/v1/load_lora_adapter", told)
+            self._prove(server, name, probe, TOLERANCES[trunk.dtype])
+
+        self._each(load, all_must=self._version == 1)
+
+    def _prove(self, server: Server, name: str, probe: list[int], tolerance: float) -> None:
+        """Compare what a server says of the probe, under the trunk's name and the adapter's, with ours.
+
+        Raises:
+            RuntimeError: It serves something else.
+        """
+        theirs = {model: server.score(model, probe) for model in (TRUNK, name)}
+        for model, said in theirs.items():
+            gap = _gap(said, self._ours[model])
+            if not gap <= tolerance:
+                like = [key for key, ours in self._ours.items() if _gap(said, ours) <= tolerance]
+                raise RuntimeError(
+                    f"{server.url} serves something else as {model}: log-probabilities of the probe differ from "
+                    f"ours by {gap:.2g} nats a token, and rounding explains {tolerance:.0e}. They are those of "
+                    f"{like[0] if like else 'no model of this run'}. Nothing was sampled."
+                )
+        moved = _gap(self._ours[name], self._ours[TRUNK])
+        if moved > tolerance / 10 and theirs[name] == theirs[TRUNK]:
+            raise RuntimeError(
+                f"{server.url} serves something else as {name}: its log-probabilities are those of {TRUNK}, from "
+                f"which the adapter is {moved:.2g} nats a token away. Nothing was sampled."
+            )
+
+    def _folder(self) -> Path:
+        """Where adapters are written; servers of other users can read it."""
+        if self._home == Path():
+            given = Path(self._given).expanduser().resolve() if self._given else None
+            self._home = given or Path(mkdtemp(prefix="lightning_perl_served_"))
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._home.chmod(0o755)
+        return self._home
+
+    def _forget(self, kept: int) -> None:
+        """Unload all names but the newest, and remove their folders, which nobody reads any more."""
+        while len(self._names) > kept:
+            name = self._names.pop(0)
+            if not _first():
+                continue
+            for server in self._servers:
+                # One that does not answer is found out when it is asked for what is needed.
+                with suppress(LostError, RuntimeError):
+                    if not server.lost:
+                        server.tell("/v1/unload_lora_adapter", {"lora_name": name})
+            shutil.rmtree(self._home / name, ignore_errors=True)
+
+    def close(self) -> None:
+        """Unload what was pushed, as far as servers answer."""
+        self._forget(0)
+        if self._given is None and self._home != Path():
+            shutil.rmtree(self._home, ignore_errors=True)
+            self._home = Path()
+        self._served = None
+
+    def _each(self, act: Callable[[Server], object], all_must: bool = False) -> None:
+        """Do the same with all servers, lost ones included: one that does it is not lost any more.
+
+        Raises:
+            RuntimeError: None of them answers, or one of those that must.
+        """
+
+        def acted(server: Server) -> None:
+            before = server.lost
+            try:
+                act(server)
+                server.lost = None
+            except LostError as error:
+                server.lost = str(error)
+            if before and not server.lost:
+                rank_zero_warn(f"{server.url} answers again.")
+
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            list(pool.map(acted, self._servers))
+        reasons = [server.lost for server in self._servers if server.lost]
+        if len(reasons) == len(self._servers):
+            raise RuntimeError(f"{NOBODY}{'; '.join(reasons)}.")
+        if reasons and all_must:
+            raise RuntimeError(f"At the start all servers must answer: {'; '.join(reasons)}.")
+
+    # ---- sampling --------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        trunk: Trunk,
+        adapter: str,
+        asked: Asked,
+        early_exit: bool = True,
+        phase: Phase = untold,
+    ) -> Rollout:
+        """Push the adapter if it has changed, and share the responses out among the servers."""
+        prompts, spec = asked.repeated(), asked.spec
+        longest = prompts.ids.shape[1] + spec.max_new_tokens
+        if longest > self._longest or not self._servers:
+            self.begin(trunk, longest)
+        with phase("push"):
+            name = self._publish(trunk, adapter)
+        common: Json = {
+            "max_tokens": spec.max_new_tokens,
+            "temperature": spec.temperature,
+            "top_p": spec.top_p,
+            "top_k": spec.top_k,
+            "stop": list(spec.stop),
+            "skip_special_tokens": False,  # a stop string may be one
+            "stop_token_ids": list(trunk.stop_ids),
+            "ignore_eos": True,  # of the server's own settings
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        seeds = row_seeds(asked.seed, asked.rollout, asked.prompts.row, asked.samples)
+        rows = zip(prompts.ids, prompts.mask, seeds, strict=True)
+        bodies = [common | {"prompt": ids[mask].tolist(), "seed": seed} for ids, mask, seed in rows]
+        answers = self._answers(name, bodies, trunk.vocabulary_size)
+        rollout = _rollout(trunk, prompts, answers)._replace(samples=asked.samples)
+        return rollout if early_exit else rollout.widened(spec.max_new_tokens, trunk.pad_id)
+
+    def _answers(self, name: str, bodies: list[Json], vocabulary: int) -> list[Answer]:
+        """A response to each body. A server takes the next one whenever it has a hand free.
+
+        Raises:
+            RuntimeError: No server is left, or one answers something else than was asked.
+        """
+        answers: dict[int, Answer] = {}
+        self._sources = torch.zeros(len(bodies))
+        waiting: deque[int] = deque()
+
+        def respond(number: int, row: int) -> None:
+            answers[row] = self._servers[number].respond(name, bodies[row], vocabulary)
+            self._sources[row] = number
+
+        while len(answers) < len(bodies):
+            alive = [number for number, server in enumerate(self._servers) if not server.lost]
+            if not alive:
+                raise RuntimeError(f"{NOBODY}{'; '.join(str(s.lost) for s in self._servers)}.")
+            waiting.extend(row for row in range(len(bodies)) if row not in answers)
+            hands = (alive * self.at_once)[: len(waiting)]
+            with ThreadPoolExecutor(len(hands)) as pool:
+                list(pool.map(partial(self._work, waiting, respond), hands))
+            for number in alive:
+                if reason := self._servers[number].lost:
+                    rank_zero_warn(f"{reason}: its responses go to the other servers.")
+        return [answers[row] for row in range(len(bodies))]
+
+    def _work(self, waiting: deque[int], respond: Callable[[int, int], None], number: int) -> None:
+        """One hand of a server: rows that wait are answered until none is left, or the server is lost."""
+        server = self._servers[number]
+        while not server.lost:
+            try:
+                respond(number, waiting.popleft())
+            except IndexError:  # none is left
+                return
+            except LostError as error:
+                server.lost = str(error)
+            except RuntimeError:
+                waiting.clear()
+                raise
+
+    def compared(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+        """Refuse log-probabilities that are another model's; weigh every token by how likely it is here and there.
+
+        Raises:
+            RuntimeError: They differ by more than rounding explains.
+        """
+        if rollout.logprobs is None:
+            return scored, {}
+        mask, gaps = rollout.response_mask, scored.logprobs - rollout.logprobs
+        sources = share(len(mask) // rollout.samples, rollout.samples).gathered(self._sources)
+        tolerance = TOLERANCES[rollout.logprobs.dtype]
+        for number, server in enumerate(self._servers):
+            gap = float(masked_mean(gaps.abs(), mask & (sources == number).unsqueeze(1)))
+            if not gap <= tolerance:
+                raise RuntimeError(
+                    f"{server.url} sampled with other log-probabilities than ours, by {gap:.2g} nats a token; "
+                    f"rounding explains {tolerance:.0e}. It may have lost the adapter, or scale by another "
+                    "temperature. Nothing was learned from it."
+                )
+        weights = gaps.exp().clamp(max=self.importance_clip)
+        weights = torch.where(mask, weights, torch.ones_like(weights))
+        return scored._replace(importance=weights), {
+            "mismatch": masked_mean(gaps.abs(), mask),
+            "mismatch_kl": masked_mean(k3(rollout.logprobs, scored.logprobs), mask),
+            "mismatch_largest": torch.where(mask, gaps.abs(), 0.0).amax(),
+        }
+
+
+def _first() -> bool:
+    """Whether this is the first rank, or the only one."""
+    return share(1).counted > 0
+
+
+def _gap(some: Sequence[float], others: Sequence[float]) -> float:
+    """Mean absolute difference."""
+    return sum(abs(one - two) for one, two in zip(some, others, strict=True)) / max(len(some), 1)
+
+
+@torch.no_grad()
+def _logprobs(trunk: Trunk, adapter: str, row: list[int]) -> list[float]:
+    """Log-probabilities of a row's tokens but the first."""
+    ids = torch.tensor([row], device=trunk.model.device)
+    with trunk.switch.use(adapter):
+        hidden = trunk(ids, torch.ones_like(ids, dtype=torch.bool))
+    states = predicting(hidden, len(row) - 1)
+    logprobs: list[float] = trunk.logprobs(states, ids[:, 1:], entropy=False)[0][0].tolist()
+    return logprobs
+
+
+def _rollout(trunk: Trunk, prompts: PromptBatch, answers: Sequence[Answer]) -> Rollout:
+    """Prompts and answers as a rollout, on the prompts' device."""
+    ids, mask = (part.to(prompts.ids) for part in pad_right([a.ids for a in answers], trunk.pad_id))
+    mask = mask.bool()
+    logprobs = torch.zeros(mask.shape, dtype=torch.promote_types(trunk.dtype, torch.float32))
+    for row, answer in enumerate(answers):
+        logprobs[row, : len(answer.ids)] = torch.tensor(answer.logprobs, dtype=logprobs.dtype)
+    stopped = torch.tensor([answer.stopped for answer in answers], device=mask.device)
+    return Rollout(*prompts[:2], ids, mask, stopped, prompts.row, logprobs.to(mask.device))
