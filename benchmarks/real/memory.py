@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from methods import asked, policy
 from reality import real_peak
-from record import machine, run_json, table
+from record import machine, run_json, table, words_of
 from reward import rows
 from small_trunk import adam, fitted, middle, resident_mb
 
@@ -128,7 +128,8 @@ def write_report(
     about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
     text = ["# Memory of a model that can speak", *about.splitlines(), "", machine(), "", command]
     REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join([*text, "", *table(head, lines), ""]))
+    body = [*text, "", *table(head, lines), "", *words_of(REPORT)]
+    REPORT.write_text("\n".join(body).rstrip() + "\n")
 
 
 def main() -> None:

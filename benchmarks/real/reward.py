@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from coffee import bag_of_words, lengths_only, resampled, texts
 from perl_reward import balance, judged, longer_is_better, measures, read
-from record import machine, table
+from record import machine, table, words_of
 from small_trunk import GivenRows, adam, fitted, linear_decay, middle, run_missing
 
 from lightning_perl.data import (
@@ -362,7 +362,7 @@ def write_report(root: Path) -> None:
             lines += ["", f"## {corpus}", "", *section]
     lines += ["", f"![by corpus]({REPORT.with_suffix('.png').name})", ""]
     REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join(lines))
+    REPORT.write_text("\n".join([*lines, *words_of(REPORT)]).rstrip() + "\n")
     plot(panels, REPORT.with_suffix(".png"))
 
 
