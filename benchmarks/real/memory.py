@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from methods import asked, policy
 from reality import real_peak
 from record import machine, run_json, table, words_of
-from reward import rows
+from reward_models import rows
 from small_trunk import adam, fitted, middle, resident_mb
 
 from lightning_perl.commands.estimate import architecture_from, estimate

@@ -1,7 +1,7 @@
 """PERL's Table 2 on a model that can speak: reward models of LoRA rank 1 to 64 and full tuning.
 
-    python benchmarks/real/reward.py --trunk runs/real/trunk --data_dir ../shared/data
-    python benchmarks/real/reward.py --trunk runs/real/trunk --data_dir ../shared/data --report
+    python benchmarks/real/reward_models.py --trunk runs/real/trunk --data_dir ../shared/data
+    python benchmarks/real/reward_models.py --trunk runs/real/trunk --data_dir ../shared/data --report
 
 Pairs of HH harmless and helpful (384 tokens, of which an answer has 128), thumbs of ticketing and coffee (windows
 that hold nearly all of their rows whole), four folds by dialog, one pass of AdamW at 5e-4 in batches of 8 with
@@ -9,7 +9,7 @@ linear decay, alpha = 2 rank, a bf16 trunk (fp32 for full tuning, at 2e-5). Noth
 of a first try. Beside each: length alone and bag of words (logistic regressions, the second's strength chosen on
 validation rows), and the untrained trunk's own log-probability of the answer, summed and per token. ``--share``
 trains on a part of the dialogs, for learning curves. A JSON per run, finished runs are kept, one thread each.
-Writes ``benchmarks/reports/real/reward.md`` and ``.png``. Needs scikit-learn.
+Writes ``benchmarks/reports/real/reward_models.md`` and ``.png``. Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from lightning_perl.data.rows import Item, Pair, Splits, first_row
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.modules import RewardModel
 
-REPORT = Path("benchmarks/reports/real/reward.md")
+REPORT = Path("benchmarks/reports/real/reward_models.md")
 WINDOWS = {
     "harmless": (384, 128),
     "helpful": (384, 128),
