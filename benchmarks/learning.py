@@ -26,7 +26,7 @@ from bakeoff import BATCH, METHODS, PPO_RECIPE, RECIPE, SEEDS, TRUNK, policy, pr
 from matplotlib.figure import Figure
 from perl_reward import read, spread
 from perl_rl import Course
-from record import machine, table
+from record import machine, table, words_of
 from small_trunk import adam, fitted, run_missing
 
 from lightning_perl.callbacks import PolicyGuard
@@ -149,7 +149,6 @@ def write_report(root: Path) -> None:
         for run in hacked
     ]
     about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python")
-    said = REPORT.read_text().partition("## What it shows")[2] if REPORT.exists() else ""
     lines = [
         "# Learning curves",
         *about.splitlines(),
@@ -168,7 +167,7 @@ def write_report(root: Path) -> None:
         "",
         "![a gamed reward](gamed.png)",
         "",
-        f"## What it shows{said}",
+        *words_of(REPORT),
     ]
     REPORT.write_text("\n".join(lines).rstrip() + "\n")
     draw(runs, "rollout/kl", ("rollout/score", "gold/score"), REPORT.with_suffix(".png"))

@@ -98,3 +98,9 @@ def write_section(report: Path, heading: str, title: str, lines: Sequence[str]) 
     report.parent.mkdir(parents=True, exist_ok=True)
     whole = "\n\n## ".join(part.rstrip("\n") for part in (first, *sections))
     report.write_text(whole + "\n", encoding="utf-8")
+
+
+def words_of(report: Path, heading: str = "## What it shows") -> list[str]:
+    """The section of a report that was written by hand, which stands last and is kept."""
+    said = report.read_text(encoding="utf-8").partition(heading)[2] if report.exists() else ""
+    return [heading, *said.rstrip().splitlines()[1:]] if said.strip() else []

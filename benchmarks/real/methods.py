@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bakeoff import METHODS, slug
 from perl_reward import read, spread
 from perl_rl import Course
-from record import machine, table
+from record import machine, table, words_of
 from small_trunk import adam, fitted, resident_mb, run_missing
 
 from lightning_perl.data import HarmlessnessDataModule, PreferenceDataModule
@@ -214,6 +214,12 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def risen(run: dict[str, Any]) -> float:
+    """How far the gold rose, in standard deviations of the untrained model's answers."""
+    before = run["reference_gold"]
+    return float((run["gold"] - before) / (before * (1 - before)) ** 0.5)
+
+
 def write_report(root: Path, command: str) -> None:
     """The table, three answers of each method, the plot."""
     runs = [run for run in read(root / "runs") if run["seed"] in SEEDS]
@@ -221,6 +227,7 @@ def write_report(root: Path, command: str) -> None:
         [
             "reference",
             "",
+            "0",
             spread([run["reference_gold"] for run in runs]),
             spread([run["reference_score"] for run in runs]),
             "0",
@@ -231,7 +238,7 @@ def write_report(root: Path, command: str) -> None:
     for name, mine in grouped.items():
         if mine:
             cells = [spread([run[key] for run in mine]) for key in COLUMNS.values()]
-            rows.append([name, str(len(mine)), *cells])
+            rows.append([name, str(len(mine)), spread([risen(run) for run in mine], 2), *cells])
     tried = [
         f"{run['method']} {run['learning_rate']:g}: gold {run['gold']:.2f}, KL {run['kl']:.1f}"
         for run in read(root / "tried")
@@ -252,7 +259,7 @@ def write_report(root: Path, command: str) -> None:
         f"{EPISODES} episodes or answers, learning rate {RATE:g}, mean and (over seeds) standard deviation. "
         f"Tried before, on validation questions: {'; '.join(tried)}.",
         "",
-        *table(["method", "seeds", *COLUMNS], rows),
+        *table(["method", "seeds", "rise of gold, sd", *COLUMNS], rows),
         "",
         f"![gold over KL]({REPORT.with_suffix('.png').name})",
         "",
@@ -263,7 +270,7 @@ def write_report(root: Path, command: str) -> None:
             lines += ["", f"**{run['method']}**", ""]
             lines += [f"- {answer.strip()[:200]!r}" for _, answer in run["examples"]]
     REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join([*lines, ""]))
+    REPORT.write_text("\n".join([*lines, "", *words_of(REPORT)]).rstrip() + "\n")
     plot(runs, REPORT.with_suffix(".png"))
 
 

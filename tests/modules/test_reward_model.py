@@ -224,15 +224,23 @@ def test_balanced_weight_without_counts_is_refused(plain_trunk: Path, tmp_path: 
     trainer.fit(module, tiny.Batches([tiny.rated(6)]))
 
 
-@LORAS
-@pytest.mark.parametrize("split", ["val", "train", "val loader"])
+@pytest.mark.parametrize(
+    ("make", "lora", "split"),
+    [
+        (RewardModel, None, "val"),
+        (RewardModel, tiny.LORA, "train"),
+        (RewardModel, tiny.LORA, "val loader"),
+        (HydraSFT, None, "train"),
+        (HydraSFT, tiny.LORA, "val"),
+    ],
+)
 def test_demonstrations_score_zero_on_average_with_deviation_one(
-    split: str, lora: LoraSpec | None, plain_trunk: Path, tmp_path: Path
+    make: type[Scoring], lora: LoraSpec | None, split: str, plain_trunk: Path, tmp_path: Path
 ) -> None:
     train = [separable(seed, True) for seed in range(4)]
     val = [tiny.rated(5, 50), tiny.rated(8, 51, pairs=2)]
     plain, module = (
-        RewardModel(str(plain_trunk), lora, normalize_scores=normalize, optimizer=quick)
+        make(str(plain_trunk), lora=lora, normalize_scores=normalize, optimizer=quick)
         for normalize in (False, True)
     )
     for model in (plain, module):
@@ -241,7 +249,7 @@ def test_demonstrations_score_zero_on_average_with_deviation_one(
             trainer.fit(model, tiny.Batches(train), loader(val))
         else:
             trainer.fit(model, datamodule=Rows(train, val if split == "val" else ()))
-    handed_over = folder / ("adapters/reward" if lora else "trunk")
+    handed_over = folder / ("adapters/reward" if lora and make is RewardModel else "trunk")
     shown = train if split == "train" else val
     with torch.no_grad():
         scores = torch.cat([module.scores(batch)[batch.imitate] for batch in shown])

@@ -1,0 +1,166 @@
+"""Memory of a model that can speak: what `estimate` says, PyTorch's allocator counts, and the process takes.
+
+    python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data
+    python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data --allocators glibc mmap
+
+Four modules with LoRA of rank 16 on a bf16 trunk: `RewardModel` and `DPO` on batches of 8 pairs of HH harmless
+(256 + 128 tokens), `RLOO` and `PPO` (hydra) on batches of 32 answers of 48 tokens to prompts of up to 144, 8 at
+once. Estimated, and counted by the allocator: a batch whose rows are all as long as they may be. Resident: the
+most that the process took beyond what it had after its imports, over 16 batches of real pairs, or 3 of prompts,
+whose shapes differ; and the median seconds of a batch (of 3: the least). Each figure is a process of its own with
+one thread; finished ones are kept. ``glibc`` is the C library's allocator as it is, ``mmap`` the same with
+MALLOC_MMAP_THRESHOLD_=1048576, so that what has more than 1 MiB goes back to the system when it is freed; a path
+is a library for LD_PRELOAD. Writes ``benchmarks/reports/real/memory.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from methods import asked, policy
+from reality import real_peak
+from record import machine, run_json, table, words_of
+from reward_models import rows
+from small_trunk import adam, fitted, middle, resident_mb
+
+from lightning_perl.commands.estimate import architecture_from, estimate
+from lightning_perl.commands.rehearsal import Load, rehearsal_of
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.models.weightless import weightless
+from lightning_perl.modules import DPO, PPO, RLOO, RewardModel
+
+REPORT = Path("benchmarks/reports/real/memory.md")
+METHODS = ("RewardModel", "DPO", "RLOO", "PPO")
+STEPS = {"RewardModel": 16, "DPO": 16, "RLOO": 3, "PPO": 3}
+PAIRS, ANSWERS = Load(256, 128, 8, pairs=True), Load(144, 48, 32)
+MIB = 2**20
+
+
+def made(method: str, trunk: str) -> Any:  # noqa: ANN401 (any of the four)
+    """The module."""
+    shared: dict[str, Any] = {"optimizer": adam(1e-4)}
+    match method:
+        case "RewardModel" | "DPO":
+            make = RewardModel if method == "RewardModel" else DPO
+            return make(trunk, lora=LoraSpec(16), trunk_dtype="bfloat16", **shared)
+        case "RLOO":
+            return policy(Path(trunk), RLOO, samples=4, **shared)
+        case _:
+            return policy(Path(trunk), PPO, layout="hydra", minibatch_size=16, **shared)
+
+
+def sizes(method: str, trunk: Path) -> dict[str, Any]:
+    """What is estimated, and what the allocator counts, in MiB."""
+    load = PAIRS if method in ("RewardModel", "DPO") else ANSWERS
+    make, config = partial(made, method, str(trunk)), architecture_from(str(trunk))
+    with weightless(config):
+        module = make()
+    found = estimate(rehearsal_of(module, load))
+    counted = real_peak(make, config, load)
+    return {
+        "estimate_mb": found.peak.total / MIB,
+        "phase": found.phase,
+        "counted_mb": counted / MIB,
+    }
+
+
+def resident(method: str, trunk: Path, data_dir: Path) -> dict[str, Any]:
+    """What a process takes for batches of real rows."""
+    before = resident_mb("VmRSS")
+    module = made(method, str(trunk))
+    if method in ("RewardModel", "DPO"):
+        data: Any = rows("harmless", 0, 1.0, trunk, data_dir)
+    else:
+        data = asked(trunk, data_dir, batch_size=8 if method == "RLOO" else 32)
+    options: dict[str, Any] = {"limit_train_batches": STEPS[method], "limit_val_batches": 0}
+    _, clock = fitted(module, data, **options)
+    return {
+        "resident_mb": resident_mb("VmHWM") - before,
+        "at_the_end_mb": resident_mb("VmRSS") - before,
+        "seconds": middle(clock.seconds) if len(clock.seconds) > 3 else min(clock.seconds),
+    }
+
+
+def environment(allocator: str) -> list[str]:
+    """What stands before a child's command."""
+    known = {"glibc": [], "mmap": [f"MALLOC_MMAP_THRESHOLD_={MIB}"]}
+    return ["env", "OMP_NUM_THREADS=1", *known.get(allocator, [f"LD_PRELOAD={allocator}"])]
+
+
+def measured(root: Path, method: str, kind: str, given: list[str]) -> dict[str, Any]:
+    """A child's figures, kept in a file."""
+    path = root / f"{method}_{Path(kind).name}.json"
+    if not path.exists():
+        child = ["python", __file__, "--child", method, kind, *given]
+        found = run_json([*environment("glibc" if kind == "sizes" else kind), *child])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+        print(path, found, flush=True)
+    found = json.loads(path.read_text())
+    return dict(found)
+
+
+def write_report(
+    found: dict[str, dict[str, dict[str, Any]]], allocators: list[str], command: str
+) -> None:
+    """One row per method."""
+    lines = []
+    for method, kinds in found.items():
+        one = kinds["sizes"]
+        off = one["estimate_mb"] / one["counted_mb"] - 1
+        cells = [f"{one['estimate_mb']:.0f}", f"{one['counted_mb']:.0f}", f"{off:+.1%}"]
+        for name in allocators:
+            cells += [f"{kinds[name]['resident_mb']:.0f}", f"{kinds[name]['seconds']:.2f}"]
+        lines.append([method, one["phase"], *cells])
+    head = ["method", "highest phase", "estimate MiB", "allocator's peak MiB", "off by"]
+    for name in allocators:
+        head += [f"resident MiB, {Path(name).name}", "s per batch"]
+    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
+    text = ["# Memory of a model that can speak", *about.splitlines(), "", machine(), "", command]
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    body = [*text, "", *table(head, lines), "", *words_of(REPORT)]
+    REPORT.write_text("\n".join(body).rstrip() + "\n")
+
+
+def main() -> None:
+    """Measure what is missing, then report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--trunk", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=Path("runs/real/memory"))
+    parser.add_argument("--allocators", nargs="+", default=["glibc", "mmap"])
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        warnings.filterwarnings("ignore")
+        torch.set_num_threads(1)
+        method, kind = args.child
+        act = sizes if kind == "sizes" else partial(resident, data_dir=args.data_dir)
+        print(json.dumps(act(method, args.trunk)))
+        return
+    given = ["--trunk", str(args.trunk), "--data_dir", str(args.data_dir)]
+    kinds = ["sizes", *args.allocators]
+    write_report(
+        {
+            method: {kind: measured(args.root, method, kind, given) for kind in kinds}
+            for method in METHODS
+        },
+        args.allocators,
+        "`python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data`",
+    )
+
+
+if __name__ == "__main__":
+    main()

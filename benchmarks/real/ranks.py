@@ -1,0 +1,120 @@
+"""PERL's Table 3 on a model that can speak: `Reinforce` with LoRA of rank 1, 4, 16 and with full tuning.
+
+    python benchmarks/real/ranks.py --trunk runs/real/trunk --data_dir ../shared/data
+    python benchmarks/real/ranks.py --trunk runs/real/trunk --data_dir ../shared/data --report
+
+The task, its sizes and the 512 episodes are those of ``benchmarks/real/methods.py``: half a point for at most 20
+words, half for a word of the question; gold is the share of held-out answers with both. LoRA: layout ``perl``, one
+bf16 trunk, alpha = rank, AdamW at that study's 1e-3. Full tuning: layout ``full``, a float32 actor, critic and
+reference, at 2e-5. Neither rate was swept. A JSON per run, finished runs are kept, one thread each. Writes
+``benchmarks/reports/real/ranks.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from methods import BATCH, COLUMNS, EPISODES, RATE, SEEDS, asked, policy, risen
+from perl_reward import read, spread
+from perl_rl import BETA, VARIANTS, Course
+from record import machine, table, words_of
+from small_trunk import adam, fitted, resident_mb, run_missing
+
+from lightning_perl.models.adapters import LoraSpec
+from lightning_perl.modules import Reinforce
+
+REPORT = Path("benchmarks/reports/real/ranks.md")
+FULL_RATE = 2e-5
+
+
+def train(variant: str, seed: int, trunk: Path, data_dir: Path) -> dict[str, Any]:
+    """One policy, its answers to the held-out questions, and what it took."""
+    warnings.filterwarnings("ignore")
+    full, course = variant == "full", Course()
+    rank = 1 if full else int(variant.split()[1])
+    settings: dict[str, Any] = {"layout": "perl", "lora": LoraSpec(rank, float(rank))}
+    if full:
+        settings = {"layout": "full", "trunk_dtype": None}
+    settings |= {"beta": BETA, "max_episodes": EPISODES, "seed": seed}
+    before, cpu = resident_mb("VmRSS"), time.process_time()
+    module = policy(trunk, Reinforce, optimizer=adam(FULL_RATE if full else RATE), **settings)
+    data = asked(trunk, data_dir, batch_size=BATCH, seed=seed)
+    fitted(module, data, 1, [course], limit_val_batches=0)
+    took = {
+        "cpu_minutes": (time.process_time() - cpu) / 60,
+        "fit_peak_mb": resident_mb("VmHWM") - before,
+        "updates": module.trainer.global_step,
+        "trained": sum(weight.numel() for weight in module.roles.actor_parameters()),
+        "rollouts": course.rollouts,
+    }
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", enable_checkpointing=False, **quiet)
+    (found,) = trainer.test(module, datamodule=data, verbose=False)
+    return {
+        **{"variant": variant, "seed": seed, **took},
+        **{key.partition("/")[2]: value for key, value in found.items()},
+    }
+
+
+def write_report(root: Path) -> None:
+    """A row per way of tuning."""
+    runs = read(root)
+    first = (
+        "reference",
+        "",
+        "",
+        "0",
+        *(spread([run[f"reference_{key}"] for run in runs]) for key in ("gold", "score")),
+    )
+    rows = [[*first, "0", *[""] * (len(COLUMNS) - 3)]]
+    for variant in VARIANTS:
+        mine = [run for run in runs if run["variant"] == variant]
+        if mine:
+            cells = [spread([run[key] for run in mine]) for key in COLUMNS.values()]
+            rise = spread([risen(run) for run in mine], 2)
+            rows.append([variant, f"{mine[0]['trained']:,}", str(len(mine)), rise, *cells])
+    head = ["tuning", "actor's weights", "seeds", "rise of gold, sd", *COLUMNS]
+    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
+    lines = ["# Policy gradient by rank on a model that can speak (PERL, Table 3)"]
+    lines += [*about.splitlines(), "", machine(), "", *table(head, rows), "", *words_of(REPORT)]
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--trunk", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=Path("runs/real/ranks"))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    if not args.report:
+        runs = {
+            args.root / f"{variant.replace(' ', '')}_{seed}.json": partial(
+                train, variant, seed, args.trunk, args.data_dir
+            )
+            for seed, variant in product(args.seeds, args.variants)
+        }
+        run_missing(runs, args.workers)
+    write_report(args.root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What the tables on a real model count, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lightning_perl.data.rows import Item, Pair, Row, Turn, first_row
+from tests.benchmarks.conftest import Script
+
+metrics = pytest.importorskip("sklearn.metrics", reason="needs the extra benchmarks")
+
+
+def row(answer: str, dialog: str, where: str = "") -> Row:
+    return Row((Turn("user", "hello"),), (Turn("agent", answer),), None, True, dialog, where)
+
+
+def test_a_judge_of_pairs_and_of_thumbs(script: Script) -> None:
+    quality, every = script("real.reward_models").quality, np.arange(4)
+    pairs = {"chosen": [1.0, 2.0, 3.0, 4.0], "rejected": [0.0, 2.0, 4.0, 3.0]}
+    assert quality(pairs, every) == (1 + 0.5 + 0 + 1) / 4
+    assert quality(pairs, every[2:3]) == 0
+    generator = np.random.default_rng(0)
+    scores, labels = generator.integers(0, 5, 60).astype(float), generator.integers(0, 2, 60)
+    thumbs = {"score": scores.tolist(), "label": labels.tolist()}
+    assert quality(thumbs, np.arange(60)) == pytest.approx(metrics.roc_auc_score(labels, scores))
+
+
+def test_no_dialog_lies_on_two_sides(script: Script) -> None:
+    divided = script("real.reward_models").divided
+    items: list[Item] = [row(str(n), f"dialog {n // 3}", str(n)) for n in range(120)]
+    for fold in range(4):
+        parts = divided(items, fold)
+        assert sum(map(len, parts)) == len(items)
+        dialogs = [{first_row(item).dialog for item in part} for part in parts]
+        assert sum(map(len, dialogs)) == 40
+        train, val, test = divided(items, fold, 0.5)
+        assert (val, test) == parts[1:]
+        assert len(parts.train) / 2 - 3 <= len(train) <= len(parts.train) / 2 + 3
+        assert {one.where for one in train} < {first_row(one).where for one in parts.train}
+    tested = [first_row(item).where for fold in range(4) for item in divided(items, fold).test]
+    assert len({*tested}) == len(tested) == len(items)
+
+
+def test_words_and_intervals(script: Script) -> None:
+    real = script("real.reward_models")
+    pairs: list[Item] = [
+        Pair(row(f"kind w{n % 7}", str(n)), row(f"rude w{n % 5}", str(n))) for n in range(40)
+    ]
+    words = real.sided(pairs, real.words_of_pairs(pairs, pairs))
+    assert real.quality(words, np.arange(40)) == 1
+    coin = {"chosen": [1.0, 0.0] * 20, "rejected": [0.0, 1.0] * 20}
+    judges = {"length": {0: coin}, "words": {0: words}, "model": {0: words}}
+    found = real.with_intervals(judges, {0: [str(n) for n in range(40)]})
+    assert found["model"][0] == (1, 1, 1)
+    assert found["model"][2] == (0, 0, 0)
+    difference, low, high = found["model"][1]
+    assert difference == 0.5
+    assert 0.3 < low < difference < high < 0.7
+
+
+def test_a_short_answer_about_the_question(script: Script) -> None:
+    methods = script("real.methods")
+    prompt = "System: Answer shortly.\nUser: What do penguins eat?\nAgent:"
+    scored = methods.ShortAndOnTopic()
+    for answer, score in (
+        ("Penguins eat fish.", 1.0),
+        ("A myth.", 0.5),
+        ("penguins " * 21, 0.5),
+        ("word " * 21, 0.0),
+        ("", 0.0),
+    ):
+        assert scored.score(prompt, answer, 0) == score
+    assert methods.risen({"gold": 0.6, "reference_gold": 0.2}) == pytest.approx(1.0)
