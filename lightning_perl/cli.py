@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
@@ -24,7 +23,6 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from transformers.utils.logging import disable_progress_bar
 
 import lightning_perl
 
@@ -48,6 +46,7 @@ from lightning_perl.commands.report import report
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.launching import require_plain_ranks
 from lightning_perl.packaged import PREFIX, unpackaged
+from lightning_perl.quiet import no_progress_bars
 
 PROGRAM = "python -m lightning_perl"
 CONFIG_HELP = (
@@ -213,13 +212,10 @@ class PerlCLI(LightningCLI):
             logger.init_args.id = run
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what needs no data and no weights, and show progress bars for downloads alone."""
+        """Refuse what needs no data and no weights."""
         given = self.config[self.subcommand]
         keys = ("accelerator", "strategy", "devices", "num_nodes", "precision", "overfit_batches")
         refuse_early(given, {key: given.trainer[key] for key in keys})
-        trunk = str(given.get("model.init_args.trunk", ""))
-        if trunk.startswith(PREFIX) or Path(trunk).exists():
-            disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
         """Make the objects, and raise a constructor's own error where one refuses its arguments.
@@ -269,18 +265,6 @@ def run_estimate(args: Sequence[str]) -> None:
     estimate(cli.config, cli.parser)
 
 
-def silence_known() -> None:
-    """Hide messages that every run would show and that call for no action."""
-    # Lightning checks torch's LeafSpec in a way that torch has deprecated; only Lightning can change it.
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    # Trunks stay in eval mode between training passes by design (see `Trunk.training_pass`).
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start")
-    # Advertisements for packages of Lightning AI; there is no switch for them.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip: For seamless cloud" not in record.getMessage()
-    )
-
-
 def run_function(command: str, function: Callable[..., object], args: Sequence[str]) -> None:
     """A command that takes the arguments of a function; data has the trunk's tokenizer, where there are both."""
     takes = signature(function).parameters
@@ -303,14 +287,13 @@ def run_function(command: str, function: Callable[..., object], args: Sequence[s
     ]
     chosen = parser.instantiate(parser.parse_args(args)).as_dict()
     chosen.pop("config")
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    function(**chosen)
+    with no_progress_bars():
+        function(**chosen)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line, by default the process's own."""
     given = list(sys.argv[1:] if args is None else args)
-    silence_known()
     own_commands: dict[str, Callable[[Sequence[str]], None]] = {
         "new-trunk": partial(run_function, "new-trunk", new_trunk),
         "compare": partial(run_function, "compare", compare),

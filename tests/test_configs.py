@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import wandb
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import enable_progress_bar
 
 from lightning_perl.cli import main
 from lightning_perl.models.heads import load_head
@@ -60,11 +58,9 @@ def of_kind(name: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths of the configs, such as ``runs``, lie in the test's own folder."""
     monkeypatch.chdir(tmp_path)
-    yield
-    enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")

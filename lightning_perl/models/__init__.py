@@ -1,1 +1,5 @@
 """Trunks, adapters, heads, and the roles they answer."""
+
+from lightning_perl.quiet import hush
+
+hush()

@@ -15,13 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +28,10 @@ from lightning_perl.models.lean_layers import OFF as OFF
 from lightning_perl.models.lean_layers import AdapterSwitch, adapted_linear
 from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
 from lightning_perl.models.weightless import architecture
+
+if TYPE_CHECKING:  # PEFT takes a second to import, which --help need not wait for
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 ATTENTION = "attention"
 """Target that stands for every linear layer of the blocks' attention, whatever the family calls it."""
@@ -117,6 +118,8 @@ class Adapters:
 
         Its weights are at least fp32, whatever the trunk's dtype.
         """
+        from peft import inject_adapter_in_model
+
         targets = self._resolve(spec.targets)
         if not spec.targets and not self.specs:
             self._name_what_is_left_out()
@@ -135,6 +138,8 @@ class Adapters:
             parameter.requires_grad_(id(parameter) in trained)
 
     def _config(self, spec: LoraSpec, targets: list[str], **about: Any) -> LoraConfig:
+        from peft import LoraConfig
+
         return LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number will do
@@ -195,6 +200,8 @@ class Adapters:
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """Name and layer of every linear layer that carries adapters."""
+        from peft.tuners.lora import LoraLayer
+
         named = self.model.named_modules()
         return ((name, module) for name, module in named if isinstance(module, LoraLayer))
 
@@ -443,6 +450,10 @@ def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:
     Where a family has experts, PEFT takes ``gate_proj`` for the experts' weights, though linear layers of a
     shared expert or of a dense block have that name too.
     """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     taken = []
     for end in ends:
         try:

@@ -30,6 +30,7 @@ from lightning_perl.models.quantization import (
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import architecture, stand_in_tokenizer
+from lightning_perl.quiet import no_progress_bars
 from lightning_perl.whole import require_whole
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
@@ -76,7 +77,8 @@ def load_trunk(
         return Trunk(bare, stand_in_tokenizer(shapes), checkpointing, source, shortcuts)
     where = model_source(source)
     require_whole(Path(where))
-    model = _load_model(where, _load_config(source, where), quantization, options)
+    with no_progress_bars(Path(where).exists()):  # a download shows how far it is
+        model = _load_model(where, _load_config(source, where), quantization, options)
     trunk = Trunk(model, AutoTokenizer.from_pretrained(where), checkpointing, source, shortcuts)
     _require_embedded(trunk)
     _end_responses(trunk)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.trunk import Trunk
+from lightning_perl.quiet import no_progress_bars
 from lightning_perl.whole import MANIFEST_FILE, require_whole
 
 
@@ -69,7 +70,8 @@ def save_classifier(
     weights[added[0]] = head.weight.detach().unsqueeze(0)
     classifier.load_state_dict({key: weights[key] for key in own})
     classifier.config.reward_bias = float(head.bias)
-    classifier.save_pretrained(folder)
+    with no_progress_bars():
+        classifier.save_pretrained(folder)
     tokenizer, padding = copy.deepcopy(trunk.tokenizer), classifier.config.pad_token_id
     if padding is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
@@ -189,7 +191,8 @@ def _save_model(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor]
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        with no_progress_bars():
+            model.save_pretrained(folder, state_dict=weights)
     finally:
         model.generation_config = generation
     if generation is not None:

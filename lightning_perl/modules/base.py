@@ -29,6 +29,7 @@ from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.resume import Resume
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.callbacks.skipped import SkippedBatches
+from lightning_perl.callbacks.trained import count_trained
 from lightning_perl.callbacks.wandb_summary import WandbSummary
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
@@ -222,6 +223,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         if self._trainer is not None:
             claim(self.trainer)
         given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        count_trained(given)
         told = any(isinstance(callback, MemoryPreflight) for callback in given)
         preflight = [] if told else [MemoryPreflight()]
         ours = [SkippedBatches(), Resume(), PredictionWriter(), WandbSummary()]
