@@ -173,6 +173,11 @@ class PromptExample(NamedTuple):
     cut_turns: int = 0
 
     @property
+    def rows(self) -> tuple[PromptExample]:
+        """Itself, its only row."""
+        return (self,)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.ids)
@@ -182,7 +187,7 @@ def digest_of(examples: Iterable[RatedExample | PromptExample]) -> str:
     """Returns a hash of examples as a model reads them, the same on every machine."""
     digest = hashlib.sha256()
     for example in examples:
-        for row in example.rows if isinstance(example, RatedExample) else (example,):
+        for row in example.rows:
             digest.update(array("q", row.ids).tobytes())
             digest.update(repr((row[2:], example[1:])).encode())
     return digest.hexdigest()[:16]
