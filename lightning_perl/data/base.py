@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Checked, Count, CountOrZero
-from lightning_perl.data.folds import stable_hash
 from lightning_perl.data.loaders import (
     Collate,
     FixedLoader,
@@ -37,6 +36,7 @@ from lightning_perl.data.rows import (
     first_row,
     judgement,
     rows_of,
+    stable_hash,
 )
 from lightning_perl.data.tokenization import Encoded, TurnEncoder, example_of
 from lightning_perl.packaged import unpackaged

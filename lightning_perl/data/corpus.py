@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.arguments import FractionBelowHalf
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.download import Corpus, Part, corpora, fetch_all
-from lightning_perl.data.folds import held_out
 from lightning_perl.data.messages import reading, wrong_type
 from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.reading import csv_rows, jsonl_rows
-from lightning_perl.data.rows import Item, Pair, Splits, first_row, rows_of
+from lightning_perl.data.rows import Item, Pair, Splits, first_row, held_out, rows_of
 
 _PARTS: tuple[Part, ...] = ("train", "val", "test")
 _NAMES = {"val": "validation", "test": "test"}

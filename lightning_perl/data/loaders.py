@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
@@ -83,7 +84,7 @@ class Positioned:
     ``ahead`` batches are asked for before they are used, which a saved position must not count.
     """
 
-    def __init__(self, ahead: int = 0, **depends: int) -> None:
+    def _begin(self, ahead: int = 0, **depends: int) -> None:
         self._depends = depends
         self._places = deque([Place()], maxlen=1 + ahead)
 
@@ -121,16 +122,14 @@ class Positioned:
         self._go_to(Place(*(state[key] for key in Place._fields)))
 
 
+@dataclass(eq=False)
 class FixedLoader:
     """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
-    def __init__(
-        self, examples: Sequence[Any], batch_size: int, collate: Collate, num_workers: int = 0
-    ) -> None:
-        self.examples = examples
-        self.batch_size = batch_size
-        self.collate = collate
-        self.num_workers = num_workers
+    examples: Sequence[Any]
+    batch_size: int
+    collate: Collate
+    num_workers: int = 0
 
     def _load(self, batches: list[list[int]]) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(
@@ -157,7 +156,8 @@ class FixedLoader:
         return len(self.batches())
 
 
-class ResumableLoader(Positioned, FixedLoader):
+@dataclass(eq=False)
+class ResumableLoader(FixedLoader, Positioned):
     """Yields shuffled batches from where it stands; its position can be saved and loaded.
 
     An iteration continues where the last one stopped and ends with the epoch; the one after it begins the next
@@ -165,23 +165,16 @@ class ResumableLoader(Positioned, FixedLoader):
     ``parts`` says what an epoch draws of which rows (see :func:`mixture`); None draws every row once.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Any],
-        batch_size: int,
-        collate: Collate,
-        num_workers: int = 0,
-        seed: int = 0,
-        bucket: bool = True,
-        parts: Sequence[tuple[list[int], int]] | None = None,
-    ) -> None:
-        FixedLoader.__init__(self, examples, batch_size, collate, num_workers)
-        # The number of rows takes the place of those before a block: this is one block.
-        drawn = len(examples) if parts is None else sum(count for _, count in parts)
-        Positioned.__init__(self, seed=seed, rows=drawn, batch_size=batch_size)
-        self.seed = seed
-        self.parts = parts
-        self.lengths = [example.tokens for example in examples] if bucket else None
+    seed: int = 0
+    bucket: bool = True
+    parts: Sequence[tuple[list[int], int]] | None = None
+
+    def __post_init__(self) -> None:
+        """Begins; the number of rows takes the place of those before a block, as all of them are one."""
+        parts = self.parts
+        drawn = len(self.examples) if parts is None else sum(count for _, count in parts)
+        self._begin(seed=self.seed, rows=drawn, batch_size=self.batch_size)
+        self.lengths = [example.tokens for example in self.examples] if self.bucket else None
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
         """Returns the row numbers of every batch of an epoch."""
@@ -204,6 +197,7 @@ class ResumableLoader(Positioned, FixedLoader):
             yield batch
 
 
+@dataclass(eq=False)
 class StreamingLoader(Positioned):
     """Batches of rows that are read as they come; no more than one block of them is in memory.
 
@@ -215,24 +209,20 @@ class StreamingLoader(Positioned):
     is 1 where Lightning fits without ``limit_train_batches``, as it then looks whether a batch is the last one.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int, int], Iterator[tuple[int, Any]]],
-        batch_size: int,
-        collate: Collate,
-        seed: int = 0,
-        block: int = 4096,
-        bucket: bool = True,
-        ahead: int = 0,
-    ) -> None:
-        self.read = read
-        self.batch_size = batch_size
-        self.collate = collate
-        self.seed = seed
-        self.block = -(-block // batch_size) * batch_size
-        self.bucket = bucket
+    read: Callable[[int, int], Iterator[tuple[int, Any]]]
+    batch_size: int
+    collate: Collate
+    seed: int = 0
+    block: int = 4096
+    bucket: bool = True
+    ahead: int = 0
+
+    def __post_init__(self) -> None:
+        """Begins with whole batches in a block."""
+        self.block = -(-self.block // self.batch_size) * self.batch_size
         # Order 1 was a shuffle of our own; since 2 datasets shuffles.
-        super().__init__(ahead, seed=seed, block=self.block, batch_size=batch_size, order=2)
+        depends = {"seed": self.seed, "block": self.block, "batch_size": self.batch_size}
+        self._begin(self.ahead, **depends, order=2)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the rest of the epoch; the iteration after that begins the next one."""

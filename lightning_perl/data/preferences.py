@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.arguments import Count, Finite, FractionBelowOne
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.dialects import DIALECTS, NAMES
-from lightning_perl.data.folds import held_out
 from lightning_perl.data.loaders import ResumableLoader, StreamingLoader
 from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader
 from lightning_perl.data.reading import Rows, Source, Sources, shuffled_stream, sources_of
@@ -25,6 +24,7 @@ from lightning_perl.data.rows import (
     RatedExample,
     Splits,
     first_row,
+    held_out,
 )
 from lightning_perl.data.tokenization import example_of
 

@@ -17,10 +17,20 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.arguments import Count, CountOrZero, FractionBelowHalf, TwoOrMore
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.download import Corpus, corpora, fetch_all
-from lightning_perl.data.folds import assign_folds, held_out, hold_out, stable_hash
 from lightning_perl.data.messages import reading
 from lightning_perl.data.reading import json_rows, parse_json, tsv_rows
-from lightning_perl.data.rows import BadRow, Item, Row, Splits, Turn, first_row
+from lightning_perl.data.rows import (
+    BadRow,
+    Item,
+    Row,
+    Splits,
+    Turn,
+    assign_folds,
+    first_row,
+    held_out,
+    hold_out,
+    stable_hash,
+)
 
 _FOLDERS = {
     "coffee": ("taskmaster-coffee", "TM-4-2024"),
