@@ -29,7 +29,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from lightning_perl.data.folds import stable_hash
+from lightning_perl.data.rows import stable_hash
 from lightning_perl.rewards.coffee_orders import (
     DRINKS,
     EXTRAS,

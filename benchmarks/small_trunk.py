@@ -25,8 +25,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.folds import hold_out
-from lightning_perl.data.rows import Item, Row, Splits, Turn
+from lightning_perl.data.rows import Item, Row, Splits, Turn, hold_out
 from lightning_perl.data.taskmaster import TaskmasterDataModule
 from lightning_perl.modules import SFT
 from lightning_perl.modules.base import AdapterModule

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Checked, Count, CountOrZero
-from lightning_perl.data.folds import stable_hash
 from lightning_perl.data.loaders import (
     Collate,
     FixedLoader,
@@ -28,10 +27,8 @@ from lightning_perl.data.rows import (
     BadRow,
     BadRowHook,
     Item,
-    RatedExample,
     Splits,
     Tie,
-    collate_pairs,
     collate_prompts,
     collate_rated,
     conflicting,
@@ -39,8 +36,9 @@ from lightning_perl.data.rows import (
     first_row,
     judgement,
     rows_of,
+    stable_hash,
 )
-from lightning_perl.data.tokenization import Encoded, TurnEncoder, example_of, template_of
+from lightning_perl.data.tokenization import Encoded, TurnEncoder, example_of
 from lightning_perl.packaged import unpackaged
 
 Raw = TypeVar("Raw")
@@ -124,9 +122,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         #: Weights of the sources of the training rows; None draws every row once an epoch.
         self.weights: list[float] | None = None
         self._examples: dict[str, list[Any]] = {}
-        self._sources: dict[str, list[int]] = {}
-        # Of the last split that was read: the test rows.
-        self._places: list[str] = []
+        # What each example was made of.
+        self._used: dict[str, list[Item]] = {}
         self._distinct = 0
         self._reported_to: Trainer | None = None
 
@@ -156,11 +153,12 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             ) from error
         return tokenizer
 
-    def bad_row(self, where: str, message: str) -> None:
-        """Counts a bad row by its reason, or raises :class:`BadRow`, as ``on_bad_row`` says."""
+    def bad_row(self, where: str, message: str, counted: bool = True) -> None:
+        """Counts a bad row, unless another reading does, or raises :class:`BadRow`, as ``on_bad_row`` says."""
         if self.on_bad_row == "raise":
             raise BadRow(f"{where}: {message}")
-        self.report.reject(where, BadRow(message))
+        if counted:
+            self.report.reject(where, BadRow(message))
 
     def usable(
         self,
@@ -228,12 +226,11 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             self.report.left_out["not asked for"] = self._distinct - divided
         for name, items in splits._asdict().items():
             if name == "test" and items is splits.val:
-                self.report.splits[name] = self.report.splits["val"]
-                self._examples[name] = self._examples["val"]
-                continue
-            report = self.report.splits[name] = SplitReport()
-            self._examples[name], self._sources[name], places = self._encode(encoder, items, report)
-            self._places = places
+                kept: list[dict[str, Any]] = [self.report.splits, self._examples, self._used]
+                for parts in kept:
+                    parts["test"] = parts["val"]
+            else:
+                self._encode(encoder, name, items)
         self.splits = splits
         self.report.template = f"{encoder.template}, an answer ends with {encoder.ending!r}"
         self.report.notes.update(encoder.notes)
@@ -268,22 +265,6 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             self.report.write_rejected(file)
             rank_zero_info(f"{len(self.report.messages)} rejected rows are listed in {file}")
 
-    def keep_imitated(self) -> int:
-        """Drops the training rows that are not imitated, and takes pairs apart; returns how many are left."""
-        every = [row for example in self._examples["train"] for row in example.rows]
-        self._examples["train"] = [RatedExample((row,)) for row in every if row.imitate]
-        return len(self._examples["train"])
-
-    def keep_pairs(self) -> int:
-        """Drops the training rows that are no two answers to one prompt, and gives the others as `PairBatch`."""
-        self._examples["train"] = [
-            example
-            for example in self._examples["train"]
-            if len(example.rows) == 2 and example.rows[0].prompt == example.rows[1].prompt
-        ]
-        self.collate = collate_pairs
-        return len(self._examples["train"])
-
     @cached_property
     def trained_rows(self) -> dict[str, str]:
         """Tells the training rows from others, for checkpoints; a stream is known by its sources alone."""
@@ -298,70 +279,57 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     @property
     def template(self) -> str:
-        """Names how turns become tokens, for manifests; see :func:`template_of`."""
-        return template_of(self.tokenizer if self._chats else None)
-
-    @property
-    def _chats(self) -> bool:
-        given = self.chat_template
-        return bool(self.tokenizer.chat_template) if given is None else given
+        """Names how turns become tokens, for manifests."""
+        return self.encoder.template
 
     @property
     def encoder(self) -> TurnEncoder:
         """A fresh encoder of turns."""
-        return TurnEncoder(self.tokenizer, self._chats)
+        given = self.chat_template
+        chats = bool(self.tokenizer.chat_template) if given is None else given
+        return TurnEncoder(self.tokenizer, chats)
 
-    def _encode(
-        self, encoder: TurnEncoder, items: list[Item], report: SplitReport
-    ) -> tuple[list[Any], list[int], list[str]]:
-        """Returns the examples of a split, the numbers of their sources, and where their rows were read."""
-        prompts = self.rows == "prompts"
-        sourced = [(first_row(item).source, item) for item in items]
-        encoded = list(self.encoded(encoder, sourced, self.bad_row, report))
-        if prompts:
-            first: dict[tuple[int, ...], Any] = {}
-            for entry in encoded:
-                first.setdefault(tuple(entry[2][0].ids), entry)
-            report.duplicates = len(encoded) - len(first)
-            encoded = list(first.values())
-        examples: list[Any] = []
+    def _encode(self, encoder: TurnEncoder, name: str, items: list[Item]) -> None:
+        """Makes the examples of a split, and its report."""
+        report = self.report.splits[name] = SplitReport()
+        tried = [(item, self.encoded(encoder, item, self.bad_row, report)) for item in items]
+        used = [(item, rows) for item, rows in tried if rows]
+        if self.rows == "prompts":
+            first: dict[tuple[int, ...], tuple[Item, list[Encoded]]] = {}
+            for item, rows in used:
+                first.setdefault(tuple(rows[0].ids), (item, rows))
+            report.duplicates = len(used) - len(first)
+            used = list(first.values())
+        self._used[name] = [item for item, _ in used]
+        examples = self._examples[name] = []
         number = 0
-        for _, item, rows in encoded:
-            examples.append(example_of(item, rows, number, prompts))
+        for item, rows in used:
+            examples.append(example_of(item, rows, number, self.rows == "prompts"))
+            report.keep(examples[-1])
             number += len(rows)
-        for example in examples:
-            report.keep(example)
-        places = [first_row(item).where for _, item, rows in encoded for _ in rows]
-        return examples, [source for source, *_ in encoded], places
 
     def encoded(
-        self,
-        encoder: TurnEncoder,
-        items: Iterable[tuple[T, Item]],
-        bad_row: BadRowHook,
-        report: SplitReport,
-    ) -> Iterator[tuple[T, Item, list[Encoded]]]:
-        """Yields what stands beside an item, the item, and its rows, or its prompt alone, as tokens.
+        self, encoder: TurnEncoder, item: Item, bad_row: BadRowHook, report: SplitReport
+    ) -> list[Encoded]:
+        """Returns the rows of an item, or its prompt alone, as tokens.
 
-        Rows that do not fit or cannot be said go to ``bad_row``, and are counted in ``report``.
+        None of them where one does not fit or cannot be said: that goes to ``bad_row`` and is counted.
         """
         limits = self.max_tokens, self.max_response_tokens
-        for beside, item in items:
-            rows = rows_of(item)
-            try:
-                if self.rows == "prompts":
-                    sides = [encoder.encode_prompt(rows[0].context, limits[0] - limits[1])]
-                else:
-                    sides = [encoder.encode(row, *limits) for row in rows]
-            except BadRow as error:
-                report.rejected[error.reason] += 1
-                bad_row(rows[0].where, str(error))
-            else:
-                yield beside, item, sides
+        rows = rows_of(item)
+        try:
+            if self.rows == "prompts":
+                return [encoder.encode_prompt(rows[0].context, limits[0] - limits[1])]
+            return [encoder.encode(row, *limits) for row in rows]
+        except BadRow as error:
+            report.rejected[error.reason] += 1
+            bad_row(rows[0].where, str(error))
+            return []
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
+        sources = [first_row(item).source for item in self._used["train"]]
         return ResumableLoader(
             self._examples["train"],
             self.batch_size,
@@ -369,7 +337,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             self.num_workers,
             self.seed,
             self.bucket,
-            None if self.weights is None else mixture(self._sources["train"], self.weights),
+            None if self.weights is None else mixture(sources, self.weights),
         )
 
     def val_dataloader(self) -> FixedLoader:
@@ -382,12 +350,17 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     predict_dataloader = test_dataloader
 
-    def where(self, row: int) -> str:
-        """Returns file and line of a test row, by its number; nothing where rows are streamed."""
-        return self._places[row] if self._places else ""
-
     def _fixed(self, split: str) -> FixedLoader:
         self.log_report()
         return FixedLoader(
             self._examples[split], self.val_batch_size, self.collate, self.num_workers
         )
+
+    def where(self, row: int) -> str:
+        """Returns file and line of a test row, by its number."""
+        return self._places[row]
+
+    @cached_property
+    def _places(self) -> list[str]:
+        places = zip(self._used["test"], self._examples["test"], strict=True)
+        return [first_row(item).where for item, example in places for _ in example.rows]

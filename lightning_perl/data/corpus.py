@@ -5,42 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import FractionBelowHalf
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.download import Remote, fetch_all, matching
-from lightning_perl.data.folds import held_out
+from lightning_perl.data.download import Corpus, Part, corpora, fetch_all
 from lightning_perl.data.messages import reading, wrong_type
 from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.reading import csv_rows, jsonl_rows
-from lightning_perl.data.rows import Item, Pair, Splits, first_row, rows_of
+from lightning_perl.data.rows import Item, Pair, Splits, first_row, held_out, rows_of
 
-Part: TypeAlias = Literal["train", "val", "test"]
 _PARTS: tuple[Part, ...] = ("train", "val", "test")
 _NAMES = {"val": "validation", "test": "test"}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Where a corpus is published and how its files lie.
-
-    Attributes:
-        home: Where it comes from and its licence, for a person who has to fetch it by hand.
-        layouts: Each from a split to patterns below the data folder, with blanks between them. The first layout of
-            which any file is there is read. Files may be gzip-compressed. A corpus that its authors did not divide
-            is all ``train``.
-        remotes: The files in their official place; empty where they may not be downloaded.
-    """
-
-    home: str
-    layouts: tuple[dict[Part, str], ...]
-    remotes: tuple[Remote, ...] = ()
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
@@ -64,7 +45,7 @@ def own_row(group: str, prompt: str, **answers: str) -> dict[str, Any]:
 class CorpusDataModule(ConversationDataModule):
     """A public corpus: files of a known layout, fetched if need be, with their authors' splits.
 
-    Leaves say where the files of their ``corpora`` lie and what a row is (:meth:`own`).
+    Leaves say which ``corpus`` of ``corpora.yaml`` they read, and what a row is (:meth:`own`).
 
     The authors' splits are kept. A split that is not there is carved out of the training rows, by a hash of the
     prompt or dialog, so it is the same in every run. Where only a test or validation split is there, all three are
@@ -88,7 +69,6 @@ class CorpusDataModule(ConversationDataModule):
         FileNotFoundError: No file is there, and none could be downloaded.
     """
 
-    corpora: ClassVar[dict[str, Corpus]]
     corpus: str
 
     def __init__(
@@ -109,7 +89,7 @@ class CorpusDataModule(ConversationDataModule):
     @property
     def corpus_files(self) -> Corpus:
         """Where the files are published and how they lie."""
-        return self.corpora[self.corpus]
+        return corpora()[self.corpus]
 
     @abstractmethod
     def own(self, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -125,21 +105,11 @@ class CorpusDataModule(ConversationDataModule):
     def prepare_data(self) -> None:
         """Downloads the corpus from its official place, unless a copy is in ``data_dir``."""
         corpus = self.corpus_files
-        if self._files():
+        if corpus.files(self.data_dir):
             return
         if not corpus.remotes:
             raise self._missing()
         fetch_all(corpus.remotes, self.data_dir)
-
-    def _files(self) -> list[tuple[Part, Path]]:
-        for layout in self.corpus_files.layouts:
-            patterns = [(part, pattern) for part in layout for pattern in layout[part].split()]
-            files = [
-                (part, file) for part, name in patterns for file in matching(self.data_dir, name)
-            ]
-            if files:
-                return files
-        return []
 
     def _missing(self) -> FileNotFoundError:
         corpus = self.corpus_files
@@ -151,7 +121,7 @@ class CorpusDataModule(ConversationDataModule):
 
     def read(self) -> Splits:
         """Returns the rows in their authors' splits, and splits of our own where there are none."""
-        files = self._files()
+        files = self.corpus_files.files(self.data_dir)
         if not files:
             raise self._missing()
         upstream: dict[Part, list[Item]] = {part: [] for part in _PARTS}

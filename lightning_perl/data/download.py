@@ -1,4 +1,4 @@
-"""Files of public corpora, fetched once from where their authors publish them."""
+"""Files of public corpora: where they lie, and fetched once from where their authors publish them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
+import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_perl.data.reading import is_html
 
+Part: TypeAlias = Literal["train", "val", "test"]
 _SECONDS = 30.0
 
 
@@ -32,10 +37,40 @@ class Remote:
     sha256: str | None = None
 
 
-def published(url: str, folder: str, *names: str) -> tuple[Remote, ...]:
-    """Returns the files of one address, such as ``train.jsonl`` or ``train.jsonl CHECKSUM``, for a data folder."""
-    named = (name.split() for name in names)
-    return tuple(Remote(f"{folder}/{name}", f"{url}/{name}", *sums) for name, *sums in named)
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus of ``corpora.yaml``, which says what these are; ``remotes`` are empty without an official place."""
+
+    home: str
+    layouts: tuple[dict[Part, str], ...]
+    remotes: tuple[Remote, ...] = ()
+
+    def files(self, folder: Path) -> list[tuple[Part, Path]]:
+        """Returns the files of the first layout that has any below the data folder, and their splits."""
+        for layout in self.layouts:
+            patterns = [(part, pattern) for part in layout for pattern in layout[part].split()]
+            files = [(part, file) for part, name in patterns for file in matching(folder, name)]
+            if files:
+                return files
+        return []
+
+
+@cache
+def corpora() -> dict[str, Corpus]:
+    """Returns what ``corpora.yaml`` says of each corpus."""
+    table = yaml.safe_load(Path(__file__).with_name("corpora.yaml").read_text(encoding="utf-8"))
+    read = {}
+    for name, entry in table.items():
+        folders = [f"{folder}/" for folder in entry.get("folders", ())] or [""]
+        named = [
+            f"{below}{file}".split() for below, file in product(folders, entry.get("files", ()))
+        ]
+        remotes = tuple(
+            Remote(f"{entry['folder']}/{file}", f"{entry['url']}/{file}", *sums)
+            for file, *sums in named
+        )
+        read[name] = Corpus(entry["home"], tuple(entry["layouts"]), remotes)
+    return read
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:

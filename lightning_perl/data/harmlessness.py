@@ -12,29 +12,11 @@ is then not two replies to one prompt, and the pair is a bad row.
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar
+from typing import Any
 
-from lightning_perl.data.corpus import Corpus, CorpusDataModule, text_of
-from lightning_perl.data.download import published
+from lightning_perl.data.corpus import CorpusDataModule, text_of
 from lightning_perl.data.messages import transcript
 from lightning_perl.data.rows import BadRow
-
-# A revision, so that the files behind the checksums stay.
-_HUB = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
-
-
-def hh_corpus(name: str, *sums: str) -> Corpus:
-    """Returns a part of HH-RLHF, such as ``harmless-base``; ``sums`` are its files' SHA-256."""
-    files = ("train.jsonl.gz", "test.jsonl.gz")
-    return Corpus(
-        home=f"Download {' and '.join(f'{name}/{file}' for file in files)} of "
-        "https://huggingface.co/datasets/Anthropic/hh-rlhf (MIT) and put the folder there.",
-        layouts=tuple(
-            {"train": f"{folder}/train.jsonl", "test": f"{folder}/test.jsonl"}
-            for folder in (f"hh-{name}", name)
-        ),
-        remotes=published(f"{_HUB}/{name}", name, *map(" ".join, zip(files, sums, strict=True))),
-    )
 
 
 def dialogs(chosen: str, rejected: str) -> dict[str, Any]:
@@ -61,10 +43,7 @@ class HarmlessnessDataModule(CorpusDataModule):
         settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
-    corpus = "hh"
-    corpora: ClassVar[dict[str, Corpus]] = {
-        "hh": hh_corpus("harmless-base", "bf3e1ecd3db61bf2", "ebfaaed21162a4de"),
-    }
+    corpus = "harmless-base"
 
     def own(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the two dialogs of a row."""

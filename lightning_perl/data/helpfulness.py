@@ -7,44 +7,14 @@ collection, the posts under Reddit's terms, Ethayarajh et al. 2022.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import AtLeastOne
-from lightning_perl.data.corpus import Corpus, CorpusDataModule, own_row, text_of
-from lightning_perl.data.download import published
-from lightning_perl.data.harmlessness import dialogs, hh_corpus
+from lightning_perl.data.corpus import CorpusDataModule, own_row, text_of
+from lightning_perl.data.harmlessness import dialogs
 from lightning_perl.data.messages import wrong_type
-
-_SUBREDDITS = (
-    "askacademia askanthropology askbaking askcarguys askculinary askdocs askengineers askhistorians askhr "
-    "askphilosophy askphysics askscience asksciencefiction asksocialscience askvet changemyview "
-    "explainlikeimfive legaladvice"
-)
-_SHP_HUB = "https://huggingface.co/datasets/stanfordnlp/SHP/resolve/main"
-_CORPORA = {
-    "hh": hh_corpus("helpful-base", "518a5bf288456fc9", "8be3fc1a13b27901"),
-    "shp": Corpus(
-        home="Download the subreddits' folders (each with train.json, validation.json and test.json) of "
-        "https://huggingface.co/datasets/stanfordnlp/SHP and put them there.",
-        layouts=tuple(
-            {
-                "train": f"{folder}/*/train.json",
-                "val": f"{folder}/*/validation.json",
-                "test": f"{folder}/*/test.json",
-            }
-            for folder in ("shp", "SHP")
-        ),
-        remotes=tuple(
-            remote
-            for name in _SUBREDDITS.split()
-            for remote in published(
-                f"{_SHP_HUB}/{name}", f"shp/{name}", "train.json", "validation.json", "test.json"
-            )
-        ),
-    ),
-}
 
 
 class HelpfulnessDataModule(CorpusDataModule):
@@ -67,8 +37,6 @@ class HelpfulnessDataModule(CorpusDataModule):
             PERL did; the dataset's card recommends 2 for a cleaner signal.
         settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
-
-    corpora: ClassVar[dict[str, Corpus]] = _CORPORA
 
     def __init__(
         self,

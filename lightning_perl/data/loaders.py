@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
@@ -38,9 +39,13 @@ def shuffled(
             for start in range(0, len(rows), mega)
             for row in sorted(rows[start : start + mega], key=lengths.__getitem__)
         ]
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = _cut(rows, batch_size)
     order.shuffle(batches)
     return batches
+
+
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[tuple[list[int], int]]:
@@ -65,28 +70,66 @@ def mixture(sources: Sequence[int], weights: Sequence[float]) -> list[tuple[list
     ]
 
 
-def _refuse_other_data(
-    state: Mapping[str, int], own: Mapping[str, int], keys: Sequence[str]
-) -> None:
-    for key in keys:
-        if state.get(key) != own[key]:
-            raise ValueError(
-                f"The checkpoint's data has {key} = {state.get(key)}, this run's has {own[key]}, so the position "
-                "in the epoch means nothing. Resume with the same data arguments, or start a new run from the "
-                "exported weights."
-            )
+class Place(NamedTuple):
+    """A place in a stream: epoch, rows before the block that is read, batches of it before it."""
+
+    epoch: int = 0
+    rows: int = 0
+    batch: int = 0
 
 
+class Positioned:
+    """A loader whose position can be saved, with what its order ``depends`` on.
+
+    ``ahead`` batches are asked for before they are used, which a saved position must not count.
+    """
+
+    def _begin(self, ahead: int = 0, **depends: int) -> None:
+        self._depends = depends
+        self._places = deque([Place()], maxlen=1 + ahead)
+
+    @property
+    def sampler(self) -> Positioned:
+        """Itself: Lightning looks for ``sampler.set_epoch`` under this name."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of a later epoch; an epoch that has begun is left where it is.
+
+        Lightning calls this before every epoch, which ends a pass that ``limit_train_batches``
+        stopped early in a resumed run exactly as in an uninterrupted one.
+        """
+        if epoch > self._places[-1].epoch:
+            self._go_to(Place(epoch))
+
+    def _go_to(self, place: Place) -> None:
+        self._places.clear()
+        self._places.append(place)
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the position of the batch after the one in use, and what its order depends on."""
+        return self._places[0]._asdict() | self._depends
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to a saved position; refuses one whose order depends on something else."""
+        for key, own in self._depends.items():
+            if state.get(key) != own:
+                raise ValueError(
+                    f"The checkpoint's data has {key} = {state.get(key)}, this run's has {own}, so the position "
+                    "in the epoch means nothing. Resume with the same data arguments, or start a new run from the "
+                    "exported weights."
+                )
+        self._go_to(Place(*(state[key] for key in Place._fields)))
+
+
+@dataclass(eq=False)
 class FixedLoader:
     """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
-    def __init__(
-        self, examples: Sequence[Any], batch_size: int, collate: Collate, num_workers: int = 0
-    ) -> None:
-        self.examples = examples
-        self.batch_size = batch_size
-        self.collate = collate
-        self.num_workers = num_workers
+    examples: Sequence[Any]
+    batch_size: int
+    collate: Collate
+    num_workers: int = 0
 
     def _load(self, batches: list[list[int]]) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(
@@ -100,21 +143,21 @@ class FixedLoader:
         )
         yield from loader
 
-    def _batches(self) -> list[list[int]]:
-        rows = list(range(len(self.examples)))
-        size = self.batch_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def batches(self, epoch: int = 0) -> list[list[int]]:
+        """Returns the row numbers of every batch of an epoch."""
+        return _cut(list(range(len(self.examples))), self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the batches, in order."""
-        yield from self._load(self._batches())
+        yield from self._load(self.batches())
 
     def __len__(self) -> int:
-        """Returns the number of batches."""
-        return len(self._batches())
+        """Returns the number of batches, the same in every epoch."""
+        return len(self.batches())
 
 
-class ResumableLoader(FixedLoader):
+@dataclass(eq=False)
+class ResumableLoader(FixedLoader, Positioned):
     """Yields shuffled batches from where it stands; its position can be saved and loaded.
 
     An iteration continues where the last one stopped and ends with the epoch; the one after it begins the next
@@ -122,38 +165,18 @@ class ResumableLoader(FixedLoader):
     ``parts`` says what an epoch draws of which rows (see :func:`mixture`); None draws every row once.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Any],
-        batch_size: int,
-        collate: Collate,
-        num_workers: int = 0,
-        seed: int = 0,
-        bucket: bool = True,
-        parts: Sequence[tuple[list[int], int]] | None = None,
-    ) -> None:
-        super().__init__(examples, batch_size, collate, num_workers)
-        self.seed = seed
-        self.parts = parts
-        self.lengths = [example.tokens for example in examples] if bucket else None
-        self.epoch = 0
-        self.batch = 0
+    seed: int = 0
+    bucket: bool = True
+    parts: Sequence[tuple[list[int], int]] | None = None
 
-    @property
-    def sampler(self) -> ResumableLoader:
-        """Itself: Lightning looks for ``sampler.set_epoch`` under this name."""
-        return self
+    def __post_init__(self) -> None:
+        """Begins; the number of rows takes the place of those before a block, as all of them are one."""
+        parts = self.parts
+        drawn = len(self.examples) if parts is None else sum(count for _, count in parts)
+        self._begin(seed=self.seed, rows=drawn, batch_size=self.batch_size)
+        self.lengths = [example.tokens for example in self.examples] if self.bucket else None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of a later epoch; an epoch that has begun is left where it is.
-
-        Lightning calls this before every epoch, which ends a pass that ``limit_train_batches``
-        stopped early in a resumed run exactly as in an uninterrupted one.
-        """
-        if epoch > self.epoch:
-            self.epoch, self.batch = epoch, 0
-
-    def batches(self, epoch: int) -> list[list[int]]:
+    def batches(self, epoch: int = 0) -> list[list[int]]:
         """Returns the row numbers of every batch of an epoch."""
         order = random.Random(f"{self.seed}/{epoch}")
         drawn = list(range(len(self.examples))) if self.parts is None else []
@@ -162,45 +185,20 @@ class ResumableLoader(FixedLoader):
             drawn += rows * times + order.sample(rows, more)
         return shuffled(drawn, self.lengths, self.batch_size, order)
 
-    def _batches(self) -> list[list[int]]:
-        return self.batches(self.epoch)
-
     def __iter__(self) -> Iterator[Any]:
         """Yields the rest of the epoch, or the next epoch where none is left."""
-        if self.batch >= len(self):
-            self.set_epoch(self.epoch + 1)
-        epoch, start = self.epoch, self.batch
-        for number, batch in enumerate(self._load(self._batches()[start:]), start=start):
+        if self._places[0].batch >= len(self):
+            self._go_to(Place(self._places[0].epoch + 1))
+        epoch, _, start = self._places[0]
+        for number, batch in enumerate(self._load(self.batches(epoch)[start:]), start=start + 1):
             # Before the yield: a checkpoint taken while this batch is in use resumes after it, and
             # Lightning never asks a loader of known length for the end of its pass.
-            self.epoch, self.batch = epoch, number + 1
+            self._go_to(Place(epoch, batch=number))
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns the position of the next batch, and what its order depends on."""
-        return {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "seed": self.seed,
-            "rows": len(self.examples) if self.parts is None else sum(n for _, n in self.parts),
-            "batch_size": self.batch_size,
-        }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position; refuses one of other rows, batch size or seed."""
-        _refuse_other_data(state, self.state_dict(), ("seed", "rows", "batch_size"))
-        self.epoch, self.batch = state["epoch"], state["batch"]
-
-
-class Place(NamedTuple):
-    """A place in a stream: epoch, rows before the block that is read, batches of it before it."""
-
-    epoch: int
-    rows: int
-    batch: int
-
-
-class StreamingLoader:
+@dataclass(eq=False)
+class StreamingLoader(Positioned):
     """Batches of rows that are read as they come; no more than one block of them is in memory.
 
     The stream is cut into blocks of about ``block`` rows, and each goes through :func:`shuffled` as
@@ -208,41 +206,23 @@ class StreamingLoader:
     the rows before its block are read past, not encoded, and the block is made again.
 
     ``read(epoch, row)`` yields from this row on the epoch's rows that can be used, each with its number. ``ahead``
-    batches are asked for before they are used, which a saved position must not count: 1 where Lightning fits
-    without ``limit_train_batches``, as it then looks whether a batch is the last one.
+    is 1 where Lightning fits without ``limit_train_batches``, as it then looks whether a batch is the last one.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int, int], Iterator[tuple[int, Any]]],
-        batch_size: int,
-        collate: Collate,
-        seed: int = 0,
-        block: int = 4096,
-        bucket: bool = True,
-        ahead: int = 0,
-    ) -> None:
-        self.read = read
-        self.batch_size = batch_size
-        self.collate = collate
-        self.seed = seed
-        self.block = -(-block // batch_size) * batch_size
-        self.bucket = bucket
-        self._places = deque([Place(0, 0, 0)], maxlen=1 + ahead)
+    read: Callable[[int, int], Iterator[tuple[int, Any]]]
+    batch_size: int
+    collate: Collate
+    seed: int = 0
+    block: int = 4096
+    bucket: bool = True
+    ahead: int = 0
 
-    @property
-    def sampler(self) -> StreamingLoader:
-        """Itself: Lightning looks for ``sampler.set_epoch`` under this name."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of a later epoch; see :meth:`ResumableLoader.set_epoch`."""
-        if epoch > self._places[-1].epoch:
-            self._go_to(Place(epoch, 0, 0))
-
-    def _go_to(self, place: Place) -> None:
-        self._places.clear()
-        self._places.append(place)
+    def __post_init__(self) -> None:
+        """Begins with whole batches in a block."""
+        self.block = -(-self.block // self.batch_size) * self.batch_size
+        # Order 1 was a shuffle of our own; since 2 datasets shuffles.
+        depends = {"seed": self.seed, "block": self.block, "batch_size": self.batch_size}
+        self._begin(self.ahead, **depends, order=2)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the rest of the epoch; the iteration after that begins the next one."""
@@ -254,27 +234,10 @@ class StreamingLoader:
             examples = [example for _, example in block]
             lengths = [example.tokens for example in examples] if self.bucket else None
             order = random.Random(f"{self.seed}/{epoch}/{rows}")
-            numbers = list(range(len(examples)))
-            batches = shuffled(numbers, lengths, self.batch_size, order)
+            batches = shuffled(list(range(len(examples))), lengths, self.batch_size, order)
             for number, members in enumerate(batches[batch:], start=batch + 1):
                 self._places.append(Place(epoch, rows, number))
                 yield self.collate([examples[member] for member in members])
             rows, batch = block[-1][0] + 1, 0
         # Only now is it known that the last batch was the last: it is in use.
-        self._go_to(Place(epoch + 1, 0, 0))
-
-    def state_dict(self) -> dict[str, int]:
-        """Returns the position of the batch after the one in use, and what its order depends on."""
-        return {
-            **self._places[0]._asdict(),
-            "seed": self.seed,
-            "block": self.block,
-            "batch_size": self.batch_size,
-            # 1 was a shuffle of our own; since 2 datasets shuffles.
-            "order": 2,
-        }
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position; refuses one of another seed, block, batch size or order."""
-        _refuse_other_data(state, self.state_dict(), ("seed", "block", "batch_size", "order"))
-        self._go_to(Place(state["epoch"], state["rows"], state["batch"]))
+        self._go_to(Place(epoch + 1))

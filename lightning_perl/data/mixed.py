@@ -15,6 +15,7 @@ from lightning_perl.batches import MixedBatch
 from lightning_perl.data.loaders import ResumableLoader
 from lightning_perl.data.preferences import PreferenceDataModule
 from lightning_perl.data.reading import Sources, sources_of
+from lightning_perl.data.rows import RatedExample, collate_pairs
 
 
 class Endless:
@@ -101,13 +102,20 @@ class MixedDataModule(PreferenceDataModule):
         super().setup(stage)
         self.texts.setup(stage)
         self.report.messages.extend(self.texts.report.messages)
+        if self.texts.streaming:
+            return
+        examples: list[RatedExample] = self.texts._examples["train"]
         if self.texts_as == "pairs":
-            kept, needed = self.texts.keep_pairs(), "pair: `chosen` and `rejected`"
-        elif not self.texts.streaming:
-            kept = self.texts.keep_imitated()
+            self.texts.collate = collate_pairs
+            pairs = (each for each in examples if len(each.rows) == 2)
+            kept = [pair for pair in pairs if pair.rows[0].prompt == pair.rows[1].prompt]
+            needed = "pair: `chosen` and `rejected`"
+        else:
+            kept = [RatedExample((row,)) for each in examples for row in each.rows if row.imitate]
             needed = "row to imitate: demonstrations, chosen answers or thumbs up"
-        if not self.texts.streaming and not kept:
+        if not kept:
             raise ValueError(f"data.texts has no {needed}. What was read:\n{self.texts.report}")
+        self.texts._examples["train"] = kept
 
     @cached_property
     def trained_rows(self) -> dict[str, str]:

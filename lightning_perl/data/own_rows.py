@@ -28,6 +28,7 @@ from lightning_perl.data.rows import BadRow, Item, Pair, Row, Tie, Turn, same
 Columns: TypeAlias = dict[str, str | dict[str, float] | None]
 """From a name of ours to the file's column, a dotted path, several columns with weights, or None: not read."""
 Turns: TypeAlias = tuple[Turn, ...]
+_Kind: TypeAlias = tuple[str, ...]
 
 _PAIR = ("prompt", "chosen", "rejected")
 _DIALOGS = ("chosen", "rejected")
@@ -49,12 +50,7 @@ _PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
 _UP = "1 1.0 true yes up thumbs_up good positive desirable like liked correct accepted 👍"
 _DOWN = "0 0.0 false no down thumbs_down bad negative undesirable dislike disliked incorrect rejected 👎"
 _LABELS = dict.fromkeys(_UP.split(), 1.0) | dict.fromkeys(_DOWN.split(), 0.0)
-
-
-_MAP = (
-    "Map your names with data.columns, for example {prompt: question}, or read the rows with "
-    "data.read_row."
-)
+_MAP = "Map your names with data.columns, for example {prompt: question}, or read the rows with data.read_row."
 #: What to do with rows that have these columns and cannot be read as they are.
 _FIXES = (
     (
@@ -143,12 +139,12 @@ class RowReader:
         for own in self._recognised(row, given):
             named = {name: value for name, value in own.items() if value is not None} | given
             _place_input(named)
-            kind = next((kind for kind in _KINDS if named.keys() >= set(kind)), None)
+            kind = _kind(named, _KINDS)
             if self.prompts:
                 # Answers without a prompt are dialogs, which begin with it.
                 if kind and kind[0] in ("first", "answers") and "prompt" not in named:
                     named = next(self._judged(named, kind))
-                if not _has(named, _PROMPT_KINDS):
+                if not _kind(named, _PROMPT_KINDS):
                     raise self._missing(row, _PROMPT_KINDS)
                 yield named
             else:
@@ -162,7 +158,7 @@ class RowReader:
         return paths | {path.partition(".")[0] for path in paths}
 
     def _check_columns(
-        self, row: Mapping[str, Any], named: dict[str, Any], kind: tuple[str, ...] | None
+        self, row: Mapping[str, Any], named: dict[str, Any], kind: _Kind | None
     ) -> None:
         """Refuses rows that are half of a kind, ties, and verdicts without use."""
         mapped = {name for name, column in self.columns.items() if column}
@@ -185,13 +181,13 @@ class RowReader:
 
     def _recognised(self, row: Mapping[str, Any], given: dict[str, Any]) -> list[dict[str, Any]]:
         # A column that was named is not read as something else, too.
-        named = _has(given, _KINDS) or dialects.dialect_of(tuple(row)) is None
+        named = _kind(given, _KINDS) or dialects.dialect_of(tuple(row)) is None
         if self.dialect is None and named:
             rest = {key: value for key, value in row.items() if key not in self._mapped}
             return [own | given for own in dialects.flat(rest)]
         return dialects.read(row, self.dialect)
 
-    def _judged(self, named: dict[str, Any], kind: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    def _judged(self, named: dict[str, Any], kind: _Kind) -> Iterator[dict[str, Any]]:
         """Yields a row, with pairs in place of two answers and a preference, or of many answers."""
         if "second" in kind:
             # Numbers in a verdict mean the answers where their columns are numbered so.
@@ -232,9 +228,7 @@ class RowReader:
             if marks[better] > marks[worse]:
                 yield named | {"chosen": answers[better], "rejected": answers[worse]}
 
-    def _check_verdicts(
-        self, row: Mapping[str, Any], named: dict[str, Any], kind: tuple[str, ...]
-    ) -> None:
+    def _check_verdicts(self, row: Mapping[str, Any], named: dict[str, Any], kind: _Kind) -> None:
         """Names the verdicts that are not used; refuses to imitate an answer that has one, or that lost it."""
         unmapped = {name for name, column in self.columns.items() if column is None}
         imitated = kind in _DEMONSTRATIONS and not unmapped & {"label", "rating"}
@@ -281,7 +275,7 @@ class RowReader:
                         "demonstrations, or set on_bad_row: reject."
                     )
 
-    def _missing(self, row: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> BadRow:
+    def _missing(self, row: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> BadRow:
         names = {name: column for name, column in self.columns.items() if isinstance(column, str)}
         wanted = "; ".join(" + ".join(names.get(name, name) for name in kind) for kind in kinds)
         null = sorted(key for key, value in row.items() if value is None)
@@ -407,9 +401,9 @@ def opening(turns: Turns) -> str:
     return json.dumps(human or same(turns), ensure_ascii=False)
 
 
-def _has(named: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...]) -> bool:
-    """Whether a row has the columns of one of these kinds."""
-    return any(named.keys() >= set(kind) for kind in kinds)
+def _kind(named: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> _Kind | None:
+    """Returns the first of these kinds whose columns a row has."""
+    return next((kind for kind in kinds if named.keys() >= set(kind)), None)
 
 
 def _texts(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +13,18 @@ from transformers import PreTrainedTokenizerBase
 from lightning_perl.arguments import Count, Finite, FractionBelowOne
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.dialects import DIALECTS, NAMES
-from lightning_perl.data.folds import held_out
 from lightning_perl.data.loaders import ResumableLoader, StreamingLoader
 from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader
-from lightning_perl.data.reading import Source, Sources, shuffled_stream, sources_of
+from lightning_perl.data.reading import Rows, Source, Sources, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
 from lightning_perl.data.rows import (
-    BadRow,
     BadRowHook,
     Item,
     PromptExample,
     RatedExample,
     Splits,
     first_row,
+    held_out,
 )
 from lightning_perl.data.tokenization import example_of
 
@@ -142,13 +141,12 @@ class PreferenceDataModule(ConversationDataModule):
             self.report,
         )
         self.streaming = streaming
-        self.streamed = [
-            source.place if isinstance(source.place, str) else source.argument
-            for source in self.train_sources
-        ]
+        self.streamed = [source.name for source in self.train_sources]
         self.shuffle_block = shuffle_block
-        self._streams: list[tuple[int, Source]] = []
+        self._streams: list[Source] = []
         self._begun = False
+        # Takes a bad row that is counted at another reading.
+        self._uncounted: BadRowHook = partial(self.bad_row, counted=False)
 
     def prepare_data(self) -> None:
         """Fetches data sets of the hub into its cache."""
@@ -158,16 +156,13 @@ class PreferenceDataModule(ConversationDataModule):
 
     def read(self) -> Splits:
         """Returns the rows of the sources, the training rows divided by dialog if need be."""
-        train: list[Item] = []
-        val: list[Item] = []
         if self.streaming:
             self._open_streams()
-        else:
-            train = self._all(self.train_sources)
-        if self.val_sources is not None:
-            val = self._all(self.val_sources)
-        else:
+        train = [] if self.streaming else self._all(self.train_sources)
+        if self.val_sources is None:
             train, val = held_out(train, self.val_fraction)
+        else:
+            val = self._all(self.val_sources)
         test = val if self.test_sources is None else self._all(self.test_sources)
         trained = {first_row(item).dialog for item in train}
         for name, items in (("validation", val), ("test", test)):
@@ -177,29 +172,19 @@ class PreferenceDataModule(ConversationDataModule):
         return Splits(train, val, test)
 
     def _all(self, sources: list[Source]) -> list[Item]:
-        items: list[Item] = []
-        for number, source in enumerate(sources):
-            items += self._items(number, source, self.bad_row)
-        return self.distinct(items)
+        every = (self._items(source, source.rows(self.bad_row), self.bad_row) for source in sources)
+        return self.distinct(chain.from_iterable(every))
 
-    def _items(
-        self, number: int, source: Source, bad_row: BadRowHook, streaming: bool = False
-    ) -> Iterator[Item]:
-        rows = source.rows(bad_row, streaming)
-        return self.usable(rows, partial(self._reader.items, source=number), bad_row)
+    def _items(self, source: Source, rows: Rows, bad_row: BadRowHook) -> Iterator[Item]:
+        return self.usable(rows, partial(self._reader.items, source=source.number), bad_row)
 
     def _open_streams(self) -> None:
         """Finds out before the run which files are not there, and which have no row at all."""
-        for number, source in enumerate(self.train_sources):
+        for source in self.train_sources:
             if next(source.rows(self._uncounted, streaming=True), None):
-                self._streams.append((number, source))
+                self._streams.append(source)
             else:
                 list(source.rows(self.bad_row, streaming=True))
-
-    def _uncounted(self, where: str, message: str) -> None:
-        """Takes a bad row that is counted at another reading."""
-        if self.on_bad_row == "raise":
-            raise BadRow(f"{where}: {message}")
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
@@ -225,38 +210,32 @@ class PreferenceDataModule(ConversationDataModule):
         split = self.report.splits["train"] if first else SplitReport()
         bad_row = self.bad_row if first else self._uncounted
         encoder = self.encoder
-        rows = islice(enumerate(self._mixed(epoch, bad_row)), start, None)
-        placed = (((place, number), item) for place, (number, item) in rows)
-        for (place, number), item, sides in self.encoded(encoder, placed, bad_row, split):
-            example = example_of(item, sides, number, self.rows == "prompts")
-            split.keep(example)
-            yield place, example
+        for place, (number, item) in islice(enumerate(self._mixed(epoch, bad_row)), start, None):
+            if rows := self.encoded(encoder, item, bad_row, split):
+                example = example_of(item, rows, number, self.rows == "prompts")
+                split.keep(example)
+                yield place, example
         if first:
             self.report.notes.update(encoder.notes)
             self.announce()
             self.log_report()
 
     def _mixed(self, epoch: int, bad_row: BadRowHook) -> Iterator[tuple[int, Item]]:
-        """Yields an epoch's rows of all streams, shuffled."""
+        """Yields an epoch's rows of all streams, shuffled, with numbers that no two of them share."""
         opened: set[int] = set()
 
-        def rows(number: int, source: Source) -> Iterator[tuple[int, Item]]:
+        def items(source: Source) -> Iterator[tuple[int, Item]]:
             # A mixture reads a short source again; its bad rows are counted once.
-            hook = self._uncounted if number in opened else bad_row
-            opened.add(number)
-            return self._numbered(number, source, hook)
+            hook = self._uncounted if source.number in opened else bad_row
+            opened.add(source.number)
+            rows = source.rows(hook, streaming=True)
+            for place, item in enumerate(self._items(source, rows, hook)):
+                # A pair takes two numbers.
+                yield 2 * (len(self.train_sources) * place + source.number), item
 
-        streams = [partial(rows, *stream) for stream in self._streams]
-        weights = [source.weight for _, source in self._streams if source.weight is not None]
+        streams = [partial(items, source) for source in self._streams]
+        weights = [source.weight for source in self._streams if source.weight is not None]
         return shuffled_stream(streams, weights or None, self.shuffle_block, self.seed, epoch)
-
-    def _numbered(
-        self, number: int, source: Source, bad_row: BadRowHook
-    ) -> Iterator[tuple[int, Item]]:
-        """Yields a stream's rows with numbers that no row of another stream has."""
-        for place, item in enumerate(self._items(number, source, bad_row, streaming=True)):
-            # A pair takes two numbers.
-            yield 2 * (len(self.train_sources) * place + number), item
 
     def teardown(self, stage: str) -> None:
         """Reports on a stream that was not read to its end."""

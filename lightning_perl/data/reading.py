@@ -298,6 +298,12 @@ class Source:
     argument: str
     place: str | Sequence[Mapping[str, Any]]
     weight: float | None = None
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """What tells it from others: the argument, where it is no path or name."""
+        return self.place if isinstance(self.place, str) else self.argument
 
     def rows(self, bad_row: BadRowHook, streaming: bool = False) -> Rows:
         """Yields ``(where, row)``; ``streaming`` reads a data set of the hub while it is fetched."""
@@ -380,7 +386,10 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
             f"{argument} must be a file, a name of the hub, a list of rows (mappings), a list of files and "
             f"names, or a mapping from files and names to weights; got {str(value)[:80]!r}."
         )
-    return [Source(argument, unpackaged(str(place)), weights.get(place)) for place in value]
+    return [
+        Source(argument, unpackaged(str(place)), weights.get(place), number)
+        for number, place in enumerate(value)
+    ]
 
 
 def shuffled_stream(

@@ -1,10 +1,14 @@
-"""What a corpus is read into (turns, rows, pairs, splits), its rows as tokens, and batches of these."""
+"""What a corpus is read into (turns, rows, pairs, splits), its rows as tokens, and batches of these.
+
+Splits are by group and depend on the rows alone: they are the same on every machine, whatever the seed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -132,6 +136,51 @@ def conflicting(verdicts: Iterable[object]) -> bool:
     return len(sides) > 1
 
 
+def stable_hash(text: str) -> str:
+    """Returns a hash that is the same on every machine and in every run."""
+    # The encoder refuses half a surrogate pair later, naming file and line.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def assign_folds(groups: Iterable[str], folds: int) -> dict[str, int]:
+    """Assigns every group a fold; all folds get about as many rows.
+
+    The largest group goes first, to the fold with the fewest rows so far; ties go by a stable hash.
+
+    Args:
+        groups: One group name per row.
+        folds: How many folds, at least 2.
+    """
+    sizes = Counter(groups)
+    rows = [0] * folds
+    assigned = {}
+    for group in sorted(sizes, key=lambda name: (-sizes[name], stable_hash(name))):
+        fold = rows.index(min(rows))
+        assigned[group] = fold
+        rows[fold] += sizes[group]
+    return assigned
+
+
+def hold_out(groups: Iterable[str], fraction: float) -> set[str]:
+    """Returns a stable choice of ``round(fraction * groups)`` groups; repeated names count once.
+
+    At least one, where one can be spared: a checkpoint callback that watches a validation loss
+    stops a run without any. A fraction of 0 chooses none.
+    """
+    ordered = sorted(set(groups), key=stable_hash)
+    least = int(fraction > 0 and len(ordered) > 1)
+    return set(ordered[: max(least, round(fraction * len(ordered)))])
+
+
+def held_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+    """Returns the items that stay, and those of the dialogs that :func:`hold_out` chooses."""
+    held = hold_out((first_row(item).dialog for item in items), fraction)
+    return (
+        [item for item in items if first_row(item).dialog not in held],
+        [item for item in items if first_row(item).dialog in held],
+    )
+
+
 class RatedRow(NamedTuple):
     """A :class:`Row` as tokens.
 
@@ -173,6 +222,11 @@ class PromptExample(NamedTuple):
     cut_turns: int = 0
 
     @property
+    def rows(self) -> tuple[PromptExample]:
+        """Itself, its only row."""
+        return (self,)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.ids)
@@ -182,7 +236,7 @@ def digest_of(examples: Iterable[RatedExample | PromptExample]) -> str:
     """Returns a hash of examples as a model reads them, the same on every machine."""
     digest = hashlib.sha256()
     for example in examples:
-        for row in example.rows if isinstance(example, RatedExample) else (example,):
+        for row in example.rows:
             digest.update(array("q", row.ids).tobytes())
             digest.update(repr((row[2:], example[1:])).encode())
     return digest.hexdigest()[:16]

@@ -11,85 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count
-from lightning_perl.data.corpus import Corpus, CorpusDataModule, Part, own_row, text_of
+from lightning_perl.data.corpus import CorpusDataModule, own_row, text_of
 from lightning_perl.data.dialects import post_prompt
 from lightning_perl.data.dialects import read as read_dialect
-from lightning_perl.data.download import published
+from lightning_perl.data.download import Part
 from lightning_perl.data.messages import wrong_type
 
 Corpora: TypeAlias = Literal["tldr", "tldr_judged", "tldr_human", "comparisons", "dialogsum"]
-_OPENAI = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
-_JUDGED = (
-    "https://raw.githubusercontent.com/vwxyzjn/summarize_from_feedback_details/"
-    "c26c3a85abb454a39262f1176b037941e5b109d1/eval"
-)
-_DIALOGSUM = (
-    "https://raw.githubusercontent.com/cylnlp/dialogsum/"
-    "848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data"
-)
-# The comparisons of news articles (batch0_cnndm and its like) are another task.
-_BATCHES = [f"batch{number}.json" for number in (*range(3, 21), 22)]
-_SEE = "see https://github.com/openai/summarize-from-feedback"
-_JUDGED_FILES: dict[Part, str] = {"train": "tldr/oai1b_judged.jsonl tldr/oai1b.csv_judged.csv"}
-_CORPORA: dict[str, Corpus] = {
-    "tldr": Corpus(
-        f"Download train.jsonl, valid.jsonl and test.jsonl of {_OPENAI}/datasets/tldr_3_filtered ({_SEE}) and put "
-        "them there.",
-        (
-            {
-                "train": "tldr_3_filtered/train.jsonl",
-                "val": "tldr_3_filtered/valid.jsonl",
-                "test": "tldr_3_filtered/test.jsonl",
-            },
-            _JUDGED_FILES,
-        ),
-        published(
-            f"{_OPENAI}/datasets/tldr_3_filtered",
-            "tldr_3_filtered",
-            *("train.jsonl", "valid.jsonl", "test.jsonl"),
-        ),
-    ),
-    "tldr_judged": Corpus(
-        f"Download {_JUDGED}/oai1b.csv_judged.csv and put it there.",
-        (_JUDGED_FILES,),
-        published(_JUDGED, "tldr", "oai1b.csv_judged.csv"),
-    ),
-    "tldr_human": Corpus(
-        "This flattened part of OpenAI's comparisons has no official place: use corpus: comparisons, which has "
-        "all of them, or put a local copy there.",
-        ({"train": "tldr-human/*.jsonl"},),
-    ),
-    "comparisons": Corpus(
-        f"Download {_OPENAI}/dataset/comparisons/batch3.json to batch20.json and batch22.json ({_SEE}) and put "
-        "them there.",
-        ({"train": " ".join(f"comparisons/{name}" for name in _BATCHES)},),
-        published(f"{_OPENAI}/dataset/comparisons", "comparisons", *_BATCHES),
-    ),
-    "dialogsum": Corpus(
-        "Download the folder DialogSum_Data of https://github.com/cylnlp/dialogsum (CC BY-NC-SA 4.0) and put it "
-        "there.",
-        tuple(
-            {
-                "train": f"{folder}/dialogsum.train.jsonl",
-                "val": f"{folder}/dialogsum.dev.jsonl",
-                "test": f"{folder}/dialogsum.test.jsonl",
-            }
-            for folder in ("dialogsum", "DialogSum_Data")
-        ),
-        published(
-            _DIALOGSUM,
-            "dialogsum",
-            "dialogsum.train.jsonl",
-            "dialogsum.dev.jsonl 436721e0a3571eef",
-            "dialogsum.test.jsonl 6de36eca7e7b9b10",
-        ),
-    ),
-}
 _PARTS_OF_OPENAI: dict[str, Part] = {"train": "train", "valid1": "val", "valid2": "test"}
 
 
@@ -120,8 +53,6 @@ class SummarizationDataModule(CorpusDataModule):
         max_tokens: Tokens of a row, prompt and answer together. A longer row is a bad row.
         settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
-
-    corpora: ClassVar[dict[str, Corpus]] = _CORPORA
 
     def __init__(
         self,

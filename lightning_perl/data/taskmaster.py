@@ -16,34 +16,25 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count, CountOrZero, FractionBelowHalf, TwoOrMore
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.download import Remote, fetch_all, matching
-from lightning_perl.data.folds import assign_folds, held_out, hold_out, stable_hash
+from lightning_perl.data.download import Corpus, corpora, fetch_all
 from lightning_perl.data.messages import reading
 from lightning_perl.data.reading import json_rows, parse_json, tsv_rows
-from lightning_perl.data.rows import BadRow, Item, Row, Splits, Turn, first_row
+from lightning_perl.data.rows import (
+    BadRow,
+    Item,
+    Row,
+    Splits,
+    Turn,
+    assign_folds,
+    first_row,
+    held_out,
+    hold_out,
+    stable_hash,
+)
 
 _FOLDERS = {
     "coffee": ("taskmaster-coffee", "TM-4-2024"),
     "ticketing": ("taskmaster-ticketing", "TM-3-2020"),
-}
-_HOME = "https://github.com/google-research-datasets/Taskmaster"
-_RAW = (
-    "https://raw.githubusercontent.com/google-research-datasets/Taskmaster/"
-    "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"
-)
-# The first digits of the SHA-256 of reward_00.json, reward_01.json and so on, and of the dialogs, where known.
-_SUMS: dict[str, dict[str, str]] = {
-    "coffee": {
-        "reward": "79f809857b90e8af 818fe4604d23cbb3 433851379c714329 d2f96717912652d3 73ae7f65dc98f190 "
-        "8d0c124fd06b2615 55ce13a025dcfb84",
-        "data": "d9440d1a46e6ba9f 2577d6af1c9d7cc5 b353618d9709c6bd 45fe8eb52af674b6 bf5f2e3704aab48f "
-        "3d158e9880bfea3e dd0546a6aaf430a8 b61f11f3c950c330",
-    },
-    "ticketing": {
-        "reward": "3b35c36b1df6f531 4ae68457d5977160 b81ef285225471e2 c7feda53f890074b 14a121bcc178ba9b "
-        "ad68debd6c9fec9a a2e36d561ab8026d 323cce6a474f9800",
-        "data": "- " * 20,
-    },
 }
 _TAG = re.compile(r"[<\[](U|A|PN|PAN|PAV|PR|PRAN|PRAV|S)[>\]]")
 
@@ -121,52 +112,39 @@ class TaskmasterDataModule(ConversationDataModule):
 
     def prepare_data(self) -> None:
         """Downloads what is asked for from the original repository, unless it is in ``data_dir``."""
-        upstream = _FOLDERS[self.task][1]
-        remotes = []
-        for kind, wanted in (("data", self.demonstrations), ("reward", self.thumbs)):
-            if wanted and not self._files(kind):
-                for number, sha256 in enumerate(_SUMS[self.task][kind].split()):
-                    path = f"{upstream}/{kind}/{kind}_{number:02d}.json"
-                    remotes.append(Remote(path, f"{_RAW}/{path}", sha256.strip("-") or None))
-        fetch_all(remotes, self.data_dir)
+        wanted = [corpus for corpus in self._corpora.values() if not corpus.files(self.data_dir)]
+        fetch_all([remote for corpus in wanted for remote in corpus.remotes], self.data_dir)
+
+    @property
+    def _corpora(self) -> dict[str, Corpus]:
+        """What is asked for, by kind."""
+        kinds = {"data": self.demonstrations, "reward": self.thumbs}
+        return {kind: corpora()[f"{self.task} {kind}"] for kind, asked in kinds.items() if asked}
 
     def read(self) -> Splits:
         """Returns demonstrations and rated turns, divided by dialog."""
         splits = Splits([], [], [])
-        if self.demonstrations:
-            self._divide_demonstrations(self._items("data"), splits)
-        if self.thumbs:
-            self._divide_thumbs(self._items("reward"), splits)
+        for kind, corpus in self._corpora.items():
+            items = self._items(kind, corpus)
+            (self._divide_demonstrations if kind == "data" else self._divide_thumbs)(items, splits)
         return splits
 
-    def _items(self, kind: str) -> list[Item]:
-        files = self._files(kind)
+    def _items(self, kind: str, corpus: Corpus) -> list[Item]:
+        files = corpus.files(self.data_dir)
         if not files:
             short, upstream = _FOLDERS[self.task]
             raise FileNotFoundError(
                 f"No {kind}_*.json (or {kind}_*.json.gz) in {self.data_dir / short / kind} (data.data_dir = "
-                f"{str(self.data_dir)!r}). Download {upstream}/{kind}/{kind}_*.json of {_HOME} and put the files "
-                f"there, or point data.data_dir at the folder that holds {upstream}/."
+                f"{str(self.data_dir)!r}). Download {upstream}/{kind}/{kind}_*.json of {corpus.home} and put the "
+                f"files there, or point data.data_dir at the folder that holds {upstream}/."
             )
-        return [item for file in files for item in self._items_of(file, kind)]
+        return [item for _, file in files for item in self._items_of(file, kind)]
 
     def _items_of(self, file: Path, kind: str) -> Iterator[Item]:
         if ".tsv" in file.suffixes:
             return self.usable(tsv_rows(file, self.bad_row), reading("ticketing")(_next_turns))
         read = reading(self.task)(_dialog if kind == "data" else _rated_turn)
         return self.usable(json_rows(file, self.bad_row), read)
-
-    def _files(self, kind: str) -> list[Path]:
-        short, upstream = _FOLDERS[self.task]
-        patterns = [f"{kind}/{kind}_*.json"]
-        if self.task == "ticketing" and kind == "data":
-            patterns += ["sft/train-*.tsv", "splits/train/train-*.tsv"]
-        for pattern in patterns:
-            for folder in (f"{short}/", f"{upstream}/", ""):
-                files = matching(self.data_dir, f"{folder}{pattern}")
-                if files:
-                    return files
-        return []
 
     def _divide_demonstrations(self, items: list[Item], splits: Splits) -> None:
         # Another hash than hold_out's, or the kept dialogs would all be held out.

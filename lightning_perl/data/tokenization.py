@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,6 @@ from lightning_perl.data.rows import (
     rows_of,
 )
 
-T = TypeVar("T")
 #: The name of the plain turn template. A change of a single id of it needs a new number.
 PLAIN = "plain-1"
 #: The plain turn template as a chat template, for those who read what was trained with it.
@@ -280,7 +279,10 @@ class TurnEncoder:
         demonstrated dialog (more than one response turn) is cut at a turn border at its end. Raises
         :class:`BadRow` where the answer is empty or too long, or its prompt is.
         """
-        _check_answers(row)
+        if not row.response or row.response[0].role != "agent":
+            raise BadRow("no answer of the assistant. Set rows: prompts for prompts alone.")
+        if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
+            raise BadRow("empty answer. Remove the row, or set on_bad_row: reject.")
         _check_unicode(row.response)
         prompt = self._asked(row.context, max_tokens - max_response_tokens)
         if len(row.response) > 1:
@@ -373,13 +375,6 @@ def _refused(turns: Sequence[Turn], error: TemplateError) -> BadRow:
         f"{[turn.role for turn in turns]}: {error}. Write them as it wants them, use chat_template=False, or set "
         "on_bad_row: reject."
     )
-
-
-def _check_answers(row: Row) -> None:
-    if not row.response or row.response[0].role != "agent":
-        raise BadRow("no answer of the assistant. Set rows: prompts for prompts alone.")
-    if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
-        raise BadRow("empty answer. Remove the row, or set on_bad_row: reject.")
 
 
 def _check_unicode(turns: Sequence[Turn]) -> None:

@@ -111,7 +111,7 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
         trunk, "dynamic_lora", **RL, reward_function=drawn
     ),
 }
-BATCHES = 4
+BATCHES = 3
 
 
 def test_every_module_is_resumed_here() -> None:
@@ -121,7 +121,7 @@ def test_every_module_is_resumed_here() -> None:
 
 
 def loader_for(module: AdapterModule, pairs: bool = False) -> ResumableLoader | CombinedLoader:
-    """Four batches in an order that changes with the epoch."""
+    """Three batches in an order that changes with the epoch."""
     batches = tiny.batches_for(module, BATCHES)
     loader = ResumableLoader(batches, 1, itemgetter(0), seed=3, bucket=False)
     if pairs:
@@ -139,17 +139,18 @@ class KilledError(Exception):
 
 
 class Watch(Callback):
-    """Keeps what was logged of every batch; after ``killed_after`` of them it saves and dies."""
+    """Keeps what was logged of every batch; saves after some numbers of them, and dies after the last one."""
 
-    def __init__(self, path: Path, killed_after: int | None = None) -> None:
-        self.path, self.killed_after = path, killed_after
+    def __init__(self, folder: Path, *saved_after: int) -> None:
+        self.folder, self.saved_after = folder, saved_after
         self.logged: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
         metrics = trainer.callback_metrics.items()
         self.logged.append({key: float(value) for key, value in metrics})
-        if len(self.logged) == self.killed_after:
-            trainer.save_checkpoint(self.path)
+        if len(self.logged) in self.saved_after:
+            trainer.save_checkpoint(self.folder / f"{len(self.logged)}.ckpt")
+        if len(self.logged) == max(self.saved_after, default=0):
             raise KilledError
 
 
@@ -162,16 +163,17 @@ def test_resumed_run_is_the_uninterrupted_one(kind: str, hydra_trunk: Path, tmp_
         trainer.fit(module, loader_for(module, kind == "INPO, pairs"), **options)
         return trainer, module
 
-    path = tmp_path / "killed.ckpt"
-    straight = Watch(path)
+    straight = Watch(tmp_path)
     whole, expected = run(1, straight)
-    for killed_after in (2, BATCHES, BATCHES + 1):  # inside, at the end, in the second epoch
-        with pytest.raises(KilledError):
-            run(1, Watch(path, killed_after))
+    saved_after = 2, BATCHES, BATCHES + 1  # inside, at the end, in the second epoch
+    with pytest.raises(KilledError):
+        run(1, Watch(tmp_path, *saved_after))
+    for batches in saved_after:
         # Another process draws other numbers before it resumes.
-        resumed = Watch(path)
+        resumed = Watch(tmp_path)
+        path = tmp_path / f"{batches}.ckpt"
         again, module = run(2, resumed, ckpt_path=path, weights_only=True)
-        assert resumed.logged == straight.logged[killed_after:]
+        assert resumed.logged == straight.logged[batches:]
         assert again.global_step == whole.global_step
         assert tiny.changed(tiny.weights(expected), module) == set()
         tiny.assert_equal_moments(again, whole)
@@ -267,13 +269,15 @@ def test_another_reward_is_refused_by_name(plain_trunk: Path, tmp_path: Path) ->
         reward_model = RewardModel(str(plain_trunk), tiny.LORA, seed=seed)
         _, folder = tiny.fit(reward_model, tmp_path, tiny.batches_for(reward_model))
         folders.append(str(folder / "adapters/reward"))
-    path = tmp_path / "perl.ckpt"
+    path = tmp_path / "1.ckpt"
 
     def policy(reward: str) -> PPO:
         return PPO(str(plain_trunk), "perl", reward=reward, **RL)
 
     with pytest.raises(KilledError):
-        tiny.fit(policy(folders[0]), tmp_path, tiny.batches_for(policy(folders[0])), Watch(path, 1))
+        tiny.fit(
+            policy(folders[0]), tmp_path, tiny.batches_for(policy(folders[0])), Watch(tmp_path, 1)
+        )
     shutil.move(folders[0], tmp_path / "moved")
     for reward in (folders[1], str(tmp_path / "moved")):
         trainer, _ = tiny.quiet_trainer(tmp_path)
