@@ -8,7 +8,7 @@ sentence (without it 3% of answers have both, too few to learn from). The reward
 `ShortAndOnTopic`: half a point for an answer of at most 20 words, half for one that uses a word of the question
 of five letters or more.
 Gold is the share of held-out answers with both: shortness alone is learned fast, by answers such as "A myth.",
-and does not count. On-policy methods learn from 512 episodes, the others in one pass from as many answers of the
+and does not count. On-policy methods learn from 768 episodes, the others in one pass from as many answers of the
 untrained model, two to a question, that the same reward put in order. Recipes are those of
 ``benchmarks/bakeoff.py``, in batches of 32 episodes; the learning rate is one for all, tried with seed 100 on RLOO
 only. A JSON per run, finished runs are kept, one thread each. Writes ``benchmarks/reports/real/methods.md`` and
@@ -51,7 +51,7 @@ from lightning_perl.rewards.function import EachAlone
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 REPORT = Path("benchmarks/reports/real/methods.md")
-EPISODES, BATCH, PAIRS = 512, 32, 16
+EPISODES, BATCH, PAIRS = 768, 32, 16
 RATE, TRIED, SEEDS = 1e-3, 100, (0, 1, 2)
 LORA = LoraSpec(16, alpha=16.0)
 SAMPLING = SamplingSpec(max_new_tokens=48, temperature=0.7)
