@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import torch
@@ -70,7 +70,8 @@ class VllmServers(Checked, RolloutEngine):
             raise ValueError("VllmServers.urls must name at least one server, got [].")
         self.urls, self.timeout, self.at_once = urls, timeout, at_once
         self.importance_clip = importance_clip
-        self._given, self._home = folder, Path()
+        self._given = folder
+        self._temporary: TemporaryDirectory[str] | None = None
         self._servers: list[Server] = []
         self._longest = 0
         self._run, self._version = uuid4().hex[:8], 0
@@ -177,12 +178,13 @@ class VllmServers(Checked, RolloutEngine):
 
     def _folder(self) -> Path:
         """Where adapters are written; servers of other users can read it."""
-        if self._home == Path():
-            given = Path(self._given).expanduser().resolve() if self._given else None
-            self._home = given or Path(mkdtemp(prefix="lightning_perl_served_"))
-            self._home.mkdir(parents=True, exist_ok=True)
-            self._home.chmod(0o755)
-        return self._home
+        if self._given is None and self._temporary is None:
+            # It goes with the process.
+            self._temporary = TemporaryDirectory(prefix="lightning_perl_served_")
+        home = Path(self._temporary.name if self._temporary else self._given or "").expanduser()
+        home.mkdir(parents=True, exist_ok=True)
+        home.chmod(0o755)
+        return home.resolve()
 
     def _forget(self, kept: int) -> None:
         """Unload all names but the newest, and remove their folders, which nobody reads any more."""
@@ -195,14 +197,11 @@ class VllmServers(Checked, RolloutEngine):
                 with suppress(LostError, RuntimeError):
                     if not server.lost:
                         server.tell("/v1/unload_lora_adapter", {"lora_name": name})
-            shutil.rmtree(self._home / name, ignore_errors=True)
+            shutil.rmtree(self._folder() / name, ignore_errors=True)
 
     def close(self) -> None:
         """Unload what was pushed, as far as servers answer."""
         self._forget(0)
-        if self._given is None and self._home != Path():
-            shutil.rmtree(self._home, ignore_errors=True)
-            self._home = Path()
         self._served = None
 
     def _each(self, act: Callable[[Server], object], all_must: bool = False) -> None:
@@ -225,10 +224,13 @@ class VllmServers(Checked, RolloutEngine):
         with ThreadPoolExecutor(len(self._servers)) as pool:
             list(pool.map(acted, self._servers))
         reasons = [server.lost for server in self._servers if server.lost]
+        if reasons and all_must:
+            raise RuntimeError(
+                f"At the start all servers must answer: {'; '.join(reasons)}. docs/servers.md has the command "
+                "that starts one."
+            )
         if len(reasons) == len(self._servers):
             raise RuntimeError(f"{NOBODY}{'; '.join(reasons)}.")
-        if reasons and all_must:
-            raise RuntimeError(f"At the start all servers must answer: {'; '.join(reasons)}.")
 
     # ---- sampling --------------------------------------------------------------------------------
 

@@ -1,0 +1,263 @@
+"""Rollouts on servers: what is pushed, what is proven, and what a server may not do."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.trunk import Trunk
+from lightning_perl.modules import PPO, RAFT, RLOO
+from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.rollouts import VllmServers
+from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.sampling import SamplingSpec
+from tests.modules import tiny
+from tests.modules.tiny import TrainerFolder
+from tests.rollouts.fake_server import FakeServer
+
+SAMPLING = SamplingSpec(max_new_tokens=6, temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("served")
+    return tiny.with_head(tiny.save_trunk(root / "plain"), root / "trunk")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Trunk:
+    return load_trunk(str(folder), "float64")
+
+
+@pytest.fixture(scope="module")
+def module(folder: Path) -> RLOO:
+    return tiny.on_policy(RLOO, folder, sampling=SAMPLING, samples=2)
+
+
+Start = Callable[..., FakeServer]
+
+
+@pytest.fixture
+def start(served: Trunk) -> Iterator[Start]:
+    """Starts fake servers that end with the test."""
+    running: list[FakeServer] = []
+
+    def begin(fault: str = "", **options: Any) -> FakeServer:
+        running.append(FakeServer(served, fault, **options))
+        return running[-1]
+
+    yield begin
+    for server in running:
+        server.stop()
+
+
+def rolled_out(module: OnPolicy, rollout_index: int = 0) -> tuple[Rollout, dict[str, Tensor]]:
+    """A rollout that was looked at, as training does it."""
+    rollout = module.collect(tiny.prompts(2), rollout_index, samples=module.samples)
+    return rollout, module.rollout_engine.compared(rollout, module.score(rollout))[1]
+
+
+def on(module: OnPolicy, *servers: FakeServer, **options: Any) -> VllmServers:
+    """Lets a module sample on these servers, with a policy that has learned something."""
+    tiny.train_adapters(module, seed=1)
+    module.rollout_engine = VllmServers([server.url for server in servers], **options)
+    return module.rollout_engine
+
+
+# When it begins to misbehave, what the run ends with, and arguments of the engine.
+FAULTS: dict[str, tuple[str, str]] = {
+    "dtype": ("start", r"dtype is torch.bfloat16, not torch.float64"),
+    "quantized": ("start", r"quantization is fp8, not None"),
+    "rank": ("start", r"--max-lora-rank is 1, below 2"),
+    "no lora": ("start", r"--max-lora-rank is 0, below 2"),
+    "raw mode": ("start", r"--logprobs-mode is raw_logprobs, not processed_logprobs"),
+    "replicas": ("start", r"--data-parallel-size is 2, not 1"),
+    "window": ("start", r"--max-model-len is 8, below 13"),
+    "tokenizer": ("start", r"what its tokenizer reads is \[.*3\], not \["),
+    "another model": ("start", r"something else as the trunk: .* by 0.01 nats .* no model of this"),
+    "sees no folder": ("start", r"At the start all servers must answer: .*No adapter found for"),
+    "base": ("start", r"something else as actor-\w+-1: .* They are those of the trunk\."),
+    "old adapter": ("push", r"something else as actor-(\w+)-2: .* They are those of actor-\1-1\."),
+    "refuses": ("push", r"/v1/load_lora_adapter refuses, HTTP 400: LoRA rank of actor-\w+-2 is"),
+    "no prompt": ("push", r"gives no log-probability of each of a prompt's tokens \(TypeError"),
+    "forgets the adapter": ("sampling", r"sampled with other log-probabilities.*lost the adapter"),
+    "temperature": ("sampling", r"sampled with other log-probabilities.* another temperature"),
+    "other ids": ("sampling", r"sampled with other log-probabilities than ours"),
+    "unknown ids": ("sampling", r"gives tokens that the trunk has not: \[.*99\]"),
+    "drops": ("sampling", r"No server is left .*/v1/completions: RemoteProtocolError"),
+    "slow": ("sampling", r"No server is left .*/v1/completions: ReadTimeout"),
+    "html": ("sampling", r"/v1/completions answers '<html>502 Bad Gateway</html>' and no JSON"),
+    "evicts": ("sampling", r"No server is left .*HTTP 404 .*`actor-\w+-2` does not exist"),
+    "no log-probabilities": ("sampling", r"answers without token ids and their log-probabilities"),
+    "too few log-probabilities": ("sampling", r"gives \d log-probabilities of \d tokens"),
+    "nan": ("sampling", r"gives log-probabilities that are none: \[nan"),
+    "no tokens": ("sampling", r"gives 0 tokens of at most 6"),
+    "goes on": ("sampling", r"goes on behind a token that ends a response: \[2, 2\]"),
+    "ends early": ("sampling", r"ends by '\w+' after 1 tokens: \[3\]"),
+    "another prompt": ("sampling", r"reads another prompt than was sent \(\[4\]\)"),
+    "no choice": ("sampling", r"answers without token ids .* \(IndexError"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.filterwarnings("ignore:.*its responses go to the other servers")
+def test_what_a_server_may_not_do(fault: str, module: RLOO, start: Start) -> None:
+    when, words = FAULTS[fault]
+    server = start(fault if when == "start" else "")
+    engine = on(module, server)
+    if when != "start":
+        rolled_out(module)
+        if fault == "slow":
+            engine._servers[0]._client.timeout = 0.1
+        server.fault = fault
+        tiny.train_adapters(module, seed=2)
+    with pytest.raises(RuntimeError, match=words) as raised:
+        rolled_out(module)
+    assert server.url in str(raised.value)
+    assert "\n" not in str(raised.value)
+    module.rollout_engine.close()
+
+
+# ---- what servers do rightly -------------------------------------------------------------------
+
+
+def test_servers_share_the_rows_and_one_that_dies_loses_its_own_only(
+    module: RLOO, start: Start
+) -> None:
+    alone = start()
+    on(module, alone)
+    expected, gaps = rolled_out(module)
+    assert gaps["mismatch_largest"] < 1e-12
+
+    one, two = start(), start("drops")
+    on(module, one, two)
+    with pytest.warns(match=f"{two.url}.*its responses go to the other servers"):
+        shared, _ = rolled_out(module)
+    assert one.completed == len(expected.row)
+    for ours, theirs in zip(shared, expected, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+    # It is asked again at the next push, when it has been started anew.
+    two.stop()
+    back = start(port=two.port)
+    tiny.train_adapters(module, seed=2)
+    with pytest.warns(match=f"{back.url} answers again"):
+        rolled_out(module, 1)
+    assert back.completed > 0
+    one.fault = back.fault = "drops"
+    with (
+        pytest.warns(match="its responses go to the other servers"),
+        pytest.raises(RuntimeError, match=f"No server is left .*{one.url}.*{back.url}"),
+    ):
+        rolled_out(module, 2)
+
+
+def test_a_push_is_a_folder_that_others_read_and_that_goes_when_nobody_names_it(
+    module: RLOO, start: Start, tmp_path: Path
+) -> None:
+    server = start()
+    engine = on(module, server, folder=str(tmp_path / "pushed"))
+    rolled_out(module)
+    (first,) = server.adapters.values()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (first, *first.iterdir())}
+    assert modes.pop(first.name) == 0o755
+    assert modes == {"adapter_config.json": 0o644, "adapter_model.safetensors": 0o644}
+    rolled_out(module, 1)
+    assert list(server.adapters.values()) == [first]  # nothing has changed
+    tiny.train_adapters(module, seed=2)
+    rolled_out(module, 1)
+    (second,) = server.adapters.values()
+    assert list((tmp_path / "pushed").iterdir()) == [second]
+    engine.close()
+    assert server.adapters == {}
+    assert list((tmp_path / "pushed").iterdir()) == []
+
+
+def test_a_token_weighs_what_it_is_likelier_here_than_there(module: RLOO, start: Start) -> None:
+    on(module, start())
+    rollout, _ = rolled_out(module)
+    assert rollout.logprobs is not None
+    scored = module.score(rollout)
+    engine, mask = module.rollout_engine, rollout.response_mask
+    shift = torch.where(torch.arange(mask.shape[1]) % 2 == 0, 5e-7, -5e-7).double()
+    drawn = rollout._replace(logprobs=scored.logprobs - shift)
+    weights = engine.compared(drawn, scored)[0].importance
+    assert weights is not None
+    assert_close(weights[mask], shift.exp().clamp(max=2.0).expand_as(mask)[mask])
+    experience, _ = module.experience(rollout, scored)
+
+    def gradient(importance: Tensor | None) -> Tensor:
+        _, (step,) = tiny.rehearse(module, experience._replace(importance=importance))
+        return torch.cat([part.flatten() for part in step.values()])
+
+    ones, plain = torch.ones_like(experience.old_logprobs), gradient(None)
+    assert torch.equal(gradient(ones), plain)
+    assert_close(gradient(2 * ones), 2 * plain)
+    heavy = 2 * ones
+    heavy[0] = 0.0
+    assert not torch.allclose(gradient(heavy), 2 * plain)
+
+
+def test_a_selecting_method_keeps_the_weights_of_what_it_keeps(folder: Path) -> None:
+    module = tiny.on_policy(RAFT, folder, samples=3)
+    rollout = module.collect(tiny.prompts(2), 0, samples=3)
+    scored = module.score(rollout)
+    rows = torch.arange(6.0).unsqueeze(1).expand_as(scored.logprobs)
+    experience, _ = module.experience(rollout, scored._replace(importance=rows))
+    assert experience.importance is not None
+    best = scored.scores.view(2, 3).argmax(1) + torch.tensor([0, 3])
+    assert experience.importance[:, 0].tolist() == best.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layout": "full"}, "rollout_engine: layout full trains the trunk.*another model"),
+        ({"quantization": "nf4"}, "rollout_engine: quantization is nf4.*another model"),
+    ],
+)
+def test_a_policy_that_no_server_has_is_refused_before_weights_are_read(
+    settings: dict[str, Any], words: str
+) -> None:
+    engine = VllmServers(["http://localhost:1"])
+    with pytest.raises(ValueError, match=words):
+        tiny.on_policy(RLOO, Path("nowhere"), rollout_engine=engine, **settings)
+
+
+def test_a_run_whose_servers_die_goes_on_as_if_they_had_not(
+    folder: Path, start: Start, tmp_path: Path
+) -> None:
+    def run(
+        server: FakeServer, name: str, path: Path | None = None, then: str = ""
+    ) -> tuple[PPO, TrainerFolder]:
+        torch.manual_seed(1)
+        engine = VllmServers([server.url])
+        module = tiny.hydra(folder, sampling=SAMPLING, rollout_engine=engine)
+        later = LambdaCallback(on_train_batch_end=lambda *_: setattr(server, "fault", then))
+        given = tiny.quiet_trainer(tmp_path / name, ModelCheckpoint(save_last=True), later)
+        batches = tiny.Batches([tiny.prompts(3, seed) for seed in range(3)])
+        given.trainer.fit(module, batches, ckpt_path=path, weights_only=True)
+        return module, given
+
+    straight, (trainer, _) = run(start(), "straight")
+    assert trainer.callback_metrics["rollout/mismatch"] < 1e-12
+    with (
+        pytest.warns(match="its responses go to the other servers"),
+        pytest.raises(RuntimeError, match="No server is left"),
+    ):
+        run(start(), "killed", then="drops")
+    (left,) = (tmp_path / "killed").rglob("stopped.ckpt")
+    assert torch.load(left, weights_only=True)["global_step"] == 1
+    again, (goes_on, _) = run(start(), "killed", left)
+    assert goes_on.global_step == trainer.global_step == 3
+    for name, weight in tiny.weights(straight).items():
+        assert_close(again.state_dict()[name], weight, rtol=0, atol=1e-12)
