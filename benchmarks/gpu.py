@@ -62,6 +62,7 @@ from lightning_perl.rollouts.sampling import SamplingSpec
 GIB = 2**30
 LAYOUTS = ("full", "lora", "dynamic_lora", "perl", "hydra", "joint_hydra")
 ESTIMATED = ("SFT", "RewardModel", "PPO lora", "PPO hydra", "PPO joint_hydra")
+CHECKPOINTING = (False, True)
 HOSTED = "PPO hydra, moments on the host"
 """Estimated on CUDA only: a CPU's memory is the host's."""
 SHAPES = {
@@ -438,7 +439,7 @@ def estimate(bench: Bench) -> list[str]:
     rows, worst = [], 0.0
     for name in (*ESTIMATED, HOSTED) if bench.device.type == "cuda" else ESTIMATED:
         for rank in bench.size.ranks:
-            for checkpointing in (False, True):
+            for checkpointing in CHECKPOINTING:
                 ways = [name, str(rank), "yes" if checkpointing else "no"]
                 if bench.over():
                     rows.append([*ways, "", "left out: no time", "", "", ""])

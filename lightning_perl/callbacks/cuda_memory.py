@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -48,46 +49,36 @@ class CudaMemoryMonitor(PhaseMeter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._batch: dict[str, dict[str, int]] = {}
-        self._fit: dict[str, dict[str, int]] = {}
+        self._fit: dict[str, dict[str, float]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier fit."""
         super().on_fit_start(trainer, pl_module)
         self._fit = {}
 
-    def reset(self) -> None:
-        """Forgets the train batch before."""
-        self._batch = {}
-
-    def begin(self, phase: str) -> None:
-        """Resets the device's peaks, or takes a first reading."""
-        if self.device is None:
-            self.read()
-        else:
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def read(self) -> None:
-        """Charges the peaks since the last reset to every running phase."""
+    def read(self, begins: bool = False) -> None:
+        """Charges the peaks since the last reset to every running phase; resets them as one begins."""
         if self.device is None:
             peaks = {"resident": resident_bytes()}
         else:
+            if begins:
+                torch.cuda.reset_peak_memory_stats(self.device)
             peaks = {
                 "peak_allocated": torch.cuda.max_memory_allocated(self.device),
                 "peak_reserved": torch.cuda.max_memory_reserved(self.device),
             }
         for phase in self.running:
-            _keep_largest(self._batch.setdefault(phase, {}), peaks)
+            _keep_largest(self.measured[phase], peaks)
 
     def results(self, outputs: object) -> dict[str, float]:
         """The peaks of the train batch's phases."""
-        if len(self._batch) > 1:
-            self._batch.pop(WHOLE_BATCH)
-        for phase, peaks in self._batch.items():
+        if len(self.measured) > 1:
+            self.measured.pop(WHOLE_BATCH)
+        for phase, peaks in self.measured.items():
             _keep_largest(self._fit.setdefault(phase, {}), peaks)
         return {
             f"memory/{phase}_{name}_gib": peak / GIB
-            for phase, peaks in self._batch.items()
+            for phase, peaks in self.measured.items()
             for name, peak in peaks.items()
         }
 
@@ -101,7 +92,7 @@ class CudaMemoryMonitor(PhaseMeter):
             show(f"memory ({title}): {' | '.join(phases)}")
 
 
-def _keep_largest(largest: dict[str, int], peaks: dict[str, int]) -> None:
+def _keep_largest(largest: dict[str, float], peaks: Mapping[str, float]) -> None:
     for name, peak in peaks.items():
         largest[name] = max(largest.get(name, 0), peak)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -49,28 +50,21 @@ class PhaseTracker(PhaseCallback):
             self.running.pop()
 
 
-class PhaseMeter(PhaseCallback, ABC):
+class PhaseMeter(PhaseTracker, ABC):
     """Measures every phase of a train batch, itself the phase ``step`` around the others, and logs the results.
 
     Results stand in the row of the module's own train keys; with several ranks they are rank zero's.
+    ``measured`` is what is known of each phase of the train batch.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.device: torch.device | None = None
-        # The phases that are running, the innermost last.
-        self.running: list[str] = []
+        self.measured: defaultdict[str, defaultdict[str, float]]
 
     @abstractmethod
-    def reset(self) -> None:
-        """Forget the train batch before."""
-
-    @abstractmethod
-    def read(self) -> None:
-        """Charge the running phases with what happened since the last reading."""
-
-    @abstractmethod
-    def begin(self, phase: str) -> None:
-        """Start to measure a phase, after the phases around it were charged."""
+    def read(self, begins: bool = False) -> None:
+        """Charge the running phases with what happened since the last reading; the innermost may just begin."""
 
     @abstractmethod
     def results(self, outputs: object) -> dict[str, float]:
@@ -81,12 +75,10 @@ class PhaseMeter(PhaseCallback, ABC):
         self.device = cuda_device(trainer)
         self.running = []
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         """Begins the train batch."""
         self.running = []
-        self.reset()
+        self.measured = defaultdict(lambda: defaultdict(float))
         self._enter(WHOLE_BATCH)
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
@@ -94,7 +86,7 @@ class PhaseMeter(PhaseCallback, ABC):
         if self.running:
             self._enter(phase)
 
-    def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
+    def on_phase_end(self, *_: object) -> None:
         """Ends a phase."""
         if self.running:
             self.read()
@@ -111,4 +103,4 @@ class PhaseMeter(PhaseCallback, ABC):
     def _enter(self, phase: str) -> None:
         self.read()
         self.running.append(phase)
-        self.begin(phase)
+        self.read(begins=True)

@@ -102,8 +102,6 @@ class SpeedMonitor(Checked, PhaseMeter):
         self._peak = peak_tflops
         # A module that counts the FLOPs of its matrix products, if this one does.
         self._counts: Any = None
-        self._seconds: dict[str, float] = {}
-        self._flops: dict[str, int] = {}
         # The last reading: when, and at how many FLOPs.
         self._read_at, self._read_flops = 0.0, 0
 
@@ -118,55 +116,43 @@ class SpeedMonitor(Checked, PhaseMeter):
         name = str(dtype).removeprefix("torch.")
         rank_zero_info(f"speed: {device} multiplies matrices at {self._peak:.3g} TFLOP/s ({name})")
 
-    def reset(self) -> None:
-        """Forgets the train batch before."""
-        self._seconds, self._flops = {}, {}
-
-    def begin(self, phase: str) -> None:
-        """Adds the phase."""
-        self._seconds.setdefault(phase, 0.0)
-        self._flops.setdefault(phase, 0)
-
-    def read(self) -> None:
+    def read(self, begins: bool = False) -> None:
         """Charges time and FLOPs since the last reading to the innermost running phase."""
         _synchronize(self.device)
         now, flops = perf_counter(), 0 if self._counts is None else self._counts.flops
         if self.running:
-            self._seconds[self.running[-1]] += now - self._read_at
-            self._flops[self.running[-1]] += flops - self._read_flops
+            self.measured[self.running[-1]]["seconds"] += now - self._read_at
+            self.measured[self.running[-1]]["flops"] += flops - self._read_flops
         self._read_at, self._read_flops = now, flops
 
     def results(self, outputs: object) -> dict[str, float]:
         """Seconds and rates of the train batch."""
-        total = sum(self._seconds.values())
-        rates = self._flop_rates(total)
-        if len(self._seconds) > 1:
-            self._seconds.pop(WHOLE_BATCH)
-        rates |= {f"speed/{phase}_seconds": value for phase, value in self._seconds.items()}
-        if isinstance(outputs, Mapping):
-            rates |= self._token_rates(outputs, total)
+        seconds = {phase: parts["seconds"] for phase, parts in self.measured.items()}
+        total = sum(seconds.values())
+        rates = self._flop_rates(seconds, total)
+        if len(seconds) > 1:
+            seconds.pop(WHOLE_BATCH)
+        rates |= {f"speed/{phase}_seconds": value for phase, value in seconds.items()}
+        for name, tokens in (
+            outputs.get("tokens", {}).items() if isinstance(outputs, Mapping) else ()
+        ):
+            spent = sum(seconds.get(phase, 0.0) for phase in _PHASES.get(name, ()))
+            if spent > 0:
+                rates[f"speed/{name}_tokens_per_second"] = float(tokens) / spent
+        if isinstance(outputs, Mapping) and outputs.get("episodes"):
+            rates["speed/seconds_per_episode"] = total / float(outputs["episodes"])
         return rates
 
-    def _flop_rates(self, total: float) -> dict[str, float]:
-        flops = sum(self._flops.values())
-        if not flops or total <= 0:
+    def _flop_rates(self, seconds: Mapping[str, float], total: float) -> dict[str, float]:
+        flops = {phase: parts["flops"] for phase, parts in self.measured.items()}
+        if not any(flops.values()) or total <= 0:
             return {}
         rates = {
-            f"speed/{phase}_tflops": count / self._seconds[phase] / TERA
-            for phase, count in self._flops.items()
-            if count and self._seconds[phase] > 0 and phase != WHOLE_BATCH
+            f"speed/{phase}_tflops": count / seconds[phase] / TERA
+            for phase, count in flops.items()
+            if count and seconds[phase] > 0 and phase != WHOLE_BATCH
         }
-        rates["speed/tflops"] = flops / total / TERA
+        rates["speed/tflops"] = sum(flops.values()) / total / TERA
         if self._peak is not None:
             rates["speed/mfu"] = rates["speed/tflops"] / self._peak
-        return rates
-
-    def _token_rates(self, outputs: Mapping[str, Any], total: float) -> dict[str, float]:
-        rates = {}
-        for name, tokens in outputs.get("tokens", {}).items():
-            seconds = sum(self._seconds.get(phase, 0.0) for phase in _PHASES.get(name, ()))
-            if seconds > 0:
-                rates[f"speed/{name}_tokens_per_second"] = float(tokens) / seconds
-        if episodes := outputs.get("episodes"):
-            rates["speed/seconds_per_episode"] = total / float(episodes)
         return rates

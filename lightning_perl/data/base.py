@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -301,12 +302,13 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             report.duplicates = len(used) - len(first)
             used = list(first.values())
         self._used[name] = [item for item, _ in used]
-        examples = self._examples[name] = []
-        number = 0
-        for item, rows in used:
-            examples.append(example_of(item, rows, number, self.rows == "prompts"))
-            report.keep(examples[-1])
-            number += len(rows)
+        numbers = accumulate((len(rows) for _, rows in used), initial=0)
+        self._examples[name] = [
+            example_of(item, rows, number, self.rows == "prompts")
+            for (item, rows), number in zip(used, numbers, strict=False)
+        ]
+        for example in self._examples[name]:
+            report.keep(example)
 
     def encoded(
         self, encoder: TurnEncoder, item: Item, bad_row: BadRowHook, report: SplitReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.dialects import DIALECTS, NAMES
 from lightning_perl.data.loaders import ResumableLoader, StreamingLoader
 from lightning_perl.data.own_rows import Columns, ReadsRows, RowReader
-from lightning_perl.data.reading import Rows, Source, Sources, shuffled_stream, sources_of
+from lightning_perl.data.reading import Source, Sources, shuffled_stream, sources_of
 from lightning_perl.data.report import SplitReport
 from lightning_perl.data.rows import (
     BadRowHook,
@@ -172,10 +172,11 @@ class PreferenceDataModule(ConversationDataModule):
         return Splits(train, val, test)
 
     def _all(self, sources: list[Source]) -> list[Item]:
-        every = (self._items(source, source.rows(self.bad_row), self.bad_row) for source in sources)
-        return self.distinct(chain.from_iterable(every))
+        items = [item for source in sources for item in self._items(source, self.bad_row, False)]
+        return self.distinct(items)
 
-    def _items(self, source: Source, rows: Rows, bad_row: BadRowHook) -> Iterator[Item]:
+    def _items(self, source: Source, bad_row: BadRowHook, streaming: bool) -> Iterator[Item]:
+        rows = source.rows(bad_row, streaming)
         return self.usable(rows, partial(self._reader.items, source=source.number), bad_row)
 
     def _open_streams(self) -> None:
@@ -228,8 +229,7 @@ class PreferenceDataModule(ConversationDataModule):
             # A mixture reads a short source again; its bad rows are counted once.
             hook = self._uncounted if source.number in opened else bad_row
             opened.add(source.number)
-            rows = source.rows(hook, streaming=True)
-            for place, item in enumerate(self._items(source, rows, hook)):
+            for place, item in enumerate(self._items(source, hook, streaming=True)):
                 # A pair takes two numbers.
                 yield 2 * (len(self.train_sources) * place + source.number), item
 

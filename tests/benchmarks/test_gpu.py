@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ def test_every_part_at_toy_size(
 ) -> None:
     gpu, report = script("gpu"), tmp_path / "gpu.md"
     monkeypatch.setattr(gpu, "ESTIMATED", ("SFT", "PPO hydra"))
+    monkeypatch.setattr(gpu, "CHECKPOINTING", (True,))
+    monkeypatch.setitem(gpu.SHAPES, "tiny", replace(gpu.SHAPES["tiny"], layers=1))
     for module in (gpu, speed):
         monkeypatch.setattr(module, "matmul_tflops", lambda device, dtype: 0.5)
     status = gpu.main(["--tiny", "--layouts", "full", "hydra", "--report", str(report)])
