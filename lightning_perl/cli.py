@@ -7,7 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -78,8 +78,14 @@ def packaged_configs() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.glob("*.yaml"))}
 
 
+@cache
+def piped(path: str) -> str:
+    """What comes out of a pipe, which can be read once only."""
+    return Path(path).read_text(encoding="utf-8")
+
+
 def config_source(given: str) -> str:
-    """The source that a ``--config`` value names: a file, a packaged file, a URL, or YAML text itself.
+    """The source that a ``--config`` value names: a file, a packaged file, a URL, a pipe, or YAML text itself.
 
     A file of that name wins over a packaged one; ``.yaml`` may be left out of a packaged name.
     """
@@ -87,6 +93,8 @@ def config_source(given: str) -> str:
         return unpackaged(given)
     if Path(given).is_file() or "://" in given:
         return given
+    if Path(given).is_fifo():
+        return piped(given)
     shipped = packaged_configs()
     for name in (given, f"{given}.yaml"):
         if name in shipped:
@@ -116,8 +124,16 @@ class ConfigFile(ActionConfigFile):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Read the file."""
-        super().__call__(parser, namespace, config_source(str(values)), option_string)  # type: ignore[no-untyped-call]
+        """Read the file; what is wrong in it is said with its name."""
+        source = config_source(str(values))
+        assert isinstance(parser, Parser)
+        parser.reading = source if Path(source).is_file() else ""
+        try:
+            super().__call__(parser, namespace, source, option_string)  # type: ignore[no-untyped-call]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is no YAML file: {error}.") from error
+        finally:
+            parser.reading = ""
 
 
 class SaveRunConfig(SaveConfigCallback):

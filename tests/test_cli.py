@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from zipfile import ZipFile
 
@@ -99,10 +100,13 @@ def test_a_dry_run_plans_and_keeps_nothing(
     thumbs = [{"prompt": f"tea {n}", "response": "Sure.", "label": n % 2} for n in range(4)]
     settings = DATA["init_args"] | ({"train": thumbs, "val": thumbs} if rows else {})
     extra = [f"--model.trunk={trunk}", *(rows or ["--model.max_episodes=16"])]
+    # Callbacks of the run are tried as well, and what they write is not kept.
+    extra += [] if rows else ["--trainer.callbacks+=SampleWriter"]
     fit("--dry-run", *extra, model=model, data=DATA | {"init_args": settings})
     printed = capsys.readouterr().out
     assert "GiB at each phase's peak" in printed
     assert said in printed
+    assert bool(rows) or "| before" in printed
     assert f"{trunk}: 0.0M parameters, float32" in printed
     length = "one epoch" if rows else "16 episodes, 4 a batch: about"
     assert length in printed
@@ -193,6 +197,53 @@ def test_a_later_config_lies_on_top(trunk: str) -> None:
     assert json.loads(adapter.read_text(encoding="utf-8"))["r"] == 3
     saved = yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text(encoding="utf-8"))
     assert saved["model"]["init_args"]["micro_batch_size"] == 4
+
+
+@pytest.mark.parametrize("model", ["RewardModel", "DPO"])
+def test_another_class_over_a_yaml_keeps_what_both_have(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = exits(
+        capsys, "fit", "--config=quickstart", f"--model={model}", "--print_config"
+    )
+    assert code == 0
+    settings = yaml.safe_load(printed)["model"]["init_args"]
+    assert settings["lora"]["alpha"] == 16
+    assert settings["optimizer"]["init_args"]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (b"model: [\n", "while parsing a flow node did not find expected node content at line 2"),
+        (b"- model\n", "no settings (KEY: VALUE)"),
+        (b"{model: {class_path: DPO, init_args: {bta: 1}}}", "DPO has no bta; did you mean beta?"),
+        (b"\xff\xfe", "is no YAML file: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_what_is_wrong_in_a_config_is_said_with_its_name(
+    held: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_bytes(held)
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        main(["fit", "--config=quickstart", f"--config={tmp_path}/own.yaml"])
+    said = f"{capsys.readouterr().err}{stopped.value}"
+    assert "own.yaml" in said
+    assert words in said
+
+
+def test_a_config_may_come_out_of_a_pipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = Thread(target=pipe.write_text, args=["{model: {init_args: {seed: 7}}}"], daemon=True)
+    writer.start()
+    for _ in range(2):  # a dry run reads its arguments twice
+        _, printed = exits(
+            capsys, "fit", "--config=quickstart", f"--config={pipe}", "--print_config"
+        )
+        assert yaml.safe_load(printed)["model"]["init_args"]["seed"] == 7
 
 
 def test_runs_without_a_logger_have_folders_too(trunk: str) -> None:
@@ -403,9 +454,8 @@ def test_bad_rows_name_file_line_and_fix(
         ("--data.rows=promts", "data.rows must be Literal['rated', 'prompts'], got promts"),
         ("--trainer.max_steps=x", "trainer.max_steps must be int, got x"),
         ("--config={model: {init_args: {trunk: 3}}}", "model.trunk must be str, got 3"),
-        ("--config={model: {class_path: SFT}}", "model.lora must be LoraSpec or null"),
         ("--model.score_clp=1", "HydraPPO has no score_clp; did you mean score_clip?"),
-        ("--model.lora.rnk=1", "there is no lora.rnk; did you mean lora.rank?"),
+        ("--model.lora.rnk=1", "models.adapters.LoraSpec has no rnk; did you mean rank?"),
         ("--config={modle: 1}", "does not accept option 'modle'; did you mean model?"),
         ("--model=HydraPP", "model: there is no class HydraPP; did you mean HydraPPO?"),
         (

@@ -56,6 +56,7 @@ TABLE = [
     Bad(Supervised, {"normalize_scores": True, "lora": LoraSpec(), **SHARDED}, "normalize_scores"),
     Bad(Supervised, {"normalize_scores": True, "reward_weight": 0.0}, "reward_weight above 0"),
     Bad(Pairwise, {"lora": None}, "lora cannot be null"),
+    Bad(OnPolicy, {"lora": None}, "lora cannot be null"),
     Bad(OnPolicy, {"lora": LoraSpec(dropout=0.1)}, "lora.dropout must be 0 in RL"),
     Bad(OnPolicy, {"sampling": SamplingSpec(top_p=0.9)}, "sampling .*top_p 0.9"),
     Bad(OnPolicy, {"sampling": SamplingSpec(top_k=4)}, "sampling .*top_k 4"),

@@ -69,15 +69,16 @@ class Handover(Callback):
         self._lock: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Come first, and let checkpoints appear whole and in the run's folder."""
+        """Come first, and let checkpoints appear whole and in the run's folder (a dry run's is temporary)."""
         trainer.callbacks = [self, *(other for other in trainer.callbacks if other is not self)]  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
-        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage != "fit":
             return
-        folder = run_folder(trainer)
+        folder = str(run_folder(trainer) / "checkpoints")
         for callback in model_checkpoints(trainer):
-            callback.dirpath = callback.dirpath or str(folder / "checkpoints")
+            given = None if trainer.fast_dev_run else callback.dirpath  # type: ignore[attr-defined]
+            callback.dirpath = given or folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder in which another run lies, or in which another process runs."""

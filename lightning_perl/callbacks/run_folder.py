@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TextIO
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -26,8 +27,9 @@ def run_folder(trainer: Trainer) -> Path:
 
     The first logger decides, as it does for Lightning's checkpoints: ``log_dir`` of a `CSVLogger` or
     `TensorBoardLogger`; ``save_dir/name/version`` of any other, which for a `WandbLogger` is its project and run
-    id. Without a logger that saves it is the next free ``default_root_dir/version_N``, created here. Rank zero
-    chooses and broadcasts at the first call, which has to be made on every rank (in ``setup``, say).
+    id. Without a logger that saves it is the next free ``default_root_dir/version_N``, created here; for a dry run
+    (``fast_dev_run``) a temporary one. Rank zero chooses and broadcasts at the first call, which has to be made on
+    every rank (in ``setup``, say).
     """
     if trainer not in _FOLDERS:
         folder = _choose(trainer) if trainer.is_global_zero else None
@@ -43,6 +45,10 @@ def run_folder(trainer: Trainer) -> Path:
 
 def _choose(trainer: Trainer) -> Path:
     logger: Logger | None = trainer.loggers[0] if trainer.loggers else None
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        kept_meanwhile = mkdtemp()
+        finalize(trainer, shutil.rmtree, kept_meanwhile, ignore_errors=True)
+        return Path(kept_meanwhile)
     if isinstance(logger, CSVLogger | TensorBoardLogger):
         claim(trainer)
         return Path(logger.log_dir)

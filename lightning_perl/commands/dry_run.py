@@ -22,7 +22,7 @@ from lightning_perl.modules.on_policy import OnPolicy
 FLAG = "--dry-run"
 AS_FIT = [
     "--trainer.fast_dev_run=true",
-    '--trainer.callbacks=[{"class_path": "MemoryPreflight", "init_args": {"run": "always"}}]',
+    '--trainer.callbacks+={"class_path": "MemoryPreflight", "init_args": {"run": "always"}}',
     f"--trainer.callbacks+={__name__}.DryRun",
 ]
 """What a dry run sets beside the arguments of ``fit``: the longest rows first, then one batch of the data."""

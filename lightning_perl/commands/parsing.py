@@ -36,6 +36,9 @@ def meant(given: str, names: Iterable[str]) -> str:
 class Parser(LightningArgumentParser):
     """LightningCLI's parser with short errors, whose dumps can be read again."""
 
+    reading = ""
+    """The configuration file that is being read."""
+
     def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
         """A module's own default function has no YAML form; left out, the module takes it again."""
         cfg = cfg.clone()
@@ -56,10 +59,15 @@ class Parser(LightningArgumentParser):
             message += meant(
                 unknown[1], ("model", "data", "trainer", "ckpt_path", "seed_everything")
             )
+        short = in_short(message) if "Parser key" in message else message
+        if self.reading:
+            short = re.sub("(?s)Unexpected config: .*", "no settings (KEY: VALUE)", short)
+            short = short.removeprefix("Problems parsing config: ")
+            short = short.replace('in "<unicode string>", ', "at ")
+            message = short = f"{self.reading}: {short}"
         if not self.exit_on_error:
             # Inside of another parser, which reports its error too.
             super().error(message, ex)
-        short = in_short(message) if "Parser key" in message else message
         program = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
         self.exit(2, f"error: {' '.join(short.split())} (all settings: {program} --help)\n")
 

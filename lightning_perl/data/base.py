@@ -79,6 +79,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     pairs: ClassVar[bool] = True
     """Whether rated rows may be preference pairs; ``estimate`` then counts two answers for each row."""
+    texts_as: str | None = None
+    """What lies beside the prompts of a batch: ``demonstrations``, ``pairs``, or nothing."""
 
     def __init__(
         self,

@@ -230,6 +230,19 @@ class AdapterModule(Checked, LightningModule, ABC):
         return [Handover(), *preflight, *ours]
 
     @classmethod
+    def needed(cls, lora: LoraSpec | None) -> LoraSpec:
+        """An adapter's shape that may not be None.
+
+        Its type says so all the same: another class over one's YAML (``--model=DPO``) keeps ``lora`` then.
+        """
+        if lora is None:
+            raise ValueError(
+                f"{cls.__name__} has its reference in the trunk without the adapter, so lora cannot be null. Give "
+                "its rank and alpha."
+            )
+        return lora
+
+    @classmethod
     def refuse(cls, trainer: Trainer, rows: str | None, sharding: str | None = None) -> None:
         """Refuse a trainer's settings, and rows of another kind, before data is read and weights are loaded."""
         precision = trainer.precision

@@ -72,7 +72,7 @@ class Evaluation(AdapterModule):
         self,
         trunk: str,
         layout: Layout = "hydra",
-        lora: LoraSpec = LoraSpec(),
+        lora: LoraSpec | None = LoraSpec(),
         reward: str | list[str] | None = None,
         reward_ensemble: RewardEnsemble = "mean",
         learned_reward_weight: NonNegative = 1.0,
@@ -98,7 +98,7 @@ class Evaluation(AdapterModule):
         self.roles = Roles(
             layout,
             unpackaged(trunk),
-            lora,
+            self.needed(lora),
             reward=reward,
             dtype=self.trunk_dtype,
             checkpointing=self.checkpointing,

@@ -125,6 +125,13 @@ class OnPolicy(Updating):
             return super().configure_callbacks()
         return [PolicyGuard(), *super().configure_callbacks()]
 
+    def setup(self, stage: str) -> None:
+        """Refuse texts beside the prompts, or their lack, as soon as the data is known."""
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and hasattr(data, "texts_as"):
+            self._require_texts(data.texts_as)
+
     def on_train_start(self) -> None:
         """Remember which weights reference and reward have."""
         super().on_train_start()
@@ -146,17 +153,21 @@ class OnPolicy(Updating):
         """Learn nothing more where a resumed run already has its episodes."""
         super().on_train_batch_start(batch, batch_idx)
         texts = batch.texts if isinstance(batch, MixedBatch) else None
-        if isinstance(texts, PairBatch) and not self.learns_pairs:
+        self._require_texts({RatedBatch: "demonstrations", PairBatch: "pairs"}.get(type(texts)))
+        return -1 if self._stop_when_done() else None
+
+    def _require_texts(self, kind: str | None) -> None:
+        """Refuse texts beside the prompts that nothing learns, and an ``lm_weight`` without any."""
+        if kind == "pairs" and not self.learns_pairs:
             raise ValueError(
                 f"{type(self).__name__} learns no pairs beside its own responses; INPO does. Set "
                 "data.texts_as: demonstrations and lm_weight to imitate the chosen ones."
             )
-        if isinstance(texts, RatedBatch) != (self.lm_weight > 0):
+        if (kind == "demonstrations") != (self.lm_weight > 0):
             raise ValueError(
                 f"lm_weight is {self.lm_weight:g}, and the data gives {'no ' * (self.lm_weight > 0)}texts beside "
                 "its prompts. Texts to imitate come from MixedDataModule, and lm_weight above 0 learns them."
             )
-        return -1 if self._stop_when_done() else None
 
     def _stop_when_done(self) -> bool:
         done = self.max_episodes is not None and self.episodes >= self.max_episodes

@@ -47,17 +47,12 @@ class Pairwise(Judging):
     def __init__(
         self,
         trunk: str,
-        lora: LoraSpec = LoraSpec(),
+        lora: LoraSpec | None = LoraSpec(),
         beta: Positive = 0.1,
         keep_reference: bool = False,
         **settings: Any,
     ) -> None:
-        if lora is None:
-            raise ValueError(
-                f"{type(self).__name__} has its reference in the trunk without the adapter, so lora cannot be "
-                "null. Give its rank and alpha."
-            )
-        super().__init__(trunk, lora=lora, **settings)
+        super().__init__(trunk, lora=self.needed(lora), **settings)
         self.beta = beta
         self.keep_reference = keep_reference
         self._kept: dict[int, float] = {}

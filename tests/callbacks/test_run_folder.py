@@ -12,15 +12,22 @@ from tests.callbacks.phased import Phased, Rows, quiet_trainer
 
 def test_without_a_logger_runs_never_share_a_folder(tmp_path: Path) -> None:
     trainers = [quiet_trainer(tmp_path, []) for _ in range(2)]
-    # A dry run's logger saves nothing.
-    dry = quiet_trainer(tmp_path, [], logger=CSVLogger(tmp_path), fast_dev_run=True)
-    dry.fit(Phased(lambda module: None), Rows(1))
-    trainers.append(dry)
     folders = [run_folder(trainer) for trainer in trainers]
-    assert folders == [tmp_path / f"version_{number}" for number in range(3)]
+    assert folders == [tmp_path / f"version_{number}" for number in range(2)]
     assert all(folder.is_dir() for folder in folders)
     # Asked again, a trainer stays where it is.
     assert [run_folder(trainer) for trainer in trainers] == folders
+
+
+def test_what_a_dry_run_writes_is_not_kept(tmp_path: Path) -> None:
+    dry = quiet_trainer(tmp_path, [], logger=CSVLogger(tmp_path), fast_dev_run=True)
+    dry.fit(Phased(lambda module: None), Rows(1))
+    folder = run_folder(dry)
+    assert folder.is_dir()
+    assert tmp_path not in folder.parents
+    del dry
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_trainers_are_not_kept_alive(tmp_path: Path) -> None:

@@ -243,7 +243,9 @@ def test_best_checkpoint_is_handed_over(kind: str, hydra_trunk: Path, tmp_path: 
 def test_dry_run_leaves_nothing(kind: str, hydra_trunk: Path, tmp_path: Path) -> None:
     module = MAKERS[kind](str(hydra_trunk))
     batches = tiny.batches_for(module)
+    saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
     options: dict[str, Any] = {"fast_dev_run": True, "default_root_dir": tmp_path}
+    options["callbacks"] = [saving]
     trainer, _ = tiny.fit(module, tmp_path, batches, held_out=batches[:1], **options)
     assert trainer.global_step > 0
     assert list(tmp_path.rglob("*")) == []
