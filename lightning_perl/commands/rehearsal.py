@@ -227,14 +227,19 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
         def update(rows: int) -> None:
             self.update(rows if scored == micro else scored, rows, accumulate=True)
 
-        return {
-            "micro_batch_size": (micro, update),
-            "rollout_rows": (self._sampled_rows, self.rollout),
-        }
+        sizes: dict[str, tuple[int, Callable[[int], None]]] = {"micro_batch_size": (micro, update)}
+        if not self.module.rollout_engine.elsewhere:
+            sizes["rollout_rows"] = (self._sampled_rows, self.rollout)
+        return sizes
 
     def rollout(self, rows: int) -> None:
-        """Sample the first token of every response, then its last; every row reads its own prompt."""
+        """Sample the first token of every response, then its last; every row reads its own prompt.
+
+        Nothing is sampled here where servers do it.
+        """
         module, load, ledger = self.module, self.load, self.ledger
+        if module.rollout_engine.elsewhere:
+            return
         spec = replace(
             module.sampling, max_new_tokens=load.response_tokens, stop=(), batch_size=None
         )
