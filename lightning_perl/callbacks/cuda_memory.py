@@ -34,13 +34,10 @@ def resident_bytes() -> int:
 class CudaMemoryMonitor(PhaseMeter):
     """Logs the peak memory of every phase, once per train batch, and prints it when the fit ends.
 
-    Keys, in GiB, lower is better:
-
-    - ``memory/{phase}_peak_allocated_gib``: most that tensors held at once during the phase.
-    - ``memory/{phase}_peak_reserved_gib``: most that PyTorch's allocator held of the device.
-    - ``memory/{phase}_resident_gib``: instead of the two above where the run is not on CUDA. Physical memory
-      of this process, the larger of its readings at the phase's start and end. A buffer that lived only inside
-      the phase may be missed, and memory that the system has not taken back is counted.
+    On CUDA it is the most that tensors held at once (``memory/{phase}_peak_allocated_gib``), and the most that
+    PyTorch's allocator held of the device (``_peak_reserved_gib``). Elsewhere it is the physical memory of this
+    process (``_resident_gib``), the larger of its readings at the phase's start and end: a buffer that lived only
+    inside the phase may be missed, and memory that the system has not taken back is counted.
 
     A phase that ran several times in the train batch has its largest value; a phase inside another counts for
     both. A train batch whose module names no phase is one phase, ``step``. The peaks of

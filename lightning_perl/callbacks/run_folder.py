@@ -10,13 +10,15 @@ from typing import TextIO
 from weakref import WeakKeyDictionary, finalize
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
 except ImportError:  # Windows
     flock = None  # type: ignore[assignment]
 
+_COUNTING = CSVLogger | TensorBoardLogger
+"""Loggers that number their runs."""
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 # Folders that a trainer made, so that no other run lies in them.
 _MADE: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
@@ -44,12 +46,12 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def _choose(trainer: Trainer) -> Path:
-    logger: Logger | None = trainer.loggers[0] if trainer.loggers else None
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         kept_meanwhile = mkdtemp()
         finalize(trainer, shutil.rmtree, kept_meanwhile, ignore_errors=True)
         return Path(kept_meanwhile)
-    if isinstance(logger, CSVLogger | TensorBoardLogger):
+    logger = trainer.logger
+    if isinstance(logger, _COUNTING):
         claim(trainer)
         return Path(logger.log_dir)
     if isinstance(logger, WandbLogger):
@@ -81,8 +83,8 @@ def claim(trainer: Trainer) -> None:
     Loggers take the next number without making its folder, so that runs which start together share one; and a
     `CSVLogger` that goes on in a folder deletes the metrics there.
     """
-    logger = trainer.loggers[0] if trainer.loggers else None
-    if not isinstance(logger, CSVLogger | TensorBoardLogger) or not trainer.is_global_zero:
+    logger = trainer.logger
+    if not isinstance(logger, _COUNTING) or not trainer.is_global_zero:
         return
     if trainer in _MADE or logger._experiment is not None:
         return
@@ -114,10 +116,7 @@ def _append_to(metrics: Path, logger: CSVLogger) -> None:
 def holds_another_run(trainer: Trainer) -> bool:
     """Whether the run's folder was there before, with something in it."""
     folder = run_folder(trainer)
-    counted = isinstance(
-        trainer.loggers[0] if trainer.loggers else None, CSVLogger | TensorBoardLogger
-    )
-    before = counted and trainer not in _MADE
+    before = isinstance(trainer.logger, _COUNTING) and trainer not in _MADE
     return before and any((folder / name).exists() for name in ("checkpoints", "adapters", "trunk"))
 
 

@@ -69,21 +69,12 @@ def _synchronize(device: torch.device | None) -> None:
 
 
 class SpeedMonitor(Checked, PhaseMeter):
-    """Logs how fast each phase runs, once per train batch.
+    """Logs how fast each phase runs, once per train batch: the keys ``speed/...`` of docs/logged_keys.md.
 
-    Keys:
-
-    - ``speed/{phase}_seconds``: wall time of the phase, all its runs in the train batch together. Time inside a
-      nested phase counts for the nested one alone. A module that names no phase has one, ``step``.
-    - ``speed/{rollout,score,update}_tokens_per_second``: the module's own count over the seconds of that phase,
-      for ``update`` over ``actor``, ``critic`` and ``optimizer`` together. For a module without phases
-      ``speed/step_tokens_per_second``.
-    - ``speed/seconds_per_episode``: wall time of the whole train batch over its episodes. Other callbacks' work
-      in it is included.
-    - ``speed/tflops``: model FLOPs of the train batch, in 10^12, over its wall time.
-      ``speed/{phase}_tflops``: those of a phase over its seconds.
-    - ``speed/mfu``: ``speed/tflops`` over this machine's peak, from 0 to 1. Padding counts as work here, not in
-      tokens per second. Recomputation for activation checkpointing does not count.
+    Time inside a nested phase counts for the nested one alone; ``update`` is ``actor``, ``critic`` and
+    ``optimizer`` together, and a module that names no phase has one, ``step``. Seconds per episode include other
+    callbacks' work in the train batch. Padding counts as work, but not in tokens per second; recomputation for
+    activation checkpointing does not count.
 
     Tokens and episodes need a ``training_step`` that returns ``{"episodes": int, "tokens": {"rollout": int,
     "score": int, "update": int}}``, as on-policy modules do, or ``{"loss": ..., "tokens": {"step": int}}``.

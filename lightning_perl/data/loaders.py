@@ -122,7 +122,7 @@ class Positioned:
         self._go_to(Place(*(state[key] for key in Place._fields)))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FixedLoader:
     """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
@@ -156,7 +156,7 @@ class FixedLoader:
         return len(self.batches())
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ResumableLoader(FixedLoader, Positioned):
     """Yields shuffled batches from where it stands; its position can be saved and loaded.
 
@@ -197,7 +197,7 @@ class ResumableLoader(FixedLoader, Positioned):
             yield batch
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class StreamingLoader(Positioned):
     """Batches of rows that are read as they come; no more than one block of them is in memory.
 

@@ -78,11 +78,10 @@ def parse_json(text: str) -> Any:  # noqa: ANN401
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        end = longest(r"[\[{]+").end()
-        raise json.JSONDecodeError("nested too deeply", text, end - 1) from None
+        problem, place = "nested too deeply", longest(r"[\[{]+").end() - 1
     except ValueError:
-        start = longest(r"\d+").start()
-        raise json.JSONDecodeError("too long an integer", text, start) from None
+        problem, place = "too long an integer", longest(r"\d+").start()
+    raise json.JSONDecodeError(problem, text, place)
 
 
 def is_html(head: bytes) -> bool:

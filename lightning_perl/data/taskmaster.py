@@ -32,10 +32,6 @@ from lightning_perl.data.rows import (
     stable_hash,
 )
 
-_FOLDERS = {
-    "coffee": ("taskmaster-coffee", "TM-4-2024"),
-    "ticketing": ("taskmaster-ticketing", "TM-3-2020"),
-}
 _TAG = re.compile(r"[<\[](U|A|PN|PAN|PAV|PR|PRAN|PRAV|S)[>\]]")
 
 
@@ -125,26 +121,25 @@ class TaskmasterDataModule(ConversationDataModule):
         """Returns demonstrations and rated turns, divided by dialog."""
         splits = Splits([], [], [])
         for kind, corpus in self._corpora.items():
-            items = self._items(kind, corpus)
+            items = list(self._items(kind, corpus))
             (self._divide_demonstrations if kind == "data" else self._divide_thumbs)(items, splits)
         return splits
 
-    def _items(self, kind: str, corpus: Corpus) -> list[Item]:
+    def _items(self, kind: str, corpus: Corpus) -> Iterator[Item]:
         files = corpus.files(self.data_dir)
         if not files:
-            short, upstream = _FOLDERS[self.task]
+            wanted = self.data_dir / corpus.layouts[0]["train"]
             raise FileNotFoundError(
-                f"No {kind}_*.json (or {kind}_*.json.gz) in {self.data_dir / short / kind} (data.data_dir = "
-                f"{str(self.data_dir)!r}). Download {upstream}/{kind}/{kind}_*.json of {corpus.home} and put the "
-                f"files there, or point data.data_dir at the folder that holds {upstream}/."
+                f"No {wanted.name} (or {wanted.name}.gz) in {wanted.parent} (data.data_dir = "
+                f"{str(self.data_dir)!r}). {corpus.home}"
             )
-        return [item for _, file in files for item in self._items_of(file, kind)]
-
-    def _items_of(self, file: Path, kind: str) -> Iterator[Item]:
-        if ".tsv" in file.suffixes:
-            return self.usable(tsv_rows(file, self.bad_row), reading("ticketing")(_next_turns))
         read = reading(self.task)(_dialog if kind == "data" else _rated_turn)
-        return self.usable(json_rows(file, self.bad_row), read)
+        for _, file in files:
+            if ".tsv" in file.suffixes:
+                rows = tsv_rows(file, self.bad_row)
+                yield from self.usable(rows, reading("ticketing")(_next_turns))
+            else:
+                yield from self.usable(json_rows(file, self.bad_row), read)
 
     def _divide_demonstrations(self, items: list[Item], splits: Splits) -> None:
         # Another hash than hold_out's, or the kept dialogs would all be held out.
