@@ -83,7 +83,7 @@ class FakeServer:
     def answer(self, path: str, body: Json) -> tuple[int, Json | str]:
         """Status and what is answered."""
         if path == "/v1/models":
-            window = 8 if self.fault == "window" else 64
+            window = 8 if self.fault == "window" else 128
             own = {"id": NAME, "parent": None, "max_model_len": window}
             return 200, {"data": [{"id": "other", "parent": NAME}, own]}
         if path == "/server_info":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import shlex
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,16 +16,20 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 
+from lightning_perl.cli import main
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import PPO, RAFT, RLOO
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts import VllmServers
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
 from tests.modules.tiny import TrainerFolder
 from tests.rollouts.fake_server import FakeServer
+from tests.test_project import marked_block
+from tests.test_scale import SMALL
 
 SAMPLING = SamplingSpec(max_new_tokens=6, temperature=0.7)
 
@@ -261,3 +268,40 @@ def test_a_run_whose_servers_die_goes_on_as_if_they_had_not(
     assert goes_on.global_step == trainer.global_step == 3
     for name, weight in tiny.weights(straight).items():
         assert_close(again.state_dict()[name], weight, rtol=0, atol=1e-12)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "servers.md"
+
+
+def commands_of(terminal: str) -> list[list[str]]:
+    """Words of the commands in one of the page's blocks."""
+    block = marked_block(PAGE.read_text("utf-8"), f"{terminal} terminal")
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_the_page_trains_and_talks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trunk = load_trunk(unpackaged("packaged:quickstart/trunk"))
+    server = FakeServer(trunk)
+    fit, generate = (words[3:] for words in commands_of("second"))
+    fit = [word.replace("http://localhost:8000", server.url) for word in fit]
+    main([*fit, *SMALL, "--model.max_episodes=6", "--trainer.callbacks=[]"])
+    assert server.completed > 6
+    main(generate)
+    assert "[score " in capsys.readouterr().out
+    header, *rows = Path("runs/quickstart/version_0/metrics.csv").read_text().splitlines()
+    columns = [row.split(",")[header.split(",").index("rollout/mismatch")] for row in rows]
+    assert max(float(number) for number in columns if number) < 1e-5
+    server.stop()
+
+
+def test_the_settings_of_the_page_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    (settings,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text("utf-8"), re.S)
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", "quickstart", "--config", settings, "--print_config"])
+    printed = capsys.readouterr().out
+    assert all(f"{name}:" in printed for name in inspect.signature(VllmServers).parameters)
