@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def run(name: str, case: Case, work: Path, side: str) -> Values:
     """All numbers of a case by name."""
     kept: dict[str, Any] = {}
     torch.manual_seed(0)
+    random.seed(0)  # its state is in checkpoints
     runs = work / ("before" if side == "old" else side)
     module, data = built(case, work, runs)
     recorder, root = Recorder(kept), runs / name
