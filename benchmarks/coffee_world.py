@@ -14,7 +14,8 @@ row), so it is the same in every process and for any number of rows. Orders are 
 held-out order is ever in a training row. No text is Taskmaster's.
 
 Files, for ``PreferenceDataModule``: ``rated_{train,val,test}.jsonl.gz``, demonstrations without a label and
-answers with a thumb; ``prompts_{train,val,test}.jsonl.gz``, distinct prompts. The packaged trunk saw seed 0.
+answers with a thumb; ``prompts_{train,val,test}.jsonl.gz``, distinct prompts; ``pairs_train.jsonl.gz``, two
+answers to each of some more, the better one chosen. The packaged trunk saw seed 0.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ FIRST_ROW = {
     "prompts": 20_000_000,
     "val": 30_000_000,
     "test": 40_000_000,
+    "pairs": 50_000_000,
 }
 
 GREETINGS = (
@@ -286,11 +288,20 @@ def answer_row(order: Order, labelled: bool) -> dict[str, Any]:
     return {**prompt_row(order), "response": text, **label}
 
 
+def pair_row(order: Order) -> dict[str, Any]:
+    """Returns two answers of the barista as a pair, the one of higher quality chosen."""
+    again = replace(order, row=order.row + 5_000_000)
+    texts = [answer(order, faults(drawn)) for drawn in (order, again)]
+    worse, better = sorted(texts, key=lambda text: quality(order.mentions, text))
+    return {**prompt_row(order), "chosen": better, "rejected": worse}
+
+
 def world(
     demonstrations: int = 8000,
     thumbs: int = 8000,
     prompts: int = 8000,
     held_out: int = 256,
+    pairs: int = 1024,
     seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
     """Returns the rows of every file.
@@ -300,6 +311,7 @@ def world(
         thumbs: Training answers with a thumb.
         prompts: Distinct training prompts.
         held_out: Held-out prompts, thumbs and demonstrations, each, of validation and test.
+        pairs: Training prompts with two answers, where these differ.
         seed: Names the world.
     """
     files = {
@@ -312,6 +324,11 @@ def world(
         ],
         "prompts_train": [
             prompt_row(o) for o in orders("prompts", "train", prompts, seed, distinct=True)
+        ],
+        "pairs_train": [
+            row
+            for row in map(pair_row, orders("pairs", "train", pairs, seed, distinct=True))
+            if row["chosen"] != row["rejected"]
         ],
     }
     for split in ("val", "test"):
@@ -335,6 +352,7 @@ def main(flags: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--held_out", type=int, default=256, help="Rows of a kind to validate and test on."
     )
+    parser.add_argument("--pairs", type=int, default=1024, help="Training pairs.")
     parser.add_argument(
         "--seed", type=int, default=0, help="Names the world; another seed, other rows."
     )

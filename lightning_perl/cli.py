@@ -73,9 +73,9 @@ ANY_MODULE_ON_ANY_DATA: dict[str, Any] = {
 
 
 def packaged_configs() -> dict[str, Path]:
-    """The YAML files that come with the package, by name."""
+    """The YAML files that come with the package, by name, as in ``own/rloo.yaml``."""
     folder = Path(str(files("lightning_perl").joinpath("quickstart")))
-    return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 @cache

@@ -20,6 +20,6 @@ def unpackaged(source: str) -> str:
     if not path.exists():
         raise FileNotFoundError(
             f"{source}: lightning_perl ships no such file; it ships packaged:quickstart/trunk and "
-            "packaged:quickstart/orders/prompts_train.jsonl.gz (also rated_, also _val and _test)."
+            "packaged:quickstart/orders/prompts_train.jsonl.gz (also rated_, pairs_; also _val, _test)."
         )
     return str(path)

@@ -18,6 +18,8 @@ WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Trunks stay in eval mode between training passes by design (see `Trunk.training_pass`).
     r"Found \d+ module\(s\) in eval mode at the start",
+    # Checkpoints are written behind the update, as all that a run goes on with is.
+    "Using ModelCheckpoint with manual optimization",
     # PEFT asks transformers by an old name.
     "`is_gradient_checkpointing` is deprecated",
 )

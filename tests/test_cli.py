@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +22,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import lightning_perl
 from lightning_perl.cli import config_source, main, packaged_configs, run
 from lightning_perl.commands.going_on import newest_checkpoint
+from lightning_perl.packaged import unpackaged
 from tests.conftest import TinyTrunk
 from tests.data.orders import prompt_data
 from tests.modules import tiny
+from tests.test_project import marked_block, project
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,7 +150,7 @@ def test_every_spelling_of_config_finds_the_packaged_quickstart(
 def test_a_missing_config_is_named_with_the_packaged_ones(
     command: str,
 ) -> None:
-    words = r"^nope.yaml is no file .*hydra_sft.yaml, new_trunk.yaml, quickstart.yaml"
+    words = r"^nope.yaml is no file .*new_trunk.yaml, own/coffee.yaml, .*quickstart.yaml"
     with pytest.raises(FileNotFoundError, match=words):
         main([command, "--config", "nope.yaml"])
 
@@ -558,3 +562,26 @@ def test_what_needs_neither_data_nor_weights_is_refused_first(
     monkeypatch.setattr("sys.argv", ["lightning_perl", *given])
     with pytest.raises(SystemExit, match=f"^error: .*{words}"):
         run()
+
+
+def test_the_readme_s_three_commands_run_as_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def typed(_: str) -> str:
+        if not lines:
+            raise EOFError
+        return lines.pop()
+
+    lines = ["a large tea please"]
+    monkeypatch.setattr("builtins.input", typed)
+    page = (ROOT / "README.md").read_text("utf-8")
+    small = ["--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
+    small += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.batch_size=4"]
+    for command in marked_block(page, "own-commands").splitlines():
+        program, *words = shlex.split(command)
+        assert program in project()["scripts"]
+        few = small + ["--model.max_episodes=16"] * ("--model.max_episodes" in words)
+        main([*words, *(few if words[0] == "fit" else [])])
+    assert "policy, score" in capsys.readouterr().out
+    (loading,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    exec(loading.replace("TRUNK", unpackaged("packaged:quickstart/trunk")))

@@ -24,7 +24,7 @@ from tests.data.orders import orders
 
 ROOT = Path(__file__).parents[1]
 # A link and its target are one config.
-FOUND = [*ROOT.glob("lightning_perl/quickstart/*.yaml"), *ROOT.glob("configs/**/*.yaml")]
+FOUND = [*ROOT.glob("lightning_perl/quickstart/**/*.yaml"), *ROOT.glob("configs/**/*.yaml")]
 CONFIGS = sorted({path.resolve() for path in FOUND})
 
 
@@ -38,6 +38,8 @@ def kind(path: Path) -> str:
     keys = content(path).keys()
     if {"model", "data", "trainer"} <= keys:
         return "fit"
+    if keys == {"model", "data"}:
+        return "layer"
     if {"model", "trainer"} <= keys:
         return "recipe"
     if keys == {"data"}:
@@ -245,7 +247,7 @@ def outputs(path: Path) -> set[str]:
     config = content(path)
     if kind(path) == "new-trunk":
         return {config["folder"]}
-    if kind(path) in ("logger", "data"):
+    if kind(path) in ("logger", "data", "layer"):
         return set()
     run = run_of(config)
     return {(run.with_name("latest") / name).as_posix() for name in ("trunk", "adapters/reward")}
@@ -271,11 +273,14 @@ def test_hydra_sft_config_hands_a_reward_head_to_hydra_ppo(trunk: Path, corpora:
     assert json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"] == str(written)
 
 
-def test_the_quickstart_in_configs_is_a_relative_link_into_the_package() -> None:
-    link = ROOT / "configs" / "quickstart.yaml"
-    assert link.is_symlink()
-    assert link.readlink() == Path("../lightning_perl/quickstart/quickstart.yaml")
-    assert link.resolve() in CONFIGS
+def test_packaged_configs_are_relative_links_in_configs() -> None:
+    own = [f"own/{name}.yaml" for name in ("coffee", "reward_model", "rloo")]
+    for name in ("quickstart.yaml", *own):
+        link = ROOT / "configs" / name
+        assert link.readlink() == Path(
+            "../" * name.count("/"), "../lightning_perl/quickstart", name
+        )
+        assert link.resolve() in CONFIGS
 
 
 def test_a_yaml_of_an_unknown_kind_is_an_error(tmp_path: Path) -> None:

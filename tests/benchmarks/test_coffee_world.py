@@ -38,7 +38,7 @@ def test_the_packaged_files_are_what_the_script_writes(world: ModuleType, tmp_pa
         for folder in (PACKAGED, tmp_path)
     )
     assert packaged.keys() == {f"{kind}_{split}.jsonl.gz" for kind in ("rated", "prompts")
-                               for split in ("train", "val", "test")}  # fmt: skip
+                               for split in ("train", "val", "test")} | {"pairs_train.jsonl.gz"}  # fmt: skip
     assert [name for name in packaged if packaged[name] != written[name]] == []
     assert sum(file.stat().st_size for file in PACKAGED.iterdir()) < 400_000
 
