@@ -576,7 +576,11 @@ def test_the_readme_s_three_commands_run_as_typed(
     monkeypatch.setattr("builtins.input", typed)
     page = (ROOT / "README.md").read_text("utf-8")
     small = ["--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
-    small += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.batch_size=4"]
+    small += [
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--data.batch_size=4",
+    ]
     for command in marked_block(page, "own-commands").splitlines():
         program, *words = shlex.split(command)
         assert program in project()["scripts"]
