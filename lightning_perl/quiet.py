@@ -25,16 +25,20 @@ WARNINGS = (
 )
 """How warnings begin."""
 RECORDS = {
-    # Advertisements for packages of Lightning AI; there is no switch for them.
-    "lightning.pytorch.utilities.rank_zero": "Tip: For seamless cloud",
+    "lightning.pytorch.utilities.rank_zero": (
+        # Advertisements for packages of Lightning AI; there is no switch for them.
+        "Tip: For seamless cloud",
+        # A trainer that is used again has those of its last use.
+        "The following callbacks returned in `LightningModule.configure_callbacks` will override",
+    ),
     # PEFT imports bitsandbytes wherever it is installed, whatever is quantized.
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
 }
-"""Words of a log record, by logger."""
+"""Words of log records, by logger."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return RECORDS[record.name] not in record.getMessage()
+    return not any(words in record.getMessage() for words in RECORDS[record.name])
 
 
 def hush() -> None:
