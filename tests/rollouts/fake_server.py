@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,12 +33,14 @@ class FakeServer:
         fault: How it misbehaves.
         adapters: Folders of what is loaded, by name.
         completed: Responses that it has given.
+        killed_by_second_push: A process that is killed when it pushes while an adapter is loaded.
     """
 
     def __init__(self, trunk: Trunk, fault: str = "", port: int = 0) -> None:
         self.trunk, self.fault = trunk, fault
         self.adapters: dict[str, Path] = {}
         self.completed = 0
+        self.killed_by_second_push: int | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -117,6 +121,8 @@ class FakeServer:
         }
 
     def load(self, name: str, folder: Path) -> tuple[int, str]:
+        if self.adapters and self.killed_by_second_push is not None:
+            os.kill(self.killed_by_second_push, signal.SIGKILL)
         if self.fault == "sees no folder":
             return 404, f"Loading lora {name} failed: No adapter found for {folder}"
         if self.fault == "refuses":

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shlex
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
@@ -26,7 +29,6 @@ from lightning_perl.rollouts import VllmServers
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
-from tests.modules.tiny import TrainerFolder
 from tests.rollouts.fake_server import FakeServer
 from tests.test_project import marked_block
 from tests.test_scale import SMALL
@@ -240,34 +242,46 @@ def test_a_policy_that_no_server_has_is_refused_before_weights_are_read(
         tiny.on_policy(RLOO, Path("nowhere"), rollout_engine=engine, **settings)
 
 
-def test_a_run_whose_servers_die_goes_on_as_if_they_had_not(
+def test_a_run_whose_servers_die_or_that_is_killed_in_a_push_goes_on_as_if_nothing_had_been(
     folder: Path, start: Start, tmp_path: Path
 ) -> None:
     def run(
         server: FakeServer, name: str, path: Path | None = None, then: str = ""
-    ) -> tuple[PPO, TrainerFolder]:
+    ) -> tuple[PPO, Trainer]:
         torch.manual_seed(1)
         engine = VllmServers([server.url])
         module = tiny.hydra(folder, sampling=SAMPLING, rollout_engine=engine)
         later = LambdaCallback(on_train_batch_end=lambda *_: setattr(server, "fault", then))
-        given = tiny.quiet_trainer(tmp_path / name, ModelCheckpoint(save_last=True), later)
+        saves = ModelCheckpoint(save_last=True, every_n_train_steps=1)
+        trainer, _ = tiny.quiet_trainer(tmp_path / name, saves, later)
         batches = tiny.Batches([tiny.prompts(3, seed) for seed in range(3)])
-        given.trainer.fit(module, batches, ckpt_path=path, weights_only=True)
-        return module, given
+        trainer.fit(module, batches, ckpt_path=path, weights_only=True)
+        return module, trainer
 
-    straight, (trainer, _) = run(start(), "straight")
+    straight, trainer = run(start(), "straight")
     assert trainer.callback_metrics["rollout/mismatch"] < 1e-12
     with (
         pytest.warns(match="its responses go to the other servers"),
         pytest.raises(RuntimeError, match="No server is left"),
     ):
-        run(start(), "killed", then="drops")
-    (left,) = (tmp_path / "killed").rglob("stopped.ckpt")
-    assert torch.load(left, weights_only=True)["global_step"] == 1
-    again, (goes_on, _) = run(start(), "killed", left)
-    assert goes_on.global_step == trainer.global_step == 3
-    for name, weight in tiny.weights(straight).items():
-        assert_close(again.state_dict()[name], weight, rtol=0, atol=1e-12)
+        run(start(), "died", then="drops")
+    server = start()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            run(server, "killed")
+        os._exit(0)
+    server.killed_by_second_push = child
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    server.killed_by_second_push = None
+    left = {"died": ("stopped.ckpt", start()), "killed": ("last.ckpt", server)}
+    for name, (file, asked) in left.items():
+        (path,) = (tmp_path / name).rglob(file)
+        assert torch.load(path, weights_only=True)["global_step"] == 1
+        again, goes_on = run(asked, name, path)
+        assert goes_on.global_step == trainer.global_step == 3
+        for key, weight in tiny.weights(straight).items():
+            assert_close(again.state_dict()[key], weight, rtol=0, atol=1e-12)
 
 
 # ---- the page ------------------------------------------------------------------------------------
