@@ -1,7 +1,7 @@
 """Memory of a model that can speak: what `estimate` says, PyTorch's allocator counts, and the process takes.
 
     python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data
-    python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data --allocators glibc mmap
+    python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data --methods RewardModel
 
 Four modules with LoRA of rank 16 on a bf16 trunk: `RewardModel` and `DPO` on batches of 8 pairs of HH harmless
 (256 + 128 tokens), `RLOO` and `PPO` (hydra) on batches of 32 answers of 48 tokens to prompts of up to 144, 8 at
@@ -9,8 +9,9 @@ once. Estimated, and counted by the allocator: a batch whose rows are all as lon
 most that the process took beyond what it had after its imports, over 12 batches of real pairs, or 3 of prompts,
 whose shapes differ; and the mean CPU seconds of a batch. Each figure is a process of its own with one thread;
 finished ones are kept. ``glibc`` is the C library's allocator as it is, ``mmap`` the same with
-MALLOC_MMAP_THRESHOLD_=1048576, so that what has more than 1 MiB goes back to the system when it is freed; a path
-is a library for LD_PRELOAD. Writes ``benchmarks/reports/real/memory.md``.
+MALLOC_MMAP_THRESHOLD_=1048576, so that what has more than 1 MiB goes back to the system when it is freed, ``huge``
+with PyTorch's THP_MEM_ALLOC_ENABLE=1 too, so that it comes in huge pages; a path is a library for LD_PRELOAD.
+Writes ``benchmarks/reports/real/memory.md``.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def resident(method: str, trunk: Path, data_dir: Path) -> dict[str, Any]:
 
 def environment(allocator: str) -> list[str]:
     """What stands before a child's command."""
-    known = {"glibc": [], "mmap": [f"MALLOC_MMAP_THRESHOLD_={MIB}"]}
+    mmap = [f"MALLOC_MMAP_THRESHOLD_={MIB}"]
+    known = {"glibc": [], "mmap": mmap, "huge": [*mmap, "THP_MEM_ALLOC_ENABLE=1"]}
     return ["env", "OMP_NUM_THREADS=1", *known.get(allocator, [f"LD_PRELOAD={allocator}"])]
 
 
@@ -142,7 +144,8 @@ def main() -> None:
     parser.add_argument("--trunk", type=Path, required=True)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--root", type=Path, default=Path("runs/real/memory"))
-    parser.add_argument("--allocators", nargs="+", default=["glibc", "mmap"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--allocators", nargs="+", default=["glibc", "mmap", "huge"])
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -157,7 +160,7 @@ def main() -> None:
     write_report(
         {
             method: {kind: measured(args.root, method, kind, given) for kind in kinds}
-            for method in METHODS
+            for method in args.methods
         },
         args.allocators,
         "`python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data`",

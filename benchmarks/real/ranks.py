@@ -3,7 +3,7 @@
     python benchmarks/real/ranks.py --trunk runs/real/trunk --data_dir ../shared/data
     python benchmarks/real/ranks.py --trunk runs/real/trunk --data_dir ../shared/data --report
 
-The task, its sizes and the 512 episodes are those of ``benchmarks/real/methods.py``: half a point for at most 20
+The task, its sizes and its episodes are those of ``benchmarks/real/methods.py``: half a point for at most 20
 words, half for a word of the question; gold is the share of held-out answers with both. LoRA: layout ``perl``, one
 bf16 trunk, alpha = rank, AdamW at that study's 1e-3. Full tuning: layout ``full``, a float32 actor, critic and
 reference, at 2e-5. Neither rate was swept. A JSON per run, finished runs are kept, one thread each. Writes
