@@ -33,7 +33,6 @@ from sklearn.linear_model import LogisticRegression
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from coffee import bag_of_words, lengths_only, resampled, texts
-from lightning_perl.data.folds import assign_folds, held_out
 from perl_reward import balance, judged, longer_is_better, measures, read
 from record import machine, table, words_of
 from small_trunk import GivenRows, adam, fitted, linear_decay, middle, run_missing
@@ -43,7 +42,7 @@ from lightning_perl.data import (
     HelpfulnessDataModule,
     TaskmasterDataModule,
 )
-from lightning_perl.data.rows import Item, Pair, Splits, first_row
+from lightning_perl.data.rows import Item, Pair, Splits, assign_folds, first_row, held_out
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.modules import RewardModel
 
