@@ -366,8 +366,10 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
     """Returns the sources that an argument names; see :data:`Sources`."""
     if isinstance(value, str | Path):
         value = [value]
+    elif hasattr(value, "to_list"):  # a Dataset of `datasets`
+        value = value.to_list()
     # An element that is no row is a bad row, with its number.
-    if value and isinstance(value, list) and not any(isinstance(p, str | Path) for p in value):
+    if isinstance(value, list) and value and not any(isinstance(p, str | Path) for p in value):
         return [Source(argument, value)]
     weights = value if isinstance(value, dict) else {}
     if weights and argument != "data.train":
@@ -375,19 +377,20 @@ def sources_of(value: Sources, argument: str) -> list[Source]:
             f"{argument}: rows to measure on are read as they are, so weights mean nothing. Give a list."
         )
     for place, weight in weights.items():
-        if not 0 < weight < math.inf:
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(
-                f"{argument}: the weight of {place!r} must be above 0, got {weight}. Leave out what is not "
-                "wanted."
+                f"{argument}: the weight of {place!r} must be a number above 0, got {str(weight)[:40]!r}. Leave "
+                "out what is not wanted; rows are given in a list."
             )
-    if not value or not all(isinstance(place, str | Path) for place in value):
+    places = list(value) if isinstance(value, list | dict) else []
+    if not places or not all(isinstance(place, str | Path) for place in places):
         raise ValueError(
             f"{argument} must be a file, a name of the hub, a list of rows (mappings), a list of files and "
             f"names, or a mapping from files and names to weights; got {str(value)[:80]!r}."
         )
     return [
         Source(argument, unpackaged(str(place)), weights.get(place), number)
-        for number, place in enumerate(value)
+        for number, place in enumerate(places)
     ]
 
 

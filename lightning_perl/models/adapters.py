@@ -469,10 +469,14 @@ def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:
-    """Names of the linear layers in decoder blocks: those with a number, as in ``model.layers.3.mlp.up_proj``."""
+    """Names of the linear layers in decoder blocks: those with a number, as in ``model.layers.3.mlp.up_proj``.
+
+    Without routers of experts that give several tensors (Llama 4, PhiMoE), and DeepSeek-V4's products in groups.
+    """
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and any(part.isdigit() for part in name.split("."))
+        and not any(word in type(module).__name__ for word in ("Router", "Grouped"))
     ]

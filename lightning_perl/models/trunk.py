@@ -80,6 +80,9 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.shortcuts = chosen(shortcuts)
+        if model.base_model is model:
+            # Llama 4's prefix is of a part that only its model with vision has.
+            model.base_model_prefix = "model"
         self.model = model
         self.tokenizer = tokenizer
         self.source = source

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from lightning_perl.batches import RatedBatch
@@ -42,11 +43,14 @@ def answers(module: PreferenceDataModule, batches: list[RatedBatch]) -> list[str
     ]
 
 
-def test_rows_may_be_a_list_or_in_several_files(build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_rows_may_be_a_list_or_in_several_files(
+    build: Build, tmp_path: Path, kind: Callable[[list[Any]], Any]
+) -> None:
     given = rows("a", 5)
     array = tmp_path / "rows.json"
     array.write_text(json.dumps(rows("b", 2)))
-    module = build(train=given, val=[str(array), write(tmp_path / "c.jsonl", "c", 3)])
+    module = build(train=kind(given), val=[str(array), write(tmp_path / "c.jsonl", "c", 3)])
     module.setup()
     assert module.splits is not None
     assert [len(split) for split in module.splits] == [5, 5, 5]
@@ -61,8 +65,10 @@ def test_rows_may_be_a_list_or_in_several_files(build: Build, tmp_path: Path) ->
         ([], "data.train must be a file, a name of the hub, a list of rows"),
         ({}, "data.train must be a file"),
         ([{"prompt": "q"}, "a.jsonl"], "data.train must be a file"),
-        ({"a.jsonl": 0.0}, "the weight of 'a.jsonl' must be above 0, got 0.0"),
-        ({"a.jsonl": float("nan")}, "the weight of 'a.jsonl' must be above 0, got nan"),
+        ({"a.jsonl": 0.0}, "the weight of 'a.jsonl' must be a number above 0, got '0.0'"),
+        ({"a.jsonl": float("nan")}, "the weight of 'a.jsonl' must be a number above 0, got 'nan'"),
+        ({"prompt": "q", "response": "a"}, "weight of 'prompt' .*; rows are given in a list"),
+        (torch.zeros(2), "data.train must be a file"),
     ],
 )
 def test_what_is_no_source_is_refused(build: Build, train: Any, words: str) -> None:  # noqa: ANN401

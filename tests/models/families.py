@@ -106,6 +106,12 @@ RECURRENT: dict[str, Settings] = {
     "zamba2": _family(
         "zamba2", _GROUPED, _ZAMBA, _ZAMBA_STATE, layers_block_type=["mamba", "hybrid"]
     ),
+    # Its configuration of text alone has a base model of another name than its prefix.
+    "llama4": _family(
+        "llama4_text", _GROUPED, head_dim=8, num_local_experts=4, intermediate_size_mlp=48,
+        moe_layers=[1], no_rope_layers=[1, 0], attention_chunk_size=256,
+    ),
+    "phimoe": _family("phimoe", _GROUPED, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 """Families with states that are neither keys nor values, experts, or layers that PEFT cannot adapt."""
 
@@ -126,6 +132,8 @@ _TARGETS = {
     "mamba": "in_proj",
     "bamba": "down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj",
     # Parts that a list of modules shares the name of are named with what stands before them.
+    # Their routers are linear layers that give two tensors.
+    "phimoe": "k_proj o_proj q_proj v_proj",
     "zamba2": "0.0 0.1 down_proj gate_up_proj in_proj k_proj linear o_proj q_proj v_proj",
 }
 TARGETS = {family: tuple(ends.split()) for family, ends in _TARGETS.items()}
