@@ -16,8 +16,8 @@ from lightning_perl.models.adapters import stored_spec
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 # What a notebook's size cells say, and what a test has time for.
-SMALL = {"EPISODES": 8, "BATCH": 4, "HELD_OUT": 4}
-SIZES = {
+SMALL: dict[str, object] = {"EPISODES": 8, "BATCH": 4, "HELD_OUT": 4}
+SIZES: dict[str, dict[str, object]] = {
     "quickstart": SMALL,
     "reward_model": {"ROWS": 32, "HELD_OUT": 16},
     "memory": {"LAYERS": 2, "TOKENS": 32, "LAYOUTS": '("hydra",)'},
@@ -44,7 +44,7 @@ SAYS = {
 
 def small(path: Path) -> nbformat.NotebookNode:
     """A notebook with smaller sizes; one that is not there is an error."""
-    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    notebook: nbformat.NotebookNode = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     for name, size in SIZES[path.stem].items():
         hits = 0
         for cell in notebook.cells:

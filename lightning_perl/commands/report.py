@@ -13,7 +13,8 @@ from lightning_perl.callbacks.console import show
 from lightning_perl.commands.trained import Series, held_out, series_of, settings_of
 
 CURVES = (
-    ("Score", ("rollout/score", "gold/score", "val/score", "val/gold")),
+    ("Score", ("rollout/score", "val/score")),
+    ("Gold", ("gold/score", "val/gold")),
     ("KL to the reference, nats per response", ("rollout/kl", "val/kl")),
     ("Length, tokens", ("rollout/response_tokens", "val/response_tokens")),
     ("Loss", ("train/loss", "train/policy_loss", "val/loss")),
