@@ -25,8 +25,8 @@ from lightning.pytorch import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from methods import BATCH, COLUMNS, EPISODES, RATE, SEEDS, asked, policy, risen
-from perl_reward import read, spread
+from methods import BATCH, COLUMNS, EPISODES, RATE, SEEDS, asked, cells_of, policy
+from perl_reward import read
 from perl_rl import BETA, VARIANTS, Course
 from record import machine, table, words_of
 from small_trunk import adam, fitted, resident_mb, run_missing
@@ -70,20 +70,12 @@ def train(variant: str, seed: int, trunk: Path, data_dir: Path) -> dict[str, Any
 def write_report(root: Path) -> None:
     """A row per way of tuning."""
     runs = read(root)
-    first = (
-        "reference",
-        "",
-        "",
-        "0",
-        *(spread([run[f"reference_{key}"] for run in runs]) for key in ("gold", "score")),
-    )
-    rows = [[*first, "0", *[""] * (len(COLUMNS) - 3)]]
+    before = [f"{runs[0][f'reference_{key}']:.3f}" for key in ("gold", "score")]
+    rows = [["reference", "", "", "0", *before, "0", *[""] * (len(COLUMNS) - 3)]]
     for variant in VARIANTS:
         mine = [run for run in runs if run["variant"] == variant]
         if mine:
-            cells = [spread([run[key] for run in mine]) for key in COLUMNS.values()]
-            rise = spread([risen(run) for run in mine], 2)
-            rows.append([variant, f"{mine[0]['trained']:,}", str(len(mine)), rise, *cells])
+            rows.append([variant, f"{mine[0]['trained']:,}", str(len(mine)), *cells_of(mine)])
     head = ["tuning", "actor's weights", "seeds", "rise of gold, sd", *COLUMNS]
     about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
     lines = ["# Policy gradient by rank on a model that can speak (PERL, Table 3)"]
