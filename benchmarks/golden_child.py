@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from golden import Values, flat
 from golden_cases import Case, cases, named, shortcuts
@@ -93,7 +94,8 @@ def run(name: str, case: Case, work: Path, side: str) -> Values:
     """All numbers of a case by name."""
     kept: dict[str, Any] = {}
     torch.manual_seed(0)
-    random.seed(0)  # its state is in checkpoints
+    random.seed(0)  # its state and NumPy's are in checkpoints
+    np.random.seed(0)
     runs = work / ("before" if side == "old" else side)
     module, data = built(case, work, runs)
     recorder, root = Recorder(kept), runs / name

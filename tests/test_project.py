@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def test_every_requirement_has_its_reason() -> None:
 
 def test_every_imported_package_is_required() -> None:
     required = {re.split(r"[^\w-]", r)[0].replace("-", "_") for r in project()["dependencies"]}
+    # PyYAML is imported as yaml.
+    sources = packages_distributions().items()
+    required |= {name for name, owners in sources if required & {*map(str.lower, owners)}}
     for path in ROOT.glob("lightning_perl/**/*.py"):
         tree = ast.parse(path.read_text("utf-8"))
         names = imported_names(tree, path.relative_to(ROOT).parts[:-1])

@@ -168,14 +168,10 @@ def _by_scores(scores: Iterable[object]) -> int | None:
     return None if one == other else int(other > one)
 
 
-@lru_cache(maxsize=1024)
-def _two_answers(keys: tuple[str, ...]) -> tuple[str, str, str, str] | None:
-    return next((names for names in _AB if names[0] in keys and names[1] in keys), None)
-
-
 def two_answers(row: AnyRow) -> list[OwnRow]:
     """Two answers side by side, and a column that says which is better."""
-    one, other, first, second = _two_answers(tuple(row)) or ("first", "second", "first", "second")
+    sides = (names for names in _AB if names[0] in row and names[1] in row)
+    one, other, first, second = next(sides, ("first", "second", "first", "second"))
     own = _shared({key: value for key, value in row.items() if key not in (one, other)})
     answers = row[one], row[other]
     third = other.removesuffix(second) + {"1": "2", "2": "3", "b": "c", "B": "C"}.get(second, "3")

@@ -23,19 +23,12 @@ class Endless:
 
     def __init__(self, loader: ResumableLoader) -> None:
         self.loader = loader
+        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
 
     def __iter__(self) -> Iterator[Any]:
         """Yields on from where the last iteration stopped."""
         while True:
             yield from self.loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The loader's."""
-        self.loader.load_state_dict(state)
 
 
 def beside(prompts: ResumableLoader, texts: ResumableLoader) -> CombinedLoader:

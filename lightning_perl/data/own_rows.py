@@ -154,7 +154,8 @@ class RowReader:
     @cached_property
     def _mapped(self) -> set[str]:
         """The columns that `data.columns` names."""
-        paths = {path for column in self.columns.values() for path in _paths(column)}
+        named = ([name] if isinstance(name, str) else name or () for name in self.columns.values())
+        paths = {path for columns in named for path in columns}
         return paths | {path.partition(".")[0] for path in paths}
 
     def _check_columns(
@@ -408,10 +409,6 @@ def _kind(named: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> _Kind | None:
 
 def _texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _paths(column: str | dict[str, float] | None) -> list[str]:
-    return [column] if isinstance(column, str) else list(column or ())
 
 
 def _value(row: Mapping[str, Any], column: str | dict[str, float]) -> Any:  # noqa: ANN401
