@@ -19,6 +19,7 @@ from lightning_perl.callbacks.handover import (
     model_checkpoints,
     stopped_checkpoint,
 )
+from lightning_perl.callbacks.run_folder import forget_rows
 
 FIXED = ("class", "layout", "lora", "loraplus_lr_ratio", "seed", "samples")
 """What a run may not change on its way: shapes, the optimizer's groups, and what its random numbers depend on."""
@@ -44,6 +45,7 @@ class Resume(Callback):
         self._groups: list[dict[str, Any]] = []
         self._schedules: list[dict[str, Any]] = []
         self._before: dict[str, Any] = {}
+        self._going_on = False
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -97,7 +99,8 @@ class Resume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go by today's settings."""
         self._steps = trainer.global_step
-        if not trainer.ckpt_path:
+        self._going_on = bool(trainer.ckpt_path)
+        if not self._going_on:
             return
         groups = _groups(trainer)
         before = [group["lr"] for group in groups]
@@ -111,6 +114,12 @@ class Resume(Callback):
         if now != before:
             changed = ", ".join(f"{b:g} -> {n:g}" for b, n in zip(before, now, strict=True))
             rank_zero_info(f"learning rates, the checkpoint's -> by today's settings: {changed}")
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        """Let a run that was killed and goes on in its folder log no row twice."""
+        going_on, self._going_on = self._going_on, False
+        if going_on and trainer.is_global_zero:
+            forget_rows(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save where the steps of this batch passed a multiple of ``every_n_train_steps``.

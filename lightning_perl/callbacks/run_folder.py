@@ -113,6 +113,23 @@ def _append_to(metrics: Path, logger: CSVLogger) -> None:
         writer.metrics_keys = next(csv.reader(file), [])
 
 
+def forget_rows(trainer: Trainer, step: int) -> None:
+    """Take the rows from a step on out of a ``metrics.csv`` that is gone on with: they will be logged again."""
+    for logger in trainer.loggers:
+        metrics = Path(logger.log_dir or "", "metrics.csv")
+        if not isinstance(logger, CSVLogger) or not metrics.is_file():
+            continue
+        with metrics.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            kept = [row for row in reader if float(row["step"] or 0) < step]
+        beside = metrics.with_name(".metrics.kept")
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, reader.fieldnames or ())
+            writer.writeheader()
+            writer.writerows(kept)
+        beside.replace(metrics)
+
+
 def holds_another_run(trainer: Trainer) -> bool:
     """Whether the run's folder was there before, with something in it."""
     folder = run_folder(trainer)

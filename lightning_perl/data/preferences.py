@@ -64,10 +64,10 @@ class PreferenceDataModule(ConversationDataModule):
     Args:
         train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array, ``.csv``, each also
             with ``.gz``, or ``.parquet``; in UTF-8), a data set of the Hugging Face hub (``owner/name`` or
-            ``owner/name/config:split``, split ``train`` unless named), a list of rows or a ``Dataset``, or several
-            files and names. A list of files and names is read as one after the other. A mapping ``{file or name:
-            weight}`` is mixed: a batch has of each source what its weight says on average, and an epoch ends when
-            every row was drawn, so that sources with fewer rows for their weight begin again.
+            ``owner/name/config:split``, split ``train`` unless named), a list of rows (or a ``Dataset``), or
+            several files and names. A list of files and names is read as one after the other. A mapping
+            ``{file or name: weight}`` is mixed: a batch has of each source what its weight says on average, and an
+            epoch ends when every row was drawn, so that sources with fewer rows for their weight begin again.
         val: Where the validation rows come from, as ``train`` but without weights. None:
             ``val_fraction`` of the training prompts, at least one of two or more.
         test: Where the test rows come from, as ``val``. None: the validation rows.
