@@ -119,8 +119,9 @@ def report(root: Path) -> None:
             runs = [series(folder) for folder in folders if (folder / "done").exists()]
             if not runs:
                 continue
+            shown = spread if len(runs) > 1 else lambda values: f"{values[0]:.3f}"
             ends = {
-                k: spread([one[k][-1] for one in runs]) for k in ("val/score", "val/gold", "val/kl")
+                k: shown([one[k][-1] for one in runs]) for k in ("val/score", "val/gold", "val/kl")
             }
             gaps = ["mean", "largest"]
             if place == "server":
@@ -143,7 +144,7 @@ def report(root: Path) -> None:
     lines = [
         machine() + ".",
         "",
-        "Held-out prompts after the last episode; standard deviation over seeds. The mismatch",
+        "Held-out prompts after the last episode; standard deviation over several seeds. The mismatch",
     ]
     lines += [
         "is the difference of served and own log-probabilities in nats a token, in the worst rollout.",

@@ -32,6 +32,7 @@ from lightning_perl.modules import RLOO
 from lightning_perl.modules.evaluation import VALIDATION_ROLLOUT, Evaluation, kept_tokens
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
+from lightning_perl.rollouts.engine import RolloutEngine
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 REFERENCE = "reference"
@@ -69,6 +70,7 @@ def compare(
     seed: CountOrZero = 0,
     trunk_dtype: TrunkDtype = "float32",
     quantization: Quantization | None = None,
+    rollout_engine: RolloutEngine | None = None,
 ) -> dict[str, Measures]:
     """Let trained adapters and the trunk without one (the reference) answer held-out prompts, and compare them.
 
@@ -90,6 +92,7 @@ def compare(
         seed: Seed of the answers and of the bootstrap.
         trunk_dtype: Dtype of the trunk's weights and matrix products.
         quantization: As the adapters were trained (nf4 or int8). None: not quantized.
+        rollout_engine: Where answers are drawn, such as `VllmServers`. None: in this process.
 
     Returns:
         The measures of every contestant by name, the reference first (see `measures_of`).
@@ -98,10 +101,9 @@ def compare(
     judge = None if reward is None else Path(unpackaged(reward)).expanduser()
     _refuse_early(out, folders, judge is not None and reward_function is not None)
     questions = questions_of(data)[:prompts]
-    loading = {"trunk_dtype": trunk_dtype, "quantization": quantization, "seed": seed}
-    module = _module(
-        trunk, judge, reward_function, sampling, score_batch_size=batch_size, **loading
-    )
+    loading: dict[str, Any] = {"trunk_dtype": trunk_dtype, "quantization": quantization}
+    loading |= {"seed": seed, "score_batch_size": batch_size, "rollout_engine": rollout_engine}
+    module = _module(trunk, judge, reward_function, sampling, **loading)
     # Names on the trunk are numbers: the user's may hold a dot, or be those of roles.
     seated = {REFERENCE: OFF} | {name: f"contestant_{n}" for n, name in enumerate(folders)}
     for name, folder in folders.items():
@@ -233,6 +235,7 @@ def answers_of(module: Evaluation, adapter: str, questions: Sequence[Question]) 
             kl.tolist() if spec.scored_as_sampled else [None] * len(rows),
             (~rollout.stopped).tolist(),
         )
+    module.rollout_engine.close()
 
 
 def measures_of(

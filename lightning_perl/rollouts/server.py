@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_perl.models.trunk import Trunk
@@ -93,6 +94,12 @@ class Server:
             )
         return parsed
 
+    def forget(self, name: str) -> None:
+        """Unload an adapter. Whether it answers is found out when it is asked for what is needed."""
+        with suppress(LostError, RuntimeError):
+            if not self.lost:
+                self.tell("/v1/unload_lora_adapter", {"lora_name": name})
+
     def check(self, trunk: Trunk, longest: int) -> None:
         """Ask what it serves.
 
@@ -177,7 +184,7 @@ class Server:
                 ended or by_string or (reason == "length" and len(ids) == most)
             ),
             f"gives log-probabilities that are none: {logprobs}": not all(
-                math.isfinite(number) and number <= 0 for number in logprobs
+                math.isfinite(number) and number < 1e-3 for number in logprobs
             ),
         }
         if problems := [problem for problem, found in wrong.items() if found]:

@@ -9,10 +9,10 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -73,7 +73,7 @@ class VllmServers(Checked, RolloutEngine):
         self._given = folder
         self._temporary: TemporaryDirectory[str] | None = None
         self._servers: list[Server] = []
-        self._longest = 0
+        self._longest, self._tolerance = 0, 0.0
         self._run, self._version = uuid4().hex[:8], 0
         # The adapter and its weights that the newest name stands for; and all names that are loaded.
         self._served: tuple[str, str] | None = None
@@ -99,8 +99,11 @@ class VllmServers(Checked, RolloutEngine):
     def begin(self, trunk: Trunk, longest: int) -> None:
         """Every server must answer, and serve this trunk for rows of this length."""
         self._longest = max(self._longest, longest)
+        (self._run, *_) = everyones(self._run)
+        self._tolerance = TOLERANCES[trunk.dtype]
         self._servers = self._servers or [Server(url, self.timeout) for url in self.urls]
-        self._each(lambda server: server.check(trunk, self._longest), all_must=True)
+        checks = partial(self._each, lambda server: server.check(trunk, self._longest), True)
+        _agreed(checks)
 
     # ---- push ------------------------------------------------------------------------------------
 
@@ -116,18 +119,9 @@ class VllmServers(Checked, RolloutEngine):
         before = {known: self._ours[known] for known in self._names}
         self._ours = before | {TRUNK: _logprobs(trunk, OFF, probe)}
         self._ours[name] = _logprobs(trunk, adapter, probe)
-        refused = None
-        if _first():
-            try:
-                self._push(trunk, adapter, name, probe)
-            except RuntimeError as error:
-                refused = str(error)
         # The first rank pushes, and all of them know how it went.
-        lost = [server.lost for server in self._servers]
-        every: list[tuple[str, str | None, list[str | None]]] = everyones((name, refused, lost))
-        name, refused, lost = every[0]
-        if refused:
-            raise RuntimeError(refused)
+        _agreed(lambda: self._push(trunk, adapter, name, probe) if _first() else None)
+        lost = everyones([server.lost for server in self._servers])[0]
         for server, reason in zip(self._servers, lost, strict=True):
             server.lost = reason
         self._served = version
@@ -149,16 +143,17 @@ class VllmServers(Checked, RolloutEngine):
             if name != TRUNK:
                 told = {"lora_name": name, "lora_path": str(folder)}
                 server.tell("/v1/load_lora_adapter", told)
-            self._prove(server, name, probe, TOLERANCES[trunk.dtype])
+            self._prove(server, name, probe)
 
         self._each(load, all_must=self._version == 1)
 
-    def _prove(self, server: Server, name: str, probe: list[int], tolerance: float) -> None:
+    def _prove(self, server: Server, name: str, probe: list[int]) -> None:
         """Compare what a server says of the probe, under the trunk's name and the adapter's, with ours.
 
         Raises:
             RuntimeError: It serves something else.
         """
+        tolerance = self._tolerance
         theirs = {model: server.score(model, probe) for model in (TRUNK, name)}
         for model, said in theirs.items():
             gap = _gap(said, self._ours[model])
@@ -190,14 +185,10 @@ class VllmServers(Checked, RolloutEngine):
         """Unload all names but the newest, and remove their folders, which nobody reads any more."""
         while len(self._names) > kept:
             name = self._names.pop(0)
-            if not _first():
-                continue
-            for server in self._servers:
-                # One that does not answer is found out when it is asked for what is needed.
-                with suppress(LostError, RuntimeError):
-                    if not server.lost:
-                        server.tell("/v1/unload_lora_adapter", {"lora_name": name})
-            shutil.rmtree(self._folder() / name, ignore_errors=True)
+            if _first():
+                for server in self._servers:
+                    server.forget(name)
+                shutil.rmtree(self._folder() / name, ignore_errors=True)
 
     def close(self) -> None:
         """Unload what was pushed, as far as servers answer."""
@@ -264,7 +255,7 @@ class VllmServers(Checked, RolloutEngine):
         seeds = row_seeds(asked.seed, asked.rollout, asked.prompts.row, asked.samples)
         rows = zip(prompts.ids, prompts.mask, seeds, strict=True)
         bodies = [common | {"prompt": ids[mask].tolist(), "seed": seed} for ids, mask, seed in rows]
-        answers = self._answers(name, bodies, trunk.vocabulary_size)
+        answers = _agreed(lambda: self._answers(name, bodies, trunk.vocabulary_size))
         rollout = _rollout(trunk, prompts, answers)._replace(samples=asked.samples)
         return rollout if early_exit else rollout.widened(spec.max_new_tokens, trunk.pad_id)
 
@@ -319,13 +310,13 @@ class VllmServers(Checked, RolloutEngine):
             return scored, {}
         mask, gaps = rollout.response_mask, scored.logprobs - rollout.logprobs
         sources = share(len(mask) // rollout.samples, rollout.samples).gathered(self._sources)
-        tolerance = TOLERANCES[rollout.logprobs.dtype]
+        sources = sources.to(mask.device)
         for number, server in enumerate(self._servers):
             gap = float(masked_mean(gaps.abs(), mask & (sources == number).unsqueeze(1)))
-            if not gap <= tolerance:
+            if not gap <= self._tolerance:
                 raise RuntimeError(
                     f"{server.url} sampled with other log-probabilities than ours, by {gap:.2g} nats a token; "
-                    f"rounding explains {tolerance:.0e}. It may have lost the adapter, or scale by another "
+                    f"rounding explains {self._tolerance:.0e}. It may have lost the adapter, or scale by another "
                     "temperature. Nothing was learned from it."
                 )
         weights = gaps.exp().clamp(max=self.importance_clip)
@@ -335,6 +326,21 @@ class VllmServers(Checked, RolloutEngine):
             "mismatch_kl": masked_mean(k3(rollout.logprobs, scored.logprobs), mask),
             "mismatch_largest": torch.where(mask, gaps.abs(), 0.0).amax(),
         }
+
+
+Given = TypeVar("Given")
+
+
+def _agreed(act: Callable[[], Given]) -> Given:
+    """What an act gives on this rank; where it fails on one of them, it fails on all."""
+    given, problem = None, None
+    try:
+        given = act()
+    except RuntimeError as error:
+        problem = str(error)
+    if problems := [other for other in everyones(problem) if other]:
+        raise RuntimeError(problems[0])
+    return cast(Given, given)
 
 
 def _first() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -29,6 +30,7 @@ from lightning_perl.rollouts import VllmServers
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.modules import tiny
+from tests.modules.ranks import on_ranks
 from tests.rollouts.fake_server import FakeServer
 from tests.test_project import marked_block
 from tests.test_scale import SMALL
@@ -284,6 +286,40 @@ def test_a_run_whose_servers_die_or_that_is_killed_in_a_push_goes_on_as_if_nothi
             assert_close(again.state_dict()[key], weight, rtol=0, atol=1e-12)
 
 
+def test_bfloat16_has_its_own_tolerance(folder: Path) -> None:
+    server = FakeServer(load_trunk(str(folder), "bfloat16"))
+    module = tiny.on_policy(RLOO, folder, sampling=SAMPLING, samples=2, trunk_dtype="bfloat16")
+    on(module, server)
+    _, gaps = rolled_out(module)
+    assert 1e-4 < gaps["mismatch"] < 3e-2
+    server.stop()
+
+
+def trained(folder: Path, root: Path, urls: list[str], ranks: int) -> dict[str, Tensor]:
+    """The weights after a rollout of an odd number of prompts."""
+    engine = VllmServers(urls)
+    module = tiny.on_policy(RLOO, folder, sampling=SAMPLING, samples=2, rollout_engine=engine)
+    tiny.fit(module, root, [tiny.prompts(3)], devices=ranks)
+    return tiny.weights(module)
+
+
+def test_two_ranks_on_two_servers_are_one_on_one(
+    folder: Path, start: Start, tmp_path: Path
+) -> None:
+    expected = trained(folder, tmp_path / "one", [start().url], 1)
+    servers = [start(), start()]
+    urls = [server.url for server in servers]
+    ranks = on_ranks(2, tmp_path / "ranks", trained, folder, tmp_path / "two", urls, 2)
+    assert all(server.completed for server in servers)
+    for weights in ranks:
+        for name, weight in expected.items():
+            assert_close(weights[name], weight, rtol=0, atol=1e-12)
+    # What one rank finds out ends them all.
+    servers[1].fault = "no prompt"
+    with pytest.raises(AssertionError, match="gives no log-probability of each of a prompt's"):
+        on_ranks(2, tmp_path / "wrong", trained, folder, tmp_path / "three", urls, 2)
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).parents[2] / "docs" / "servers.md"
@@ -307,6 +343,26 @@ def test_the_page_trains_and_talks(
     assert server.completed > 6
     main(generate)
     assert "[score " in capsys.readouterr().out
+    data: dict[str, object] = {"train": SMALL[1].partition("=")[2], "rows": "prompts"}
+    data |= {"max_tokens": 80, "max_response_tokens": 32}
+    given = {"out": "compared", "trunk": "packaged:quickstart/trunk", "prompts": "2"}
+    given |= {"adapters": json.dumps({"ppo": "runs/quickstart/latest/adapters/actor"})}
+    given |= {"data": json.dumps({"class_path": "PreferenceDataModule", "init_args": data})}
+    given |= {
+        "rollout_engine": json.dumps(
+            {"class_path": "VllmServers", "init_args": {"urls": [server.url]}}
+        )
+    }
+    drawn = server.completed
+    main(
+        [
+            "compare",
+            *(f"--{key}={value}" for key, value in given.items()),
+            "--sampling.max_new_tokens=8",
+        ]
+    )
+    assert server.completed == drawn + 4
+    assert server.adapters == {}
     header, *rows = Path("runs/quickstart/version_0/metrics.csv").read_text().splitlines()
     columns = [row.split(",")[header.split(",").index("rollout/mismatch")] for row in rows]
     assert max(float(number) for number in columns if number) < 1e-5
