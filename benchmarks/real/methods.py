@@ -187,9 +187,7 @@ def judged(adapter: Path, trunk: Path, data_dir: Path, seed: int) -> dict[str, A
     trainer, data = Trainer(accelerator="cpu", **quiet), asked(trunk, data_dir)
     answer = trainer.validate if seed == TRIED else trainer.test
     (found,) = answer(judge, datamodule=data, verbose=False)
-    examples = judge.answer(next(iter(data.test_dataloader())), "policy")
-    shown = list(zip(examples.prompts, examples.responses, strict=True))[:3]
-    return {key.partition("/")[2]: value for key, value in found.items()} | {"examples": shown}
+    return {key.partition("/")[2]: value for key, value in found.items()}
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -241,7 +239,7 @@ def risen(run: dict[str, Any]) -> float:
 
 
 def write_report(root: Path, command: str) -> None:
-    """The table, two answers of each method, the plot."""
+    """The table and the plot."""
     runs = [run for run in read(root / "runs") if run["seed"] in SEEDS]
     first = runs[0]
     before = [f"{first[f'reference_{key}']:.3f}" for key in ("gold", "score")]
@@ -273,13 +271,7 @@ def write_report(root: Path, command: str) -> None:
         *table(["method", "seeds", "rise of gold, sd", *COLUMNS], rows),
         "",
         f"![gold over KL]({REPORT.with_suffix('.png').name})",
-        "",
-        "## Answers to the same two questions, seed 0",
     ]
-    for run in runs:
-        if run["seed"] == 0:
-            lines += ["", f"**{run['method']}**", ""]
-            lines += [f"- {answer.strip()[:200]!r}" for _, answer in run["examples"][:2]]
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text("\n".join([*lines, "", *words_of(REPORT)]).rstrip() + "\n")
     plot(runs, REPORT.with_suffix(".png"))
