@@ -37,7 +37,6 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Mean difference of log-probabilities, in nats, that rounding explains between two programs, by dtype."""
 PROBE = 32
 """Tokens of the row that every push is proven on."""
-NOBODY = "No server is left to sample from, and nothing was learned since the last checkpoint of this run: "
 
 
 class VllmServers(Checked, RolloutEngine):
@@ -221,7 +220,7 @@ class VllmServers(Checked, RolloutEngine):
                 "that starts one."
             )
         if len(reasons) == len(self._servers):
-            raise RuntimeError(f"{NOBODY}{'; '.join(reasons)}.")
+            raise RuntimeError(_nobody_left(self._servers))
 
     # ---- sampling --------------------------------------------------------------------------------
 
@@ -276,7 +275,7 @@ class VllmServers(Checked, RolloutEngine):
         while len(answers) < len(bodies):
             alive = [number for number, server in enumerate(self._servers) if not server.lost]
             if not alive:
-                raise RuntimeError(f"{NOBODY}{'; '.join(str(s.lost) for s in self._servers)}.")
+                raise RuntimeError(_nobody_left(self._servers))
             waiting.extend(row for row in range(len(bodies)) if row not in answers)
             hands = (alive * self.at_once)[: len(waiting)]
             with ThreadPoolExecutor(len(hands)) as pool:
@@ -326,6 +325,11 @@ class VllmServers(Checked, RolloutEngine):
             "mismatch_kl": masked_mean(k3(rollout.logprobs, scored.logprobs), mask),
             "mismatch_largest": torch.where(mask, gaps.abs(), 0.0).amax(),
         }
+
+
+def _nobody_left(servers: Sequence[Server]) -> str:
+    reasons = "; ".join(str(server.lost) for server in servers)
+    return f"No server is left to sample from: {reasons}. Start one; fit goes on with --ckpt_path last."
 
 
 Given = TypeVar("Given")

@@ -100,7 +100,7 @@ class FakeServer:
             return self.load(name, Path(body["lora_path"]))
         if path == "/v1/unload_lora_adapter":
             return (200, "Success") if self.adapters.pop(name, None) else (404, "not found")
-        if self.fault in ("evicts", "restarts") and "prompt_logprobs" not in body:
+        if self.fault == "evicts" and "prompt_logprobs" not in body:
             self.adapters.clear()
         if name != NAME and name not in self.adapters:
             return 404, {"error": {"message": f"The model `{name}` does not exist."}}
