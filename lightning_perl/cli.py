@@ -84,11 +84,18 @@ def piped(path: str) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
+def is_text(source: str) -> bool:
+    """Whether a ``--config`` value is YAML itself."""
+    return "\n" in source or source.lstrip().startswith("{")
+
+
 def config_source(given: str) -> str:
     """The source that a ``--config`` value names: a file, a packaged file, a URL, a pipe, or YAML text itself.
 
     A file of that name wins over a packaged one; ``.yaml`` may be left out of a packaged name.
     """
+    if is_text(given):  # asked first: most of it is too long for a file's name
+        return given
     if given.startswith(PREFIX):
         return unpackaged(given)
     if Path(given).is_file() or "://" in given:
@@ -99,8 +106,6 @@ def config_source(given: str) -> str:
     for name in (given, f"{given}.yaml"):
         if name in shipped:
             return str(shipped[name])
-    if "\n" in given or given.lstrip().startswith("{"):
-        return given
     raise FileNotFoundError(
         f"{given} is no file (looked from {Path.cwd()}) and no packaged config; the package has "
         f"{', '.join(shipped)}."
@@ -127,7 +132,7 @@ class ConfigFile(ActionConfigFile):
         """Read the file; what is wrong in it is said with its name."""
         source = config_source(str(values))
         assert isinstance(parser, Parser)
-        parser.reading = source if Path(source).is_file() else ""
+        parser.reading = "" if is_text(source) else source
         try:
             super().__call__(parser, namespace, source, option_string)  # type: ignore[no-untyped-call]
         except UnicodeDecodeError as error:

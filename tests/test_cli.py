@@ -241,7 +241,9 @@ def test_a_config_may_come_out_of_a_pipe(
 ) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = Thread(target=pipe.write_text, args=["{model: {init_args: {seed: 7}}}"], daemon=True)
+    writer = Thread(
+        target=pipe.write_text, args=["{model: {init_args: {seed: 7}}}" + 300 * " #"], daemon=True
+    )
     writer.start()
     for _ in range(2):  # a dry run reads its arguments twice
         _, printed = exits(

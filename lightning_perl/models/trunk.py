@@ -475,13 +475,22 @@ def nearly_equal(states: Tensor, expected: Tensor) -> bool:
 
 
 class LogitTransform:
-    """What a family does to its logits after the LM head: Cohere multiplies, Granite divides, Gemma 2 caps."""
+    """What a family does to its logits after the LM head: Cohere multiplies, Granite divides, Gemma 2 caps.
+
+    Falcon-H1 multiplies, RecurrentGemma and xLSTM cap by other names; HyperCLOVA X multiplies by Granite's.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        values = config.get_text_config(decoder=True).to_dict()
-        self.scale: float = values.get("logit_scale") or 1.0
-        self.divisor: float = values.get("logits_scaling") or 1.0
-        self.cap: float | None = values.get("final_logit_softcapping")
+        text = config.get_text_config(decoder=True)
+
+        def first(*names: str) -> float | None:
+            return next((value for name in names if (value := getattr(text, name, None))), None)
+
+        self.scale = first("logit_scale", "lm_head_multiplier") or 1.0
+        self.divisor = first("logits_scaling") or 1.0
+        self.cap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        if text.model_type == "hyperclovax":
+            self.scale, self.divisor = self.divisor, 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The transformed logits, same shape."""

@@ -91,7 +91,9 @@ _LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key
 _ZAMBA = {"num_key_value_heads": 4, "num_mem_blocks": 1, "adapter_rank": 4, "chunk_size": 8}
 _ZAMBA_STATE = {"mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1}
 RECURRENT: dict[str, Settings] = {
-    "falcon_h1": _family("falcon_h1", _GROUPED, _STATE, mamba_d_ssm=64, mamba_chunk_size=8),
+    "falcon_h1": _family(
+        "falcon_h1", _GROUPED, _STATE, mamba_d_ssm=64, mamba_chunk_size=8, lm_head_multiplier=0.4
+    ),
     "lfm2": _family(
         "lfm2", _GROUPED, {"layer_types": ["conv", "full_attention"]}, block_ff_dim=64,
         block_multiple_of=8,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lightning_perl.batches import PromptBatch
 from lightning_perl.functional.sequences import Sequences, pad_left, position_ids
@@ -81,6 +82,23 @@ def test_a_transform_that_is_not_known_stops_at_load(
     monkeypatch.setattr(LogitTransform, "__init__", forgetful)
     with pytest.raises(ValueError, match=r"differ from the model's own logits by .*LogitTransform"):
         load_trunk(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "scale", "divisor", "cap"),
+    [
+        ("cohere", {"logit_scale": 0.2}, 0.2, 1.0, None),
+        ("granite", {"logits_scaling": 5.0}, 1.0, 5.0, None),
+        ("minicpm3", {"dim_model_base": 1280}, 1.0, 2.0, None),
+        ("hyperclovax", {"logits_scaling": 0.2}, 0.2, 1.0, None),
+        ("recurrent_gemma", {"logits_soft_cap": 7.0}, 1.0, 1.0, 7.0),
+    ],
+)
+def test_what_families_do_to_their_logits(
+    family: str, settings: dict[str, Any], scale: float, divisor: float, cap: float | None
+) -> None:
+    transform = LogitTransform(AutoConfig.for_model(family, **settings))
+    assert (transform.scale, transform.divisor, transform.cap) == (scale, divisor, cap)
 
 
 @also_recurrent
