@@ -43,6 +43,8 @@ class WandbSummary(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
         """Remember a point of each frontier, and the peaks."""
+        if not any(wandb_loggers(trainer)):
+            return
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         across = logged.get(FRONTIER[0])
         for key, points in self._points.items():
@@ -52,6 +54,15 @@ class WandbSummary(Callback):
             if key.startswith("memory/") and not key.endswith("_peak_reserved_gib"):
                 phase = key.removeprefix("memory/").removesuffix("_gib")
                 self._memory[phase] = max(value, self._memory.get(phase, 0.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on draws, too."""
+        anything = self._memory or any(self._points.values())
+        return {"points": self._points, "memory": self._memory} if anything else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._points, self._memory = state_dict["points"], state_dict["memory"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, and keep what was handed over."""

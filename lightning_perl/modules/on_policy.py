@@ -179,8 +179,9 @@ class OnPolicy(Updating):
         """One rollout batch, learned from and forgotten."""
         prompts, texts = batch if isinstance(batch, MixedBatch) else (batch, None)
         with self.phase("rollout"):
-            rollout = self.collect(prompts, self.rollout_index, samples=self.samples)
+            # Before the rollout: an engine compares what it sampled last.
             greedy = self._greedy(prompts) if self.greedy_baseline else None
+            rollout = self.collect(prompts, self.rollout_index, samples=self.samples)
         with self.phase("score"):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)

@@ -105,7 +105,11 @@ class RolloutEngine:
         """Refuse what can be seen before the first step; rows have up to ``longest`` tokens."""
 
     def compared(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
-        """The scores with the weights of tokens that another policy sampled, and what to log of the mismatch."""
+        """The scores of the rollout that was sampled last, with the weights of tokens that another policy sampled.
+
+        Returns:
+            The scores, and what to log of the mismatch.
+        """
         return scored, {}
 
     def close(self) -> None:

@@ -171,14 +171,16 @@ class VllmServers(Checked, RolloutEngine):
             )
 
     def _folder(self) -> Path:
-        """Where adapters are written; servers of other users can read it."""
-        if self._given is None and self._temporary is None:
+        """Where adapters are written. Other users can read a temporary one; a given one keeps its mode."""
+        if self._given is not None:
+            home = Path(self._given).expanduser()
+            home.mkdir(parents=True, exist_ok=True)
+            return home.resolve()
+        if self._temporary is None:
             # It goes with the process.
             self._temporary = TemporaryDirectory(prefix="lightning_perl_served_")
-        home = Path(self._temporary.name if self._temporary else self._given or "").expanduser()
-        home.mkdir(parents=True, exist_ok=True)
-        home.chmod(0o755)
-        return home.resolve()
+            Path(self._temporary.name).chmod(0o755)
+        return Path(self._temporary.name).resolve()
 
     def _forget(self, kept: int) -> None:
         """Unload all names but the newest, and remove their folders, which nobody reads any more."""

@@ -1,10 +1,13 @@
 """What a W&B run keeps of a run's folder."""
 
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.loggers import WandbLogger
 
 from lightning_perl.callbacks.wandb_summary import WandbSummary
 
@@ -40,3 +43,21 @@ def test_a_run_that_handed_nothing_over_keeps_nothing(tmp_path: Path) -> None:
     run = Run()
     WandbSummary._keep(run, tmp_path)
     assert run.kept == []
+
+
+def test_a_run_that_goes_on_draws_what_came_before() -> None:
+    logged = {"rollout/kl": 1.0, "rollout/score": 2.0, "memory/actor_gib": 3.0}
+    trainer: Any = SimpleNamespace(loggers=[object.__new__(WandbLogger)], callback_metrics=logged)
+    before, after = WandbSummary(), WandbSummary()
+    before.on_train_batch_end(trainer)
+    after.load_state_dict(deepcopy(before.state_dict()))
+    logged |= {"rollout/score": 4.0, "memory/actor_gib": 2.0}
+    after.on_train_batch_end(trainer)
+    assert after._points["rollout/score"] == [[1.0, 2.0], [1.0, 4.0]]
+    assert after._memory == {"actor": 3.0}
+
+
+def test_without_wandb_nothing_is_read_from_the_device() -> None:
+    summary, trainer = WandbSummary(), SimpleNamespace(loggers=[])
+    summary.on_train_batch_end(trainer)  # type: ignore[arg-type]  # has no measures, which nobody may ask for
+    assert summary.state_dict() == {}

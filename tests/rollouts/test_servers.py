@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from lightning_perl.cli import main
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.modules import PPO, RAFT, RLOO
+from lightning_perl.modules import PPO, RAFT, RLOO, ReMax
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts import VllmServers
@@ -175,9 +175,11 @@ def test_servers_share_the_rows_and_one_that_dies_loses_its_own_only(
 def test_a_push_is_a_folder_that_others_read_and_that_goes_when_nobody_names_it(
     module: RLOO, start: Start, tmp_path: Path
 ) -> None:
-    server = start()
-    engine = on(module, server, folder=str(tmp_path / "pushed"))
+    server, given = start(), tmp_path / "pushed"
+    given.mkdir(mode=0o700)  # another program's, too
+    engine = on(module, server, folder=str(given))
     rolled_out(module)
+    assert stat.S_IMODE(given.stat().st_mode) == 0o700
     (first,) = server.adapters.values()
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (first, *first.iterdir())}
     assert modes.pop(first.name) == 0o755
@@ -227,6 +229,15 @@ def test_a_selecting_method_keeps_the_weights_of_what_it_keeps(folder: Path) -> 
     assert experience.importance is not None
     best = scored.scores.view(2, 3).argmax(1) + torch.tensor([0, 3])
     assert experience.importance[:, 0].tolist() == best.tolist()
+
+
+def test_greedy_responses_are_not_taken_for_the_rollout(
+    folder: Path, start: Start, tmp_path: Path
+) -> None:
+    engine = VllmServers([start().url])
+    module = tiny.on_policy(ReMax, folder, sampling=SAMPLING, samples=2, rollout_engine=engine)
+    trainer, _ = tiny.fit(module, tmp_path, [tiny.prompts(3)])
+    assert trainer.callback_metrics["rollout/mismatch"] < 1e-12
 
 
 @pytest.mark.parametrize(
