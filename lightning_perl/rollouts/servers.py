@@ -79,6 +79,8 @@ class VllmServers(Checked, RolloutEngine):
         self._names: list[str] = []
         # Our log-probabilities of the probe, by name.
         self._ours: dict[str, list[float]] = {}
+        # A server's of the name that it was last proven to serve, by its address.
+        self._proven: dict[str, dict[str, list[float]]] = {}
         # The number of the server that gave each response of this rank's last rollout.
         self._sources = torch.zeros(0)
 
@@ -163,12 +165,15 @@ class VllmServers(Checked, RolloutEngine):
                     f"ours by {gap:.2g} nats a token, and rounding explains {tolerance:.0e}. They are those of "
                     f"{like[0] if like else 'no model of this run'}. Nothing was sampled."
                 )
-        moved = _gap(self._ours[name], self._ours[TRUNK])
-        if moved > tolerance / 10 and theirs[name] == theirs[TRUNK]:
-            raise RuntimeError(
-                f"{server.url} serves something else as {name}: its log-probabilities are those of {TRUNK}, from "
-                f"which the adapter is {moved:.2g} nats a token away. Nothing was sampled."
-            )
+        # What an update moves may be less than rounding; the same numbers to the last bit are the same model's.
+        for other, said in ({TRUNK: theirs[TRUNK]} | self._proven.get(server.url, {})).items():
+            moved = _gap(self._ours[name], self._ours.get(other, self._ours[name]))
+            if moved > tolerance / 10 and theirs[name] == said:
+                raise RuntimeError(
+                    f"{server.url} serves something else as {name}: its log-probabilities are those of {other}, "
+                    f"from which the adapter is {moved:.2g} nats a token away. Nothing was sampled."
+                )
+        self._proven[server.url] = {name: theirs[name]}
 
     def _folder(self) -> Path:
         """Where adapters are written. Other users can read a temporary one; a given one keeps its mode."""

@@ -29,6 +29,7 @@ from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts import VllmServers
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.servers import PROBE, _gap, _logprobs
 from tests.modules import tiny
 from tests.modules.ranks import on_ranks
 from tests.rollouts.fake_server import FakeServer
@@ -136,6 +137,24 @@ def test_what_a_server_may_not_do(fault: str, module: RLOO, start: Start) -> Non
     assert server.url in str(raised.value)
     assert "\n" not in str(raised.value)
     module.rollout_engine.close()
+
+
+def test_an_old_adapter_is_found_where_the_new_one_moved_less_than_rounding(
+    module: RLOO, start: Start
+) -> None:
+    server = start()
+    engine = on(module, server)
+    rolled_out(module)
+    tiny.train_adapters(module, seed=2)
+    probe = [number * 7919 % module.policy_trunk.vocabulary_size for number in range(PROBE)]
+    (before,) = engine._names
+    moved = _gap(_logprobs(module.policy_trunk, "actor", probe), engine._ours[before])
+    engine._tolerance = 2 * moved
+    server.fault = "old adapter"
+    with pytest.raises(RuntimeError, match=f"log-probabilities are those of {before}, from which"):
+        rolled_out(module)
+    server.fault = ""
+    rolled_out(module)
 
 
 # ---- what servers do rightly -------------------------------------------------------------------
