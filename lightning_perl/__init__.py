@@ -6,4 +6,4 @@ Import from ``lightning_perl.modules``, ``lightning_perl.data`` and ``lightning_
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -326,6 +326,7 @@ class Evaluation(AdapterModule):
         spec = self.validation_sampling
         rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
         scored = self.score(rollout, values=False, temperature=spec.temperature or 1.0)
+        self.rollout_engine.compared(rollout, scored)  # raises where another model sampled
         scores, parts = self.rewarded(rollout, scored.scores)
         before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
         before_scores = self.scores(before)

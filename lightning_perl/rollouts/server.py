@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Server:
     """A server; it may be asked from several threads.
 
     Args:
-        url: Its address.
+        url: Its address, perhaps with user and password (basic authentication).
         timeout: Seconds that it may take for one answer.
 
     Attributes:
@@ -49,14 +50,14 @@ class Server:
         import httpx  # what this module needs of it comes with its client
 
         self._transport_error = httpx.TransportError
-        self.url = url.rstrip("/")
+        self.url = re.sub("//[^/]*@", "//", url.rstrip("/"))  # shown, so without a password
         self.lost: str | None = None
         self.window = 0
         self._trunk = ""
         key = os.environ.get("VLLM_API_KEY")
         # Servers close connections that rest for 5 seconds; none is used that is about to be closed.
         self._client = httpx.Client(
-            base_url=self.url,
+            base_url=url,
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=1.0),
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -67,7 +68,7 @@ class Server:
         """What it answers to a body, or to none.
 
         Raises:
-            LostError: Nothing in time, an error of its own, or that it knows no such model.
+            LostError: Nothing in time, an error of its own, that it knows no such model, or has too much to do.
             RuntimeError: It refuses.
         """
         try:
@@ -75,7 +76,7 @@ class Server:
         except self._transport_error as error:
             raise LostError(f"{self.url}{path}: {type(error).__name__} {error}".strip()) from error
         status, text = answer.status_code, " ".join(answer.text.split())[:200]
-        if status >= 500 or status == 404:
+        if status >= 500 or status in (404, 429):
             raise LostError(f"{self.url}{path}: HTTP {status} {text}")
         if status != 200:
             raise RuntimeError(f"{self.url}{path} refuses, HTTP {status}: {text}")

@@ -98,12 +98,13 @@ class VllmServers(Checked, RolloutEngine):
             )
 
     def begin(self, trunk: Trunk, longest: int) -> None:
-        """Every server must answer, and serve this trunk for rows of this length."""
+        """Every server must serve this trunk for rows of this length; at first all must answer."""
         self._longest = max(self._longest, longest)
         (self._run, *_) = everyones(self._run)
         self._tolerance = TOLERANCES[trunk.dtype]
         self._servers = self._servers or [Server(url, self.timeout) for url in self.urls]
-        checks = partial(self._each, lambda server: server.check(trunk, self._longest), True)
+        first = self._served is None
+        checks = partial(self._each, lambda server: server.check(trunk, self._longest), first)
         _agreed(checks)
 
     # ---- push ------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def _agreed(act: Callable[[], Given]) -> Given:
     given, problem = None, None
     try:
         given = act()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # OSError: a full disk
         problem = str(error)
     if problems := [other for other in everyones(problem) if other]:
         raise RuntimeError(problems[0])

@@ -75,7 +75,8 @@ class FakeServer:
             return
         if generates and self.fault == "slow":
             time.sleep(0.5)
-        status, answer = self.answer(path, body)
+        crowded = generates and self.fault == "crowded"
+        status, answer = (429, "too many requests") if crowded else self.answer(path, body)
         text = answer if isinstance(answer, str) else json.dumps(answer)
         if self.fault == "html" and generates:
             text = "<html>502 Bad Gateway</html>"

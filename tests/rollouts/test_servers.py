@@ -29,6 +29,7 @@ from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts import VllmServers
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.server import Server
 from lightning_perl.rollouts.servers import PROBE, _gap, _logprobs
 from tests.modules import tiny
 from tests.modules.ranks import on_ranks
@@ -107,6 +108,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "unknown ids": ("sampling", r"gives tokens that the trunk has not: \[.*99\]"),
     "drops": ("sampling", r"No server is left .*/v1/completions: RemoteProtocolError"),
     "slow": ("sampling", r"No server is left .*/v1/completions: ReadTimeout"),
+    "crowded": ("sampling", r"No server is left .*/v1/completions: HTTP 429"),
     "html": ("sampling", r"/v1/completions answers '<html>502 Bad Gateway</html>' and no JSON"),
     "evicts": ("sampling", r"No server is left .*HTTP 404 .*`actor-\w+-2` does not exist"),
     "no log-probabilities": ("sampling", r"answers without token ids and their log-probabilities"),
@@ -118,6 +120,12 @@ FAULTS: dict[str, tuple[str, str]] = {
     "another prompt": ("sampling", r"reads another prompt than was sent \(\[4\]\)"),
     "no choice": ("sampling", r"answers without token ids .* \(IndexError"),
 }
+
+
+def test_a_password_is_sent_and_not_shown() -> None:
+    server = Server("http://me:secret@localhost:8000/", 1.0)
+    assert server.url == "http://localhost:8000"
+    assert str(server._client.base_url).startswith("http://me:secret@")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
