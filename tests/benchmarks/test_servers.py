@@ -16,6 +16,7 @@ NAMED = os.environ.get("LIGHTNING_PERL_VLLM", "")
 
 
 def test_the_page_starts_the_server_that_was_measured(script: Script) -> None:
+    pytest.importorskip("sklearn", reason="the study needs the extra benchmarks")
     (*_, serve), measured = commands_of("first"), script("servers")
     assert dict(word.split("=", 1) for word in serve[:5]) == measured.SWITCHES
     flags = {word for word in serve if word.startswith("--")}
