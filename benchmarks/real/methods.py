@@ -238,7 +238,7 @@ def risen(run: dict[str, Any]) -> float:
     return float((run["gold"] - before) / (before * (1 - before)) ** 0.5)
 
 
-def write_report(root: Path, command: str) -> None:
+def write_report(root: Path) -> None:
     """The table and the plot."""
     runs = [run for run in read(root / "runs") if run["seed"] in SEEDS]
     first = runs[0]
@@ -255,15 +255,9 @@ def write_report(root: Path, command: str) -> None:
     lines = [
         "# Every method on a model that can speak",
         "",
-        *(
-            line
-            for line in (__doc__ or "")
-            .partition("\n\n")[2]
-            .replace("    python", "\n    python")
-            .splitlines()
-        ),
+        *(__doc__ or "").partition("\n\n")[2].splitlines(),
         "",
-        f"`{command}`; {machine()}",
+        machine(),
         "",
         f"{EPISODES} episodes or answers, learning rate {RATE:g}, mean and standard deviation over seeds. "
         f"Tried before, on validation questions: {'; '.join(tried)}.",
@@ -319,10 +313,7 @@ def main() -> None:
             }
         run_missing(runs, args.workers)
     if not args.rates:
-        write_report(
-            args.root,
-            "python benchmarks/real/methods.py --trunk runs/real/trunk --data_dir ../shared/data",
-        )
+        write_report(args.root)
 
 
 if __name__ == "__main__":
