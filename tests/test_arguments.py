@@ -52,8 +52,8 @@ OUTSIDE: dict[str, tuple[Any, ...]] = {
     "TwoOrMore": (1, -2),
     "Text": ("",),
 }
-NOT_STORED = {"optimizer", "scheduler", "gold", "reward_function"}
-"""Functions, which a checkpoint could not be read back with."""
+NOT_STORED = {"optimizer", "scheduler", "gold", "reward_function", "rollout_engine"}
+"""Functions and objects, which a checkpoint could not be read back with."""
 each_class = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 
 

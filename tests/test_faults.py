@@ -28,12 +28,11 @@ from lightning_perl.modules import RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.phases import PhaseCallback
 from tests.modules import tiny
-from tests.modules.test_resume import loader_for
+from tests.modules.test_resume import BATCHES, loader_for
 from tests.refusing import Refusing
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/faults.md").read_text("utf-8")
-BATCHES = 4
 
 
 @pytest.fixture(scope="module")

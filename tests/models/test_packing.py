@@ -97,7 +97,7 @@ def test_kernels_that_cannot_read_a_mask_are_not_tried(
     assert not trunk.packs(8)
 
 
-@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("family", [f for f in RECURRENT if f not in ("llama4", "phimoe")])
 def test_layers_that_run_on_across_rows_are_not_packed(
     tiny_trunk: TinyTrunk, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

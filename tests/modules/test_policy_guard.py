@@ -54,8 +54,7 @@ def test_a_gamed_reward_is_rolled_back_and_the_kl_stays_under_its_ceiling(
     def guard() -> PolicyGuard:
         return PolicyGuard(max_kl=CEILING, lr_factor=0.1)
 
-    path = tmp_path / "killed.ckpt"
-    free, held = Watch(path), Watch(path)
+    free, held = Watch(tmp_path), Watch(tmp_path)
     play(plain_trunk, tmp_path, PolicyGuard(window=None), free)
     with pytest.warns(UserWarning, match=r"Step \d+: KL of .* max_kl allows 4; back to the last"):
         module, trainer, folder = play(plain_trunk, tmp_path, guard(), held)
@@ -73,8 +72,8 @@ def test_a_gamed_reward_is_rolled_back_and_the_kl_stays_under_its_ceiling(
     # Killed right after the rollback.
     killed_after = above[1][0] + 1
     with pytest.raises(KilledError):
-        play(plain_trunk, tmp_path, guard(), Watch(path, killed_after))
-    resumed = Watch(path)
+        play(plain_trunk, tmp_path, guard(), Watch(tmp_path, killed_after))
+    resumed, path = Watch(tmp_path), tmp_path / f"{killed_after}.ckpt"
     again, later, _ = play(plain_trunk, tmp_path, guard(), resumed, ckpt_path=path)
     assert resumed.logged == held.logged[killed_after:]
     assert tiny.changed(tiny.weights(module), again) == set()
