@@ -259,7 +259,9 @@ def test_layers_that_must_be_called_are_not_fused(tiny_trunk: TinyTrunk) -> None
 
 
 def test_layers_whose_weights_are_read_past_them_get_no_adapter(tiny_trunk: TinyTrunk) -> None:
-    per_layer = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    kinds = ["sliding_attention", "full_attention"]
+    ropes = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in kinds}
+    per_layer = {"layer_types": kinds, "rope_parameters": ropes, "num_kv_shared_layers": 0}
     settings = {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 8, "laurel_rank": 4}
     altup = tiny_trunk("llama", **per_layer, **settings, activation_sparsity_pattern=[0.0, 0.0])
     for folder, past in ((altup, "correction_coefs"), (tiny_trunk("mamba"), "dt_proj")):
