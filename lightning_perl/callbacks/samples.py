@@ -134,8 +134,8 @@ class SampleWriter(Checked, Callback):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample._asdict()) + "\n" for sample in self._samples)
-        if loggers := list(wandb_loggers(trainer)):
-            self._send(loggers)
+            if loggers := list(wandb_loggers(trainer)):
+                self._send(loggers)
 
     def _send(self, loggers: Iterable[WandbLogger]) -> None:
         """Add the rows to the table in W&B; those that it has are not sent again."""
