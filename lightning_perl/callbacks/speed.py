@@ -16,7 +16,7 @@ from lightning_perl.phases import WHOLE_BATCH
 
 # The phases that each token count of `training_step` belongs to.
 _PHASES = {
-    "rollout": ("rollout",),
+    "rollout": ("rollout", "wait"),
     "score": ("score",),
     "update": ("actor", "critic", "optimizer"),
     WHOLE_BATCH: (WHOLE_BATCH,),

@@ -31,6 +31,7 @@ from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts.engine import Asked, RolloutEngine
 from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
 
 Prompt: TypeAlias = tuple[str, tuple[Turn, ...]]
@@ -56,6 +57,7 @@ class Speaker:
         sampling: How answers are drawn.
         seed: Seed of the answers.
         dtype: Dtype of the trunk. None: bfloat16 on a GPU, else float32.
+        engine: Where answers are drawn. None: in this process.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Speaker:
         sampling: SamplingSpec,
         seed: int,
         dtype: TrunkDtype | None,
+        engine: RolloutEngine | None = None,
     ) -> None:
         gpu = torch.cuda.is_available()
         self.trunk, self.policy = load(found, dtype or ("bfloat16" if gpu else "float32"))
@@ -80,6 +83,7 @@ class Speaker:
         self._room = window - longest
         self._seed = seed
         self._asked = 0
+        self._engine = engine
         self._device = torch.device("cuda" if gpu else "cpu")
         self.trunk.to(self._device)
         if self._head is not None:
@@ -91,14 +95,20 @@ class Speaker:
         """Answer the last turn; ``watch`` reads along. The same turns in the same place give the same answer."""
         ids = torch.tensor([self.asked(turns)], device=self._device)
         row = torch.tensor([len(turns)], device=self._device)
-        uniforms = row_uniforms(self._seed, self._asked, row, self._sampling.max_new_tokens)
         prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), row)
-        streamed = None if watch is None else partial(self._stream, watch, [])
-        with self.trunk.switch.use(adapter):
-            rollout = sample(self.trunk, prompts, self._sampling, uniforms, watch=streamed)
+        if self._engine is None:
+            uniforms = row_uniforms(self._seed, self._asked, row, self._sampling.max_new_tokens)
+            streamed = None if watch is None else partial(self._stream, watch, [])
+            with self.trunk.switch.use(adapter):
+                rollout = sample(self.trunk, prompts, self._sampling, uniforms, watch=streamed)
+        else:
+            asked = Asked(prompts, self._sampling, self._seed, self._asked)
+            rollout = self._engine.sample(self.trunk, adapter, asked)
         drawn = rollout.response_ids[0][rollout.response_mask[0]]
-        text = self.trunk.tokenizer.decode(drawn, skip_special_tokens=True)
-        return Answer(str(text).strip(), self._score(torch.cat([ids[0], drawn])))
+        text = str(self.trunk.tokenizer.decode(drawn, skip_special_tokens=True)).strip()
+        if self._engine is not None and watch is not None:
+            watch(text)
+        return Answer(text, self._score(torch.cat([ids[0], drawn])))
 
     def asked(self, turns: Sequence[Turn]) -> list[int]:
         """The turns as tokens, behind which the answer is drawn.
@@ -162,6 +172,7 @@ def generate(
     seed: CountOrZero = 0,
     trunk: str | None = None,
     trunk_dtype: TrunkDtype | None = None,
+    rollout_engine: RolloutEngine | None = None,
 ) -> None:
     """Let a trained policy answer: one prompt, a file of prompts, or without either a chat at the terminal.
 
@@ -178,6 +189,7 @@ def generate(
         seed: Seed of the answers.
         trunk: Folder or hub name of the trunk, where it no longer lies where it was. None: as the run says.
         trunk_dtype: Dtype of the trunk. None: bfloat16 on a GPU, else float32.
+        rollout_engine: Where answers are drawn, such as `VllmServers`. None: in this process.
     """
     if prompt is not None and file is not None:
         raise ValueError(
@@ -195,14 +207,18 @@ def generate(
             "ask the trunk that it was trained from by itself."
         )
     prompts = [] if file is None else list(prompts_of(file))
-    speaker = Speaker(found, place, sampling, seed, trunk_dtype)
+    speaker = Speaker(found, place, sampling, seed, trunk_dtype, rollout_engine)
     adapters = {"policy": speaker.policy} | ({"reference": OFF} if beside else {})
-    if file is not None:
-        _answer_file(speaker, adapters, prompts, out)
-    elif prompt is not None:
-        _answer(speaker, adapters, [Turn("user", prompt)])
-    else:
-        _chat(speaker, adapters)
+    try:
+        if file is not None:
+            _answer_file(speaker, adapters, prompts, out)
+        elif prompt is not None:
+            _answer(speaker, adapters, [Turn("user", prompt)])
+        else:
+            _chat(speaker, adapters)
+    finally:
+        if rollout_engine is not None:
+            rollout_engine.close()
 
 
 def _answer(speaker: Speaker, adapters: dict[str, str], turns: Sequence[Turn]) -> str:

@@ -295,7 +295,7 @@ class OnPolicyRehearsal(Rehearsal[OnPolicy]):
             torch.ones(rows, dtype=torch.bool),
             prompts.row,
             torch.zeros_like(responses.ids, dtype=torch.float32) if sampled_logprobs else None,
-            self.module.samples,
+            samples=self.module.samples,
         )
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -232,6 +233,33 @@ class Adapters:
                 self.parameters(source), self.parameters(target), strict=True
             ):
                 parameter.copy_(values)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """A copy of the adapter's weights on the CPU, under the keys of `tensors`."""
+        return {
+            key: weight.detach().to("cpu", copy=True) for key, weight in self.tensors(name).items()
+        }
+
+    def equal(self, name: str, weights: Mapping[str, Tensor]) -> bool:
+        """Whether the adapter has these weights."""
+        tensors = self.tensors(name).items()
+        return all(torch.equal(weight.cpu(), weights[key]) for key, weight in tensors)
+
+    @contextmanager
+    def holding(self, name: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The adapter with other weights inside of the block, and with its own again after it."""
+        own, tensors = self.kept(name), self.tensors(name)
+
+        @torch.no_grad()
+        def give(values: Mapping[str, Tensor]) -> None:
+            for key, weight in tensors.items():
+                weight.copy_(values[key])
+
+        try:
+            give(weights)
+            yield
+        finally:
+            give(own)
 
     def save(self, name: str, folder: Path, base: str) -> None:
         """Write a plain PEFT folder whose ``base_model_name_or_path`` is ``base``."""

@@ -5,7 +5,7 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -176,19 +176,35 @@ class Evaluation(AdapterModule):
             early_exit: See `rollouts.decoding.sample`.
             samples: Responses per prompt.
         """
+        return self.started(prompts, rollout_index, role, sampling, early_exit, samples)()
+
+    def started(
+        self,
+        prompts: PromptBatch,
+        rollout_index: int,
+        role: Role = "policy",
+        sampling: SamplingSpec | None = None,
+        early_exit: bool = True,
+        samples: int = 1,
+    ) -> Callable[[], Rollout]:
+        """Begin to `collect`; servers sample until the returned function is called, which gives the rollout."""
         spec, mine = sampling or self.sampling, share(len(prompts.row))
         own = PromptBatch(*(part[mine.rows] for part in prompts))
         asked = Asked(own, spec, self.seed, rollout_index, samples)
         trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
-        drawn = self.rollout_engine.sample(trunk, adapter, asked, early_exit, self.phase)
-        rollout = gathered(drawn, prompts, self.policy_trunk.pad_id)
+        drawn = self.rollout_engine.started(trunk, adapter, asked, early_exit, self.phase)
         kept = (
             role == "policy"
             and spec.scored_as_sampled
             and spec.temperature == self.sampling.temperature
             and (self.shortcuts.sampled_logprobs or self.rollout_engine.elsewhere)
         )
-        return rollout if kept else rollout._replace(logprobs=None)
+
+        def finished() -> Rollout:
+            rollout = gathered(drawn(), prompts, self.policy_trunk.pad_id)
+            return rollout if kept else rollout._replace(logprobs=None)
+
+        return finished
 
     def score(
         self,
@@ -326,7 +342,7 @@ class Evaluation(AdapterModule):
         spec = self.validation_sampling
         rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
         scored = self.score(rollout, values=False, temperature=spec.temperature or 1.0)
-        self.rollout_engine.compared(rollout, scored)  # raises where another model sampled
+        self.rollout_engine.require_ours(rollout, scored.logprobs)
         scores, parts = self.rewarded(rollout, scored.scores)
         before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
         before_scores = self.scores(before)
@@ -407,6 +423,7 @@ def gathered(own: Rollout, prompts: PromptBatch, pad_id: int) -> Rollout:
         rows.gathered(own.stopped),
         every.row,
         None if own.logprobs is None else rows.gathered(own.logprobs),
+        None if own.servers is None else rows.gathered(own.servers),
         samples,
     )
 

@@ -8,7 +8,7 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
+from lightning_perl.modules.ahead import Ahead, Drawn, begin, begin_again, require_ours
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.running import KLControl, seen
@@ -98,6 +99,8 @@ class OnPolicy(Updating):
         # What training itself changes besides weights; it goes into checkpoints.
         self.steered_to: float | None = None
         self.score_moments: dict[str, float] = {}
+        # What is sampled while the rollout before is learned from.
+        self._ahead: Ahead | None = None
         self._fingerprints: dict[str, str] | None = None
 
     def shaped_scores(self, scores: Tensor, stopped: Tensor) -> Tensor:
@@ -176,16 +179,41 @@ class OnPolicy(Updating):
         return done
 
     def training_step(self, batch: PromptBatch | MixedBatch, batch_idx: int) -> dict[str, Any]:
-        """One rollout batch, learned from and forgotten."""
-        prompts, texts = batch if isinstance(batch, MixedBatch) else (batch, None)
+        """Learn from a rollout of this batch; where rollouts overlap, sample it and learn from the one before.
+
+        An epoch leaves nothing open: its last batch waits for its own rollout too, and learns from both.
+        """
+        before, self._ahead = self._ahead, None
+        begun = [] if before is None else [self._begun(before)]
+        if not self._enough(begun):
+            begun.append(begin(self, batch, self.rollout_index + len(begun), self.greedy_baseline))
+            if self.rollout_engine.overlap and not self.trainer.is_last_batch:
+                self._ahead = begun.pop()
         with self.phase("rollout"):
-            # Before the rollout: an engine compares what it sampled last.
-            greedy = self._greedy(prompts) if self.greedy_baseline else None
-            rollout = self.collect(prompts, self.rollout_index, samples=self.samples)
+            rollouts = [ahead.wait() for ahead in begun]
+        counts = [self._learn_from(*drawn) for drawn in zip(begun, rollouts, strict=True)]
+        tokens = sum((Counter(count["tokens"]) for count in counts), Counter[str]())
+        return {"episodes": sum(count["episodes"] for count in counts), "tokens": dict(tokens)}
+
+    def _begun(self, ahead: Ahead) -> Ahead:
+        """The same, begun again where it is a checkpoint's."""
+        if ahead.rollout is not None:
+            return ahead
+        return begin_again(self, ahead, self.rollout_index, self.greedy_baseline)
+
+    def _enough(self, begun: list[Ahead]) -> bool:
+        """Whether rollouts that are learned from in this step are the last ones."""
+        episodes = self.episodes + self.samples * sum(len(ahead.prompts.row) for ahead in begun)
+        return bool(begun) and self.max_episodes is not None and episodes >= self.max_episodes
+
+    def _learn_from(self, ahead: Ahead, drawn: Drawn) -> dict[str, Any]:
+        """Score a rollout, learn from it, and forget it."""
+        rollout, greedy = drawn
         with self.phase("score"):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)
-            scored, gaps = self.rollout_engine.compared(rollout, scored)
+            require_ours(self, ahead, rollout, scored.logprobs)
+            scored, gaps = self.rollout_engine.weighted(rollout, scored)
             described = {**describe(rollout, scored._replace(scores=scores)), **parts, **gaps}
             if self.score_normalization is not None:
                 self.score_moments = seen(self.score_moments, scores)
@@ -199,7 +227,7 @@ class OnPolicy(Updating):
         experience, stats = self.experience(rollout, scored)
         if experience.importance is None:
             experience = experience._replace(importance=scored.importance)
-        experience, texts = self.with_pairs(experience, texts)
+        experience, texts = self.with_pairs(experience, ahead.texts)
         trained = self._learn(experience, first_value_stats, texts)
         trained |= self._steer(float(described["kl"]), len(rollout.row))
         scheduler = None if self._make_scheduler is None else self.lr_schedulers()
@@ -286,11 +314,6 @@ class OnPolicy(Updating):
         if self.kl_control.target is None or self.steered_to is None:
             return self.kl_coef
         return self.steered_to
-
-    def _greedy(self, prompts: PromptBatch) -> Rollout:
-        """The policy's likeliest responses, one per prompt."""
-        likeliest = replace(self.sampling, temperature=0.0)
-        return self.collect(prompts, self.rollout_index, sampling=likeliest)
 
     @property
     def values_come_later(self) -> bool:
@@ -396,6 +419,7 @@ class OnPolicy(Updating):
             "skipped": self.guard.skipped,
             "skipped_in_a_row": self.guard.in_a_row,
             "rewarded_by": self.rewarded_by,
+            "ahead": None if self._ahead is None else self._ahead.stored(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -406,6 +430,8 @@ class OnPolicy(Updating):
         self.episodes, self.tokens = progress["episodes"], progress["tokens"]
         self.steered_to = progress.get("steered_to")
         self.score_moments = dict(progress.get("score_moments", {}))
+        ahead = progress.get("ahead")
+        self._ahead = None if ahead is None else Ahead(**ahead)
         self.guard.skipped = progress.get("skipped", 0)
         self.guard.in_a_row = progress.get("skipped_in_a_row", 0)
         if (before := progress.get("rewarded_by", self.rewarded_by)) != self.rewarded_by:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -55,9 +56,11 @@ class RolloutEngine:
     Attributes:
         elsewhere: Whether log-probabilities of a rollout are another program's, so that the trainer reads its rows
             again.
+        overlap: How many rollouts are sampled while an earlier one is learned from, 0 or 1.
     """
 
     elsewhere = False
+    overlap = 0
 
     def sample(
         self,
@@ -98,14 +101,32 @@ class RolloutEngine:
             rollout = joined(parts[: len(slices)], trunk.pad_id)
         return rollout._replace(samples=asked.samples)
 
+    def started(
+        self,
+        trunk: Trunk,
+        adapter: str,
+        asked: Asked,
+        early_exit: bool = True,
+        phase: Phase = untold,
+    ) -> Callable[[], Rollout]:
+        """Begin to `sample`, if the engine can while something else happens; else the returned function samples.
+
+        Returns:
+            Gives the rollout; all ranks call it.
+        """
+        return partial(self.sample, trunk, adapter, asked, early_exit, phase)
+
     def require_served(self, trained_trunk: bool, quantization: str | None) -> None:
         """Refuse a policy that it cannot sample from, before weights are loaded."""
 
     def begin(self, trunk: Trunk, longest: int) -> None:
         """Refuse what can be seen before the first step; rows have up to ``longest`` tokens."""
 
-    def compared(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
-        """The scores of the rollout that was sampled last, with the weights of tokens that another policy sampled.
+    def require_ours(self, rollout: Rollout, logprobs: Tensor) -> None:
+        """Refuse a rollout that was sampled with other log-probabilities than the policy's."""
+
+    def weighted(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+        """The scores, with the weights of tokens that another policy sampled.
 
         Returns:
             The scores, and what to log of the mismatch.

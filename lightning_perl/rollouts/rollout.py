@@ -29,6 +29,7 @@ class Rollout(NamedTuple):
         row: The prompts' numbers in their corpus. Shape: ``(B,)``, int64.
         logprobs: Of the response tokens, in the distribution they were drawn from and as who drew them says, if
             kept. Shape: ``(B, R)``.
+        servers: The number of the server that gave each response, where servers did. Shape: ``(B,)``, int64.
         samples: Responses per prompt, which stand next to each other.
     """
 
@@ -39,6 +40,7 @@ class Rollout(NamedTuple):
     stopped: Tensor
     row: Tensor
     logprobs: Tensor | None = None
+    servers: Tensor | None = None
     samples: int = 1
 
     def rows(self, rows: Tensor | slice) -> Rollout:

@@ -5,14 +5,15 @@ Shapes: ``B`` responses, ``R`` response tokens.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -51,6 +52,8 @@ class VllmServers(Checked, RolloutEngine):
         folder: Where adapters are written; every server reads them under the same path. None: a temporary folder,
             for servers on this machine.
         importance_clip: Largest weight of a sampled token in the gradient: its probability here over that there.
+        overlap: 1: servers sample the next rollout with the policy as it is before an update, while the trainer
+            learns from the last one; so rollouts are one update old. 0: from the policy as it is.
         at_once: Responses that one server is asked for at the same time.
         timeout: Seconds after which a server that has not answered counts as lost.
     """
@@ -62,13 +65,14 @@ class VllmServers(Checked, RolloutEngine):
         urls: list[Text],
         folder: str | None = None,
         importance_clip: AtLeastOne = 2.0,
+        overlap: Literal[0, 1] = 0,
         at_once: Count = 64,
         timeout: Positive = 600.0,
     ) -> None:
         if not urls:
             raise ValueError("VllmServers.urls must name at least one server, got [].")
         self.urls, self.timeout, self.at_once = urls, timeout, at_once
-        self.importance_clip = importance_clip
+        self.importance_clip, self.overlap = importance_clip, overlap
         self._given = folder
         self._temporary: TemporaryDirectory[str] | None = None
         self._servers: list[Server] = []
@@ -81,8 +85,9 @@ class VllmServers(Checked, RolloutEngine):
         self._ours: dict[str, list[float]] = {}
         # A server's of the name that it was last proven to serve, by its address.
         self._proven: dict[str, dict[str, list[float]]] = {}
-        # The number of the server that gave each response of this rank's last rollout.
-        self._sources = torch.zeros(0)
+        # What is being sampled, and whether nobody waits for it any more.
+        self._running: list[Future[tuple[list[Answer], list[int]]]] = []
+        self._closing = False
 
     def require_served(self, trained_trunk: bool, quantization: str | None) -> None:
         """Servers sample from the trunk's own weights and an adapter."""
@@ -102,20 +107,24 @@ class VllmServers(Checked, RolloutEngine):
         self._longest = max(self._longest, longest)
         (self._run, *_) = everyones(self._run)
         self._tolerance = TOLERANCES[trunk.dtype]
-        self._servers = self._servers or [Server(url, self.timeout) for url in self.urls]
+        if not self._servers:
+            self._servers = [Server(url, self.timeout) for url in self.urls]
+            atexit.register(self.close)  # a run that fails tears nothing down
         first = self._served is None
         checks = partial(self._each, lambda server: server.check(trunk, self._longest), first)
         _agreed(checks)
 
     # ---- push ------------------------------------------------------------------------------------
 
-    def _publish(self, trunk: Trunk, adapter: str) -> str:
+    def _publish(self, trunk: Trunk, adapter: str, phase: Phase) -> str:
         """The name under which all servers that answer have the adapter as it is now."""
         version = (adapter, "" if adapter == OFF else trunk.adapters.fingerprint(adapter))
         if self._served and (adapter == OFF or version == self._served):
             return TRUNK if adapter == OFF else self._names[-1]
         self._version += 1
         name = TRUNK if adapter == OFF else f"{adapter}-{self._run}-{self._version}"
+        with phase("wait"):  # The version before is unloaded then, and may still be sampled from.
+            wait(self._running)
         probe = [number * 7919 % trunk.vocabulary_size for number in range(PROBE)]
         probe = probe[: self._servers[0].window - 1]
         before = {known: self._ours[known] for known in self._names}
@@ -199,6 +208,9 @@ class VllmServers(Checked, RolloutEngine):
 
     def close(self) -> None:
         """Unload what was pushed, as far as servers answer."""
+        self._closing = True
+        wait(self._running)
+        self._running, self._closing = [], False
         self._forget(0)
         self._served = None
 
@@ -241,12 +253,23 @@ class VllmServers(Checked, RolloutEngine):
         phase: Phase = untold,
     ) -> Rollout:
         """Push the adapter if it has changed, and share the responses out among the servers."""
+        return self.started(trunk, adapter, asked, early_exit, phase)()
+
+    def started(
+        self,
+        trunk: Trunk,
+        adapter: str,
+        asked: Asked,
+        early_exit: bool = True,
+        phase: Phase = untold,
+    ) -> Callable[[], Rollout]:
+        """Push the adapter if it has changed, and let servers sample until the returned function is called."""
         prompts, spec = asked.repeated(), asked.spec
         longest = prompts.ids.shape[1] + spec.max_new_tokens
         if longest > self._longest or not self._servers:
             self.begin(trunk, longest)
         with phase("push"):
-            name = self._publish(trunk, adapter)
+            name = self._publish(trunk, adapter, phase)
         common: Json = {
             "max_tokens": spec.max_new_tokens,
             "temperature": spec.temperature,
@@ -262,25 +285,41 @@ class VllmServers(Checked, RolloutEngine):
         seeds = row_seeds(asked.seed, asked.rollout, asked.prompts.row, asked.samples)
         rows = zip(prompts.ids, prompts.mask, seeds, strict=True)
         bodies = [common | {"prompt": ids[mask].tolist(), "seed": seed} for ids, mask, seed in rows]
-        answers = _agreed(lambda: self._answers(name, bodies, trunk.vocabulary_size))
-        rollout = _rollout(trunk, prompts, answers)._replace(samples=asked.samples)
-        return rollout if early_exit else rollout.widened(spec.max_new_tokens, trunk.pad_id)
+        pool = ThreadPoolExecutor(1)
+        running = pool.submit(self._answers, name, bodies, trunk.vocabulary_size)
+        pool.shutdown(wait=False)
+        self._running.append(running)
 
-    def _answers(self, name: str, bodies: list[Json], vocabulary: int) -> list[Answer]:
-        """A response to each body. A server takes the next one whenever it has a hand free.
+        def finished() -> Rollout:
+            with phase("wait"):
+                answers, sources = _agreed(running.result)
+            self._running.remove(running)
+            rollout = _rollout(trunk, prompts, answers)
+            servers = torch.tensor(sources, device=rollout.row.device)
+            rollout = rollout._replace(samples=asked.samples, servers=servers)
+            return rollout if early_exit else rollout.widened(spec.max_new_tokens, trunk.pad_id)
+
+        return finished
+
+    def _answers(
+        self, name: str, bodies: list[Json], vocabulary: int
+    ) -> tuple[list[Answer], list[int]]:
+        """A response to each body, and the number of its server, which takes a body whenever it has a hand free.
 
         Raises:
             RuntimeError: No server is left, or one answers something else than was asked.
         """
         answers: dict[int, Answer] = {}
-        self._sources = torch.zeros(len(bodies))
+        sources: dict[int, int] = {}
         waiting: deque[int] = deque()
 
         def respond(number: int, row: int) -> None:
             answers[row] = self._servers[number].respond(name, bodies[row], vocabulary)
-            self._sources[row] = number
+            sources[row] = number
 
         while len(answers) < len(bodies):
+            if self._closing:
+                raise RuntimeError("The engine was closed while servers sampled.")
             alive = [number for number, server in enumerate(self._servers) if not server.lost]
             if not alive:
                 raise RuntimeError(_nobody_left(self._servers))
@@ -291,12 +330,13 @@ class VllmServers(Checked, RolloutEngine):
             for number in alive:
                 if reason := self._servers[number].lost:
                     rank_zero_warn(f"{reason}: its responses go to the other servers.")
-        return [answers[row] for row in range(len(bodies))]
+        rows = range(len(bodies))
+        return [answers[row] for row in rows], [sources[row] for row in rows]
 
     def _work(self, waiting: deque[int], respond: Callable[[int, int], None], number: int) -> None:
         """One hand of a server: rows that wait are answered until none is left, or the server is lost."""
         server = self._servers[number]
-        while not server.lost:
+        while not (server.lost or self._closing):
             try:
                 respond(number, waiting.popleft())
             except IndexError:  # none is left
@@ -307,25 +347,29 @@ class VllmServers(Checked, RolloutEngine):
                 waiting.clear()
                 raise
 
-    def compared(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
-        """Refuse log-probabilities that are another model's; weigh every token by how likely it is here and there.
+    def require_ours(self, rollout: Rollout, logprobs: Tensor) -> None:
+        """Refuse log-probabilities that are another model's.
 
         Raises:
             RuntimeError: They differ by more than rounding explains.
         """
-        if rollout.logprobs is None:
-            return scored, {}
-        mask, gaps = rollout.response_mask, scored.logprobs - rollout.logprobs
-        sources = share(len(mask) // rollout.samples, rollout.samples).gathered(self._sources)
-        sources = sources.to(mask.device)
+        if rollout.logprobs is None or rollout.servers is None:
+            return
+        mask, gaps = rollout.response_mask, logprobs - rollout.logprobs
         for number, server in enumerate(self._servers):
-            gap = float(masked_mean(gaps.abs(), mask & (sources == number).unsqueeze(1)))
+            gap = float(masked_mean(gaps.abs(), mask & (rollout.servers == number).unsqueeze(1)))
             if not gap <= self._tolerance:
                 raise RuntimeError(
                     f"{server.url} sampled with other log-probabilities than ours, by {gap:.2g} nats a token; "
                     f"rounding explains {self._tolerance:.0e}. It may have lost the adapter, or scale by another "
                     "temperature. Nothing was learned from it."
                 )
+
+    def weighted(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+        """Weigh every token by how likely it is here and there."""
+        if rollout.logprobs is None:
+            return scored, {}
+        mask, gaps = rollout.response_mask, scored.logprobs - rollout.logprobs
         weights = gaps.exp().clamp(max=self.importance_clip)
         weights = torch.where(mask, weights, torch.ones_like(weights))
         return scored._replace(importance=weights), {

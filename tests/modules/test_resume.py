@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,9 @@ MAKERS: dict[str, Callable[[str], AdapterModule]] = {
     "RLOO, LoRA+": lambda trunk: RLOO(trunk, samples=2, loraplus_lr_ratio=4.0, **SHORT),
     "JointHydraPPO": lambda trunk: JointHydraPPO(trunk, **RL),
     "ReMax": lambda trunk: ReMax(trunk, **SHORT),
+    "ReMax, ahead, with texts": lambda trunk: ReMax(
+        trunk, **SHORT, lm_weight=0.1, rollout_engine=tiny.Early()
+    ),
     "GRPO": lambda trunk: GRPO(trunk, samples=2, epochs=2, minibatch_size=4, **SHORT),
     "RAFT": lambda trunk: RAFT(trunk, samples=2, minibatch_size=2, **SHORT),
     "SuperHF": lambda trunk: SuperHF(trunk, samples=2, **SHORT),
@@ -145,9 +148,12 @@ class Watch(Callback):
         self.folder, self.saved_after = folder, saved_after
         self.logged: list[dict[str, float]] = []
 
-    def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
-        metrics = trainer.callback_metrics.items()
-        self.logged.append({key: float(value) for key, value in metrics})
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, module: AdapterModule, outputs: Mapping[str, Any], *_: object
+    ) -> None:
+        # A batch that only begins a rollout logs nothing, and the trainer still has the last one's.
+        metrics = trainer.callback_metrics if outputs.get("episodes") != 0 else {}
+        self.logged.append({key: float(value) for key, value in metrics.items()})
         if len(self.logged) in self.saved_after:
             trainer.save_checkpoint(self.folder / f"{len(self.logged)}.ckpt")
         if len(self.logged) == max(self.saved_after, default=0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,11 +27,13 @@ from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.functional.sequences import pad_left, pad_right
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
+from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import PPO
 from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
+from lightning_perl.rollouts.engine import Asked, Phase, RolloutEngine, untold
 from lightning_perl.rollouts.rollout import Experience, Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 
@@ -238,6 +240,24 @@ def train_adapters(module: AdapterModule, seed: int = 0, scale: float = 0.3) -> 
             if "lora_B" in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(scale * noise)
+
+
+class Early(RolloutEngine):
+    """Samples in this process what is learned from one batch later."""
+
+    elsewhere = True
+    overlap = 1
+
+    def started(
+        self,
+        trunk: Trunk,
+        adapter: str,
+        asked: Asked,
+        early_exit: bool = True,
+        phase: Phase = untold,
+    ) -> Callable[[], Rollout]:
+        rollout = self.sample(trunk, adapter, asked, early_exit, phase)
+        return lambda: rollout
 
 
 def weights(module: LightningModule) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ import re
 import shlex
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from lightning_perl.modules import PPO, RAFT, RLOO, ReMax
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts import VllmServers
-from lightning_perl.rollouts.rollout import Rollout
+from lightning_perl.rollouts.engine import Asked
+from lightning_perl.rollouts.rollout import Rollout, Scored
 from lightning_perl.rollouts.sampling import SamplingSpec
 from lightning_perl.rollouts.server import Server
 from lightning_perl.rollouts.servers import PROBE, _gap, _logprobs
@@ -76,7 +78,9 @@ def start(served: Trunk) -> Iterator[Start]:
 def rolled_out(module: OnPolicy, rollout_index: int = 0) -> tuple[Rollout, dict[str, Tensor]]:
     """A rollout that was looked at, as training does it."""
     rollout = module.collect(tiny.prompts(2), rollout_index, samples=module.samples)
-    return rollout, module.rollout_engine.compared(rollout, module.score(rollout))[1]
+    scored = module.score(rollout)
+    module.rollout_engine.require_ours(rollout, scored.logprobs)
+    return rollout, module.rollout_engine.weighted(rollout, scored)[1]
 
 
 def on(module: OnPolicy, *servers: FakeServer, **options: Any) -> VllmServers:
@@ -230,7 +234,7 @@ def test_a_token_weighs_what_it_is_likelier_here_than_there(module: RLOO, start:
     engine, mask = module.rollout_engine, rollout.response_mask
     shift = torch.where(torch.arange(mask.shape[1]) % 2 == 0, 5e-7, -5e-7).double()
     drawn = rollout._replace(logprobs=scored.logprobs - shift)
-    weights = engine.compared(drawn, scored)[0].importance
+    weights = engine.weighted(drawn, scored)[0].importance
     assert weights is not None
     assert_close(weights[mask], shift.exp().clamp(max=2.0).expand_as(mask)[mask])
     experience, _ = module.experience(rollout, scored)
@@ -282,24 +286,30 @@ def test_a_policy_that_no_server_has_is_refused_before_weights_are_read(
         tiny.on_policy(RLOO, Path("nowhere"), rollout_engine=engine, **settings)
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
 def test_a_run_whose_servers_die_or_that_is_killed_in_a_push_goes_on_as_if_nothing_had_been(
-    folder: Path, start: Start, tmp_path: Path
+    folder: Path, start: Start, tmp_path: Path, overlap: Literal[0, 1]
 ) -> None:
     def run(
         server: FakeServer, name: str, path: Path | None = None, then: str = ""
     ) -> tuple[PPO, Trainer]:
         torch.manual_seed(1)
-        engine = VllmServers([server.url])
+        engine = VllmServers([server.url], overlap=overlap)
         module = tiny.hydra(folder, sampling=SAMPLING, rollout_engine=engine)
-        later = LambdaCallback(on_train_batch_end=lambda *_: setattr(server, "fault", then))
+
+        def break_down(trainer: Trainer, *_: object) -> None:
+            server.fault = then if trainer.global_step else ""
+
+        later = LambdaCallback(on_train_batch_end=break_down)
         saves = ModelCheckpoint(save_last=True, every_n_train_steps=1)
         trainer, _ = tiny.quiet_trainer(tmp_path / name, saves, later)
         batches = tiny.Batches([tiny.prompts(3, seed) for seed in range(3)])
-        trainer.fit(module, batches, ckpt_path=path, weights_only=True)
+        held_out = tiny.Batches([tiny.prompts(2, 9)])
+        trainer.fit(module, batches, held_out, ckpt_path=path, weights_only=True)
         return module, trainer
 
     straight, trainer = run(start(), "straight")
-    assert trainer.callback_metrics["rollout/mismatch"] < 1e-12
+    assert bool(trainer.callback_metrics["rollout/mismatch"] < 1e-12) != bool(overlap)
     with (
         pytest.warns(match="its responses go to the other servers"),
         pytest.raises(RuntimeError, match="No server is left"),
@@ -324,6 +334,65 @@ def test_a_run_whose_servers_die_or_that_is_killed_in_a_push_goes_on_as_if_nothi
             assert_close(again.state_dict()[key], weight, rtol=0, atol=1e-12)
 
 
+def test_overlapping_rollouts_are_one_update_old(folder: Path, tmp_path: Path) -> None:
+    """Which policy sampled a rollout, and which one it is learned by; an epoch starts and ends with none open."""
+
+    class Noted(tiny.Early):
+        def started(
+            self, trunk: Trunk, adapter: str, asked: Asked, *rest: Any
+        ) -> Callable[[], Rollout]:
+            sampled.append((asked.rollout, trunk.adapters.fingerprint(adapter)))
+            return super().started(trunk, adapter, asked, *rest)
+
+        def weighted(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+            learned.append(module.policy_trunk.adapters.fingerprint("actor"))
+            return super().weighted(rollout, scored)
+
+    sampled: list[tuple[int, str]] = []
+    learned: list[str] = []
+    module = tiny.on_policy(RLOO, folder, samples=2, rollout_engine=Noted())
+    batches = [tiny.prompts(2, seed) for seed in range(4)]
+    trainer, _ = tiny.fit(module, tmp_path, batches, max_epochs=2)
+    assert trainer.global_step == module.rollout_index == 8
+    assert [number for number, _ in sampled] == list(range(8))
+    assert len(set(learned)) == 8
+    first = 0, 4
+    assert [policy for _, policy in sampled] == [
+        learned[number if number in first else number - 1] for number in range(8)
+    ]
+
+
+@pytest.mark.parametrize("episodes", [4, 8, 11])
+def test_nothing_is_sampled_that_is_not_learned(
+    folder: Path, start: Start, tmp_path: Path, episodes: int
+) -> None:
+    server = start()
+    engine = VllmServers([server.url], overlap=1)
+    module = tiny.on_policy(RLOO, folder, samples=2, rollout_engine=engine, max_episodes=episodes)
+    tiny.fit(module, tmp_path, [tiny.prompts(2, seed) for seed in range(5)])
+    assert server.completed == module.episodes == -(-episodes // 4) * 4
+
+
+@pytest.mark.parametrize("fault", ["forgets the adapter", "temperature", "other ids"])
+def test_a_stale_rollout_is_proven_by_the_policy_that_sampled_it(
+    folder: Path, start: Start, tmp_path: Path, fault: str
+) -> None:
+    server = start()
+    engine = VllmServers([server.url], overlap=1)
+    module = tiny.on_policy(RLOO, folder, sampling=SAMPLING, samples=2, rollout_engine=engine)
+
+    def spoil(trainer: Trainer, module: RLOO, batch: object, number: int) -> None:
+        wait(engine._running)
+        if number == 2:
+            tiny.train_adapters(module, seed=1)
+        server.fault = fault if number == 3 else ""
+
+    breaks = LambdaCallback(on_train_batch_start=spoil)
+    with pytest.raises(RuntimeError, match=FAULTS[fault][1]):
+        tiny.fit(module, tmp_path, [tiny.prompts(2, seed) for seed in range(5)], breaks)
+    assert module.trainer.global_step == 3
+
+
 def test_bfloat16_has_its_own_tolerance(folder: Path) -> None:
     server = FakeServer(load_trunk(str(folder), "bfloat16"))
     module = tiny.on_policy(RLOO, folder, sampling=SAMPLING, samples=2, trunk_dtype="bfloat16")
@@ -334,10 +403,10 @@ def test_bfloat16_has_its_own_tolerance(folder: Path) -> None:
 
 
 def trained(folder: Path, root: Path, urls: list[str], ranks: int) -> dict[str, Tensor]:
-    """The weights after a rollout of an odd number of prompts."""
-    engine = VllmServers(urls)
+    """The weights after overlapping rollouts of odd numbers of prompts."""
+    engine = VllmServers(urls, overlap=1)
     module = tiny.on_policy(RLOO, folder, sampling=SAMPLING, samples=2, rollout_engine=engine)
-    tiny.fit(module, root, [tiny.prompts(3)], devices=ranks)
+    tiny.fit(module, root, [tiny.prompts(3, seed) for seed in range(3)], devices=ranks)
     return tiny.weights(module)
 
 
@@ -380,7 +449,11 @@ def test_the_page_trains_and_talks(
     main([*fit, *SMALL, "--model.max_episodes=6", "--trainer.callbacks=[]"])
     assert server.completed > 6
     main(generate)
-    assert "[score " in capsys.readouterr().out
+    here = capsys.readouterr().out
+    assert "[score " in here
+    url = f'--rollout_engine.urls=["{server.url}"]'
+    main([*generate, "--rollout_engine=VllmServers", url, "--beside=reference"])
+    assert "policy, score " in capsys.readouterr().out
     data: dict[str, object] = {"train": SMALL[1].partition("=")[2], "rows": "prompts"}
     data |= {"max_tokens": 80, "max_response_tokens": 32}
     given = {"out": "compared", "trunk": "packaged:quickstart/trunk", "prompts": "2"}
