@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from lightning_perl.packaged import unpackaged
 
 REPORT = Path("benchmarks/reports/servers.md")
-EPISODES, PORT, SEEDS = 768, 8117, (0, 1, 2)
+EPISODES, BATCH, PORT, SEEDS = 768, 128, 8117, (0, 1, 2)
 PLACES = ("server", "overlap", "here")
 KILLED = {"server": ("server",), "trainer": ("trainer",), "both": ("trainer", "server")}
 RLOO = {
@@ -122,9 +122,8 @@ def run(root: Path, method: str, place: str, seed: int, url: str) -> None:
     if (folder / "done").exists():
         return
     began = time.perf_counter()
-    given = begun(folder, method, place, seed, url, "--model.max_episodes", str(EPISODES))
-    if given.wait():
-        raise RuntimeError(f"The run has failed; {folder / 'log'} says why.")
+    episodes = "--model.max_episodes", str(EPISODES)
+    succeed(begun(folder, method, place, seed, url, *episodes), folder)
     (folder / "done").write_text(f"{time.perf_counter() - began:.1f}")
 
 
@@ -141,42 +140,45 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "runs/quickstart/latest/adapters/actor/adapter_model.safetensors")
 
 
+def short(folder: Path, place: str, url: str, *more: str) -> subprocess.Popen[bytes]:
+    """PPO on four rollouts, with a checkpoint after each."""
+    saves = callback("ModelCheckpoint", save_last=True, every_n_train_steps=1)
+    episodes, without = str(4 * BATCH), ("--trainer.limit_val_batches", "0")
+    command = ["--model.max_episodes", episodes, *without]
+    command += ["--trainer.callbacks", json.dumps([saves]), *more]
+    return begun(folder, "PPO", place, 0, url, *command)
+
+
+def succeed(fit: subprocess.Popen[bytes], folder: Path) -> None:
+    """Wait for a run that must not fail."""
+    if fit.wait():
+        raise RuntimeError(f"The run has failed; {folder / 'log'} says why.")
+
+
 def killed(root: Path, python: str, trunk: str, place: str, who: str) -> None:
     """Kill a run in its third rollout, let it go on, and compare it with one that nobody killed."""
     straight, folder = root / f"straight_{place}", root / f"killed_{place}_{who}"
     if (folder / "gap").exists():
         return
-    rollouts, size = 4, 128
-    saves = {"save_last": True, "every_n_train_steps": 1}
-    short = ["--model.max_episodes", str(rollouts * size), "--trainer.limit_val_batches", "0"]
-    short += ["--trainer.callbacks", json.dumps([callback("ModelCheckpoint", **saves)])]
-
-    def done(fit: subprocess.Popen[bytes], at: Path) -> None:
-        if fit.wait():
-            raise RuntimeError(f"The run has failed; {at / 'log'} says why.")
-
-    with serving(python, trunk, root / "killed.log") as (url, server):
+    shutil.rmtree(folder, ignore_errors=True)
+    log = root / "killed.log"
+    with serving(python, trunk, log) as (url, server):
         if not (straight / "done").exists():
-            done(begun(straight, "PPO", place, 0, url, *short), straight)
+            succeed(short(straight, place, url), straight)
             (straight / "done").touch()
-        shutil.rmtree(folder, ignore_errors=True)
         before = given_responses(url)
-        fit = begun(folder, "PPO", place, 0, url, *short)
-        while given_responses(url) - before < 2.5 * size:
+        fit = short(folder, place, url)
+        while given_responses(url) - before < 2.5 * BATCH:
             time.sleep(0.02)
         for name in KILLED[who]:
-            process = fit if name == "trainer" else server
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg((fit if name == "trainer" else server).pid, signal.SIGKILL)
         ended = fit.wait()
-        if "server" not in KILLED[who]:
-            done(begun(folder, "PPO", place, 0, url, *short, "--ckpt_path", "last"), folder)
-    if "server" in KILLED[who]:
-        with serving(python, trunk, root / "killed.log") as (url, _):
-            done(begun(folder, "PPO", place, 0, url, *short, "--ckpt_path", "last"), folder)
+    with serving(python, trunk, log) as (url, _):
+        succeed(short(folder, place, url, "--ckpt_path", "last"), folder)
     expected, found = weights(straight), weights(folder)
     gap = max(float((expected[key] - found[key]).abs().max()) for key in expected)
-    size_of = max(float(weight.abs().max()) for weight in expected.values())
-    (folder / "gap").write_text(json.dumps({"exit": ended, "gap": gap, "largest": size_of}))
+    largest = max(float(weight.abs().max()) for weight in expected.values())
+    (folder / "gap").write_text(json.dumps({"exit": ended, "gap": gap, "largest": largest}))
 
 
 def callback(name: str, **arguments: object) -> dict[str, object]:
