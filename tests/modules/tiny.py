@@ -34,7 +34,7 @@ from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
 from lightning_perl.rollouts.engine import Asked, Phase, RolloutEngine, untold
-from lightning_perl.rollouts.rollout import Experience, Rollout
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 from lightning_perl.rollouts.sampling import SamplingSpec
 
 Method = TypeVar("Method", bound=OnPolicy)
@@ -258,6 +258,11 @@ class Early(RolloutEngine):
     ) -> Callable[[], Rollout]:
         rollout = self.sample(trunk, adapter, asked, early_exit, phase)
         return lambda: rollout
+
+    def weighted(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+        assert rollout.logprobs is not None
+        weights = (scored.logprobs - rollout.logprobs).exp()
+        return scored._replace(importance=weights), {"weight": weights.mean()}
 
 
 def weights(module: LightningModule) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ class FakeServer:
             handler.close_connection = True
             return
         if generates and self.fault == "slow":
-            time.sleep(0.5)
+            time.sleep(0.2)
         crowded = generates and self.fault == "crowded"
         status, answer = (429, "too many requests") if crowded else self.answer(path, body)
         text = answer if isinstance(answer, str) else json.dumps(answer)

@@ -373,6 +373,27 @@ def test_nothing_is_sampled_that_is_not_learned(
     assert server.completed == module.episodes == -(-episodes // 4) * 4
 
 
+def test_a_version_stays_loaded_while_it_is_sampled_from(
+    folder: Path, start: Start, tmp_path: Path
+) -> None:
+    server = start("slow")
+    engine = VllmServers([server.url], overlap=1)
+    module = tiny.on_policy(RLOO, folder, samples=2, rollout_engine=engine)
+    batches = [tiny.prompts(2, seed) for seed in range(3)]
+    # Validation pushes the next version while the second rollout is under way.
+    trainer, _ = tiny.fit(module, tmp_path, batches, held_out=batches[:1], val_check_interval=1)
+    assert trainer.global_step == 3
+
+
+def test_an_engine_that_is_closed_asks_for_nothing_more(module: RLOO, start: Start) -> None:
+    server = start("slow")
+    engine = on(module, server, at_once=1, overlap=1)
+    module.started(tiny.prompts(4), 0, samples=2)
+    engine.close()
+    assert server.completed <= 1
+    assert server.adapters == {}
+
+
 @pytest.mark.parametrize("fault", ["forgets the adapter", "temperature", "other ids"])
 def test_a_stale_rollout_is_proven_by_the_policy_that_sampled_it(
     folder: Path, start: Start, tmp_path: Path, fault: str
