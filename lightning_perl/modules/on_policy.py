@@ -214,7 +214,10 @@ class OnPolicy(Updating):
             scores, parts = self.rewarded(rollout, scored.scores)
             require_ours(self, ahead, rollout, scored.logprobs)
             scored, gaps = self.rollout_engine.weighted(rollout, scored)
-            described = {**describe(rollout, scored._replace(scores=scores)), **parts, **gaps}
+            # Of the policy that sampled, which may be an update older.
+            sampled = scored.logprobs if rollout.logprobs is None else rollout.logprobs
+            measured = scored._replace(scores=scores, logprobs=sampled)
+            described = {**describe(rollout, measured), **parts, **gaps}
             if self.score_normalization is not None:
                 self.score_moments = seen(self.score_moments, scores)
             scored = scored._replace(scores=self.shaped_scores(scores, rollout.stopped))
