@@ -35,7 +35,7 @@ from lightning_perl.rollouts.server import TRUNK, Answer, Json, LostError, Serve
 from lightning_perl.whole import whole_folder
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Mean difference of log-probabilities, in nats, that rounding explains between two programs, by dtype."""
+"""Mean difference of log-probabilities, in nats, that rounding explains between two programs; see `_rounding`."""
 PROBE = 32
 """Tokens of the row that every push is proven on."""
 
@@ -76,7 +76,8 @@ class VllmServers(Checked, RolloutEngine):
         self._given = folder
         self._temporary: TemporaryDirectory[str] | None = None
         self._servers: list[Server] = []
-        self._longest, self._tolerance = 0, 0.0
+        # What rounding explains, and less than which no move of an adapter is looked for.
+        self._longest, self._tolerance, self._least = 0, 0.0, 0.0
         self._run, self._version = uuid4().hex[:8], 0
         # The adapter and its weights that the newest name stands for; and all names that are loaded.
         self._served: tuple[str, str] | None = None
@@ -106,7 +107,6 @@ class VllmServers(Checked, RolloutEngine):
         """Every server must serve this trunk for rows of this length; at first all must answer."""
         self._longest = max(self._longest, longest)
         (self._run, *_) = everyones(self._run)
-        self._tolerance = TOLERANCES[trunk.dtype]
         if not self._servers:
             self._servers = [Server(url, self.timeout) for url in self.urls]
             atexit.register(self.close)  # a run that fails tears nothing down
@@ -127,6 +127,8 @@ class VllmServers(Checked, RolloutEngine):
             wait(self._running)
         probe = [number * 7919 % trunk.vocabulary_size for number in range(PROBE)]
         probe = probe[: self._servers[0].window - 1]
+        self._tolerance = self._tolerance or _rounding(trunk, probe)
+        self._least = TOLERANCES[trunk.dtype] / 10
         before = {known: self._ours[known] for known in self._names}
         self._ours = before | {TRUNK: _logprobs(trunk, OFF, probe)}
         self._ours[name] = _logprobs(trunk, adapter, probe)
@@ -169,16 +171,17 @@ class VllmServers(Checked, RolloutEngine):
         for model, said in theirs.items():
             gap = _gap(said, self._ours[model])
             if not gap <= tolerance:
-                like = [key for key, ours in self._ours.items() if _gap(said, ours) <= tolerance]
+                gaps = {key: _gap(said, ours) for key, ours in self._ours.items()}
+                like = [key for key in sorted(gaps, key=gaps.__getitem__) if gaps[key] <= tolerance]
                 raise RuntimeError(
                     f"{server.url} serves something else as {model}: log-probabilities of the probe differ from "
-                    f"ours by {gap:.2g} nats a token, and rounding explains {tolerance:.0e}. They are those of "
+                    f"ours by {gap:.2g} nats a token, and rounding explains {tolerance:.1g}. They are those of "
                     f"{like[0] if like else 'no model of this run'}. Nothing was sampled."
                 )
         # What an update moves may be less than rounding; the same numbers to the last bit are the same model's.
         for other, said in ({TRUNK: theirs[TRUNK]} | self._proven.get(server.url, {})).items():
             moved = _gap(self._ours[name], self._ours.get(other, self._ours[name]))
-            if moved > tolerance / 10 and theirs[name] == said:
+            if moved > self._least and theirs[name] == said:
                 raise RuntimeError(
                     f"{server.url} serves something else as {name}: its log-probabilities are those of {other}, "
                     f"from which the adapter is {moved:.2g} nats a token away. Nothing was sampled."
@@ -212,7 +215,7 @@ class VllmServers(Checked, RolloutEngine):
         wait(self._running)
         self._running, self._closing = [], False
         self._forget(0)
-        self._served = None
+        self._served, self._tolerance = None, 0.0
 
     def _each(self, act: Callable[[Server], object], all_must: bool = False) -> None:
         """Do the same with all servers, lost ones included: one that does it is not lost any more.
@@ -361,7 +364,7 @@ class VllmServers(Checked, RolloutEngine):
             if not gap <= self._tolerance:
                 raise RuntimeError(
                     f"{server.url} sampled with other log-probabilities than ours, by {gap:.2g} nats a token; "
-                    f"rounding explains {self._tolerance:.0e}. It may have lost the adapter, or scale by another "
+                    f"rounding explains {self._tolerance:.1g}. It may have lost the adapter, or scale by another "
                     "temperature. Nothing was learned from it."
                 )
 
@@ -412,12 +415,28 @@ def _gap(some: Sequence[float], others: Sequence[float]) -> float:
 @torch.no_grad()
 def _logprobs(trunk: Trunk, adapter: str, row: list[int]) -> list[float]:
     """Log-probabilities of a row's tokens but the first."""
+    states, tokens = _read(trunk, adapter, row)
+    logprobs: list[float] = trunk.logprobs(states, tokens, entropy=False)[0][0].tolist()
+    return logprobs
+
+
+def _rounding(trunk: Trunk, row: list[int]) -> float:
+    """Mean difference of log-probabilities, in nats, that rounding explains between two programs.
+
+    Logits are numbers of the trunk's dtype, so it grows with their size.
+    """
+    with torch.no_grad():
+        logits = trunk.project(_read(trunk, OFF, row)[0])
+    largest = float(logits.abs().amax(-1).float().mean())
+    return max(TOLERANCES[trunk.dtype], torch.finfo(trunk.dtype).eps * largest)
+
+
+def _read(trunk: Trunk, adapter: str, row: list[int]) -> tuple[Tensor, Tensor]:
+    """States that predict a row's tokens but the first, and those tokens."""
     ids = torch.tensor([row], device=trunk.model.device)
     with trunk.switch.use(adapter):
         hidden = trunk(ids, torch.ones_like(ids, dtype=torch.bool))
-    states = predicting(hidden, len(row) - 1)
-    logprobs: list[float] = trunk.logprobs(states, ids[:, 1:], entropy=False)[0][0].tolist()
-    return logprobs
+    return predicting(hidden, len(row) - 1), ids[:, 1:]
 
 
 def _rollout(trunk: Trunk, prompts: PromptBatch, answers: Sequence[Answer]) -> Rollout:

@@ -32,7 +32,7 @@ from lightning_perl.rollouts.engine import Asked
 from lightning_perl.rollouts.rollout import Rollout, Scored
 from lightning_perl.rollouts.sampling import SamplingSpec
 from lightning_perl.rollouts.server import Server
-from lightning_perl.rollouts.servers import PROBE, _gap, _logprobs
+from lightning_perl.rollouts.servers import PROBE, _gap, _logprobs, _rounding
 from tests.modules import tiny
 from tests.modules.ranks import on_ranks
 from tests.rollouts.fake_server import FakeServer
@@ -414,13 +414,20 @@ def test_a_stale_rollout_is_proven_by_the_policy_that_sampled_it(
     assert module.trainer.global_step == 3
 
 
-def test_bfloat16_has_its_own_tolerance(folder: Path) -> None:
-    server = FakeServer(load_trunk(str(folder), "bfloat16"))
+def test_bfloat16_has_a_tolerance_that_grows_with_the_logits(folder: Path) -> None:
+    trunk = load_trunk(str(folder), "bfloat16")
+    server = FakeServer(trunk)
     module = tiny.on_policy(RLOO, folder, sampling=SAMPLING, samples=2, trunk_dtype="bfloat16")
     on(module, server)
     _, gaps = rolled_out(module)
     assert 1e-4 < gaps["mismatch"] < 3e-2
     server.stop()
+    row = [3, 4, 5, 6]
+    assert _rounding(trunk, row) == 3e-2
+    trunk.lm_head.weight.data.mul_(100)
+    with torch.no_grad():
+        logits = trunk.model(torch.tensor([row])).logits[0, :-1].float()
+    assert_close(_rounding(trunk, row), 2**-7 * float(logits.abs().amax(1).mean()))
 
 
 def trained(folder: Path, root: Path, urls: list[str], ranks: int) -> dict[str, Tensor]:
