@@ -157,6 +157,7 @@ class Handover(Callback):
     ) -> None:
         """Leave weights and a checkpoint, unless the error came inside a batch: it is about the training then."""
         self.teardown()
+        pl_module.teardown(trainer.state.fn or "")  # Lightning leaves it out after an error.
         stopped_by = type(exception).__name__
         if isinstance(exception, SIGTERMException):
             number = signal.SIGINT if self._interrupted else signal.SIGTERM

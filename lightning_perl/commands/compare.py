@@ -111,7 +111,8 @@ def compare(
         module.policy_trunk.adapters.load(seated[name], folder, trainable=False)
     module.require_fitting(data)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    answers = {name: [*answers_of(module, at, questions)] for name, at in seated.items()}
+    with closing(module.rollout_engine):
+        answers = {name: [*answers_of(module, at, questions)] for name, at in seated.items()}
     references = [module.decoded(question.references) for question in questions]
     measures = measures_of(answers, references, seed)
     rows = "validation" if data.splits and data.splits.test is data.splits.val else "test"
@@ -222,6 +223,7 @@ def answers_of(module: Evaluation, adapter: str, questions: Sequence[Question]) 
         batch = move_data_to_device(batch, module.device)
         rollout = module.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
         scored = module.score(rollout, values=False, temperature=spec.temperature or 1.0)
+        module.rollout_engine.require_ours(rollout, scored.logprobs)
         scores, _ = module.rewarded(rollout, scored.scores)
         mask = rollout.response_mask
         kl = masked_row_sums(k1(scored.logprobs, scored.reference), mask)
@@ -235,7 +237,6 @@ def answers_of(module: Evaluation, adapter: str, questions: Sequence[Question]) 
             kl.tolist() if spec.scored_as_sampled else [None] * len(rows),
             (~rollout.stopped).tolist(),
         )
-    module.rollout_engine.close()
 
 
 def measures_of(

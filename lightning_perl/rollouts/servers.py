@@ -5,7 +5,6 @@ Shapes: ``B`` responses, ``R`` response tokens.
 
 from __future__ import annotations
 
-import atexit
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -107,9 +106,7 @@ class VllmServers(Checked, RolloutEngine):
         """Every server must serve this trunk for rows of this length; at first all must answer."""
         self._longest = max(self._longest, longest)
         (self._run, *_) = everyones(self._run)
-        if not self._servers:
-            self._servers = [Server(url, self.timeout) for url in self.urls]
-            atexit.register(self.close)  # a run that fails tears nothing down
+        self._servers = self._servers or [Server(url, self.timeout) for url in self.urls]
         first = self._served is None
         checks = partial(self._each, lambda server: server.check(trunk, self._longest), first)
         _agreed(checks)

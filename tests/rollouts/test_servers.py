@@ -413,6 +413,7 @@ def test_a_stale_rollout_is_proven_by_the_policy_that_sampled_it(
     with pytest.raises(RuntimeError, match=FAULTS[fault][1]):
         tiny.fit(module, tmp_path, [tiny.prompts(2, seed) for seed in range(5)], breaks)
     assert module.trainer.global_step == 3
+    assert server.adapters == {}
 
 
 def test_bfloat16_has_a_tolerance_that_grows_with_the_logits(folder: Path) -> None:
