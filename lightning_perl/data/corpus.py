@@ -62,7 +62,6 @@ class CorpusDataModule(ConversationDataModule):
         on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (most public
             corpora have some); ``raise`` stops at the first one, naming file and line. A file that
             cannot be read to its end counts as one such row.
-        settings: As :class:`ConversationDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.

@@ -89,7 +89,6 @@ class PreferenceDataModule(ConversationDataModule):
         shuffle_block: Rows of a stream that are in memory to be shuffled.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
-        settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
     """
 
     def __init__(

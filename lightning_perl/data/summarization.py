@@ -51,7 +51,6 @@ class SummarizationDataModule(CorpusDataModule):
             may be ``.gz``. ``fit`` downloads what is missing, but for ``tldr_human``.
         corpus: One of the table.
         max_tokens: Tokens of a row, prompt and answer together. A longer row is a bad row.
-        settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
     def __init__(

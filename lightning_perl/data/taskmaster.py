@@ -62,8 +62,6 @@ class TaskmasterDataModule(ConversationDataModule):
         on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (the
             corpora have empty answers, and turns longer than the window); ``raise`` stops at the
             first one, naming file and row. A file that cannot be read counts as one such row.
-        settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
-
     """
 
     pairs: ClassVar[bool] = False

@@ -74,7 +74,6 @@ class Supervised(AdapterModule):
         share_prompts: Read a pair's prompt once: chosen and rejected lie behind it on one line, with a mask
             between them. The same result in less time and memory; families that cannot (ALiBi, sliding windows
             shorter than the row, flash or flex attention) read two rows all the same.
-        settings: Arguments of `AdapterModule`.
     """
 
     rows: ClassVar[Literal["rated", "prompts"]] = "rated"
