@@ -34,9 +34,7 @@ from lightning_perl.data.rows import (
     collate_rated,
     conflicting,
     digest_of,
-    first_row,
     judgement,
-    rows_of,
     stable_hash,
 )
 from lightning_perl.data.tokenization import Encoded, TurnEncoder, example_of
@@ -208,11 +206,11 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     def _refuse_conflict(self, verdicts: dict[object, Item]) -> None:
         for verdict, item in verdicts.items():
-            against = [first_row(verdicts[v]).where for v in verdicts if conflicting((v, verdict))]
+            against = [verdicts[v].where for v in verdicts if conflicting((v, verdict))]
             # A rating in the middle contradicts none, but what it judges is contested.
-            other = against[0] if against else first_row(next(iter(verdicts.values()))).where
+            other = against[0] if against else next(iter(verdicts.values())).where
             self.bad_row(
-                first_row(item).where,
+                item.where,
                 f"conflicting labels: {other} says the opposite of the same answers. Remove one, set "
                 "keep_conflicts: true to learn from both, or on_bad_row: reject to use neither.",
             )
@@ -272,7 +270,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
     def trained_rows(self) -> dict[str, str]:
         """Tells the training rows from others, for checkpoints; a stream is known by its sources alone."""
         items, examples = self.splits.train if self.splits else [], self._examples["train"]
-        files = sorted({first_row(item).where.rpartition(":")[0] for item in items})
+        files = sorted({item.where.rpartition(":")[0] for item in items})
         sources = ", ".join(files or self.streamed)
         names = ", ".join(sorted(Path(source).name for source in self.streamed))
         digest = stable_hash(names)[:16] if self.streaming else digest_of(examples)
@@ -320,20 +318,19 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         None of them where one does not fit or cannot be said: that goes to ``bad_row`` and is counted.
         """
         limits = self.max_tokens, self.max_response_tokens
-        rows = rows_of(item)
         try:
             if self.rows == "prompts":
-                return [encoder.encode_prompt(rows[0].context, limits[0] - limits[1])]
-            return [encoder.encode(row, *limits) for row in rows]
+                return [encoder.encode_prompt(item.context, limits[0] - limits[1])]
+            return [encoder.encode(row, *limits) for row in item.rows]
         except BadRow as error:
             report.rejected[error.reason] += 1
-            bad_row(rows[0].where, str(error))
+            bad_row(item.where, str(error))
             return []
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
-        sources = [first_row(item).source for item in self._used["train"]]
+        sources = [item.source for item in self._used["train"]]
         return ResumableLoader(
             self._examples["train"],
             self.batch_size,
@@ -367,4 +364,4 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
     @cached_property
     def _places(self) -> list[str]:
         places = zip(self._used["test"], self._examples["test"], strict=True)
-        return [first_row(item).where for item, example in places for _ in example.rows]
+        return [item.where for item, example in places for _ in example.rows]
