@@ -1,7 +1,4 @@
-"""On-policy methods that also train a critic.
-
-Shapes: ``B`` rollouts, ``R`` response tokens.
-"""
+"""On-policy methods that also train a critic."""
 
 from __future__ import annotations
 

@@ -383,7 +383,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         about = {}
         for name, module in self.named_modules():
             if isinstance(module, Trunk | ScalarHead):
-                own = (weight for key, weight in module.named_parameters() if ".lora_" not in key)
+                own = module.bare if isinstance(module, Trunk) else module.parameters()
                 if not any(weight.requires_grad for weight in own):
                     about[name] = module.fingerprint()
         for adapters in (trunk.adapters for trunk in self._trunks):

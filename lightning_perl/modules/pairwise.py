@@ -1,7 +1,4 @@
-"""The skeleton of methods that learn a policy from judged answers, without a reward model.
-
-Shapes: ``B`` rows, ``K`` pairs.
-"""
+"""The skeleton of methods that learn a policy from judged answers, without a reward model."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Scoring(Judging):
         super().setup(stage)
         if self.positive_weight is not None or stage == "predict":
             return
-        up, down = thumbs_counted(self.trainer.datamodule)  # type: ignore[attr-defined]
+        up, down = (getattr(self.training_rows, name, 0) for name in ("up", "down"))
         if not up or not down:
             raise ValueError(
                 f"positive_weight: null weighs thumbs up by the training data's thumbs down per thumb up, "
@@ -341,12 +341,6 @@ class HydraSFT(Scoring):
             )
         super().__init__(trunk, lora=lora, **settings)
         self.reward_weight = reward_weight
-
-
-def thumbs_counted(data: object) -> tuple[int, int]:
-    """Thumbs up and down among a datamodule's training rows, by its report; 0 where it has none."""
-    train = getattr(getattr(data, "report", None), "splits", {}).get("train")
-    return getattr(train, "up", 0), getattr(train, "down", 0)
 
 
 def _batches(loaders: Any) -> Iterator[RatedBatch]:  # noqa: ANN401 (one loader, or any nest of them)

@@ -1,7 +1,4 @@
-"""The update of an on-policy method: epochs of minibatches of micro-batches, without a Trainer.
-
-Shapes: ``B`` rollouts, ``R`` response tokens.
-"""
+"""The update of an on-policy method: epochs of minibatches of micro-batches, without a Trainer."""
 
 from __future__ import annotations
 
