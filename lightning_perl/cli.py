@@ -31,7 +31,6 @@ import lightning_perl.data
 import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
-from lightning_perl.callbacks.phase_meter import ran_out_of_memory
 from lightning_perl.callbacks.resume import changes
 from lightning_perl.commands import dry_run, mix
 from lightning_perl.commands.compare import compare
@@ -46,6 +45,7 @@ from lightning_perl.commands.report import report
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.modules.launching import require_plain_ranks
 from lightning_perl.packaged import PREFIX, unpackaged
+from lightning_perl.phases import ran_out_of_memory
 from lightning_perl.quiet import no_progress_bars
 
 PROGRAM = "python -m lightning_perl"

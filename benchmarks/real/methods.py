@@ -44,7 +44,6 @@ from record import machine, table, words_of
 from small_trunk import adam, fitted, resident_mb, run_missing
 
 from lightning_perl.data import HarmlessnessDataModule, PreferenceDataModule
-from lightning_perl.data.rows import first_row
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import RLOO
 from lightning_perl.modules.on_policy import OnPolicy
@@ -84,7 +83,7 @@ class HasBoth(ShortAndOnTopic):
 def questions(trunk: Path, data_dir: Path) -> list[dict[str, str]]:
     """First human turns of harmless-base, each once, of at most 60 words."""
     data = HarmlessnessDataModule(str(trunk), data_dir, on_bad_row="reject")
-    firsts = [first_row(item).context[0].text for part in data.read() for item in part]
+    firsts = [item.context[0].text for part in data.read() for item in part]
     short = {text: None for text in firsts if len(WORD.findall(text.lower())) <= 60}
     return [{"prompt": text, "system": ASKED} for text in short]
 

@@ -42,7 +42,7 @@ from lightning_perl.data import (
     HelpfulnessDataModule,
     TaskmasterDataModule,
 )
-from lightning_perl.data.rows import Item, Pair, Splits, assign_folds, first_row, held_out
+from lightning_perl.data.rows import Item, Pair, Splits, assign_folds, held_out
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.modules import RewardModel
 
@@ -76,9 +76,9 @@ def everything(corpus: str, data_dir: Path) -> list[Item]:
 
 def divided(items: Sequence[Item], fold: int, share: float = 1.0) -> Splits:
     """A fold to test on; of the other dialogs a tenth to choose by, and a share to train on."""
-    folds = assign_folds((first_row(item).dialog for item in items), FOLDS)
-    test = [item for item in items if folds[first_row(item).dialog] == fold]
-    rest = [item for item in items if folds[first_row(item).dialog] != fold]
+    folds = assign_folds((item.dialog for item in items), FOLDS)
+    test = [item for item in items if folds[item.dialog] == fold]
+    rest = [item for item in items if folds[item.dialog] != fold]
     train, val = held_out(rest, VALIDATION)
     return Splits(held_out(train, share)[1] if share < 1 else train, val, test)
 
@@ -97,7 +97,7 @@ def tested(data: GivenRows) -> list[Item]:
     """The test rows that fit the window, in the order of their scores."""
     assert data.splits is not None
     kept = {data.where(number) for number in range(len(data._places))}
-    return [item for item in data.splits.test if first_row(item).where in kept]
+    return [item for item in data.splits.test if item.where in kept]
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def about(corpus: str, variant: str, fold: int, share: float, data: GivenRows) -
         "share": share,
         "train_rows": data.report.splits["train"].kept,
         "longer_wins_in_training": longer_is_better(data.splits.train),
-        "dialogs": [first_row(item).dialog for item in tested(data)],
+        "dialogs": [item.dialog for item in tested(data)],
     }
 
 

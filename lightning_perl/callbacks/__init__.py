@@ -1,8 +1,7 @@
 """Callbacks: one verb each."""
 
-from lightning_perl.callbacks.before_after import BeforeAfter
+from lightning_perl.callbacks.console import BeforeAfter, EpisodeBar
 from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
-from lightning_perl.callbacks.episode_bar import EpisodeBar
 from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.reward_report import RewardReport

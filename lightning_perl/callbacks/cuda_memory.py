@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_perl.arguments import Checked, Count, CountOrZero
 from lightning_perl.callbacks.console import show
-from lightning_perl.callbacks.phase_meter import (
+from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.phases import (
+    WHOLE_BATCH,
     PhaseMeter,
     PhaseTracker,
     cuda_device,
     ran_out_of_memory,
 )
-from lightning_perl.callbacks.run_folder import run_folder
-from lightning_perl.phases import WHOLE_BATCH
 
 GIB = 1024**3
 """Bytes of one GiB, the unit of every ``memory/`` key."""

@@ -9,8 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_perl.arguments import Checked
-from lightning_perl.callbacks.phase_meter import PhaseTracker, cuda_device, ran_out_of_memory
-from lightning_perl.phases import WHOLE_BATCH
+from lightning_perl.phases import WHOLE_BATCH, PhaseTracker, cuda_device, ran_out_of_memory
 
 ADVICE = {
     "rollout": "lower sampling.batch_size (responses drawn at once), sampling.max_new_tokens or data.batch_size",

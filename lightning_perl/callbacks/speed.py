@@ -11,8 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_perl.arguments import Checked, Positive
-from lightning_perl.callbacks.phase_meter import PhaseMeter
-from lightning_perl.phases import WHOLE_BATCH
+from lightning_perl.phases import WHOLE_BATCH, PhaseMeter
 
 # The phases that each token count of `training_step` belongs to.
 _PHASES = {

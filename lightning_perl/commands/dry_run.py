@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_perl.callbacks.console import show
-from lightning_perl.callbacks.cuda_memory import GIB
+from lightning_perl.callbacks.cuda_memory import GIB, resident_bytes
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.base import AdapterModule
@@ -61,9 +60,7 @@ def plan(module: AdapterModule, trainer: Trainer, seconds: float) -> Iterator[tu
         seconds: What the batch took.
     """
     for trunk in (part for part in module.modules() if isinstance(part, Trunk)):
-        count = sum(
-            weight.numel() for name, weight in trunk.named_parameters() if ".lora_" not in name
-        )
+        count = sum(weight.numel() for weight in trunk.bare)
         dtype = str(trunk.dtype).removeprefix("torch.")
         held = f", {trunk.quantization}" if trunk.quantization else ""
         yield "trunk", f"{trunk.source}: {count / 1e6:,.1f}M parameters, {dtype}{held}"
@@ -79,7 +76,7 @@ def plan(module: AdapterModule, trainer: Trainer, seconds: float) -> Iterator[tu
         peak = torch.cuda.max_memory_allocated(device) / GIB
         yield "memory", f"{peak:.2f} GiB at most, the longest rows included"
     else:
-        resident = psutil.Process().memory_info().rss / GIB
+        resident = resident_bytes() / GIB
         yield "memory", f"{resident:.2f} GiB resident, the longest rows included"
     yield from _length(module, seconds)
 

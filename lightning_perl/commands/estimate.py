@@ -25,7 +25,6 @@ from lightning_perl.commands.rehearsal import (
     OnPolicyRehearsal,
     Peaks,
     SupervisedRehearsal,
-    own_weights,
     rehearsal_of,
 )
 from lightning_perl.models.adapters import LoraSpec
@@ -365,7 +364,7 @@ def report(
         "module": type(module).__name__,
         "layout": on_policy and on_policy.roles.layout,
         "model_type": config.model_type,
-        "parameters": sum(weight.numel() for weight in own_weights(rehearsal.trunks[0])),
+        "parameters": sum(weight.numel() for weight in rehearsal.trunks[0].bare),
         "load": {
             **load._asdict(),
             "micro_batch_size": on_policy.micro_batch_size if on_policy else load.rows,

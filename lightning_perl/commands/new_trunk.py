@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from lightning_perl.arguments import Count, CountOrZero
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.rows import Pair, Splits
+from lightning_perl.data.rows import Splits
 from lightning_perl.packaged import unpackaged
 
 
@@ -26,7 +26,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
 def training_texts(splits: Splits) -> Iterator[str]:
     """Every turn of the training rows, as the turn template writes it."""
     for item in splits.train:
-        for row in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
+        for row in item.rows:
             for turn in (*row.context, *row.response):
                 yield f"{turn.role.capitalize()}: {turn.text}\n"
 

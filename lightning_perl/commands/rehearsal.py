@@ -135,7 +135,7 @@ class Rehearsal(ABC, Generic[AnyModule]):
             self.ledger.mark([*trunk.parameters(), *trunk.buffers()], "trunk")
             if self.module.trunk_sharding is not None:
                 self._take_apart(trunk)
-        frozen = {id(weight) for trunk in self.trunks for weight in own_weights(trunk)}
+        frozen = {id(weight) for trunk in self.trunks for weight in trunk.bare}
         rest = (weight for weight in self.module.parameters() if id(weight) not in frozen)
         self.ledger.mark(rest, "adapters")
         for parameter in self.module.parameters():
@@ -148,7 +148,7 @@ class Rehearsal(ABC, Generic[AnyModule]):
         One of these runs, and the next is put together meanwhile.
         """
         names = decoder_blocks(trunk.model)
-        own = {id(weight) for weight in own_weights(trunk)}
+        own = {id(weight) for weight in trunk.bare}
         blocks = [
             [weight for weight in trunk.model.get_submodule(name).parameters() if id(weight) in own]
             for name in names
@@ -362,14 +362,6 @@ def rated_of(load: Load, items: int) -> RatedBatch:
         for word in ((1, 2) if load.pairs else (1,))
     )
     return collate_rated([RatedExample(rows)] * items)
-
-
-def own_weights(trunk: Trunk) -> Iterator[Tensor]:
-    """A trunk's weights without its adapters'."""
-    adapters = {
-        id(weight) for name in trunk.adapters.specs for weight in trunk.adapters.parameters(name)
-    }
-    return (weight for weight in trunk.parameters() if id(weight) not in adapters)
 
 
 def optimizer_of(module: AdapterModule) -> Optimizer:

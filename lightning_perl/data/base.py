@@ -34,9 +34,7 @@ from lightning_perl.data.rows import (
     collate_rated,
     conflicting,
     digest_of,
-    first_row,
     judgement,
-    rows_of,
     stable_hash,
 )
 from lightning_perl.data.tokenization import Encoded, TurnEncoder, example_of
@@ -68,7 +66,6 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         bucket: Put rated rows of similar length into a batch, which saves padding. False: shuffle only, as prompts
             always are: a rollout batch is a mixture, and its micro-batches are cut by length later.
         seed: Seed of the order of the rows. The splits do not depend on it.
-        num_workers: Processes that collate batches. 0 is enough for text.
         on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line. ``reject`` counts
             such rows in ``report`` and goes on. A file that cannot be read to its end counts as one such row.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
@@ -92,7 +89,6 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         max_response_tokens: Count = 128,
         bucket: bool = True,
         seed: CountOrZero = 0,
-        num_workers: CountOrZero = 0,
         on_bad_row: Literal["reject", "raise"] = "raise",
         keep_conflicts: bool = True,
         chat_template: bool | None = None,
@@ -112,7 +108,6 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         self.max_response_tokens = max_response_tokens
         self.bucket = bucket and rows == "rated"
         self.seed = seed
-        self.num_workers = num_workers
         self.on_bad_row = on_bad_row
         self.keep_conflicts = keep_conflicts
         self.chat_template = chat_template
@@ -208,11 +203,11 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     def _refuse_conflict(self, verdicts: dict[object, Item]) -> None:
         for verdict, item in verdicts.items():
-            against = [first_row(verdicts[v]).where for v in verdicts if conflicting((v, verdict))]
+            against = [verdicts[v].where for v in verdicts if conflicting((v, verdict))]
             # A rating in the middle contradicts none, but what it judges is contested.
-            other = against[0] if against else first_row(next(iter(verdicts.values()))).where
+            other = against[0] if against else next(iter(verdicts.values())).where
             self.bad_row(
-                first_row(item).where,
+                item.where,
                 f"conflicting labels: {other} says the opposite of the same answers. Remove one, set "
                 "keep_conflicts: true to learn from both, or on_bad_row: reject to use neither.",
             )
@@ -272,7 +267,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
     def trained_rows(self) -> dict[str, str]:
         """Tells the training rows from others, for checkpoints; a stream is known by its sources alone."""
         items, examples = self.splits.train if self.splits else [], self._examples["train"]
-        files = sorted({first_row(item).where.rpartition(":")[0] for item in items})
+        files = sorted({item.where.rpartition(":")[0] for item in items})
         sources = ", ".join(files or self.streamed)
         names = ", ".join(sorted(Path(source).name for source in self.streamed))
         digest = stable_hash(names)[:16] if self.streaming else digest_of(examples)
@@ -320,25 +315,23 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         None of them where one does not fit or cannot be said: that goes to ``bad_row`` and is counted.
         """
         limits = self.max_tokens, self.max_response_tokens
-        rows = rows_of(item)
         try:
             if self.rows == "prompts":
-                return [encoder.encode_prompt(rows[0].context, limits[0] - limits[1])]
-            return [encoder.encode(row, *limits) for row in rows]
+                return [encoder.encode_prompt(item.context, limits[0] - limits[1])]
+            return [encoder.encode(row, *limits) for row in item.rows]
         except BadRow as error:
             report.rejected[error.reason] += 1
-            bad_row(rows[0].where, str(error))
+            bad_row(item.where, str(error))
             return []
 
     def train_dataloader(self) -> ResumableLoader | StreamingLoader:
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
-        sources = [first_row(item).source for item in self._used["train"]]
+        sources = [item.source for item in self._used["train"]]
         return ResumableLoader(
             self._examples["train"],
             self.batch_size,
             self.collate,
-            self.num_workers,
             self.seed,
             self.bucket,
             None if self.weights is None else mixture(sources, self.weights),
@@ -356,9 +349,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     def _fixed(self, split: str) -> FixedLoader:
         self.log_report()
-        return FixedLoader(
-            self._examples[split], self.val_batch_size, self.collate, self.num_workers
-        )
+        return FixedLoader(self._examples[split], self.val_batch_size, self.collate)
 
     def where(self, row: int) -> str:
         """Returns file and line of a test row, by its number."""
@@ -367,4 +358,4 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
     @cached_property
     def _places(self) -> list[str]:
         places = zip(self._used["test"], self._examples["test"], strict=True)
-        return [first_row(item).where for item, example in places for _ in example.rows]
+        return [item.where for item, example in places for _ in example.rows]

@@ -18,7 +18,7 @@ from lightning_perl.data.download import Corpus, Part, corpora, fetch_all
 from lightning_perl.data.messages import reading, wrong_type
 from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.reading import csv_rows, jsonl_rows
-from lightning_perl.data.rows import Item, Pair, Splits, first_row, held_out, rows_of
+from lightning_perl.data.rows import Item, Pair, Splits, held_out
 
 _PARTS: tuple[Part, ...] = ("train", "val", "test")
 _NAMES = {"val": "validation", "test": "test"}
@@ -62,7 +62,6 @@ class CorpusDataModule(ConversationDataModule):
         on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (most public
             corpora have some); ``raise`` stops at the first one, naming file and line. A file that
             cannot be read to its end counts as one such row.
-        settings: As :class:`ConversationDataModule`.
 
     Raises:
         ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
@@ -152,22 +151,22 @@ class CorpusDataModule(ConversationDataModule):
             return
         # With their answers, whatever `rows` is: both kinds of batches have the same splits.
         for item in self._reader.read(own, where):
-            rows = [replace(row, dialog=own["group"]) for row in rows_of(item)]
+            rows = [replace(row, dialog=own["group"]) for row in item.rows]
             yield own.get("part", part), Pair(rows[0], rows[1]) if rows[1:] else rows[0]
 
     def _divide(self, upstream: dict[Part, list[Item]]) -> Splits:
         # The last one counts: what a test split holds is never trained on.
-        part_of = {first_row(item).dialog: part for part in _PARTS for item in upstream[part]}
+        part_of = {item.dialog: part for part in _PARTS for item in upstream[part]}
         apart = []
         for part in _PARTS:
             for item in upstream[part]:
-                if part_of[first_row(item).dialog] == part:
+                if part_of[item.dialog] == part:
                     apart.append(item)
                 else:
                     self.report.left_out["of a dialog that a later split has"] += 1
         splits: dict[Part, list[Item]] = defaultdict(list)
         for item in self.distinct(apart):
-            splits[part_of[first_row(item).dialog]].append(item)
+            splits[part_of[item.dialog]].append(item)
         # The test split first, so that it does not depend on val_fraction.
         if not splits["test"]:
             splits["train"], splits["test"] = held_out(splits["train"], self.test_fraction)

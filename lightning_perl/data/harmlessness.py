@@ -40,7 +40,6 @@ class HarmlessnessDataModule(CorpusDataModule):
         data_dir: The folder that holds ``hh-harmless-base/`` or upstream's ``harmless-base/``, each
             with ``train.jsonl`` and ``test.jsonl``, plain or ``.gz``. Where it holds neither,
             ``fit`` downloads the corpus (14 MB) into ``harmless-base/``.
-        settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
     corpus = "harmless-base"

@@ -35,7 +35,6 @@ class HelpfulnessDataModule(CorpusDataModule):
         corpus: ``hh`` or ``shp``.
         min_score_ratio: Leave out pairs of ``shp`` whose votes have a lower ratio. 1 keeps all, as
             PERL did; the dataset's card recommends 2 for a cleaner signal.
-        settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
     def __init__(

@@ -52,7 +52,6 @@ class MixedDataModule(PreferenceDataModule):
             seed, ``on_bad_row`` and ``chat_template`` are the prompts' unless these are among them.
         texts_as: What the texts are: ``demonstrations`` to imitate, or ``pairs``, which cannot be streamed.
         rows: Always ``prompts``.
-        settings: As :class:`PreferenceDataModule`, for the prompts.
     """
 
     def __init__(

@@ -23,43 +23,18 @@ from lightning_perl.data.rows import (
     PromptExample,
     RatedExample,
     Splits,
-    first_row,
     held_out,
 )
 from lightning_perl.data.tokenization import example_of
 
 
 class PreferenceDataModule(ConversationDataModule):
-    """Rows of your own, of one of these kinds, recognised by their columns; the first that fits.
+    """Rows of your own, recognised by their columns: docs/data.md lists the kinds and public formats.
 
-    ==========================  ==========================================================
-    columns                     a row is
-    ==========================  ==========================================================
-    prompt, chosen, rejected    a preference pair
-    chosen, rejected            a preference pair of two message lists, which are the same
-                                but for the last message
-    prompt, response, label     an answer with a thumb: 1 or true up, 0 or false down
-    prompt, response, rating    an answer with a rating from ``rating_range[0]`` to
-                                ``rating_range[1]``
-    prompt, response            a demonstration
-    messages                    a demonstrated dialog; every assistant message counts; with a label or a rating,
-                                a thumb on the last one
-    first, second, preference   a preference pair; the preference is first, second or tie
-    answers, scores (or ranks)  several answers to a prompt, of which pairs are made
-    prompt                      a prompt to answer (``rows: prompts``)
-    ==========================  ==========================================================
-
-    With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at. Of ``messages`` it is
-    all of them where the user has the last word, else those before the first answer.
-
-    A prompt is a string (one user turn) or a list of ``{"role", "content"}`` messages; an answer is a string or an
-    assistant message, which may follow the messages of the prompt. Chosen and thumbs-up answers, and those rated
-    above the middle, also enter the language-modelling loss of Hydra-SFT. A rating becomes a label from 0 to 1,
-    linearly: the soft target of the cross-entropy. A label or rating that is null is a bad row. Columns named like
-    a verdict that is not read are refused beside demonstrations; the report names all that are not read. Formats
-    of public data sets and other trainers are recognised (docs/data.md).
-
-    Rows of one dialog (the same first user turn) go to one split. Duplicates are used once.
+    With ``rows: prompts`` the prompt of any kind is enough, and answers are not looked at. Chosen and thumbs-up
+    answers, and those rated above the middle, also enter the language-modelling loss of Hydra-SFT. A rating
+    becomes a label from 0 to 1, linearly: the soft target of the cross-entropy. Rows of one dialog (the same first
+    user turn) go to one split. Duplicates are used once.
 
     Args:
         train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array, ``.csv``, each also
@@ -89,7 +64,6 @@ class PreferenceDataModule(ConversationDataModule):
         shuffle_block: Rows of a stream that are in memory to be shuffled.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
-        settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
     """
 
     def __init__(
@@ -164,9 +138,9 @@ class PreferenceDataModule(ConversationDataModule):
         else:
             val = self._all(self.val_sources)
         test = val if self.test_sources is None else self._all(self.test_sources)
-        trained = {first_row(item).dialog for item in train}
+        trained = {item.dialog for item in train}
         for name, items in (("validation", val), ("test", test)):
-            shared = sum(first_row(item).dialog in trained for item in items)
+            shared = sum(item.dialog in trained for item in items)
             if shared and (name == "validation" or test is not val):
                 self.report.notes[f"{name} rows whose prompt is a training prompt"] = shared
         return Splits(train, val, test)

@@ -77,6 +77,11 @@ class Row:
     where: str
     source: int = 0
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Itself, its only row."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -85,6 +90,31 @@ class Pair:
     chosen: Row
     rejected: Row
     margin: float = 0.0
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Both answers, the chosen one first."""
+        return (self.chosen, self.rejected)
+
+    @property
+    def context(self) -> tuple[Turn, ...]:
+        """The prompt of both."""
+        return self.chosen.context
+
+    @property
+    def dialog(self) -> str:
+        """The group of both."""
+        return self.chosen.dialog
+
+    @property
+    def where(self) -> str:
+        """The place of both."""
+        return self.chosen.where
+
+    @property
+    def source(self) -> int:
+        """The source of both."""
+        return self.chosen.source
 
 
 Item: TypeAlias = Row | Pair
@@ -98,23 +128,11 @@ class Splits(NamedTuple):
     test: list[Item]
 
 
-def rows_of(item: Item) -> tuple[Row, ...]:
-    """Returns a row, or the chosen and the rejected one of a pair."""
-    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
-
-
-def first_row(item: Item) -> Row:
-    """Returns a row, or the chosen row of a pair: both have one context, dialog and place."""
-    return rows_of(item)[0]
-
-
 def judgement(item: Item) -> tuple[object, object]:
     """Returns what a judge was shown, an answer or two in either order, and the verdict on it."""
     if isinstance(item, Pair):
-        context, chosen, rejected = map(
-            same, (item.chosen.context, item.chosen.response, item.rejected.response)
-        )
-        return (context, frozenset((chosen, rejected))), chosen
+        chosen, rejected = same(item.chosen.response), same(item.rejected.response)
+        return (same(item.context), frozenset((chosen, rejected))), chosen
     return (same(item.context), same(item.response)), item.label
 
 
@@ -174,10 +192,10 @@ def hold_out(groups: Iterable[str], fraction: float) -> set[str]:
 
 def held_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
     """Returns the items that stay, and those of the dialogs that :func:`hold_out` chooses."""
-    held = hold_out((first_row(item).dialog for item in items), fraction)
+    held = hold_out((item.dialog for item in items), fraction)
     return (
-        [item for item in items if first_row(item).dialog not in held],
-        [item for item in items if first_row(item).dialog in held],
+        [item for item in items if item.dialog not in held],
+        [item for item in items if item.dialog in held],
     )
 
 

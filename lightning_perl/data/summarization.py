@@ -29,16 +29,6 @@ _PARTS_OF_OPENAI: dict[str, Part] = {"train": "train", "valid1": "val", "valid2"
 class SummarizationDataModule(CorpusDataModule):
     """Summaries, as demonstrations, preference pairs or prompts, by corpus.
 
-    ===============  =========================================================================
-    corpus           a row is
-    ===============  =========================================================================
-    ``tldr``         a Reddit post and its author's summary (SFT)
-    ``tldr_judged``  an author's and a model's summary, of which an **AI** preferred one
-    ``tldr_human``   two summaries of which a person preferred one; a flattened local part
-    ``comparisons``  the same in OpenAI's original release
-    ``dialogsum``    a conversation and its summary (SFT)
-    ===============  =========================================================================
-
     Rows of one post or conversation go to one split. OpenAI's splits are ``train``, ``valid1`` (to choose models
     by: our validation) and ``valid2`` (final: our test). Of the three summaries of a DialogSum test row the first
     is read. ``tldr_human`` has no subreddits. A post is one turn, which is never cut.
@@ -49,9 +39,11 @@ class SummarizationDataModule(CorpusDataModule):
             ``tldr/oai1b.csv_judged.csv``; ``tldr-human/*.jsonl``; ``comparisons/batch*.json``;
             ``dialogsum/`` or ``DialogSum_Data/`` with ``dialogsum.{train,dev,test}.jsonl``. Files
             may be ``.gz``. ``fit`` downloads what is missing, but for ``tldr_human``.
-        corpus: One of the table.
+        corpus: ``tldr``: a Reddit post and its author's summary. ``tldr_judged``: an author's and a
+            model's summary, of which an AI preferred one. ``comparisons``: two summaries of which a
+            person preferred one; ``tldr_human``: a flattened local part of these. ``dialogsum``: a
+            conversation and its summary.
         max_tokens: Tokens of a row, prompt and answer together. A longer row is a bad row.
-        settings: As :class:`~lightning_perl.data.corpus.CorpusDataModule`.
     """
 
     def __init__(

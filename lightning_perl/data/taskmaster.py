@@ -26,7 +26,6 @@ from lightning_perl.data.rows import (
     Splits,
     Turn,
     assign_folds,
-    first_row,
     held_out,
     hold_out,
     stable_hash,
@@ -62,8 +61,6 @@ class TaskmasterDataModule(ConversationDataModule):
         on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (the
             corpora have empty answers, and turns longer than the window); ``raise`` stops at the
             first one, naming file and row. A file that cannot be read counts as one such row.
-        settings: As :class:`~lightning_perl.data.base.ConversationDataModule`.
-
     """
 
     pairs: ClassVar[bool] = False
@@ -144,21 +141,21 @@ class TaskmasterDataModule(ConversationDataModule):
     def _divide_demonstrations(self, items: list[Item], splits: Splits) -> None:
         # Another hash than hold_out's, or the kept dialogs would all be held out.
         rows = self.distinct(items)
-        ordered = sorted(rows, key=lambda row: stable_hash(f"kept {first_row(row).dialog}"))
+        ordered = sorted(rows, key=lambda row: stable_hash(f"kept {row.dialog}"))
         kept = ordered[: self.max_demonstrations]
-        held = hold_out((first_row(row).dialog for row in kept), 2 * self.val_fraction)
+        held = hold_out((row.dialog for row in kept), 2 * self.val_fraction)
         # A single dialog validates: a checkpoint callback may watch that loss, nothing watches the test's.
         test = set(sorted(held, key=stable_hash)[::2]) if len(held) > 1 else set()
         for row in kept:
-            dialog = first_row(row).dialog
+            dialog = row.dialog
             held_splits = splits.test if dialog in test else splits.val
             (held_splits if dialog in held else splits.train).append(row)
 
     def _divide_thumbs(self, items: list[Item], splits: Splits) -> None:
         rows = self.distinct(items)
-        folds = assign_folds((first_row(row).dialog for row in rows), self.folds)
-        splits.test.extend(row for row in rows if folds[first_row(row).dialog] == self.fold)
-        training = [row for row in rows if folds[first_row(row).dialog] in self.train_folds]
+        folds = assign_folds((row.dialog for row in rows), self.folds)
+        splits.test.extend(row for row in rows if folds[row.dialog] == self.fold)
+        training = [row for row in rows if folds[row.dialog] in self.train_folds]
         for split, part in zip(splits, held_out(training, self.val_fraction), strict=False):
             split.extend(part)
 

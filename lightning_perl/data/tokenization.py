@@ -42,7 +42,6 @@ from lightning_perl.data.rows import (
     RatedRow,
     Row,
     Turn,
-    rows_of,
 )
 
 #: The name of the plain turn template. A change of a single id of it needs a new number.
@@ -102,7 +101,7 @@ def example_of(
         return PromptExample(encoded[0].ids, number, cut_turns)
     rows = tuple(
         RatedRow(row.ids, row.response_mask, side.imitate, side.label, place, len(side.context))
-        for place, (row, side) in enumerate(zip(encoded, rows_of(item), strict=True), start=number)
+        for place, (row, side) in enumerate(zip(encoded, item.rows, strict=True), start=number)
     )
     margin = item.margin if isinstance(item, Pair) else 0.0
     return RatedExample(rows, cut_turns, margin)

@@ -1,4 +1,4 @@
-"""Reward models on pairs. Shapes: ``K`` pairs."""
+"""Reward models on pairs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""INPO (2407.00617): a step of no-regret learning against oneself.
-
-Shapes: ``K`` pairs of responses.
-"""
+"""INPO (2407.00617): a step of no-regret learning against oneself."""
 
 from __future__ import annotations
 

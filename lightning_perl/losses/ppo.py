@@ -1,4 +1,4 @@
-"""Proximal policy optimization (1707.06347): the policy's loss. Shapes: ``B`` rollouts, ``R`` response tokens."""
+"""Proximal policy optimization (1707.06347): the policy's loss."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""REINFORCE with a learned baseline (PERL, 2403.10704, through RLAIF, 2309.00267, App. F).
-
-Shapes: ``B`` rollouts, ``R`` response tokens.
-"""
+"""REINFORCE with a learned baseline (PERL, 2403.10704, through RLAIF, 2309.00267, App. F)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""ReMax (2310.10505): the greedy response is the baseline.
-
-Shapes: ``B`` rollouts, ``R`` response tokens.
-"""
+"""ReMax (2310.10505): the greedy response is the baseline."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""SuperHF (2310.16763): imitate the best response, and stay near the reference.
-
-Shapes: ``B`` responses, ``R`` response tokens.
-"""
+"""SuperHF (2310.16763): imitate the best response, and stay near the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward models on thumbs. Shapes: ``B`` rows."""
+"""Reward models on thumbs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Scalar heads: the reward head and the value head. They live outside PEFT and share no weights.
-
-Shapes: ``H`` hidden size.
-"""
+"""Scalar heads: the reward head and the value head. They live outside PEFT and share no weights."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 A role is answered by a *(trunk, adapter, head)*; roles that name the same trunk and adapter by one forward. An
 algorithm asks for roles and never learns how many trunks there are.
-
-Shapes: ``B`` rows, ``R`` response tokens.
 """
 
 from __future__ import annotations
@@ -148,7 +146,8 @@ class Roles(Checked, nn.Module):
         trained = learned_reward and architecture() is None
         self.reward_fingerprints = [head.fingerprint() for head in heads if trained]
         averaged = len(heads) > 1 and ensemble == "weight_average"
-        self.judges = _judges(learned_reward * (1 if averaged else len(heads)))
+        judges = learned_reward * (1 if averaged else len(heads))
+        self.judges = tuple(f"reward_{n}" if n else "reward" for n in range(judges))
         self.seats = _seats(layout, self.judges, critic)
         reward_trunk = rewards[0] if layout in REWARD_TRUNK_LAYOUTS and rewards else trunk
         judged = {self.seats[name].trunk for name in (*self.judges, "value") if name in self.seats}
@@ -360,10 +359,6 @@ def _require_widths(heads: list[ScalarHead], folders: list[Path], trunk: Trunk) 
                 f"{folder}: its reward head reads {len(head.weight)} numbers per token, but the reward "
                 f"trunk {trunk.source} gives {trunk.hidden_size}. Was the head trained on another model?"
             )
-
-
-def _judges(count: int) -> tuple[str, ...]:
-    return tuple(f"reward_{number}" if number else "reward" for number in range(count))
 
 
 def _seats(layout: Layout, judges: tuple[str, ...], critic: bool) -> dict[str, Seat]:

@@ -1,7 +1,4 @@
-"""A decoder that all roles share: hidden states, logits and log-probabilities.
-
-Shapes: ``B`` rows, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary.
-"""
+"""A decoder that all roles share: hidden states, logits and log-probabilities."""
 
 from __future__ import annotations
 
@@ -164,6 +161,11 @@ class Trunk(nn.Module):
     def named(self) -> str:
         """Source and class of the model, for messages."""
         return f"{self.source or 'The trunk'} ({type(self.model).__name__})"
+
+    @property
+    def bare(self) -> list[nn.Parameter]:
+        """The trunk's own weights, without its adapters'."""
+        return [weight for name, weight in self.named_parameters() if ".lora_" not in name]
 
     def _text_config(self) -> PreTrainedConfig:
         return self.model.config.get_text_config(decoder=True)

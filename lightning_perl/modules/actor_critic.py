@@ -1,7 +1,4 @@
-"""On-policy methods that also train a critic.
-
-Shapes: ``B`` rollouts, ``R`` response tokens.
-"""
+"""On-policy methods that also train a critic."""
 
 from __future__ import annotations
 
@@ -35,7 +32,6 @@ class ActorCritic(OnPolicy):
         head_learning_rate: Learning rate of the value head. None: the critic's.
         critic_warmup: Rollouts at the beginning from which only the critic learns (PPO-max, 2307.04964). They
             count towards ``max_episodes``.
-        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     trained_roles: ClassVar[tuple[TrainedRole, ...]] = ("policy", "value")

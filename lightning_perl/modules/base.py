@@ -23,13 +23,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
+from lightning_perl.callbacks.console import count_trained
 from lightning_perl.callbacks.handover import Handover
 from lightning_perl.callbacks.predictions import PredictionWriter
 from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.resume import Resume
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.callbacks.skipped import SkippedBatches
-from lightning_perl.callbacks.trained import count_trained
 from lightning_perl.callbacks.wandb_summary import WandbSummary
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
@@ -383,7 +383,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         about = {}
         for name, module in self.named_modules():
             if isinstance(module, Trunk | ScalarHead):
-                own = (weight for key, weight in module.named_parameters() if ".lora_" not in key)
+                own = module.bare if isinstance(module, Trunk) else module.parameters()
                 if not any(weight.requires_grad for weight in own):
                     about[name] = module.fingerprint()
         for adapters in (trunk.adapters for trunk in self._trunks):

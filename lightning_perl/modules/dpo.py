@@ -19,7 +19,6 @@ class DPO(Pairwise):
     Args:
         trunk: Folder or hub name of the SFT trunk.
         label_smoothing: Share of the pairs that are thought to be labelled the wrong way round, below 0.5.
-        settings: Arguments of `Pairwise`, `Supervised` and `AdapterModule`.
     """
 
     def __init__(

@@ -34,7 +34,6 @@ class GRPO(OnPolicy):
         clip_range_high: The same above 1 (DAPO, 2503.14476: 0.28). None: ``clip_range``.
         scale_by_group: Divide by the standard deviation of the prompt's scores. False: Dr. GRPO (2503.20783).
         token_mean: Every token weighs the same. False: every response does, as in the paper.
-        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(

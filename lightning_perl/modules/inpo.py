@@ -29,7 +29,6 @@ class INPO(Selecting):
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         eta: Step size of a round; the smaller, the larger the step (the paper: 0.0075, a log-odds of 66.7 nats).
         tau: Weight of the KL to the reference; above 0 and below ``eta``. None: a third of ``eta``.
-        settings: Arguments of `Selecting`, `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     samples_kept: ClassVar[int | None] = 2

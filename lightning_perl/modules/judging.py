@@ -1,7 +1,4 @@
-"""The skeleton of supervised modules that give answers a score, which held-out judgements are measured by.
-
-Shapes: ``B`` rows.
-"""
+"""The skeleton of supervised modules that give answers a score, which held-out judgements are measured by."""
 
 from __future__ import annotations
 

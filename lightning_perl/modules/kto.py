@@ -27,7 +27,6 @@ class KTO(Pairwise):
         desirable_weight: Weight of thumbs up, the paper's lambda_D. The paper keeps weight times number of both
             kinds within 1 to 4/3 of each other.
         undesirable_weight: Weight of thumbs down, the paper's lambda_U.
-        settings: Arguments of `Pairwise`, `Supervised` and `AdapterModule`.
     """
 
     needs_pairs: ClassVar[bool] = False

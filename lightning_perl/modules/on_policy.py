@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_perl.arguments import Count, Finite, NonNegative, Positive
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
-from lightning_perl.callbacks.episode_bar import count_episodes
+from lightning_perl.callbacks.console import count_episodes
 from lightning_perl.callbacks.policy_guard import PolicyGuard
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF

@@ -1,7 +1,4 @@
-"""The skeleton of methods that learn a policy from judged answers, without a reward model.
-
-Shapes: ``B`` rows, ``K`` pairs.
-"""
+"""The skeleton of methods that learn a policy from judged answers, without a reward model."""
 
 from __future__ import annotations
 
@@ -35,7 +32,6 @@ class Pairwise(Judging):
         keep_reference: Ask the reference once for each row: what it says in the first epoch is kept (16 bytes a
             row, in checkpoints too), and later epochs and validations save its pass. Their numbers change by
             rounding, as a row's log-probability does from batch to batch.
-        settings: Arguments of `Supervised` and `AdapterModule`.
     """
 
     adapter_name: ClassVar[str] = "actor"

@@ -46,7 +46,6 @@ class PPO(ActorCritic):
         whiten_advantages: Shift and scale advantages over the whole rollout batch.
         advantage_clip: Advantages are then clipped to plus or minus this. None: not at all.
         entropy_coef: Weight of an entropy bonus, in nats per token (PPO-max's authors found it fragile).
-        settings: Arguments of `ActorCritic`, `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
     own_layout: ClassVar[Layout] = "lora"

@@ -24,7 +24,6 @@ class RAFT(Selecting):
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         epochs: Passes over the kept responses of each rollout batch.
-        settings: Arguments of `Selecting`, `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(self, trunk: str, epochs: Count = 2, **settings: Any) -> None:

@@ -22,7 +22,6 @@ class RDPO(Pairwise):
     Args:
         trunk: Folder or hub name of the SFT trunk.
         alpha: Price of a token of the response, in units of the reward. 0 is DPO.
-        settings: Arguments of `Pairwise`, `Supervised` and `AdapterModule`.
     """
 
     def __init__(self, trunk: str, alpha: NonNegative = 0.01, **settings: Any) -> None:

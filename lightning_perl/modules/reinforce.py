@@ -35,7 +35,6 @@ class Reinforce(ActorCritic):
         layout: Which trunk, adapter and head answers which role; PERL's own is ``perl``. See `Evaluation`.
         beta: Weight of the KL against the reward, in [0, 1]: 0 is the reward alone, 1 the KL alone (PERL
             0.05). As PPO's ``kl_coef`` it would be ``beta / (1 - beta)``.
-        settings: Arguments of `ActorCritic`, `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(

@@ -25,7 +25,6 @@ class ReMax(OnPolicy):
     Args:
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         kl_coef: Weight of the KL to the reference in the reward.
-        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     greedy_baseline: ClassVar[bool] = True

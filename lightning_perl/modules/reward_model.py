@@ -47,7 +47,6 @@ class Scoring(Judging):
             deviation 1. No comparison changes; but a thumb's threshold moves away from 0, so leave it off where
             a score is read as a logit (probabilities, ``balanced_accuracy``, ``ece``, ``brier``).
         head_learning_rate: Learning rate of the reward head. None: the optimizer's.
-        settings: Arguments of `Judging`, `Supervised` and `AdapterModule`.
     """
 
     lm_weight: float = 1.0
@@ -149,7 +148,7 @@ class Scoring(Judging):
         super().setup(stage)
         if self.positive_weight is not None or stage == "predict":
             return
-        up, down = thumbs_counted(self.trainer.datamodule)  # type: ignore[attr-defined]
+        up, down = (getattr(self.training_rows, name, 0) for name in ("up", "down"))
         if not up or not down:
             raise ValueError(
                 f"positive_weight: null weighs thumbs up by the training data's thumbs down per thumb up, "
@@ -297,7 +296,6 @@ class RewardModel(Scoring):
             as ``RUN/trunk``.
         lm_weight: Weight of the cross-entropy per token of chosen and thumbs-up answers and of demonstrations
             (PPO-max: 1). With full tuning the LM head is then trained too.
-        settings: Arguments of `Scoring`, `Supervised` and `AdapterModule`.
     """
 
     adapter_name: ClassVar[str] = "reward"
@@ -328,7 +326,6 @@ class HydraSFT(Scoring):
         trunk: Folder or hub name of a decoder.
         lora: Shape of the adapter. None: the whole trunk is tuned.
         reward_weight: Weight of the reward loss, the paper's gamma. 0: plain SFT.
-        settings: Arguments of `Scoring`, `Supervised` and `AdapterModule`.
     """
 
     def __init__(
@@ -344,12 +341,6 @@ class HydraSFT(Scoring):
             )
         super().__init__(trunk, lora=lora, **settings)
         self.reward_weight = reward_weight
-
-
-def thumbs_counted(data: object) -> tuple[int, int]:
-    """Thumbs up and down among a datamodule's training rows, by its report; 0 where it has none."""
-    train = getattr(getattr(data, "report", None), "splits", {}).get("train")
-    return getattr(train, "up", 0), getattr(train, "down", 0)
 
 
 def _batches(loaders: Any) -> Iterator[RatedBatch]:  # noqa: ANN401 (one loader, or any nest of them)

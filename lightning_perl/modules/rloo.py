@@ -25,7 +25,6 @@ class RLOO(OnPolicy):
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt, the paper's k; at least 2.
         kl_coef: Weight of the KL to the reference in the reward, the paper's beta (0.03 to 0.10).
-        settings: Arguments of `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     def __init__(

@@ -103,15 +103,14 @@ def require_unmoved(roles: Roles, before: Mapping[str, str], since: str) -> None
         )
 
 
+PATIENCE = 3
+"""Steps in a row with a non-finite gradient after which training stops."""
+
+
 class FiniteGuard:
-    """Says whether a step may be taken, and gives up when it may not several times in a row.
+    """Says whether a step may be taken, and gives up when it may not `PATIENCE` times in a row."""
 
-    Args:
-        patience: Steps in a row with a non-finite gradient after which training stops.
-    """
-
-    def __init__(self, patience: int = 3) -> None:
-        self.patience = patience
+    def __init__(self) -> None:
         self.skipped = 0
         self.in_a_row = 0
 
@@ -119,7 +118,7 @@ class FiniteGuard:
         """Look at the gradient norms before clipping.
 
         Raises:
-            RuntimeError: ``patience`` steps in a row were not finite.
+            RuntimeError: `PATIENCE` steps in a row were not finite.
         """
         broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
         if not broken:
@@ -127,7 +126,7 @@ class FiniteGuard:
             return True
         self.skipped += 1
         self.in_a_row += 1
-        if self.in_a_row >= self.patience:
+        if self.in_a_row >= PATIENCE:
             raise RuntimeError(
                 f"The gradients of {broken} were not finite {self.in_a_row} times in a row; nothing was "
                 "learned from those steps. Look at the scores (a reward that is inf or NaN), at the learning "

@@ -34,7 +34,6 @@ class Selecting(OnPolicy):
         rank_kl_coef: Responses are ranked by their score less this times ``log pi - log ref``, summed over tokens.
         epochs: Passes over the kept responses of each rollout batch.
         minibatch_size: Kept responses per optimizer step. None: all of a rollout batch.
-        settings: Arguments of `OnPolicy`, `Evaluation` and `AdapterModule`.
     """
 
     samples_kept: ClassVar[int | None] = 1

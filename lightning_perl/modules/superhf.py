@@ -25,7 +25,6 @@ class SuperHF(Selecting):
         trunk: Folder of the SFT or Hydra-SFT trunk, or a hub name.
         samples: Responses per prompt, the paper's superbatch.
         kl_coef: Weight of the KL (the authors' code: 0.23).
-        settings: Arguments of `Selecting`, `OnPolicy`, `Updating`, `Evaluation` and `AdapterModule`.
     """
 
     full_kl: ClassVar[bool] = True

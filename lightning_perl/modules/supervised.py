@@ -1,7 +1,4 @@
-"""The skeleton of supervised modules: one trunk, tuned whole or by an adapter, on batches of given rows.
-
-Shapes: ``B`` rows, ``T`` tokens, ``R`` response tokens, ``H`` hidden size.
-"""
+"""The skeleton of supervised modules: one trunk, tuned whole or by an adapter, on batches of given rows."""
 
 from __future__ import annotations
 
@@ -74,7 +71,6 @@ class Supervised(AdapterModule):
         share_prompts: Read a pair's prompt once: chosen and rejected lie behind it on one line, with a mask
             between them. The same result in less time and memory; families that cannot (ALiBi, sliding windows
             shorter than the row, flash or flex attention) read two rows all the same.
-        settings: Arguments of `AdapterModule`.
     """
 
     rows: ClassVar[Literal["rated", "prompts"]] = "rated"
@@ -221,8 +217,7 @@ class Supervised(AdapterModule):
             ValueError: No training row has a thumb or stands in a pair.
         """
         super().setup(stage)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        train: Any = getattr(getattr(data, "report", None), "splits", {}).get("train")
+        train = self.training_rows
         kept = getattr(train, "kept", 0)
         if stage != "fit" or not kept or not (self.needs_ratings or self.heads()):
             return
@@ -232,6 +227,12 @@ class Supervised(AdapterModule):
                 f"{type(self).__name__} finds no row to learn a preference from among {kept} training rows. "
                 f"Give rows with {self.rating_columns}; for demonstrations alone use SFT."
             )
+
+    @property
+    def training_rows(self) -> Any:  # noqa: ANN401 (a SplitReport, which this room does not import)
+        """What the data's report says of the training rows; None where it says nothing."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return getattr(getattr(data, "report", None), "splits", {}).get("train")
 
     def on_train_epoch_end(self) -> None:
         """Refuse to go on where there was nothing to learn a preference from."""

@@ -1,7 +1,4 @@
-"""The update of an on-policy method: epochs of minibatches of micro-batches, without a Trainer.
-
-Shapes: ``B`` rollouts, ``R`` response tokens.
-"""
+"""The update of an on-policy method: epochs of minibatches of micro-batches, without a Trainer."""
 
 from __future__ import annotations
 
@@ -72,7 +69,6 @@ class Updating(Evaluation):
         max_grad_norm: Clips the norm of the actor's gradient.
         lm_weight: Weight of a language-modelling loss in every step, on the texts that a `MixedDataModule` gives
             beside the prompts (PPO-ptx, 2203.02155; PPO-max, 2307.04964).
-        settings: Arguments of `Evaluation` and `AdapterModule`.
     """
 
     full_kl: ClassVar[bool] = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lightning_perl.data.rows import Item, Pair, Row, Turn, first_row
+from lightning_perl.data.rows import Item, Pair, Row, Turn
 from tests.benchmarks.conftest import Script
 
 metrics = pytest.importorskip("sklearn.metrics", reason="needs the extra benchmarks")
@@ -32,13 +32,13 @@ def test_no_dialog_lies_on_two_sides(script: Script) -> None:
     for fold in range(4):
         parts = divided(items, fold)
         assert sum(map(len, parts)) == len(items)
-        dialogs = [{first_row(item).dialog for item in part} for part in parts]
+        dialogs = [{item.dialog for item in part} for part in parts]
         assert sum(map(len, dialogs)) == 40
         train, val, test = divided(items, fold, 0.5)
         assert (val, test) == parts[1:]
         assert len(parts.train) / 2 - 3 <= len(train) <= len(parts.train) / 2 + 3
-        assert {one.where for one in train} < {first_row(one).where for one in parts.train}
-    tested = [first_row(item).where for fold in range(4) for item in divided(items, fold).test]
+        assert {one.where for one in train} < {one.where for one in parts.train}
+    tested = [item.where for fold in range(4) for item in divided(items, fold).test]
     assert len({*tested}) == len(tested) == len(items)
 
 

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_perl.callbacks import CudaMemoryMonitor, CudaMemorySnapshot, cuda_memory, phase_meter
+from lightning_perl import phases
+from lightning_perl.callbacks import CudaMemoryMonitor, CudaMemorySnapshot, cuda_memory
 from tests.callbacks.phased import Phased, Rows, Work, quiet_trainer
 
 GIB = 1024**3
@@ -60,7 +61,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(phase_meter, "cuda_device", lambda trainer: DEVICE)
+    monkeypatch.setattr(phases, "cuda_device", lambda trainer: DEVICE)
     return fake
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_perl.callbacks import SpeedMonitor, phase_meter, speed
+from lightning_perl import phases
+from lightning_perl.callbacks import SpeedMonitor, speed
 from tests.callbacks.phased import Phased, Rows, Work, quiet_trainer
 
 
@@ -184,6 +185,6 @@ def test_the_device_is_waited_for_at_every_boundary(
         with module.phase("score"):
             pending = 1.0
 
-    monkeypatch.setattr(phase_meter, "cuda_device", lambda trainer: device)
+    monkeypatch.setattr(phases, "cuda_device", lambda trainer: device)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert fit(tmp_path, work) == {"speed/rollout_seconds": 3.0, "speed/score_seconds": 1.0}

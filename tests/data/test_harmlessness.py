@@ -21,7 +21,7 @@ from lightning_perl.data.download import Remote
 from lightning_perl.data.harmlessness import dialogs
 from lightning_perl.data.messages import turns_of
 from lightning_perl.data.own_rows import RowReader
-from lightning_perl.data.rows import BadRow, Item, Pair, Turn, first_row
+from lightning_perl.data.rows import BadRow, Item, Pair, Turn
 from tests.data.corpus_files import hh, transcript, write_lines
 from tests.data.counts import check_counts
 from tests.data.golden import assert_golden, rejected_lines
@@ -291,7 +291,7 @@ def test_real_counts_and_lines_and_three_rows_from_raw_text_to_tokens_and_back(
     bad = sum(map(len, rejected.values()))
     assert report.rows == rows == sum(split.kept for split in report.splits.values()) + bad
     assert splits is not None
-    groups = [{first_row(item).dialog for item in split} for split in splits]
+    groups = [{item.dialog for item in split} for split in splits]
     assert sum(map(len, groups)) == len(set.union(*groups))
     assert all(len(split) > 200 for split in splits)
     raw = [json.loads(line) for line in gzip.decompress(file.read_bytes()).split(b"\n")[:3]]

@@ -14,7 +14,7 @@ import pytest
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.reading import Sources
-from lightning_perl.data.rows import Item, Pair, Row, Turn, first_row
+from lightning_perl.data.rows import Item, Pair, Row, Turn
 from tests.data.counts import check_counts
 
 Build = Callable[..., PreferenceDataModule]
@@ -115,7 +115,7 @@ def test_every_format_gives_the_same_pairs(build: Build, tmp_path: Path, kind: s
 
 def test_splits_by_prompt(build: Build) -> None:
     splits = build(ROWS).read()
-    prompts = [{first_row(item).context for item in split} for split in splits[:2]]
+    prompts = [{item.context for item in split} for split in splits[:2]]
     assert [len(part) for part in prompts] == [18, 2]
     assert not prompts[0] & prompts[1]
     assert len(splits.train) == 36
@@ -302,7 +302,7 @@ def test_messages_in_the_cells_of_csv(build: Build, tmp_path: Path) -> None:
     deep = f"[{{{'[' * 9000}"
     cells = [json.dumps(talk("[1, 2]?")), "[{brackets}]", "[1]", deep]
     file = write_csv(tmp_path / "rows.csv", [["prompt", "response"], *[[c, "a"] for c in cells]])
-    texts = [first_row(item).context[0].text for item in items(build, file)]
+    texts = [item.context[0].text for item in items(build, file)]
     assert texts == ["[1, 2]?", *cells[1:]]
     answers = [json.dumps(talk("q", text)[1:]) for text in ("good", "bad")]
     write_csv(file, [["prompt", "chosen", "rejected"], ["Tea?", *answers]])
@@ -468,7 +468,7 @@ def test_dialogs_are_grouped_by_their_opening(build: Build) -> None:
     rows += [{"prompt": [system, *talk(f"q{n}", "a", "s")], "response": "b"} for n in range(20)]
     splits = build(rows, val_fraction=0.25).read()
     assert [len(split) for split in splits[:2]] == [45, 15]
-    groups = [{first_row(item).dialog for item in split} for split in splits[:2]]
+    groups = [{item.dialog for item in split} for split in splits[:2]]
     assert not groups[0] & groups[1]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_perl.data import SummarizationDataModule, corpus
 from lightning_perl.data.download import Remote
-from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn, first_row
+from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn
 from tests.data.corpus_files import (
     comparison,
     dialogue,
@@ -40,7 +40,7 @@ def build(tmp_path: Path, tokenizer_dir: Path) -> Build:
 
 def items(splits: Splits) -> list[Item]:
     found = [item for split in splits for item in split]
-    return sorted(found, key=lambda item: int(first_row(item).where.rpartition(":")[2]))
+    return sorted(found, key=lambda item: int(item.where.rpartition(":")[2]))
 
 
 def pairs(splits: Splits) -> list[Pair]:
@@ -97,7 +97,7 @@ def test_flattened_comparisons_are_pooled_and_divided_by_post(build: Build, tmp_
     splits = module.read()
     assert (module.report.duplicates, module.report.conflicts) == (1, 1)
     assert sum(map(len, splits)) == 22
-    groups = [{first_row(item).dialog for item in split} for split in splits]
+    groups = [{item.dialog for item in split} for split in splits]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 20
     prompt = PROMPT.partition("\n\n")[2]
     found = next(pair for pair in pairs(splits) if pair.chosen.dialog == "t3_1")
@@ -122,7 +122,7 @@ def test_original_comparisons_keep_their_splits_and_the_choice_decides(
         assert pair.chosen.response == (Turn("agent", better),)
         assert pair.rejected.response == (Turn("agent", worse),)
         assert pair.chosen.dialog == f"t3_{place}"
-    assert first_row(splits.train[1]).context == (Turn("user", PROMPT),)
+    assert splits.train[1].context == (Turn("user", PROMPT),)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_dialogs_keep_their_test_split_and_its_first_summary(
         "rows of the upstream validation split, divided here: not the upstream validation score": 20,
         "dialogs with three summaries, the first one read": 5,
     }
-    row = first_row(splits.test[0])
+    row = splits.test[0].rows[0]
     prompt = "CONVERSATION:\n#Person1#: Tea 20?\n#Person2#: Please.\n\nTL;DR:"
     assert row.context == (Turn("user", prompt),)
     assert row.response == (Turn("agent", "#Person2# wants tea 20."),)
@@ -237,7 +237,7 @@ def test_real_human_comparisons(build: Build) -> None:
     assert not module.report.rejected
     # Both orders of a conflict are kept.
     assert len(found) - module.report.conflicts == 702
-    groups = [{first_row(item).dialog for item in split} for split in splits]
+    groups = [{item.dialog for item in split} for split in splits]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 589
     by_place = {pair.chosen.where: pair for pair in found}
     for number in (1, 2, 3):

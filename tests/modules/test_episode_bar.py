@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from lightning_perl.callbacks import EpisodeBar
-from lightning_perl.callbacks.episode_bar import count_episodes
+from lightning_perl.callbacks.console import count_episodes
 from lightning_perl.modules import RLOO
 from lightning_perl.modules.on_policy import OnPolicy
 from tests.modules import tiny
