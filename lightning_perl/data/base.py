@@ -66,6 +66,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         bucket: Put rated rows of similar length into a batch, which saves padding. False: shuffle only, as prompts
             always are: a rollout batch is a mixture, and its micro-batches are cut by length later.
         seed: Seed of the order of the rows. The splits do not depend on it.
+        num_workers: Processes that collate batches. 0 is enough for text.
         on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line. ``reject`` counts
             such rows in ``report`` and goes on. A file that cannot be read to its end counts as one such row.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
@@ -89,6 +90,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         max_response_tokens: Count = 128,
         bucket: bool = True,
         seed: CountOrZero = 0,
+        num_workers: CountOrZero = 0,
         on_bad_row: Literal["reject", "raise"] = "raise",
         keep_conflicts: bool = True,
         chat_template: bool | None = None,
@@ -108,6 +110,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         self.max_response_tokens = max_response_tokens
         self.bucket = bucket and rows == "rated"
         self.seed = seed
+        self.num_workers = num_workers
         self.on_bad_row = on_bad_row
         self.keep_conflicts = keep_conflicts
         self.chat_template = chat_template
@@ -332,6 +335,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
             self._examples["train"],
             self.batch_size,
             self.collate,
+            self.num_workers,
             self.seed,
             self.bucket,
             None if self.weights is None else mixture(sources, self.weights),
@@ -349,7 +353,9 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     def _fixed(self, split: str) -> FixedLoader:
         self.log_report()
-        return FixedLoader(self._examples[split], self.val_batch_size, self.collate)
+        return FixedLoader(
+            self._examples[split], self.val_batch_size, self.collate, self.num_workers
+        )
 
     def where(self, row: int) -> str:
         """Returns file and line of a test row, by its number."""

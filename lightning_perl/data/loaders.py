@@ -1,8 +1,8 @@
 """Loaders whose position can be saved, so that a resumed run continues at the right batch.
 
-They are plain iterables, not ``torch.utils.data.DataLoader``: Lightning rebuilds a ``DataLoader`` (losing its
-state) when it inserts a sampler, and encoded rows need no worker. Every rank gets the same batches; modules share
-out their rows, so that a position means the same for any number of ranks.
+They are plain iterables, not ``torch.utils.data.DataLoader``: Lightning rebuilds a ``DataLoader``
+(losing its state) when it inserts a sampler. Every rank gets the same batches; modules share out their rows, so
+that a position means the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
 """Makes a batch of a list of examples."""
@@ -121,14 +124,24 @@ class Positioned:
 
 @dataclass(eq=False, repr=False)
 class FixedLoader:
-    """Yields the rows in their order."""
+    """Yields the rows in their order, collated by ``num_workers`` processes or by this one."""
 
     examples: Sequence[Any]
     batch_size: int
     collate: Collate
+    num_workers: int = 0
 
     def _load(self, batches: list[list[int]]) -> Iterator[Any]:
-        return (self.collate([self.examples[row] for row in rows]) for rows in batches)
+        loader: DataLoader[Any] = DataLoader(
+            self.examples,  # type: ignore[arg-type]  # a sequence is all that it needs
+            batch_sampler=batches,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            # Its own generator: a DataLoader draws a worker seed from the global one at every pass.
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield from loader
 
     def batches(self, epoch: int = 0) -> list[list[int]]:
         """Returns the row numbers of every batch of an epoch."""
@@ -136,7 +149,7 @@ class FixedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the batches, in order."""
-        return self._load(self.batches())
+        yield from self._load(self.batches())
 
     def __len__(self) -> int:
         """Returns the number of batches, the same in every epoch."""

@@ -18,6 +18,7 @@ SHARED: dict[str, Any] = {
     "max_response_tokens": 128,
     "bucket": True,
     "seed": 0,
+    "num_workers": 0,
     "on_bad_row": "raise",
     "keep_conflicts": True,
     "chat_template": None,

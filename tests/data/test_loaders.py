@@ -20,9 +20,11 @@ from lightning_perl.data.rows import PromptExample, collate_prompts
 LENGTHS = [1 + (37 * number) % 50 for number in range(103)]
 
 
-def loader(batch_size: int = 4, seed: int = 0, bucket: bool = True) -> ResumableLoader:
+def loader(
+    batch_size: int = 4, seed: int = 0, num_workers: int = 0, bucket: bool = True
+) -> ResumableLoader:
     examples = [PromptExample([1] * length, row) for row, length in enumerate(LENGTHS)]
-    return ResumableLoader(examples, batch_size, collate_prompts, seed, bucket)
+    return ResumableLoader(examples, batch_size, collate_prompts, num_workers, seed, bucket)
 
 
 def read(epoch: int, start: int) -> Iterator[tuple[int, PromptExample]]:
@@ -69,10 +71,11 @@ def test_buckets_pad_less_and_do_not_sort_the_epoch() -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 7, 25, 26])
-def test_a_loaded_position_continues_at_the_next_batch(stop: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loaded_position_continues_at_the_next_batch(stop: int, num_workers: int) -> None:
     order = loader()
     straight = order.batches(0) + order.batches(1)
-    first = loader()
+    first = loader(num_workers=num_workers)
     seen = [batch.row.tolist() for _, batch in zip(range(stop), first, strict=False)]
     second = loader()
     second.load_state_dict(first.state_dict())
