@@ -8,7 +8,7 @@ tokens, of which an answer has 48); two more of other seeds learned from the sam
 learns from, read four eighths of the corpus, other dialogs than theirs. RLOO, four answers to a prompt, layout
 `perl`, learns for 320 episodes in batches of 16 at 1e-3 without a KL penalty, from: the weak reward; the same with
 ``PolicyGuard``, whose ceiling is 4 nats an answer; the lowest score of the three; the score of their averaged
-weights. Every reward scores demonstrations of its training pairs 0 with deviation 1. In the end 48 prompts of an
+weights. Every reward scores demonstrations of its training pairs 0 with deviation 1. In the end 32 prompts of an
 eighth that nobody learned from. Nothing was swept. A JSON per run, finished runs are kept, one thread each. Writes
 ``benchmarks/reports/real/hacking.md`` and ``.png``.
 """

@@ -30,7 +30,7 @@ from lightning_perl.rollouts.rollout import Rollout
 
 PARTS, LEARNED, JUDGED = 8, range(1, 3), range(3, 7)
 LORA, RATE, BATCH = LoraSpec(16, alpha=32.0), 5e-4, 8
-HELD_OUT = 48
+HELD_OUT = 32
 """Prompts of the first part that policies answer in the end."""
 
 
