@@ -32,6 +32,8 @@ PARTS, LEARNED, JUDGED = 8, range(1, 3), range(3, 7)
 LORA, RATE, BATCH = LoraSpec(16, alpha=32.0), 5e-4, 8
 HELD_OUT = 32
 """Prompts of the first part that policies answer in the end."""
+NORMALIZED = 64
+"""Training rows, about half of them short, whose chosen answers score 0 with deviation 1."""
 
 
 def pairs(trunk: Path, data_dir: Path, parts: Sequence[int], count: int | None = None) -> GivenRows:
@@ -40,7 +42,8 @@ def pairs(trunk: Path, data_dir: Path, parts: Sequence[int], count: int | None =
     folds = assign_folds((first_row(item).dialog for item in items), PARTS)
     train: list[Item] = [item for item in items if folds[first_row(item).dialog] in parts]
     test = [item for item in items if folds[first_row(item).dialog] == 0]
-    data = GivenRows(str(trunk), Splits(train[:count], [], test), batch_size=BATCH, **SIZES)
+    splits = Splits(train[:count], train[:NORMALIZED], test)
+    data = GivenRows(str(trunk), splits, batch_size=BATCH, **SIZES)
     data.setup()
     return data
 
