@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
+import torch
 
 from lightning_perl.data.rows import Item, Pair, Row, Turn
-from tests.benchmarks.conftest import Script
+from tests.benchmarks.conftest import BENCHMARKS, Script
 
 metrics = pytest.importorskip("sklearn.metrics", reason="needs the extra benchmarks")
 
@@ -72,3 +76,34 @@ def test_a_short_answer_about_the_question(script: Script) -> None:
     ):
         assert scored.score(prompt, answer, 0) == score
     assert methods.risen({"gold": 0.6, "reference_gold": 0.2}) == pytest.approx(1.0)
+
+
+def test_nobody_is_judged_by_what_it_learned(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "real"))
+    judges = script("judges")
+    items: list[Item] = [
+        Pair(row("a", f"dialog {n // 3}", str(n)), row("b", f"dialog {n // 3}", str(n)))
+        for n in range(240)
+    ]
+    monkeypatch.setattr(judges, "everything", lambda corpus, folder: items)
+    monkeypatch.setattr(judges, "GivenRows", lambda trunk, splits, **_: Mock(splits=splits))
+    learned, judged = (
+        judges.pairs(Path(), Path(), parts).splits for parts in (judges.LEARNED, judges.JUDGED)
+    )
+    parts = (learned.train, learned.test, judged.train)
+    seen = [{item.dialog for item in part} for part in parts]
+    assert sum(map(len, seen)) == len(set.union(*seen))
+    assert learned.test == judged.test
+    assert judges.pairs(Path(), Path(), judges.LEARNED, 5).splits.train == learned.train[:5]
+
+
+def test_wins_are_the_judges(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "real"))
+    judges, trainer = script("judges"), Mock()
+    monkeypatch.setattr(judges, "Trainer", trainer)
+    trainer().test.return_value = [{"test/kl": 1.5}]
+    heard = [torch.zeros(9), torch.zeros(4), torch.tensor([1.0, 0.0, -1.0, 2.0])]
+    found = judges.held_out(Mock(), Mock(), heard)
+    assert (found["kl"], found["judge_wins"]) == (1.5, 2.5 / 4)

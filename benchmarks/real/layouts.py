@@ -1,0 +1,215 @@
+"""Hydra-RLHF's Table 3 on a model that can speak: PPO on five layouts after one Hydra-SFT.
+
+    python benchmarks/real/layouts.py --trunk runs/real/trunk --data_dir ../shared/data
+    python benchmarks/real/layouts.py --trunk runs/real/trunk --data_dir ../shared/data --report
+
+Hydra-SFT, SFT, and a reward model as an adapter of the untrained trunk learn in one pass from the same two
+eighths of the short pairs of HH harmless (192 tokens, of which an answer has 48): LoRA of rank 16, AdamW at 5e-4
+with linear decay, batches of 8, gamma 1. PPO then stands on the Hydra-SFT trunk in every layout; `perl` takes its
+reward from an adapter trained on that trunk. 64 episodes in batches of 16, one epoch in two minibatches, LoRA of
+rank 16, learning rate 1e-3, KL coefficient 0.05, temperature 0.7. `lora` and `dynamic_lora`, which compute what
+`hydra` does with four and two trunks, run two of its rollouts. The judge is a reward model on the untrained trunk
+that learned from four others; wins are over the Hydra-SFT model's answers to 32 prompts of the eighth that nobody
+learned from. Nothing was swept. A JSON per run, finished runs are kept, one thread each. Writes
+``benchmarks/reports/real/layouts.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from judges import (
+    JUDGED,
+    LEARNED,
+    adapter_of,
+    held_out,
+    judged_by,
+    learner,
+    pairs,
+    prompts,
+    reward_model,
+    supervised,
+)
+from perl_reward import read
+from perl_rl import Course
+from record import machine, table, words_of
+from small_trunk import adam, fitted, resident_mb, run_missing
+
+from lightning_perl.modules import PPO, SFT, HydraSFT
+
+REPORT = Path("benchmarks/reports/real/layouts.md")
+LAYOUTS = ("hydra", "joint_hydra", "perl", "lora", "dynamic_lora")
+TWINS = ("lora", "dynamic_lora")
+"""Layouts with the mathematics of `hydra`: two rollouts say what they cost, and that they learn the same."""
+SEEDS = (0,)
+EPISODES, BATCH, RATE = 64, 16, 1e-3
+RECIPE = {"ppo_epochs": 1, "minibatch_size": 8, "kl_coef": 0.05, "value_coef": 0.5}
+FIRST = {
+    "Hydra-SFT": "hydra",
+    "SFT": "sft",
+    "reward model": "reward_base",
+    "reward model on Hydra-SFT": "reward",
+    "judge": "judge",
+}
+"""What is trained before PPO, and its folder and file."""
+
+
+def imitated(name: str, trunk: Path, data_dir: Path, root: Path) -> dict[str, Any]:
+    """Hydra-SFT, or SFT of the same answers."""
+    data = pairs(trunk, data_dir, LEARNED)
+    if name == "sft":
+        return supervised(SFT, trunk, data, root / name)
+    joint = {"reward_weight": 1.0, "normalize_scores": True}
+    return supervised(HydraSFT, trunk, data, root / name, **joint)
+
+
+def train(layout: str, seed: int, trunk: Path, data_dir: Path, root: Path) -> dict[str, Any]:
+    """One policy, its answers to the held-out prompts, and what it took."""
+    warnings.filterwarnings("ignore")
+    start, course = root / "hydra/trunk", Course()
+    reward = str(adapter_of(root / "reward")) if layout == "perl" else None
+    before, cpu = resident_mb("VmRSS"), time.process_time()
+    episodes = 2 * BATCH if layout in TWINS else EPISODES
+    about: dict[str, Any] = {"layout": layout, "reward": reward, "seed": seed}
+    settings = RECIPE | about | {"max_episodes": episodes}
+    module = learner(start, PPO, optimizer=adam(RATE), **settings)
+    loaded, began = resident_mb("VmRSS") - before, time.process_time()
+    data = prompts(start, data_dir, BATCH, seed)
+    fitted(module, data, 10, [course], limit_val_batches=0, default_root_dir=root)
+    took = {
+        "cpu_minutes": (time.process_time() - cpu) / 60,
+        "cpu_seconds_per_episode": (time.process_time() - began) / module.episodes,
+        "loaded_mb": loaded,
+        "fit_peak_mb": resident_mb("VmHWM") - before,
+        "updates": module.trainer.global_step,
+        "rollouts": course.rollouts,
+    }
+    if layout in TWINS:
+        return about | took
+    heard = judged_by(module, trunk, adapter_of(root / "judge"))
+    return about | took | held_out(module, data, heard)
+
+
+def first_table(root: Path) -> list[str]:
+    """What the supervised models say of the test pairs."""
+    rows = []
+    for name, folder in FIRST.items():
+        for run in read(root / "first"):
+            if run["name"] == folder:
+                accuracy, loss = (
+                    f"{run[key]:.3f}" if key in run else "" for key in ("accuracy", "lm_loss")
+                )
+                rows.append(
+                    [
+                        *(name, run["train"], run["test"], accuracy, loss),
+                        *(f"{run['fit_peak_mb']:.0f}", f"{run['cpu_minutes']:.1f}"),
+                    ]
+                )
+    head = ["", "pairs learned", "pairs tested", "accuracy", "nats per token of chosen answers"]
+    return table([*head, "peak MB", "CPU minutes"], rows)
+
+
+def second_table(runs: list[dict[str, Any]]) -> list[str]:
+    """A row per layout and seed."""
+    rows = []
+    for layout in LAYOUTS:
+        for run in (run for run in runs if run["layout"] == layout):
+            second = run["rollouts"][1]
+            rows.append(
+                [
+                    *(f"`{layout}`", run["seed"]),
+                    *(reached(run) if "judge_wins" in run else [""] * 5),
+                    f"{second['rollout/score']:.4f} at {second['rollout/kl']:.4f}",
+                    f"{run['cpu_seconds_per_episode']:.2f}",
+                    *(f"{run[key]:.0f}" for key in ("loaded_mb", "fit_peak_mb")),
+                    f"{run['cpu_minutes']:.1f}",
+                ]
+            )
+    head = ["layout", "seed", "learned score", "judge's wins", "judge's score", "KL, nats"]
+    costs = ["tokens", "second rollout: score at nats", "CPU s per episode"]
+    return table([*head, *costs, "MB of weights", "peak MB", "CPU minutes"], rows)
+
+
+def reached(run: dict[str, Any]) -> list[str]:
+    """What the held-out prompts say of a policy."""
+    return [
+        f"{run['reference_score']:.2f} to {run['score']:.2f}",
+        f"{run['judge_wins']:.3f} ± {run['judge_wins_error']:.3f}",
+        f"{run['gold'] - run['reference_gold']:+.2f}",
+        *(f"{run['kl']:.2f}", f"{run['response_tokens']:.1f}"),
+    ]
+
+
+def write_report(root: Path) -> None:
+    """Both tables of what is finished."""
+    runs = read(root / "runs")
+    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
+    lines = ["# Layouts on a model that can speak (Hydra-RLHF, Table 3)", *about.splitlines(), ""]
+    lines += [machine(), "", *first_table(root), ""]
+    if runs:
+        lines += [*second_table(runs), ""]
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text("\n".join([*lines, *words_of(REPORT)]).rstrip() + "\n")
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """What is missing: the judge and Hydra-SFT, what stands on it, then PPO."""
+    root, trunk, data_dir = args.root, args.trunk, args.data_dir
+    rewards = {
+        "judge": (trunk, JUDGED),
+        "reward": (root / "hydra/trunk", LEARNED),
+        "reward_base": (trunk, LEARNED),
+    }
+
+    def work(name: str) -> dict[str, Any]:
+        if name not in rewards:
+            return {"name": name} | imitated(name, trunk, data_dir, root)
+        start, parts = rewards[name]
+        return {"name": name} | reward_model(start, data_dir, parts, root / name)
+
+    def first(*names: str) -> None:
+        run_missing({root / f"first/{name}.json": partial(work, name) for name in names}, 1)
+
+    def policies(*layouts: str) -> None:
+        runs = {
+            root / f"runs/{layout}_{seed}.json": partial(train, layout, seed, trunk, data_dir, root)
+            for seed in args.seeds
+            for layout in layouts
+            if layout in args.layouts
+        }
+        run_missing(runs, args.workers)
+
+    first("judge", "hydra")
+    policies(*(layout for layout in LAYOUTS if layout != "perl"))
+    first("reward", "reward_base", "sft")
+    policies("perl")
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--trunk", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=Path("runs/real/layouts"))
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    if not args.report:
+        run_all(args)
+    write_report(args.root)
+
+
+if __name__ == "__main__":
+    main()
