@@ -79,7 +79,8 @@ class PolicyGuard(Checked, Callback):
         self._history: list[dict[str, float]] = []
         self._first: dict[str, float] = {}
         self._good: dict[str, Any] | None = None
-        self._sampled: dict[str, Any] | None = None
+        # The policies of this batch and, where rollouts overlap, of the one before.
+        self._sampled: list[dict[str, Any]] = []
         self._rates: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,16 +129,17 @@ class PolicyGuard(Checked, Callback):
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
 
-    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: object) -> None:  # noqa: ANN401
         """Keep the policy that samples now: whether it is good is known after its rollout."""
         acts = self.max_kl_per_token or self.max_kl or self.act_on_hacking
         if self.max_rollbacks and acts:
-            self._sampled = _kept(trainer.optimizers[0])
+            before = self._sampled[-1:] if pl_module.rollout_engine.overlap else []
+            self._sampled = [*before, _kept(trainer.optimizers[0])]
 
     def on_train_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,  # noqa: ANN401 (an on-policy module, which this room does not import)
         outputs: Any,  # noqa: ANN401 (as Lightning says it)
         *_: object,
     ) -> None:
@@ -153,10 +155,13 @@ class PolicyGuard(Checked, Callback):
         # Ranks act together, whatever each has logged.
         if trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
             self._act(trainer, problem or "what another rank saw")
+            self._sampled.clear()
+            pl_module.sample_again()
         elif isfinite(rollout["kl"]) and not (
             self.act_on_hacking and self._since_warning is not None
         ):
-            self._good = self._sampled
+            known = len(self._sampled) > pl_module.rollout_engine.overlap
+            self._good = self._sampled[0] if known else self._good
         pl_module.log("train/rollbacks", float(self.rollbacks), on_step=True, on_epoch=False)
 
     def _above_ceiling(self, kl: float, tokens: float) -> str | None:

@@ -33,7 +33,9 @@ class SkippedBatches(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Keep it, if its step was left out."""
-        count, self._batch, batch = _skipped(pl_module), None, self._batch
+        # Where rollouts overlap, it is the batch before.
+        batch = self._batch and (getattr(pl_module, "learned_from", None) or self._batch)
+        count, self._batch = _skipped(pl_module), None
         if batch is None or not self._before < count <= MOST or not trainer.is_global_zero:
             return
         path = run_folder(trainer) / "skipped" / f"{count}.pt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,12 @@ class WandbSummary(Callback):
         for logger in wandb_loggers(trainer) if trainer.is_global_zero else ():
             logger.experiment.config.update(version, allow_val_change=True)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: object, **__: object) -> None:
-        """Remember a point of each frontier, and the peaks."""
-        if not any(wandb_loggers(trainer)):
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, *_: object
+    ) -> None:
+        """Remember a point of each frontier, and the peaks; a batch that was only sent to servers has none."""
+        sent = isinstance(outputs, Mapping) and outputs.get("episodes") == 0
+        if sent or not any(wandb_loggers(trainer)):
             return
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         across = logged.get(FRONTIER[0])

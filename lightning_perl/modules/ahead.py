@@ -1,4 +1,4 @@
-"""A rollout that is begun before it is learned from, with the policy as it is at its beginning.
+"""A rollout that is started before it is learned from, with the policy as it is then.
 
 Shapes: ``B`` rollouts, ``R`` response tokens.
 """
@@ -6,6 +6,7 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ class Ahead(NamedTuple):
 
     Attributes:
         batch: The prompts, perhaps with texts beside them.
-        weights: Of the adapter that samples, on the CPU; none where the trainer samples itself.
-        rollout: Waits for the rollout. None: not begun, as a checkpoint has it.
+        weights: Of the adapter that samples, on the CPU. None: of the adapter as it is when sampling starts.
+        rollout: Waits for the rollout. None: not started, as a checkpoint has it.
         greedy: Waits for the policy's likeliest responses, where they are a baseline.
     """
 
@@ -62,54 +63,56 @@ class Ahead(NamedTuple):
     def wait(self) -> Drawn:
         """What was sampled, once it is there."""
         if self.rollout is None:
-            raise RuntimeError("A rollout is waited for that was not begun.")
+            raise RuntimeError("A rollout is waited for that was not started.")
         return Drawn(self.rollout(), None if self.greedy is None else self.greedy())
+
+    def stopped(self) -> Ahead:
+        """The same, not started."""
+        return Ahead(self.batch, self.weights)
 
     def stored(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {"batch": self.batch, "weights": self.weights}
 
 
-def begin(module: Updating, batch: PromptBatch | MixedBatch, number: int, greedy: bool) -> Ahead:
-    """Begin rollout ``number`` of a module with its policy as it is, and greedy responses if they are wanted."""
-    seat, elsewhere = module.roles.seats["policy"], module.rollout_engine.elsewhere
-    weights = module.policy_trunk.adapters.kept(seat.adapter) if elsewhere else {}
-    ahead = Ahead(batch, weights)
+def note(module: Updating, batch: PromptBatch | MixedBatch) -> Ahead:
+    """A rollout for the policy as it is now, not started."""
+    adapter = module.roles.seats["policy"].adapter
+    elsewhere = module.rollout_engine.elsewhere
+    return Ahead(batch, module.policy_trunk.adapters.kept(adapter) if elsewhere else {})
+
+
+def start(module: Updating, ahead: Ahead, number: int, greedy: bool) -> Ahead:
+    """Start rollout ``number`` with the policy that it was noted for, and greedy responses if they are wanted."""
+    batch = module.transfer_batch_to_device(ahead.batch, module.device, 0)
+    ahead = ahead._replace(batch=batch) if ahead.weights else note(module, batch)
     likeliest = replace(module.sampling, temperature=0.0)
-    with module.phase("rollout"):
+    with module.phase("rollout"), _as_it_was(module, ahead):
         if greedy:
-            ahead = ahead._replace(greedy=module.started(ahead.prompts, number, sampling=likeliest))
-        rollout = module.started(ahead.prompts, number, samples=module.samples)
+            ahead = ahead._replace(greedy=module.start(ahead.prompts, number, sampling=likeliest))
+        rollout = module.start(ahead.prompts, number, samples=module.samples)
     return ahead._replace(rollout=rollout)
 
 
-def begin_again(module: Updating, ahead: Ahead, number: int, greedy: bool) -> Ahead:
-    """Begin what a checkpoint was waiting for, with the policy as it was then."""
-    batch = module.transfer_batch_to_device(ahead.batch, module.device, 0)
-    adapter = module.roles.seats["policy"].adapter
-    with module.policy_trunk.adapters.holding(adapter, ahead.weights):
-        return begin(module, batch, number, greedy)
-
-
-def require_ours(module: Updating, ahead: Ahead, rollout: Rollout, logprobs: Tensor) -> None:
-    """Let the engine refuse what another policy sampled than should have.
+def sampled_logprobs(module: Updating, ahead: Ahead, rollout: Rollout, logprobs: Tensor) -> Tensor:
+    """Our log-probabilities of the policy that should have sampled.
 
     Args:
         module: Who asked for the rollout.
-        ahead: What was begun.
+        ahead: What was started.
         rollout: What came of it.
-        logprobs: Those of the policy as it is now. Where it has learned since, some rows of each server are read
-            again with the policy as it was. Shape: ``(B, R)``.
+        logprobs: Those of the policy as it is now; where it has learned since, the rollout is read once more.
+            Shape: ``(B, R)``, as what is returned.
     """
     adapters, adapter = module.policy_trunk.adapters, module.roles.seats["policy"].adapter
-    if rollout.servers is not None and not adapters.equal(adapter, ahead.weights):
-        by_server = [
-            (rollout.servers == one).nonzero()[:, 0]
-            for one in range(int(rollout.servers.max()) + 1)
-        ]
-        some = torch.cat([rows[: module.score_batch_size] for rows in by_server])
-        rollout = rollout.rows(some)._replace(samples=1)
-        with adapters.holding(adapter, ahead.weights):
-            answers = module.ask(rollout, ["policy"], module.sampling.temperature)
-        logprobs = given(answers.policy)
-    module.rollout_engine.require_ours(rollout, logprobs)
+    if not ahead.weights or adapters.equal(adapter, ahead.weights):
+        return logprobs
+    with _as_it_was(module, ahead):
+        return given(module.ask(rollout, ["policy"], module.sampling.temperature).policy)
+
+
+def _as_it_was(module: Updating, ahead: Ahead) -> AbstractContextManager[None]:
+    adapters, adapter = module.policy_trunk.adapters, module.roles.seats["policy"].adapter
+    if not ahead.weights or adapters.equal(adapter, ahead.weights):
+        return nullcontext()
+    return adapters.holding(adapter, ahead.weights)

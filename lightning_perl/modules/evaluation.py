@@ -176,9 +176,9 @@ class Evaluation(AdapterModule):
             early_exit: See `rollouts.decoding.sample`.
             samples: Responses per prompt.
         """
-        return self.started(prompts, rollout_index, role, sampling, early_exit, samples)()
+        return self.start(prompts, rollout_index, role, sampling, early_exit, samples)()
 
-    def started(
+    def start(
         self,
         prompts: PromptBatch,
         rollout_index: int,
@@ -187,12 +187,12 @@ class Evaluation(AdapterModule):
         early_exit: bool = True,
         samples: int = 1,
     ) -> Callable[[], Rollout]:
-        """Begin to `collect`; servers sample until the returned function is called, which gives the rollout."""
+        """Start to `collect`; servers sample until the returned function is called, which gives the rollout."""
         spec, mine = sampling or self.sampling, share(len(prompts.row))
         own = PromptBatch(*(part[mine.rows] for part in prompts))
         asked = Asked(own, spec, self.seed, rollout_index, samples)
         trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
-        drawn = self.rollout_engine.started(trunk, adapter, asked, early_exit, self.phase)
+        drawn = self.rollout_engine.start(trunk, adapter, asked, early_exit, self.phase)
         kept = (
             role == "policy"
             and spec.scored_as_sampled
@@ -342,7 +342,7 @@ class Evaluation(AdapterModule):
         spec = self.validation_sampling
         rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
         scored = self.score(rollout, values=False, temperature=spec.temperature or 1.0)
-        self.rollout_engine.require_ours(rollout, scored.logprobs)
+        self.rollout_engine.mismatch(rollout, scored.logprobs)  # raises where another model sampled
         scores, parts = self.rewarded(rollout, scored.scores)
         before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
         before_scores = self.scores(before)

@@ -9,6 +9,7 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
-from lightning_perl.modules.ahead import Ahead, Drawn, begin, begin_again, require_ours
+from lightning_perl.modules.ahead import Ahead, note, sampled_logprobs, start
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.running import KLControl, seen
@@ -99,8 +100,9 @@ class OnPolicy(Updating):
         # What training itself changes besides weights; it goes into checkpoints.
         self.steered_to: float | None = None
         self.score_moments: dict[str, float] = {}
-        # What is sampled while the rollout before is learned from.
+        # What is sampled while the rollout before is learned from; and the batch that was learned from last.
         self._ahead: Ahead | None = None
+        self.learned_from: PromptBatch | MixedBatch | None = None
         self._fingerprints: dict[str, str] | None = None
 
     def shaped_scores(self, scores: Tensor, stopped: Tensor) -> Tensor:
@@ -179,45 +181,57 @@ class OnPolicy(Updating):
         return done
 
     def training_step(self, batch: PromptBatch | MixedBatch, batch_idx: int) -> dict[str, Any]:
-        """Learn from a rollout of this batch; where rollouts overlap, sample it and learn from the one before.
+        """Learn from a rollout of this batch; where rollouts overlap, start it and learn from the one before.
 
-        An epoch leaves nothing open: its last batch waits for its own rollout too, and learns from both.
+        The last batch of a fit is then not sampled, but noted for a run that goes on.
         """
         before, self._ahead = self._ahead, None
-        begun = [] if before is None else [self._begun(before)]
-        if not self._enough(begun):
-            begun.append(begin(self, batch, self.rollout_index + len(begun), self.greedy_baseline))
-            if self.rollout_engine.overlap and not self.trainer.is_last_batch:
-                self._ahead = begun.pop()
-        with self.phase("rollout"):
-            rollouts = [ahead.wait() for ahead in begun]
-        counts = [self._learn_from(*drawn) for drawn in zip(begun, rollouts, strict=True)]
+        learned: Iterable[Ahead]
+        if self.rollout_engine.overlap and not (before is None and self._ends_with_batch()):
+            self._ahead = note(self, batch)
+            learned = [] if before is None else [before if before.rollout else self._start(before)]
+            if not self._ends_with(learned):
+                self._ahead = self._start(self._ahead, len(learned))
+        else:  # A checkpoint of a run with overlap has one more; each is for the policy as it is by then.
+            batches = [batch] if before is None else [before.batch, batch]
+            learned = (
+                self._start(note(self, each)) for each in batches if not self._stop_when_done()
+            )
+        counts = [self._learn_from(ahead) for ahead in learned]
         tokens = sum((Counter(count["tokens"]) for count in counts), Counter[str]())
         return {"episodes": sum(count["episodes"] for count in counts), "tokens": dict(tokens)}
 
-    def _begun(self, ahead: Ahead) -> Ahead:
-        """The same, begun again where it is a checkpoint's."""
-        if ahead.rollout is not None:
-            return ahead
-        return begin_again(self, ahead, self.rollout_index, self.greedy_baseline)
+    def sample_again(self) -> None:
+        """Let what is under way be sampled by the policy as it is in the next batch."""
+        self._ahead = None if self._ahead is None else Ahead(self._ahead.batch, {})
 
-    def _enough(self, begun: list[Ahead]) -> bool:
-        """Whether rollouts that are learned from in this step are the last ones."""
-        episodes = self.episodes + self.samples * sum(len(ahead.prompts.row) for ahead in begun)
-        return bool(begun) and self.max_episodes is not None and episodes >= self.max_episodes
+    def _start(self, ahead: Ahead, later: int = 0) -> Ahead:
+        return start(self, ahead, self.rollout_index + later, self.greedy_baseline)
 
-    def _learn_from(self, ahead: Ahead, drawn: Drawn) -> dict[str, Any]:
+    def _ends_with_batch(self) -> bool:
+        """Whether ``max_epochs`` end with this batch."""
+        epochs = self.trainer.max_epochs or -1
+        return self.trainer.is_last_batch and 0 < epochs <= self.current_epoch + 1
+
+    def _ends_with(self, learned: Sequence[Ahead]) -> bool:
+        """Whether nothing is learned from after these rollouts."""
+        episodes = self.episodes + self.samples * sum(len(one.prompts.row) for one in learned)
+        enough = self.max_episodes is not None and episodes >= self.max_episodes
+        return bool(learned) and (enough or self._ends_with_batch())
+
+    def _learn_from(self, ahead: Ahead) -> dict[str, Any]:
         """Score a rollout, learn from it, and forget it."""
-        rollout, greedy = drawn
+        self.learned_from = ahead.batch
+        with self.phase("rollout"):
+            rollout, greedy = ahead.wait()
         with self.phase("score"):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)
-            require_ours(self, ahead, rollout, scored.logprobs)
-            scored, gaps = self.rollout_engine.weighted(rollout, scored)
-            # Of the policy that sampled, which may be an update older.
-            sampled = scored.logprobs if rollout.logprobs is None else rollout.logprobs
+            sampled = sampled_logprobs(self, ahead, rollout, scored.logprobs)
+            parts |= self.rollout_engine.mismatch(rollout, sampled)
             measured = scored._replace(scores=scores, logprobs=sampled)
-            described = {**describe(rollout, measured), **parts, **gaps}
+            described = describe(rollout, measured) | parts
+            scored = self.rollout_engine.weighted(rollout, scored)
             if self.score_normalization is not None:
                 self.score_moments = seen(self.score_moments, scores)
             scored = scored._replace(scores=self.shaped_scores(scores, rollout.stopped))
@@ -441,6 +455,11 @@ class OnPolicy(Updating):
             rank_zero_warn(
                 f"The checkpoint learned from the rewards {before}, this run goes on with {self.rewarded_by}."
             )
+
+    def teardown(self, stage: str) -> None:
+        """Take from servers what was pushed; what is under way is started anew by a fit to come."""
+        super().teardown(stage)
+        self._ahead = None if self._ahead is None else self._ahead.stopped()
 
     def hand_over(self, folder: Path) -> None:
         """Write ``RUN/adapters/actor``, or the policy's trunk as ``RUN/policy`` in the layout full."""

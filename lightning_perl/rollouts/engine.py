@@ -101,7 +101,7 @@ class RolloutEngine:
             rollout = joined(parts[: len(slices)], trunk.pad_id)
         return rollout._replace(samples=asked.samples)
 
-    def started(
+    def start(
         self,
         trunk: Trunk,
         adapter: str,
@@ -109,7 +109,7 @@ class RolloutEngine:
         early_exit: bool = True,
         phase: Phase = untold,
     ) -> Callable[[], Rollout]:
-        """Begin to `sample`, if the engine can while something else happens; else the returned function samples.
+        """Start to `sample`, if the engine can while something else happens; else the returned function samples.
 
         Returns:
             Gives the rollout; all ranks call it.
@@ -122,16 +122,17 @@ class RolloutEngine:
     def begin(self, trunk: Trunk, longest: int) -> None:
         """Refuse what can be seen before the first step; rows have up to ``longest`` tokens."""
 
-    def require_ours(self, rollout: Rollout, logprobs: Tensor) -> None:
-        """Refuse a rollout that was sampled with other log-probabilities than the policy's."""
-
-    def weighted(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
-        """The scores, with the weights of tokens that another policy sampled.
+    def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
+        """Refuse a rollout that was sampled with other log-probabilities than the policy's own.
 
         Returns:
-            The scores, and what to log of the mismatch.
+            What to log of their difference.
         """
-        return scored, {}
+        return {}
+
+    def weighted(self, rollout: Rollout, scored: Scored) -> Scored:
+        """The scores, with the weights of tokens that another policy sampled than the one that learns."""
+        return scored
 
     def close(self) -> None:
         """Leave nothing behind."""

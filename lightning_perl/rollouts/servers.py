@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Literal, TypeVar, cast
 from uuid import uuid4
 
@@ -37,6 +38,8 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Mean difference of log-probabilities, in nats, that rounding explains between two programs; see `_rounding`."""
 PROBE = 32
 """Tokens of the row that every push is proven on."""
+LEAVE = 5.0
+"""Seconds that responses under way may take where nobody wants them any more."""
 
 
 class VllmServers(Checked, RolloutEngine):
@@ -53,7 +56,7 @@ class VllmServers(Checked, RolloutEngine):
         importance_clip: Largest weight of a sampled token in the gradient: its probability here over that there.
         overlap: 1: servers sample the next rollout with the policy as it is before an update, while the trainer
             learns from the last one; so rollouts are one update old. 0: from the policy as it is.
-        at_once: Responses that one server is asked for at the same time.
+        at_once: Responses of one rollout that a rank asks one server for at the same time.
         timeout: Seconds after which a server that has not answered counts as lost.
     """
 
@@ -209,7 +212,7 @@ class VllmServers(Checked, RolloutEngine):
     def close(self) -> None:
         """Unload what was pushed, as far as servers answer."""
         self._closing = True
-        wait(self._running)
+        wait(self._running, timeout=LEAVE)
         self._running, self._closing = [], False
         self._forget(0)
         self._served, self._tolerance = None, 0.0
@@ -253,9 +256,9 @@ class VllmServers(Checked, RolloutEngine):
         phase: Phase = untold,
     ) -> Rollout:
         """Push the adapter if it has changed, and share the responses out among the servers."""
-        return self.started(trunk, adapter, asked, early_exit, phase)()
+        return self.start(trunk, adapter, asked, early_exit, phase)()
 
-    def started(
+    def start(
         self,
         trunk: Trunk,
         adapter: str,
@@ -285,15 +288,13 @@ class VllmServers(Checked, RolloutEngine):
         seeds = row_seeds(asked.seed, asked.rollout, asked.prompts.row, asked.samples)
         rows = zip(prompts.ids, prompts.mask, seeds, strict=True)
         bodies = [common | {"prompt": ids[mask].tolist(), "seed": seed} for ids, mask, seed in rows]
-        pool = ThreadPoolExecutor(1)
-        running = pool.submit(self._answers, name, bodies, trunk.vocabulary_size)
-        pool.shutdown(wait=False)
+        running = _in_background(partial(self._answers, name, bodies, trunk.vocabulary_size))
         self._running.append(running)
 
         def finished() -> Rollout:
             with phase("wait"):
                 answers, sources = _agreed(running.result)
-            self._running.remove(running)
+            self._running = [other for other in self._running if other is not running]
             rollout = _rollout(trunk, prompts, answers)
             servers = torch.tensor(sources, device=rollout.row.device)
             rollout = rollout._replace(samples=asked.samples, servers=servers)
@@ -325,8 +326,11 @@ class VllmServers(Checked, RolloutEngine):
                 raise RuntimeError(_nobody_left(self._servers))
             waiting.extend(row for row in range(len(bodies)) if row not in answers)
             hands = (alive * self.at_once)[: len(waiting)]
-            with ThreadPoolExecutor(len(hands)) as pool:
-                list(pool.map(partial(self._work, waiting, respond), hands))
+            work = partial(self._work, waiting, respond)
+            hands_at_work = [_in_background(partial(work, number)) for number in hands]
+            wait(hands_at_work)
+            for hand in hands_at_work:
+                hand.result()
             for number in alive:
                 if reason := self._servers[number].lost:
                     rank_zero_warn(f"{reason}: its responses go to the other servers.")
@@ -347,36 +351,36 @@ class VllmServers(Checked, RolloutEngine):
                 waiting.clear()
                 raise
 
-    def require_ours(self, rollout: Rollout, logprobs: Tensor) -> None:
-        """Refuse log-probabilities that are another model's.
+    def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
+        """Refuse log-probabilities that are another model's; else say by how much they differ from ours.
 
         Raises:
             RuntimeError: They differ by more than rounding explains.
         """
         if rollout.logprobs is None or rollout.servers is None:
-            return
-        mask, gaps = rollout.response_mask, logprobs - rollout.logprobs
+            return {}
+        mask, gaps = rollout.response_mask, (logprobs - rollout.logprobs).abs()
         for number, server in enumerate(self._servers):
-            gap = float(masked_mean(gaps.abs(), mask & (rollout.servers == number).unsqueeze(1)))
+            gap = float(masked_mean(gaps, mask & (rollout.servers == number).unsqueeze(1)))
             if not gap <= self._tolerance:
                 raise RuntimeError(
                     f"{server.url} sampled with other log-probabilities than ours, by {gap:.2g} nats a token; "
                     f"rounding explains {self._tolerance:.1g}. It may have lost the adapter, or scale by another "
                     "temperature. Nothing was learned from it."
                 )
+        return {
+            "mismatch": masked_mean(gaps, mask),
+            "mismatch_kl": masked_mean(k3(rollout.logprobs, logprobs), mask),
+            "mismatch_largest": torch.where(mask, gaps, 0.0).amax(),
+        }
 
-    def weighted(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
-        """Weigh every token by how likely it is here and there."""
+    def weighted(self, rollout: Rollout, scored: Scored) -> Scored:
+        """Weigh every token by how likely it is for the policy that learns and for the one that sampled."""
         if rollout.logprobs is None:
-            return scored, {}
+            return scored
         mask, gaps = rollout.response_mask, scored.logprobs - rollout.logprobs
         weights = gaps.exp().clamp(max=self.importance_clip)
-        weights = torch.where(mask, weights, torch.ones_like(weights))
-        return scored._replace(importance=weights), {
-            "mismatch": masked_mean(gaps.abs(), mask),
-            "mismatch_kl": masked_mean(k3(rollout.logprobs, scored.logprobs), mask),
-            "mismatch_largest": torch.where(mask, gaps.abs(), 0.0).amax(),
-        }
+        return scored._replace(importance=torch.where(mask, weights, torch.ones_like(weights)))
 
 
 def _nobody_left(servers: Sequence[Server]) -> str:
@@ -389,14 +393,29 @@ Given = TypeVar("Given")
 
 def _agreed(act: Callable[[], Given]) -> Given:
     """What an act gives on this rank; where it fails on one of them, it fails on all."""
-    given, problem = None, None
+    given, own = None, None
     try:
         given = act()
-    except (RuntimeError, OSError) as error:  # OSError: a full disk
-        problem = str(error)
+    except Exception as error:  # whatever it is, the others must not wait
+        own = error
+    problem = None if own is None else str(own) or type(own).__name__
     if problems := [other for other in everyones(problem) if other]:
-        raise RuntimeError(problems[0])
+        raise RuntimeError(problems[0]) from own
     return cast(Given, given)
+
+
+def _in_background(act: Callable[[], Given]) -> Future[Given]:
+    """Run something in a thread that no exit waits for."""
+    future: Future[Given] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(act())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def _first() -> bool:

@@ -45,19 +45,23 @@ def test_a_run_that_handed_nothing_over_keeps_nothing(tmp_path: Path) -> None:
     assert run.kept == []
 
 
+MODULE: Any = None
+
+
 def test_a_run_that_goes_on_draws_what_came_before() -> None:
     logged = {"rollout/kl": 1.0, "rollout/score": 2.0, "memory/actor_gib": 3.0}
     trainer: Any = SimpleNamespace(loggers=[object.__new__(WandbLogger)], callback_metrics=logged)
     before, after = WandbSummary(), WandbSummary()
-    before.on_train_batch_end(trainer)
+    before.on_train_batch_end(trainer, MODULE, {"episodes": 4})
     after.load_state_dict(deepcopy(before.state_dict()))
     logged |= {"rollout/score": 4.0, "memory/actor_gib": 2.0}
-    after.on_train_batch_end(trainer)
+    after.on_train_batch_end(trainer, MODULE, {"episodes": 4})
+    after.on_train_batch_end(trainer, MODULE, {"episodes": 0})  # only sent to servers
     assert after._points["rollout/score"] == [[1.0, 2.0], [1.0, 4.0]]
     assert after._memory == {"actor": 3.0}
 
 
 def test_without_wandb_nothing_is_read_from_the_device() -> None:
     summary, trainer = WandbSummary(), SimpleNamespace(loggers=[])
-    summary.on_train_batch_end(trainer)  # type: ignore[arg-type]  # has no measures, which nobody may ask for
+    summary.on_train_batch_end(trainer, MODULE, {"episodes": 4})  # type: ignore[arg-type]  # has no measures, which nobody may ask for
     assert summary.state_dict() == {}

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from lightning_perl.batches import PromptBatch, RatedBatch
+from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import pad_left, pad_right
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
@@ -248,7 +249,7 @@ class Early(RolloutEngine):
     elsewhere = True
     overlap = 1
 
-    def started(
+    def start(
         self,
         trunk: Trunk,
         adapter: str,
@@ -259,10 +260,13 @@ class Early(RolloutEngine):
         rollout = self.sample(trunk, adapter, asked, early_exit, phase)
         return lambda: rollout
 
-    def weighted(self, rollout: Rollout, scored: Scored) -> tuple[Scored, dict[str, Tensor]]:
+    def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
         assert rollout.logprobs is not None
-        weights = (scored.logprobs - rollout.logprobs).exp()
-        return scored._replace(importance=weights), {"weight": weights.mean()}
+        return {"mismatch": masked_mean((logprobs - rollout.logprobs).abs(), rollout.response_mask)}
+
+    def weighted(self, rollout: Rollout, scored: Scored) -> Scored:
+        assert rollout.logprobs is not None
+        return scored._replace(importance=(scored.logprobs - rollout.logprobs).exp())
 
 
 def weights(module: LightningModule) -> dict[str, Tensor]:

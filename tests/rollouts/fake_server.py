@@ -33,13 +33,14 @@ class FakeServer:
         fault: How it misbehaves.
         adapters: Folders of what is loaded, by name.
         completed: Responses that it has given.
+        good: How many it gives before it misbehaves ``late``.
         killed_by_second_push: A process that is killed when it pushes while an adapter is loaded.
     """
 
     def __init__(self, trunk: Trunk, fault: str = "", port: int = 0) -> None:
         self.trunk, self.fault = trunk, fault
         self.adapters: dict[str, Path] = {}
-        self.completed = 0
+        self.completed, self.good = 0, 0
         self.killed_by_second_push: int | None = None
         server = self
 
@@ -150,7 +151,7 @@ class FakeServer:
             own: Json = {"prompt_logprobs": None if self.fault == "no prompt" else [None, *parts]}
             return {"choices": [own]}
         most, temperature = body["max_tokens"], body["temperature"]
-        if self.fault == "temperature":
+        if self.fault == "temperature" or (self.fault == "late" and self.completed >= self.good):
             temperature = 1.0
         spec = SamplingSpec(most, temperature, body["top_p"], body["top_k"], tuple(body["stop"]))
         ids = torch.tensor([prompt])
