@@ -69,31 +69,13 @@ class Judgements(NamedTuple):
 
 
 class RewardMetrics(Metric):
-    """Measures of scores on pairs and thumbs, and of what the answers' length alone would give.
+    """Measures of scores on pairs and thumbs, and of what length alone would give: keys of docs/logged_keys.md.
 
-    Thumbs:
-
-    - ``auroc``: share of (up, down) couples in the right order.
-    - ``balanced_accuracy``: mean of the shares of ups above 0 and of downs at or below 0.
-    - ``length_auroc``: AUROC of the length as score, or of its negative, whichever is higher.
-
-    Pairs; a tie counts half:
-
-    - ``accuracy``: share of pairs whose chosen answer scores higher.
-    - ``margin``: mean of ``r_w - r_l``.
-    - ``accuracy_{chosen_longer,same_length,chosen_shorter}``: by the answers' tokens.
-    - ``accuracy_{turns_1,turns_2_3,turns_4_up}``: by turns of the prompt.
-    - ``longer_wins``: share of pairs whose chosen answer is the longer one.
-    - ``length_accuracy``: ``longer_wins`` or 1 minus it, whichever is higher on these very rows, so the baseline
-      is rather too high than too low.
-
-    Both, over all judgements (see `Judgements`); a probability is ``sigmoid(r)`` of a thumb and
-    ``sigmoid(r_w - r_l)`` of a pair, without the training margin:
-
-    - ``ece``: see `Reliability.error`.
-    - ``brier``: mean of ``(probability - outcome)^2``.
-    - ``temperature``: see `fit_temperature`.
-    - ``length_score_correlation``: Pearson's, over rated answers.
+    Thumbs have ``auroc``, ``balanced_accuracy`` (of ups above 0 and downs at or below 0), ``length_auroc``; pairs,
+    a tie counting half, ``accuracy`` of all and by the answers' tokens and the prompt's turns, ``margin``,
+    ``longer_wins``, ``length_accuracy``. Both have ``ece``, ``brier`` and ``temperature`` over all `Judgements`,
+    without the training margin, and ``length_score_correlation``. What length gives is taken in the direction
+    that is better on these very rows, so that baseline is rather too high than too low.
 
     A rating between 0 and 1 is an outcome as it is, and a thumb up above 0.5 where a class is needed. A key is
     there only if there were rows for it; the ``auroc``s and ``balanced_accuracy`` need both classes.

@@ -84,11 +84,7 @@ class MixedDataModule(PreferenceDataModule):
         self.texts.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads both; rejected texts are listed among rejected prompts.
-
-        Raises:
-            ValueError: No text is imitated, or none is a pair.
-        """
+        """Reads both; rejected texts are listed among rejected prompts."""
         if self.splits is not None:
             return
         super().setup(stage)
