@@ -5,10 +5,10 @@
 
 Hydra-SFT, SFT, and a reward model as an adapter of the untrained trunk learn in one pass from the same two
 eighths of the short pairs of HH harmless (192 tokens, of which an answer has 48): LoRA of rank 16, AdamW at 5e-4
-with linear decay, batches of 8, gamma 1. PPO then stands on the Hydra-SFT trunk in every layout; `perl` takes its
-reward from an adapter trained on that trunk. 64 episodes in batches of 16, one epoch in two minibatches, LoRA of
-rank 16, learning rate 1e-3, KL coefficient 0.05, temperature 0.7. `lora` and `dynamic_lora`, which compute what
-`hydra` does with four and two trunks, run two of its rollouts. The judge is a reward model on the untrained trunk
+with linear decay, batches of 8, gamma 1. PPO then stands on the Hydra-SFT trunk: one epoch in two minibatches,
+LoRA of rank 16, learning rate 1e-3, KL coefficient 0.05, temperature 0.7. Two rollouts of 8 episodes say what each
+layout costs, and that `lora` and `dynamic_lora` are `hydra` with more trunks; the others learn for 64 episodes in
+batches of 16, `perl` from an adapter trained on that trunk. The judge is a reward model on the untrained trunk
 that learned from four others; wins are over the Hydra-SFT model's answers to 32 prompts of the eighth that nobody
 learned from. Nothing was swept. A JSON per run, finished runs are kept, one thread each. Writes
 ``benchmarks/reports/real/layouts.md``.
@@ -46,12 +46,12 @@ from small_trunk import adam, fitted, resident_mb, run_missing
 from lightning_perl.modules import PPO, SFT, HydraSFT
 
 REPORT = Path("benchmarks/reports/real/layouts.md")
-LAYOUTS = ("hydra", "joint_hydra", "perl", "lora", "dynamic_lora")
-TWINS = ("lora", "dynamic_lora")
-"""Layouts with the mathematics of `hydra`: two rollouts say what they cost, and that they learn the same."""
-SEEDS = (0,)
+LAYOUTS = ("lora", "dynamic_lora", "perl", "hydra", "joint_hydra")
+LEARNING = ("hydra", "joint_hydra", "perl")
+"""Layouts that learn; `lora` and `dynamic_lora` are `hydra` with more trunks, as two rollouts show."""
+SEEDS, COSTED = (0,), 8
 EPISODES, BATCH, RATE = 64, 16, 1e-3
-RECIPE = {"ppo_epochs": 1, "minibatch_size": 8, "kl_coef": 0.05, "value_coef": 0.5}
+RECIPE = {"ppo_epochs": 1, "kl_coef": 0.05, "value_coef": 0.5}
 FIRST = {
     "Hydra-SFT": "hydra",
     "SFT": "sft",
@@ -71,31 +71,47 @@ def imitated(name: str, trunk: Path, data_dir: Path, root: Path) -> dict[str, An
     return supervised(HydraSFT, trunk, data, root / name, **joint)
 
 
+def fit(
+    layout: str,
+    seed: int,
+    batch: int,
+    rollouts: int,
+    data_dir: Path,
+    root: Path,
+    reward: str | None = None,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A policy on the Hydra-SFT trunk, its prompts, and what it took."""
+    warnings.filterwarnings("ignore")
+    start, course, before = root / "hydra/trunk", Course(), resident_mb("VmRSS")
+    settings: dict[str, Any] = {"layout": layout, "reward": reward, "seed": seed}
+    settings |= RECIPE | {"minibatch_size": batch // 2, "max_episodes": batch * rollouts}
+    module = learner(start, PPO, optimizer=adam(RATE), **settings)
+    loaded, cpu = resident_mb("VmRSS") - before, time.process_time()
+    data = prompts(start, data_dir, batch, seed)
+    fitted(module, data, 10, [course], limit_val_batches=0, default_root_dir=root)
+    seconds = time.process_time() - cpu
+    return (
+        module,
+        data,
+        {
+            **{"layout": layout, "seed": seed, "rollouts": course.rollouts},
+            **{"cpu_minutes": seconds / 60, "seconds_per_episode": seconds / module.episodes},
+            **{"loaded_mb": loaded, "fit_peak_mb": resident_mb("VmHWM") - before},
+        },
+    )
+
+
+def cost(layout: str, data_dir: Path, root: Path) -> dict[str, Any]:
+    """Two rollouts; in `perl` the trunk's head scores, through an adapter that changes nothing."""
+    return fit(layout, 0, COSTED, 2, data_dir, root)[2]
+
+
 def train(layout: str, seed: int, trunk: Path, data_dir: Path, root: Path) -> dict[str, Any]:
     """One policy, its answers to the held-out prompts, and what it took."""
-    warnings.filterwarnings("ignore")
-    start, course = root / "hydra/trunk", Course()
     reward = str(adapter_of(root / "reward")) if layout == "perl" else None
-    before, cpu = resident_mb("VmRSS"), time.process_time()
-    episodes = 2 * BATCH if layout in TWINS else EPISODES
-    about: dict[str, Any] = {"layout": layout, "reward": reward, "seed": seed}
-    settings = RECIPE | about | {"max_episodes": episodes}
-    module = learner(start, PPO, optimizer=adam(RATE), **settings)
-    loaded, began = resident_mb("VmRSS") - before, time.process_time()
-    data = prompts(start, data_dir, BATCH, seed)
-    fitted(module, data, 10, [course], limit_val_batches=0, default_root_dir=root)
-    took = {
-        "cpu_minutes": (time.process_time() - cpu) / 60,
-        "cpu_seconds_per_episode": (time.process_time() - began) / module.episodes,
-        "loaded_mb": loaded,
-        "fit_peak_mb": resident_mb("VmHWM") - before,
-        "updates": module.trainer.global_step,
-        "rollouts": course.rollouts,
-    }
-    if layout in TWINS:
-        return about | took
+    module, data, took = fit(layout, seed, BATCH, EPISODES // BATCH, data_dir, root, reward)
     heard = judged_by(module, trunk, adapter_of(root / "judge"))
-    return about | took | held_out(module, data, heard)
+    return took | held_out(module, data, heard)
 
 
 def first_table(root: Path) -> list[str]:
@@ -117,45 +133,50 @@ def first_table(root: Path) -> list[str]:
     return table([*head, "peak MB", "CPU minutes"], rows)
 
 
-def second_table(runs: list[dict[str, Any]]) -> list[str]:
-    """A row per layout and seed."""
+def cost_table(runs: list[dict[str, Any]]) -> list[str]:
+    """A row per layout: what two rollouts took, and what the second one looked like."""
+    base = next((run["seconds_per_episode"] for run in runs if run["layout"] == "lora"), None)
     rows = []
-    for layout in LAYOUTS:
-        for run in (run for run in runs if run["layout"] == layout):
-            second = run["rollouts"][1]
-            rows.append(
-                [
-                    *(f"`{layout}`", run["seed"]),
-                    *(reached(run) if "judge_wins" in run else [""] * 5),
-                    f"{second['rollout/score']:.4f} at {second['rollout/kl']:.4f}",
-                    f"{run['cpu_seconds_per_episode']:.2f}",
-                    *(f"{run[key]:.0f}" for key in ("loaded_mb", "fit_peak_mb")),
-                    f"{run['cpu_minutes']:.1f}",
-                ]
-            )
-    head = ["layout", "seed", "learned score", "judge's wins", "judge's score", "KL, nats"]
-    costs = ["tokens", "second rollout: score at nats", "CPU s per episode"]
-    return table([*head, *costs, "MB of weights", "peak MB", "CPU minutes"], rows)
+    for run in sorted(runs, key=lambda run: LAYOUTS.index(run["layout"])):
+        seconds, second = run["seconds_per_episode"], run["rollouts"][1]
+        rows.append(
+            [
+                f"`{run['layout']}`",
+                f"{seconds:.2f}" + (f" ({seconds / base:.2f})" if base else ""),
+                *(f"{run[key]:.0f}" for key in ("loaded_mb", "fit_peak_mb")),
+                f"{second['rollout/score']:.5f} at {second['rollout/kl']:.5f} nats",
+            ]
+        )
+    head = ["layout", "CPU s per episode (of `lora`)", "MB of weights", "peak MB"]
+    return table([*head, "second rollout's score"], rows)
 
 
-def reached(run: dict[str, Any]) -> list[str]:
-    """What the held-out prompts say of a policy."""
-    return [
-        f"{run['reference_score']:.2f} to {run['score']:.2f}",
-        f"{run['judge_wins']:.3f} ± {run['judge_wins_error']:.3f}",
-        f"{run['gold'] - run['reference_gold']:+.2f}",
-        *(f"{run['kl']:.2f}", f"{run['response_tokens']:.1f}"),
+def learned_table(runs: list[dict[str, Any]]) -> list[str]:
+    """A row per layout and seed: what the held-out prompts say."""
+    rows = [
+        [
+            *(f"`{layout}`", run["seed"]),
+            f"{run['reference_score']:.2f} to {run['score']:.2f}",
+            f"{run['judge_wins']:.3f} ± {run['judge_wins_error']:.3f}",
+            f"{run['gold'] - run['reference_gold']:+.2f}",
+            *(f"{run['kl']:.2f}", f"{run['response_tokens']:.1f}", f"{run['cpu_minutes']:.1f}"),
+        ]
+        for layout in LEARNING
+        for run in runs
+        if run["layout"] == layout
     ]
+    head = ["layout", "seed", "learned score", "judge's wins", "judge's score", "KL, nats"]
+    return table([*head, "tokens", "CPU minutes"], rows)
 
 
 def write_report(root: Path) -> None:
-    """Both tables of what is finished."""
-    runs = read(root / "runs")
+    """The tables of what is finished."""
     about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
     lines = ["# Layouts on a model that can speak (Hydra-RLHF, Table 3)", *about.splitlines(), ""]
     lines += [machine(), "", *first_table(root), ""]
-    if runs:
-        lines += [*second_table(runs), ""]
+    for folder, rows_of in (("costs", cost_table), ("runs", learned_table)):
+        if runs := read(root / folder):
+            lines += [*rows_of(runs), ""]
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text("\n".join([*lines, *words_of(REPORT)]).rstrip() + "\n")
 
@@ -183,14 +204,20 @@ def run_all(args: argparse.Namespace) -> None:
             root / f"runs/{layout}_{seed}.json": partial(train, layout, seed, trunk, data_dir, root)
             for seed in args.seeds
             for layout in layouts
-            if layout in args.layouts
         }
         run_missing(runs, args.workers)
 
     first("judge", "hydra")
-    policies(*(layout for layout in LAYOUTS if layout != "perl"))
+    run_missing(
+        {
+            root / f"costs/{layout}.json": partial(cost, layout, data_dir, root)
+            for layout in LAYOUTS
+        },
+        1,
+    )
+    policies(*LEARNING[:2])
     first("reward", "reward_base", "sft")
-    policies("perl")
+    policies(*LEARNING[2:])
 
 
 def main() -> None:
@@ -201,7 +228,6 @@ def main() -> None:
     parser.add_argument("--trunk", type=Path, required=True)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--root", type=Path, default=Path("runs/real/layouts"))
-    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--report", action="store_true")

@@ -94,7 +94,7 @@ def _write(found: Trained, folder: Path, role: Part, merge: bool) -> float:
     template = template_of(found)
     if template == PLAIN:
         trunk.tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    ids = torch.arange(16).unsqueeze(0) % trunk.vocabulary_size
+    ids = trunk.probe()
     with trunk.switch.use(adapter):
         hidden = trunk(ids, torch.ones_like(ids, dtype=torch.bool))
     merged = None if adapter == OFF else adapter

@@ -36,6 +36,7 @@ from lightning_perl.models.twin import small_twin
 
 LOGITS_AT_ONCE = 2**24
 """Largest number of logits (positions times vocabulary) that exist at a time: 64 MiB in fp32."""
+PROBE_STRIDE = 7919
 LINEAR = (nn.Linear, Conv1D)
 DENSE_ATTENTION = {"eager", "sdpa"}
 """Attention kernels that take a 4-D mask. Flash attention would end the process on a GPU, flex attention crash."""
@@ -438,6 +439,15 @@ class Trunk(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
+
+    def probe(self, tokens: int = 16) -> Tensor:
+        """A row of ids to compare two models on. Shape: ``(1, tokens)``.
+
+        They are spread over the vocabulary: the first ids are often special tokens that nobody trained, on which
+        rounding in bfloat16 alone may change every logit (SmolLM2: by 35 of 36).
+        """
+        ids = torch.arange(tokens, device=self.model.device).unsqueeze(0)
+        return ids * PROBE_STRIDE % self.vocabulary_size
 
     def two_rows(self, tokens: int = 8) -> tuple[Tensor, Tensor]:
         """Ids and mask for trials, the second row padded on the left. Shape: ``(2, tokens)`` each."""

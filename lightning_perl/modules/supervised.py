@@ -334,8 +334,7 @@ class Supervised(AdapterModule):
         again = load_trunk(
             str(folder), self.trunk_dtype, attention=self.trunk.model.config._attn_implementation
         )
-        ids = torch.arange(16, device=self.trunk.model.device).unsqueeze(0)
-        ids = ids % self.trunk.vocabulary_size
+        ids = self.trunk.probe()
         mask = torch.ones_like(ids, dtype=torch.bool)
         again.to(ids.device)
         with torch.no_grad(), self.trunk.switch.use(self.adapter), again.switch.use(OFF):

@@ -15,6 +15,7 @@ from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import HEADS_FILE
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.modules import SFT
+from tests.conftest import TinyTrunk
 from tests.modules import tiny
 
 
@@ -78,6 +79,15 @@ def test_folder_that_gives_other_logits_is_reported(
     monkeypatch.setattr(adapters, "merged", lambda self, name: forgetful(self, None))
     with pytest.raises(RuntimeError, match=r"was written but gives logits that differ by"):
         module.hand_over(tmp_path)
+
+
+def test_the_handover_compares_ordinary_tokens(tiny_trunk: TinyTrunk) -> None:
+    trunk = SFT(str(tiny_trunk()), tiny.LORA).trunk
+    (ids,) = trunk.probe().tolist()
+    assert len({*ids}) == 16
+    # Not the first ids alone, which may be special tokens that nobody trained.
+    assert sum(token >= 16 for token in ids) >= 12
+    assert max(ids) < trunk.vocabulary_size
 
 
 def test_adapter_dropout_acts_in_training_only(plain_trunk: Path) -> None:
