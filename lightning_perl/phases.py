@@ -34,8 +34,9 @@ def ran_out_of_memory(exception: BaseException | None) -> bool:
 class PhaseCallback(Callback):
     """A callback that is told when a module enters and leaves a named phase.
 
-    On-policy modules name ``rollout``, ``score``, ``actor``, ``critic`` and ``optimizer``. A phase
-    may begin several times in one train batch (once per minibatch), and may lie inside another.
+    On-policy modules name ``rollout`` (with servers ``push`` and ``wait`` inside it), ``score``, ``actor``,
+    ``critic`` and ``optimizer``. A phase may begin several times in one train batch (once per minibatch), and may
+    lie inside another.
     """
 
     def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:

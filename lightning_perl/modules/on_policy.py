@@ -409,7 +409,7 @@ class OnPolicy(Updating):
         )
 
     def _require_first_ratio(self, answers: RoleAnswers, experience: Experience) -> None:
-        """Before a rollout's first step the policy is still the one that sampled."""
+        """At a rollout's first step the policy is still the one that scored it."""
         if answers.policy is None:
             return
         gap = (answers.policy.detach() - experience.old_logprobs).abs()

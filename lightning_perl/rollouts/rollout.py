@@ -97,7 +97,7 @@ class Scored(NamedTuple):
     """What the roles say of a rollout before any update.
 
     Attributes:
-        logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
+        logprobs: Log-probabilities of the policy as it is before the update. Shape: ``(B, R)``.
         reference: Log-probabilities of the reference. Shape: ``(B, R)``.
         values: Values of the critic; 0 where there is none, or where `ActorCritic.first_value_pass` gives them
             later. Shape: ``(B, R)``.
@@ -131,7 +131,7 @@ class Experience(NamedTuple):
 
     Attributes:
         sequences: Prompts and responses.
-        old_logprobs: Log-probabilities of the policy that sampled. Shape: ``(B, R)``.
+        old_logprobs: Log-probabilities of the policy as it is before the update. Shape: ``(B, R)``.
         advantages: Shape: ``(B, R)``.
         old_values: Values before the update; None without a critic. Shape: ``(B, R)``.
         returns: What values are fitted to; None without a critic. Shape: ``(B, R)``.

@@ -125,8 +125,7 @@ class VllmServers(Checked, RolloutEngine):
         name = TRUNK if adapter == OFF else f"{adapter}-{self._run}-{self._version}"
         with phase("wait"):  # The version before is unloaded then, and may still be sampled from.
             wait(self._running)
-        probe = [number * 7919 % trunk.vocabulary_size for number in range(PROBE)]
-        probe = probe[: self._servers[0].window - 1]
+        probe = trunk.probe(min(PROBE, self._servers[0].window - 1))[0].tolist()
         self._tolerance = self._tolerance or _rounding(trunk, probe)
         self._least = TOLERANCES[trunk.dtype] / 10
         before = {known: self._ours[known] for known in self._names}

@@ -157,7 +157,7 @@ def test_an_old_adapter_is_found_where_the_new_one_moved_less_than_rounding(
     engine = on(module, server)
     rolled_out(module)
     tiny.train_adapters(module, seed=2)
-    probe = [number * 7919 % module.policy_trunk.vocabulary_size for number in range(PROBE)]
+    probe = module.policy_trunk.probe(PROBE)[0].tolist()
     (before,) = engine._names
     moved = _gap(_logprobs(module.policy_trunk, "actor", probe), engine._ours[before])
     engine._tolerance = 2 * moved
