@@ -129,7 +129,7 @@ class PolicyGuard(Checked, Callback):
         """Keep the policy that samples now: whether it is good is known after its rollout."""
         acts = self.max_kl_per_token or self.max_kl or self.act_on_hacking
         if self.max_rollbacks and acts:
-            before = self._sampled[-1:] if pl_module.rollout_engine.overlap else []
+            before = self._sampled[-1:] if _overlap(pl_module) else []
             self._sampled = [*before, _kept(trainer.optimizers[0])]
 
     def on_train_batch_end(
@@ -140,7 +140,7 @@ class PolicyGuard(Checked, Callback):
         *_: object,
     ) -> None:
         """Judge the rollout; a batch that was only sent to servers has none."""
-        if not outputs["episodes"]:
+        if isinstance(outputs, Mapping) and outputs.get("episodes") == 0:
             return
         logged = trainer.callback_metrics
         rollout = {
@@ -152,11 +152,12 @@ class PolicyGuard(Checked, Callback):
         if trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
             self._act(trainer, problem or "what another rank saw")
             self._sampled.clear()
-            pl_module.sample_again()
+            if _overlap(pl_module):
+                pl_module.sample_again()
         elif isfinite(rollout["kl"]) and not (
             self.act_on_hacking and self._since_warning is not None
         ):
-            known = len(self._sampled) > pl_module.rollout_engine.overlap
+            known = len(self._sampled) > _overlap(pl_module)
             self._good = self._sampled[0] if known else self._good
         pl_module.log("train/rollbacks", float(self.rollbacks), on_step=True, on_epoch=False)
 
@@ -217,6 +218,11 @@ class PolicyGuard(Checked, Callback):
             self.stopped_by = problem
             outcome += "; training ends (max_rollbacks)"
         rank_zero_warn(f"Step {step}: {problem}{outcome}.")
+
+
+def _overlap(module: Any) -> int:  # noqa: ANN401 (a module with rollouts, which this room does not import)
+    """How many updates old the rollouts are."""
+    return int(getattr(getattr(module, "rollout_engine", None), "overlap", 0))
 
 
 def mean_of(rollouts: Sequence[Measures]) -> dict[str, float]:

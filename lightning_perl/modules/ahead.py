@@ -87,7 +87,7 @@ def start(module: Updating, ahead: Ahead, number: int, greedy: bool) -> Ahead:
     batch = module.transfer_batch_to_device(ahead.batch, module.device, 0)
     ahead = ahead._replace(batch=batch) if ahead.weights else note(module, batch)
     likeliest = replace(module.sampling, temperature=0.0)
-    with module.phase("rollout"), _as_it_was(module, ahead):
+    with _as_it_was(module, ahead):
         if greedy:
             ahead = ahead._replace(greedy=module.start(ahead.prompts, number, sampling=likeliest))
         rollout = module.start(ahead.prompts, number, samples=module.samples)

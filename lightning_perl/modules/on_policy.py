@@ -9,7 +9,7 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +29,7 @@ from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
-from lightning_perl.modules.ahead import Ahead, note, sampled_logprobs, start
+from lightning_perl.modules.ahead import Ahead, Drawn, note, sampled_logprobs, start
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.running import KLControl, seen
@@ -186,20 +186,36 @@ class OnPolicy(Updating):
         The last batch of a fit is then not sampled, but noted for a run that goes on.
         """
         before, self._ahead = self._ahead, None
-        learned: Iterable[Ahead]
+        sampled: Iterable[tuple[Ahead, Drawn]]
         if self.rollout_engine.overlap and not (before is None and self._ends_with_batch()):
-            self._ahead = note(self, batch)
+            sampled = self._overlapped(before, batch)
+        else:  # A checkpoint of a run with overlap has one more.
+            sampled = self._one_by_one([batch] if before is None else [before.batch, batch])
+        counts = [self._learn_from(*one) for one in sampled]
+        tokens = sum((Counter(count["tokens"]) for count in counts), Counter[str]())
+        return {"episodes": sum(count["episodes"] for count in counts), "tokens": dict(tokens)}
+
+    def _one_by_one(
+        self, batches: Sequence[PromptBatch | MixedBatch]
+    ) -> Iterator[tuple[Ahead, Drawn]]:
+        """A rollout of each batch by the policy as it is by then, until there are enough."""
+        for batch in batches:
+            if not self._stop_when_done():
+                with self.phase("rollout"):
+                    ahead = self._start(note(self, batch))
+                    drawn = ahead.wait()
+                yield ahead, drawn
+
+    def _overlapped(
+        self, before: Ahead | None, batch: PromptBatch | MixedBatch
+    ) -> list[tuple[Ahead, Drawn]]:
+        """Start a rollout of the batch, unless the fit ends with the one before, and wait for that one."""
+        self._ahead = note(self, batch)
+        with self.phase("rollout"):
             learned = [] if before is None else [before if before.rollout else self._start(before)]
             if not self._ends_with(learned):
                 self._ahead = self._start(self._ahead, len(learned))
-        else:  # A checkpoint of a run with overlap has one more; each is for the policy as it is by then.
-            batches = [batch] if before is None else [before.batch, batch]
-            learned = (
-                self._start(note(self, each)) for each in batches if not self._stop_when_done()
-            )
-        counts = [self._learn_from(ahead) for ahead in learned]
-        tokens = sum((Counter(count["tokens"]) for count in counts), Counter[str]())
-        return {"episodes": sum(count["episodes"] for count in counts), "tokens": dict(tokens)}
+            return [(ahead, ahead.wait()) for ahead in learned]
 
     def sample_again(self) -> None:
         """Let what is under way be sampled by the policy as it is in the next batch."""
@@ -219,11 +235,9 @@ class OnPolicy(Updating):
         enough = self.max_episodes is not None and episodes >= self.max_episodes
         return bool(learned) and (enough or self._ends_with_batch())
 
-    def _learn_from(self, ahead: Ahead) -> dict[str, Any]:
+    def _learn_from(self, ahead: Ahead, drawn: Drawn) -> dict[str, Any]:
         """Score a rollout, learn from it, and forget it."""
-        self.learned_from = ahead.batch
-        with self.phase("rollout"):
-            rollout, greedy = ahead.wait()
+        (rollout, greedy), self.learned_from = drawn, ahead.batch
         with self.phase("score"):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)

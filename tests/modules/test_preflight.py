@@ -117,7 +117,7 @@ def reward_model(trunk: Path) -> AdapterModule:
 @pytest.mark.parametrize(
     ("make", "method", "words"),
     [
-        (ppo, "collect", "phase rollout of .*: lower sampling.batch_size"),
+        (ppo, "start", "phase rollout of .*: lower sampling.batch_size"),
         (ppo, "score", "phase score of .*: lower model.score_batch_size"),
         (ppo, "value_loss", "phase critic of .*: lower model.micro_batch_size, or set model.check"),
         (ppo, "policy_loss", "phase actor of .*: lower model.micro_batch_size, or set model.check"),
