@@ -450,8 +450,9 @@ class OnPolicy(Updating):
             "skipped": self.guard.skipped,
             "skipped_in_a_row": self.guard.in_a_row,
             "rewarded_by": self.rewarded_by,
-            "ahead": None if self._ahead is None else self._ahead.stored(),
         }
+        if self._ahead is not None:
+            checkpoint["on_policy"]["ahead"] = self._ahead.stored()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
