@@ -41,5 +41,5 @@ def test_a_real_server_samples_what_it_is_asked_for(
         servers.run(tmp_path, "PPO", place, 0, url)
     found = servers.series(tmp_path / f"PPO_{place}_0")
     assert len(found["rollout/mismatch"]) == 3
-    assert (max(found["rollout/mismatch"]) <= 1e-5) == (place == "server")
+    assert max(found["rollout/mismatch"]) <= 1e-5
     assert found["rollout/score"][-1] > found["rollout/score"][0]
