@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 from perl_reward import spread
@@ -219,7 +219,7 @@ def report(root: Path) -> None:
                 gaps = ["", ""]
             learned.append([method, place, len(runs), *ends.values(), *gaps])
             means = {
-                key: mean(number for one in runs for number in one.get(f"speed/{key}", [0.0]))
+                key: median(number for one in runs for number in one.get(f"speed/{key}", [0.0]))
                 for key in (
                     "push_seconds",
                     "wait_seconds",
@@ -242,8 +242,7 @@ def report(root: Path) -> None:
         "Held-out prompts after the last episode; standard deviation over several seeds. The mismatch",
     ]
     lines += [
-        "is the difference of served and own log-probabilities in nats a token, in the worst rollout; with",
-        "overlap of the policy one update later.",
+        "is the difference of served and own log-probabilities in nats a token, in the worst rollout.",
         "",
     ]
     lines += table([*head, "mean mismatch", "largest"], learned)
@@ -259,7 +258,7 @@ def report(root: Path) -> None:
     ]
     head += ["whole run, s"]
     lines = [
-        "Means over rollouts of 128 responses; a push is writing, loading and proving, and tokens per"
+        "Medians over rollouts of 128 responses; a push is writing, loading and proving, and tokens per"
     ]
     lines += ["second are those of a rollout over what the trainer spent on it.", ""]
     write_section(
