@@ -224,9 +224,8 @@ def answers_of(module: Evaluation, adapter: str, questions: Sequence[Question]) 
         batch = move_data_to_device(batch, module.device)
         rollout = module.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
         scored = module.score(rollout, values=False, temperature=spec.temperature or 1.0)
-        module.rollout_engine.mismatch(
-            rollout, scored.logprobs
-        )  # raises where another model sampled
+        # Raises where another model sampled.
+        module.rollout_engine.mismatch(rollout, scored.logprobs)
         scores, _ = module.rewarded(rollout, scored.scores)
         mask = rollout.response_mask
         kl = masked_row_sums(k1(scored.logprobs, scored.reference), mask)

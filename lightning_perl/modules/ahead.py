@@ -40,7 +40,7 @@ class Ahead(NamedTuple):
 
     Attributes:
         batch: The prompts, perhaps with texts beside them.
-        weights: Of the adapter that samples, on the CPU. None: of the adapter as it is when sampling starts.
+        weights: Of the adapter that samples, on the CPU. Empty: as the adapter is when sampling starts.
         rollout: Waits for the rollout. None: not started, as a checkpoint has it.
         greedy: Waits for the policy's likeliest responses, where they are a baseline.
     """

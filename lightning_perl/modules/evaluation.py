@@ -342,7 +342,8 @@ class Evaluation(AdapterModule):
         spec = self.validation_sampling
         rollout = self.collect(batch, VALIDATION_ROLLOUT, "policy", spec)
         scored = self.score(rollout, values=False, temperature=spec.temperature or 1.0)
-        self.rollout_engine.mismatch(rollout, scored.logprobs)  # raises where another model sampled
+        # Raises where another model sampled.
+        self.rollout_engine.mismatch(rollout, scored.logprobs)
         scores, parts = self.rewarded(rollout, scored.scores)
         before = self.collect(batch, VALIDATION_ROLLOUT, "reference", spec)
         before_scores = self.scores(before)

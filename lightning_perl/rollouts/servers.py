@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
+from threading import Event, Thread
 from typing import Literal, TypeVar, cast
 from uuid import uuid4
 
@@ -88,9 +88,9 @@ class VllmServers(Checked, RolloutEngine):
         self._ours: dict[str, list[float]] = {}
         # A server's of the name that it was last proven to serve, by its address.
         self._proven: dict[str, dict[str, list[float]]] = {}
-        # What is being sampled, and whether nobody waits for it any more.
+        # What is being sampled, and what is set once nobody waits for it any more.
         self._running: list[Future[tuple[list[Answer], list[int]]]] = []
-        self._closing = False
+        self._closing = Event()
 
     def require_served(self, trained_trunk: bool, quantization: str | None) -> None:
         """Servers sample from the trunk's own weights and an adapter."""
@@ -210,9 +210,9 @@ class VllmServers(Checked, RolloutEngine):
 
     def close(self) -> None:
         """Unload what was pushed, as far as servers answer."""
-        self._closing = True
+        self._closing.set()
         wait(self._running, timeout=LEAVE)
-        self._running, self._closing = [], False
+        self._running, self._closing = [], Event()
         self._forget(0)
         self._served, self._tolerance = None, 0.0
 
@@ -312,20 +312,21 @@ class VllmServers(Checked, RolloutEngine):
         answers: dict[int, Answer] = {}
         sources: dict[int, int] = {}
         waiting: deque[int] = deque()
+        closing = self._closing  # a rollout that comes later has another
 
         def respond(number: int, row: int) -> None:
             answers[row] = self._servers[number].respond(name, bodies[row], vocabulary)
             sources[row] = number
 
         while len(answers) < len(bodies):
-            if self._closing:
+            if closing.is_set():
                 raise RuntimeError("The engine was closed while servers sampled.")
             alive = [number for number, server in enumerate(self._servers) if not server.lost]
             if not alive:
                 raise RuntimeError(_nobody_left(self._servers))
             waiting.extend(row for row in range(len(bodies)) if row not in answers)
             hands = (alive * self.at_once)[: len(waiting)]
-            work = partial(self._work, waiting, respond)
+            work = partial(self._work, waiting, respond, closing)
             hands_at_work = [_in_background(partial(work, number)) for number in hands]
             wait(hands_at_work)
             for hand in hands_at_work:
@@ -336,10 +337,16 @@ class VllmServers(Checked, RolloutEngine):
         rows = range(len(bodies))
         return [answers[row] for row in rows], [sources[row] for row in rows]
 
-    def _work(self, waiting: deque[int], respond: Callable[[int, int], None], number: int) -> None:
+    def _work(
+        self,
+        waiting: deque[int],
+        respond: Callable[[int, int], None],
+        closing: Event,
+        number: int,
+    ) -> None:
         """One hand of a server: rows that wait are answered until none is left, or the server is lost."""
         server = self._servers[number]
-        while not (server.lost or self._closing):
+        while not (server.lost or closing.is_set()):
             try:
                 respond(number, waiting.popleft())
             except IndexError:  # none is left

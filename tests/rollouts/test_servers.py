@@ -28,7 +28,7 @@ from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import PPO, RAFT, RLOO, ReMax
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rollouts import VllmServers
+from lightning_perl.rollouts import VllmServers, servers
 from lightning_perl.rollouts.rollout import Rollout
 from lightning_perl.rollouts.sampling import SamplingSpec
 from lightning_perl.rollouts.server import Server
@@ -358,11 +358,16 @@ def test_a_version_stays_loaded_while_it_is_sampled_from(
     assert trainer.global_step == 2
 
 
-def test_an_engine_that_is_closed_asks_for_nothing_more(module: RLOO, start: Start) -> None:
+def test_an_engine_that_is_closed_asks_for_nothing_more(
+    module: RLOO, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = start("slow")
     engine = on(module, server, at_once=1, overlap=1)
     module.start(tiny.prompts(4), 0, samples=2)
+    (running,) = engine._running
+    monkeypatch.setattr(servers, "LEAVE", 0.01)  # it is left in the middle of a response
     engine.close()
+    wait([running])
     assert server.completed <= 1
     assert server.adapters == {}
 
