@@ -120,6 +120,9 @@ def require_allowed(kind: type, settings: Mapping[str, Any]) -> None:
     """Refuse what the types of a class's arguments rule out.
 
     A dataclass calls it in ``__post_init__``; with `Checked` as a base, jsonargparse would want a ``class_path``.
+
+    Raises:
+        ValueError: With the class, the argument, what it must be, and what it is.
     """
     hints = _hints(kind)
     for name, value in settings.items():

@@ -64,7 +64,11 @@ class Resume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse another run's checkpoint; keep the best of earlier parts as long as its file is there."""
+        """Refuse another run's checkpoint; keep the best of earlier parts as long as its file is there.
+
+        Raises:
+            ValueError: It is another run's.
+        """
         if trainer.state.fn != "fit":
             return
         now = {"class": type(pl_module).__name__, **pl_module.hparams}

@@ -95,7 +95,11 @@ def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
 
 
 def _lies_at(trunk: str, trained_on_it: Path) -> str:
-    """The folder of a trunk, named from here or from a folder above what was trained on it; or a hub name."""
+    """The folder of a trunk, named from here or from a folder above what was trained on it; or a hub name.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
     named = Path(unpackaged(trunk)).expanduser()
     for place in (Path(), *trained_on_it.resolve().parents):
         if (place / named / "config.json").is_file():
@@ -149,7 +153,14 @@ def template_of(found: Trained) -> str | None:
 def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None) -> Path:
     """Write the adapter in a checkpoint as a PEFT folder, with its reward head if it has one.
 
-    ``trunk`` is where the trunk lies now, if no longer where it was.
+    Args:
+        checkpoint: A checkpoint of any module that trains an adapter.
+        part: Which adapter.
+        folder: Where to write.
+        trunk: The trunk, where it no longer lies where it was.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: It holds no such adapter, or was trained on another trunk.

@@ -64,11 +64,11 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         max_response_tokens: Tokens of an answer, end-of-sequence token included. A prompt may take
             the rest, ``max_tokens - max_response_tokens``.
         bucket: Put rated rows of similar length into a batch, which saves padding. False: shuffle only, as prompts
-            always are.
+            always are: a rollout batch is a mixture, and its micro-batches are cut by length later.
         seed: Seed of the order of the rows. The splits do not depend on it.
         num_workers: Processes that collate batches. 0 is enough for text.
         on_bad_row: ``raise`` stops at the first row that cannot be used, naming file and line. ``reject`` counts
-            such rows in ``report`` and goes on.
+            such rows in ``report`` and goes on. A file that cannot be read to its end counts as one such row.
         keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
             answer, a pair in both orders), and count them. False takes each of them for a bad row.
         chat_template: Write turns with the tokenizer's own chat template. False: with the plain turn template, as

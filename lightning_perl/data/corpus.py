@@ -59,8 +59,13 @@ class CorpusDataModule(ConversationDataModule):
             where the corpus's authors made none.
         test_fraction: Share of the dialogs (or prompts) that become the test split, where the
             corpus's authors made none.
-        on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on, as every public
-            corpus has some; ``raise`` stops at the first one, naming file and line.
+        on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (most public
+            corpora have some); ``raise`` stops at the first one, naming file and line. A file that
+            cannot be read to its end counts as one such row.
+
+    Raises:
+        ValueError: An argument out of its range; in ``setup`` a bad row, or no training row.
+        FileNotFoundError: No file is there, and none could be downloaded.
     """
 
     corpus: str

@@ -84,7 +84,11 @@ class MixedDataModule(PreferenceDataModule):
         self.texts.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads both; rejected texts are listed among rejected prompts."""
+        """Reads both; rejected texts are listed among rejected prompts.
+
+        Raises:
+            ValueError: No text is imitated, or none is a pair.
+        """
         if self.splits is not None:
             return
         super().setup(stage)

@@ -39,9 +39,10 @@ class PreferenceDataModule(ConversationDataModule):
     Args:
         train: Where the training rows come from: a file (``.jsonl``, ``.json`` with one array, ``.csv``, each also
             with ``.gz``, or ``.parquet``; in UTF-8), a data set of the Hugging Face hub (``owner/name`` or
-            ``owner/name/config:split``, split ``train`` unless named), a list of rows (or a ``Dataset``), or a
-            list of files and names. A mapping ``{file or name: weight}`` is mixed: an epoch ends when every row
-            was drawn, and sources with fewer rows for their weight begin again.
+            ``owner/name/config:split``, split ``train`` unless named), a list of rows (or a ``Dataset``), or
+            several files and names. A list of files and names is read as one after the other. A mapping
+            ``{file or name: weight}`` is mixed: a batch has of each source what its weight says on average, and an
+            epoch ends when every row was drawn, so that sources with fewer rows for their weight begin again.
         val: Where the validation rows come from, as ``train`` but without weights. None:
             ``val_fraction`` of the training prompts, at least one of two or more.
         test: Where the test rows come from, as ``val``. None: the validation rows.
@@ -58,9 +59,11 @@ class PreferenceDataModule(ConversationDataModule):
         rating_range: The lowest and the highest rating there can be. What lies outside is a bad row.
         streaming: Read and encode training rows while training, for files that do not fit into memory. The loader
             then has no length: give ``trainer.max_steps``, and ``val_check_interval`` as a number of batches.
-            Duplicates and conflicts are not looked for; the report comes at the end of the first pass.
+            Duplicates and conflicts are not looked for, and validation rows are those of ``val``. The report
+            counts the first pass and comes at its end. A resumed run reads past the rows before its position.
         shuffle_block: Rows of a stream that are in memory to be shuffled.
-        keep_conflicts: Learn from rows whose labels contradict each other, and count them. False: bad rows.
+        keep_conflicts: Learn from rows whose labels contradict each other (a thumb up and a thumb down for one
+            answer, a pair in both orders), and count them. False takes each of them for a bad row.
     """
 
     def __init__(

@@ -58,8 +58,9 @@ class TaskmasterDataModule(ConversationDataModule):
         train_folds: Folds to train and validate on. None: every fold but ``fold``.
         val_fraction: Share of the training dialogs that become the validation split; above 0 at
             least one dialog of two or more.
-        on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on, as every public
-            corpus has some; ``raise`` stops at the first one, naming file and line.
+        on_bad_row: ``reject`` counts rows that cannot be used in ``report`` and goes on (the
+            corpora have empty answers, and turns longer than the window); ``raise`` stops at the
+            first one, naming file and row. A file that cannot be read counts as one such row.
     """
 
     pairs: ClassVar[bool] = False

@@ -63,7 +63,11 @@ def default_optimizer(learning_rate: float) -> OptimizerCallable:
 
 
 def require_rates(optimizer: OptimizerCallable) -> None:
-    """Refuse an optimizer that cannot learn, by making one for a single weight."""
+    """Refuse an optimizer that cannot learn, by making one for a single weight.
+
+    Raises:
+        ValueError: A learning rate of 0, or a setting that is not finite or that the optimizer refuses.
+    """
     try:
         group = optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
     except ValueError as error:
@@ -87,15 +91,18 @@ class AdapterModule(Checked, LightningModule, ABC):
     """What all modules share. A checkpoint holds exactly what is trained, and the optimizer.
 
     Args:
-        trunk_dtype: Dtype of the trunk's weights and matrix products. Adapters and heads stay float32.
+        trunk_dtype: Dtype of the trunk's weights and matrix products. Adapters and heads stay float32. float16
+            is not offered: ratios over- and underflow in it, and adapters turn to NaN.
         checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
             True: in every training pass. A list of roles (policy, value): only where those are trained.
         attention: transformers' ``attn_implementation``, such as sdpa, eager or flash_attention_2. None:
             transformers chooses.
-        quantization: Keep a frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits (int8) by
-            bitsandbytes, LM head and embeddings in ``trunk_dtype``. None: everything in ``trunk_dtype``.
+        quantization: Keep the frozen trunk's linear layers in 4 bits (nf4, QLoRA's, 2305.14314) or 8 bits
+            (int8) by bitsandbytes, the extra ``quantization``. LM head and embeddings stay in
+            ``trunk_dtype``. Not where the whole trunk is trained. None: everything in ``trunk_dtype``.
         trunk_sharding: Where the decoder blocks of a frozen trunk are. ``shard``: a piece of each on every device,
-            by FSDP2. ``offload``: in the host's memory, copied for every pass. None: whole on every device.
+            by FSDP2. ``offload``: in the host's memory, in pieces where there are several devices; a block is
+            copied to the device for every pass, so draw many rollouts at once. None: whole on every device.
         shortcuts: Save work whose result is known or not needed. Results change by rounding at most; False
             does everything the plain way, for comparison.
         optimizer: Makes the one optimizer from the parameter groups.
@@ -390,7 +397,11 @@ class AdapterModule(Checked, LightningModule, ABC):
         return about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose keys are not exactly those trained here, or of other frozen weights."""
+        """Refuse a checkpoint whose keys are not exactly those trained here, or that was trained on other weights.
+
+        Raises:
+            ValueError: It is another layout's, or another trunk's, or its adapters have another shape.
+        """
         stored, trainable = set(checkpoint["state_dict"]), self.trainable_names()
         if stored != trainable:
             raise ValueError(

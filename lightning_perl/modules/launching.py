@@ -23,6 +23,9 @@ def require_plain_ranks(strategy: str) -> None:
 
     Args:
         strategy: Lightning's short name of it, or the name or path of its class.
+
+    Raises:
+        MisconfigurationException: It is neither one device nor Lightning's DDP.
     """
     # Some of these cannot even be made where their packages or devices are missing.
     name = strategy.split(".")[-1]

@@ -18,7 +18,11 @@ def require_batch(
     module: str,
     vocabulary: int,
 ) -> None:
-    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not."""
+    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not.
+
+    Raises:
+        TypeError: One of these; the message says how to make such batches.
+    """
     if isinstance(batch, kind):
         parts = batch._asdict()
         masks = {name: part.dtype for name, part in parts.items() if "mask" in name}
@@ -60,6 +64,9 @@ def require_equal_logprobs(gap: Tensor, allowed: float, problem: str, cause: str
         allowed: What rounding explains, see `ratio_tolerance`.
         problem: What it means.
         cause: Where the user should look.
+
+    Raises:
+        RuntimeError: With all of these.
     """
     if not float(gap) <= allowed:
         raise RuntimeError(
@@ -78,7 +85,16 @@ def fingerprints(roles: Roles) -> dict[str, str]:
 
 
 def require_unmoved(roles: Roles, before: Mapping[str, str], since: str) -> None:
-    """Refuse to go on where reference or reward have other `fingerprints` than at the time ``since``."""
+    """Refuse to go on where reference or reward have other weights than before.
+
+    Args:
+        roles: Who answers now.
+        before: Earlier `fingerprints`.
+        since: When they were taken, for the message.
+
+    Raises:
+        RuntimeError: With the names of what has moved.
+    """
     moved = [name for name, value in fingerprints(roles).items() if before.get(name) != value]
     if moved:
         raise RuntimeError(
@@ -120,7 +136,11 @@ class FiniteGuard:
 
 
 def require_trainable(optimizer: Optimizer) -> None:
-    """Refuse a step over parameters that somebody has frozen meanwhile."""
+    """Refuse a step over parameters that somebody has frozen meanwhile.
+
+    Raises:
+        RuntimeError: A parameter of the optimizer no longer requires a gradient.
+    """
     for group in optimizer.param_groups:
         frozen = sum(not parameter.requires_grad for parameter in group["params"])
         if frozen:

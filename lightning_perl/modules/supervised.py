@@ -211,7 +211,11 @@ class Supervised(AdapterModule):
         room_for_moments(optimizer)
 
     def setup(self, stage: str) -> None:
-        """Refuse training rows of which none says what is to be learned, as far as their report knows."""
+        """Refuse training rows of which none says what is to be learned, as far as their report knows.
+
+        Raises:
+            ValueError: No training row has a thumb or stands in a pair.
+        """
         super().setup(stage)
         train = self.training_rows
         kept = getattr(train, "kept", 0)
