@@ -24,6 +24,7 @@ from torch.testing import assert_close
 from lightning_perl.cli import main
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.loading import load_trunk
+from lightning_perl.models.roles import Role
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import PPO, RAFT, RLOO, ReMax
 from lightning_perl.modules.on_policy import OnPolicy
@@ -358,12 +359,13 @@ def test_a_version_stays_loaded_while_it_is_sampled_from(
     assert trainer.global_step == 2
 
 
+@pytest.mark.parametrize("role", ["policy", "reference"])
 def test_an_engine_that_is_closed_asks_for_nothing_more(
-    module: RLOO, start: Start, monkeypatch: pytest.MonkeyPatch
+    module: RLOO, start: Start, monkeypatch: pytest.MonkeyPatch, role: Role
 ) -> None:
     server = start("slow")
     engine = on(module, server, at_once=1, overlap=1)
-    module.start(tiny.prompts(4), 0, samples=2)
+    module.start(tiny.prompts(4), 0, role, samples=2)
     (running,) = engine._running
     monkeypatch.setattr(servers, "LEAVE", 0.01)  # it is left in the middle of a response
     engine.close()
