@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def ran_out_of_memory(exception: BaseException | None) -> bool:
             return True
         exception = exception.__cause__ or exception.__context__
     return False
+
+
+def only_sent(outputs: object) -> bool:
+    """Whether a train batch only sent prompts to servers, so that what was logged last is of an earlier one."""
+    return isinstance(outputs, Mapping) and outputs.get("episodes") == 0
 
 
 class PhaseCallback(Callback):

@@ -21,6 +21,7 @@ from lightning_perl.arguments import (
     Positive,
     TwoOrMore,
 )
+from lightning_perl.phases import only_sent
 from lightning_perl.ranks import trained_by
 
 WATCHED = ("score", "kl", "length_score_correlation", "distinct_2", "score_gap")
@@ -144,7 +145,7 @@ class PolicyGuard(Checked, Callback):
         *_: object,
     ) -> None:
         """Judge the rollout; a batch that was only sent to servers has none."""
-        if isinstance(outputs, Mapping) and outputs.get("episodes") == 0:
+        if only_sent(outputs):
             return
         logged = trainer.callback_metrics
         rollout = {

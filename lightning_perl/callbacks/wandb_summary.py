@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 import lightning_perl
 from lightning_perl.callbacks.run_folder import run_folder
+from lightning_perl.phases import only_sent
 
 FRONTIER = ("rollout/kl", "rollout/score", "gold/score")
 """The KL, and what is drawn over it."""
@@ -45,8 +46,7 @@ class WandbSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, *_: object
     ) -> None:
         """Remember a point of each frontier, and the peaks; a batch that was only sent to servers has none."""
-        sent = isinstance(outputs, Mapping) and outputs.get("episodes") == 0
-        if sent or not any(wandb_loggers(trainer)):
+        if only_sent(outputs) or not any(wandb_loggers(trainer)):
             return
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         across = logged.get(FRONTIER[0])

@@ -190,9 +190,9 @@ class Evaluation(AdapterModule):
         """Start to `collect`; servers sample until the returned function is called, which gives the rollout."""
         spec, mine = sampling or self.sampling, share(len(prompts.row))
         own = PromptBatch(*(part[mine.rows] for part in prompts))
-        asked = Asked(own, spec, self.seed, rollout_index, samples)
+        asked = Asked(own, spec, self.seed, rollout_index, samples, early_exit)
         trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
-        drawn = self.rollout_engine.start(trunk, adapter, asked, early_exit, self.phase)
+        drawn = self.rollout_engine.start(trunk, adapter, asked, self.phase)
         kept = (
             role == "policy"
             and spec.scored_as_sampled

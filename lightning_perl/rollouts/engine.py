@@ -37,6 +37,7 @@ class Asked(NamedTuple):
         seed: Seed of the run.
         rollout: Number of the rollout.
         samples: Responses per prompt, ``k``.
+        early_exit: See `rollouts.decoding.sample`.
     """
 
     prompts: PromptBatch
@@ -44,6 +45,7 @@ class Asked(NamedTuple):
     seed: int
     rollout: int
     samples: int = 1
+    early_exit: bool = True
 
     def repeated(self) -> PromptBatch:
         """A prompt per response, those of one prompt next to each other."""
@@ -62,21 +64,13 @@ class RolloutEngine:
     elsewhere = False
     overlap = 0
 
-    def sample(
-        self,
-        trunk: Trunk,
-        adapter: str,
-        asked: Asked,
-        early_exit: bool = True,
-        phase: Phase = untold,
-    ) -> Rollout:
+    def sample(self, trunk: Trunk, adapter: str, asked: Asked, phase: Phase = untold) -> Rollout:
         """``B k`` responses with their log-probabilities.
 
         Args:
             trunk: The trunk that answers.
             adapter: Which of its adapters answers, or `OFF`.
             asked: What is to be sampled.
-            early_exit: See `rollouts.decoding.sample`.
             phase: Tells callbacks of a phase inside the rollout.
         """
         spec, repeated = asked.spec, asked.repeated()
@@ -94,7 +88,7 @@ class RolloutEngine:
                     PromptBatch(*(part[rows] for part in repeated)),
                     spec,
                     uniforms[rows],
-                    early_exit,
+                    asked.early_exit,
                 )
                 for rows in (slices * rounds)[:rounds]
             ]
@@ -102,19 +96,14 @@ class RolloutEngine:
         return rollout._replace(samples=asked.samples)
 
     def start(
-        self,
-        trunk: Trunk,
-        adapter: str,
-        asked: Asked,
-        early_exit: bool = True,
-        phase: Phase = untold,
+        self, trunk: Trunk, adapter: str, asked: Asked, phase: Phase = untold
     ) -> Callable[[], Rollout]:
         """Start to `sample`, if the engine can while something else happens; else the returned function samples.
 
         Returns:
             Gives the rollout; all ranks call it.
         """
-        return partial(self.sample, trunk, adapter, asked, early_exit, phase)
+        return partial(self.sample, trunk, adapter, asked, phase)
 
     def require_served(self, trained_trunk: bool, quantization: str | None) -> None:
         """Refuse a policy that it cannot sample from, before weights are loaded."""

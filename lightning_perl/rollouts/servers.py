@@ -246,24 +246,12 @@ class VllmServers(Checked, RolloutEngine):
 
     # ---- sampling --------------------------------------------------------------------------------
 
-    def sample(
-        self,
-        trunk: Trunk,
-        adapter: str,
-        asked: Asked,
-        early_exit: bool = True,
-        phase: Phase = untold,
-    ) -> Rollout:
+    def sample(self, trunk: Trunk, adapter: str, asked: Asked, phase: Phase = untold) -> Rollout:
         """Push the adapter if it has changed, and share the responses out among the servers."""
-        return self.start(trunk, adapter, asked, early_exit, phase)()
+        return self.start(trunk, adapter, asked, phase)()
 
     def start(
-        self,
-        trunk: Trunk,
-        adapter: str,
-        asked: Asked,
-        early_exit: bool = True,
-        phase: Phase = untold,
+        self, trunk: Trunk, adapter: str, asked: Asked, phase: Phase = untold
     ) -> Callable[[], Rollout]:
         """Push the adapter if it has changed, and let servers sample until the returned function is called."""
         prompts, spec = asked.repeated(), asked.spec
@@ -297,7 +285,9 @@ class VllmServers(Checked, RolloutEngine):
             rollout = _rollout(trunk, prompts, answers)
             servers = torch.tensor(sources, device=rollout.row.device)
             rollout = rollout._replace(samples=asked.samples, servers=servers)
-            return rollout if early_exit else rollout.widened(spec.max_new_tokens, trunk.pad_id)
+            return (
+                rollout if asked.early_exit else rollout.widened(spec.max_new_tokens, trunk.pad_id)
+            )
 
         return finished
 

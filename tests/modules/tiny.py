@@ -250,14 +250,9 @@ class Early(RolloutEngine):
     overlap = 1
 
     def start(
-        self,
-        trunk: Trunk,
-        adapter: str,
-        asked: Asked,
-        early_exit: bool = True,
-        phase: Phase = untold,
+        self, trunk: Trunk, adapter: str, asked: Asked, phase: Phase = untold
     ) -> Callable[[], Rollout]:
-        rollout = self.sample(trunk, adapter, asked, early_exit, phase)
+        rollout = self.sample(trunk, adapter, asked, phase)
         return lambda: rollout
 
     def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
