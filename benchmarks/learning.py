@@ -26,7 +26,7 @@ from bakeoff import BATCH, METHODS, PPO_RECIPE, RECIPE, SEEDS, TRUNK, policy, pr
 from matplotlib.figure import Figure
 from perl_reward import read, spread
 from perl_rl import Course
-from record import machine, table, words_of
+from record import table, write_study
 from small_trunk import adam, fitted, run_missing
 
 from lightning_perl.callbacks import PolicyGuard
@@ -148,13 +148,7 @@ def write_report(root: Path) -> None:
         ]
         for run in hacked
     ]
-    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python")
     lines = [
-        "# Learning curves",
-        *about.splitlines(),
-        "",
-        f"{machine()}.",
-        "",
         f"Mean of the last {LAST} rollouts, and standard deviation over seeds. Learning rate {RATE:g} for all.",
         "",
         *table(["", "seeds", "learned reward", "gold", "KL, nats", "CPU s"], rows),
@@ -166,10 +160,8 @@ def write_report(root: Path) -> None:
         *table(["", "words", "gold", "KL, nats", "highest KL", "rollbacks", "stopped by"], gaming),
         "",
         "![a gamed reward](gamed.png)",
-        "",
-        *words_of(REPORT),
     ]
-    REPORT.write_text("\n".join(lines).rstrip() + "\n")
+    write_study(REPORT, "Learning curves", __doc__, lines)
     draw(runs, "rollout/kl", ("rollout/score", "gold/score"), REPORT.with_suffix(".png"))
     draw(hacked, "", ("rollout/kl", "rollout/score", "gold/score"), REPORT.with_name("gamed.png"))
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from bakeoff import BATCH, METHODS, SEEDS, TRUNK, judged, policy, prompts
 from perl_reward import read, spread
-from record import machine, table
+from record import table, write_study
 from safetensors.torch import load_file
 from small_trunk import adam, fitted, run_missing
 
@@ -79,10 +79,8 @@ def write_report(root: Path) -> None:
     for name in dict.fromkeys(run["name"] for run in runs):
         mine = [run for run in runs if run["name"] == name]
         rows.append([name, str(len(mine)), *(spread([run[key] for run in mine]) for key in keys)])
-    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python")
     head = ["", "seeds", "learned reward", "gold", "KL, nats", "tokens", "wins"]
-    lines = ["# PPO beside TRL's: what is learned", *about.splitlines(), "", f"{machine()}.", ""]
-    REPORT.write_text("\n".join([*lines, *table(head, rows), ""]))
+    write_study(REPORT, "PPO beside TRL's: what is learned", __doc__, table(head, rows))
 
 
 def main() -> None:

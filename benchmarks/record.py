@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -104,3 +105,45 @@ def words_of(report: Path, heading: str = "## What it shows") -> list[str]:
     """The section of a report that was written by hand, which stands last and is kept."""
     said = report.read_text(encoding="utf-8").partition(heading)[2] if report.exists() else ""
     return [heading, *said.rstrip().splitlines()[1:]] if said.strip() else []
+
+
+def write_study(report: Path, title: str, about: str | None, body: Iterable[str]) -> None:
+    """Write a report: title, the script's docstring below its first line, the machine, the body, words by hand.
+
+    Args:
+        report: Markdown file, made if missing.
+        title: Its first line, without the mark.
+        about: The script's docstring; its commands stand indented.
+        body: The lines that the script makes of its runs.
+    """
+    said = (about or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
+    made = "\n".join(body).rstrip()
+    lines = [
+        f"# {title}",
+        *said.rstrip().splitlines(),
+        "",
+        machine(),
+        "",
+        made,
+        "",
+        *words_of(report),
+    ]
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def study_parser(
+    about: str | None, root: str, seeds: Sequence[int] = ()
+) -> argparse.ArgumentParser:
+    """The flags of a study of a trunk whose runs are kept: a JSON per run below ``root``; no seeds, no flag."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--trunk", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=Path(root), help="where runs are kept")
+    if seeds:
+        parser.add_argument("--seeds", type=int, nargs="*", default=list(seeds))
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--report", action="store_true", help="only the report, of finished runs")
+    return parser

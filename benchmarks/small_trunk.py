@@ -223,12 +223,14 @@ def _child(path: Path, work: Callable[[], dict[str, Any]]) -> None:
     temporary.rename(path)
 
 
-def run_missing(runs: dict[Path, Callable[[], dict[str, Any]]], workers: int) -> None:
-    """Run what has no result yet, each in a process of its own that shares the imports.
+def run_missing(
+    runs: dict[Path, Callable[[], dict[str, Any]]], workers: int, threads: int = 1
+) -> None:
+    """Run what has no result yet, each in a process of its own that shares the imports and has so many threads.
 
-    Memory is the highest resident size of that process above what it began with. One thread each.
+    Memory is the highest resident size of that process above what it began with.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     context = multiprocessing.get_context("fork")
     waiting = [(path, work) for path, work in runs.items() if not path.exists()]
     print(f"{len(runs) - len(waiting)} runs kept, {len(waiting)} to do", flush=True)

@@ -15,7 +15,6 @@ eighth that nobody learned from. Nothing was swept. A JSON per run, finished run
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -38,7 +37,7 @@ from judges import (
 from learning import draw
 from perl_reward import read
 from perl_rl import Course
-from record import machine, table, words_of
+from record import study_parser, table, write_study
 from small_trunk import adam, fitted, run_missing
 
 from lightning_perl.callbacks import PolicyGuard
@@ -105,27 +104,16 @@ def policies_table(runs: list[dict[str, Any]]) -> list[str]:
 def write_report(root: Path) -> None:
     """Both tables of what is finished, and the plot."""
     runs, picture = read(root / "runs"), REPORT.with_suffix(".png")
-    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
-    lines = ["# Reward hacking on a model that can speak", *about.splitlines(), "", machine(), ""]
-    lines += [*rewards_table(root), "", *policies_table(runs), ""]
-    lines += [f"![scores over KL, a point per rollout]({picture.name})", ""]
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join([*lines, *words_of(REPORT)]).rstrip() + "\n")
+    lines = [*rewards_table(root), "", *policies_table(runs), ""]
+    lines.append(f"![scores over KL, a point per rollout]({picture.name})")
+    write_study(REPORT, "Reward hacking on a model that can speak", __doc__, lines)
     draw(runs, "rollout/kl", ("rollout/score", "gold/score"), picture)
 
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--trunk", type=Path, required=True)
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--root", type=Path, default=Path("runs/real/hacking"))
+    parser = study_parser(__doc__, "runs/real/hacking", SEEDS)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     root, given = args.root, (args.trunk, args.data_dir)
 

@@ -40,7 +40,7 @@ from judges import (
 )
 from perl_reward import read
 from perl_rl import Course
-from record import machine, table, words_of
+from record import study_parser, table, write_study
 from small_trunk import adam, fitted, resident_mb, run_missing
 
 from lightning_perl.modules import PPO, SFT, HydraSFT
@@ -171,14 +171,11 @@ def learned_table(runs: list[dict[str, Any]]) -> list[str]:
 
 def write_report(root: Path) -> None:
     """The tables of what is finished."""
-    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
-    lines = ["# Layouts on a model that can speak (Hydra-RLHF, Table 3)", *about.splitlines(), ""]
-    lines += [machine(), "", *first_table(root), ""]
+    lines = [*first_table(root), ""]
     for folder, rows_of in (("costs", cost_table), ("runs", learned_table)):
         if runs := read(root / folder):
             lines += [*rows_of(runs), ""]
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join([*lines, *words_of(REPORT)]).rstrip() + "\n")
+    write_study(REPORT, "Layouts on a model that can speak (Hydra-RLHF, Table 3)", __doc__, lines)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -222,15 +219,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--trunk", type=Path, required=True)
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--root", type=Path, default=Path("runs/real/layouts"))
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
+    parser = study_parser(__doc__, "runs/real/layouts", SEEDS)
     args = parser.parse_args()
     if not args.report:
         run_all(args)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from methods import asked, policy
 from reality import real_peak
-from record import machine, run_json, table, words_of
+from record import run_json, table, write_study
 from reward_models import rows
 from small_trunk import adam, fitted, resident_mb
 
@@ -114,9 +114,7 @@ def measured(root: Path, method: str, kind: str, given: list[str]) -> dict[str, 
     return dict(found)
 
 
-def write_report(
-    found: dict[str, dict[str, dict[str, Any]]], allocators: list[str], command: str
-) -> None:
+def write_report(found: dict[str, dict[str, dict[str, Any]]], allocators: list[str]) -> None:
     """One row per method."""
     lines = []
     for method, kinds in found.items():
@@ -129,11 +127,7 @@ def write_report(
     head = ["method", "highest phase", "estimate MiB", "allocator's peak MiB", "off by"]
     for name in allocators:
         head += [f"resident MiB, {Path(name).name}", "CPU s per batch"]
-    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
-    text = ["# Memory of a model that can speak", *about.splitlines(), "", machine(), "", command]
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    body = [*text, "", *table(head, lines), "", *words_of(REPORT)]
-    REPORT.write_text("\n".join(body).rstrip() + "\n")
+    write_study(REPORT, "Memory of a model that can speak", __doc__, table(head, lines))
 
 
 def main() -> None:
@@ -163,7 +157,6 @@ def main() -> None:
             for method in args.methods
         },
         args.allocators,
-        "`python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data`",
     )
 
 

@@ -17,7 +17,6 @@ only. A JSON per run, finished runs are kept, one thread each. Writes ``benchmar
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -40,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bakeoff import METHODS, slug
 from perl_reward import read, spread
 from perl_rl import Course
-from record import machine, table, words_of
+from record import study_parser, table, write_study
 from small_trunk import adam, fitted, resident_mb, run_missing
 
 from lightning_perl.data import HarmlessnessDataModule, PreferenceDataModule
@@ -156,13 +155,15 @@ def train(
     else:
         module = method.make(str(trunk), lora=LORA, trunk_dtype="bfloat16", **options)
         callbacks = []
-    cpu = time.process_time()
+    cpu, wall = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         data = data_for(name, seed, trunk, data_dir, root)
         fitted(module, data, 1, callbacks, limit_val_batches=0, default_root_dir=folder)
         module.hand_over(Path(folder))
         took = {
             "cpu_minutes": (time.process_time() - cpu) / 60,
+            "wall_minutes": (time.perf_counter() - wall) / 60,
+            "threads": torch.get_num_threads(),
             "fit_peak_mb": resident_mb("VmHWM") - before,
             "updates": module.trainer.global_step,
             "rollouts": course.rollouts,
@@ -252,12 +253,6 @@ def write_report(root: Path) -> None:
         for run in read(root / "tried")
     ]
     lines = [
-        "# Every method on a model that can speak",
-        "",
-        *(__doc__ or "").partition("\n\n")[2].splitlines(),
-        "",
-        machine(),
-        "",
         f"{EPISODES} episodes or answers, learning rate {RATE:g}, mean and standard deviation over seeds. "
         f"Tried before, on validation questions: {'; '.join(tried)}.",
         "",
@@ -265,26 +260,18 @@ def write_report(root: Path) -> None:
         "",
         f"![gold over KL]({REPORT.with_suffix('.png').name})",
     ]
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join([*lines, "", *words_of(REPORT)]).rstrip() + "\n")
+    write_study(REPORT, "Every method on a model that can speak", __doc__, lines)
     plot(runs, REPORT.with_suffix(".png"))
 
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--trunk", type=Path, required=True)
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--root", type=Path, default=Path("runs/real/methods"))
+    parser = study_parser(__doc__, "runs/real/methods", SEEDS)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument(
         "--try", dest="rates", type=float, nargs="*", default=[], help="rates to try, not to report"
     )
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     args = parser.parse_args()
     given: dict[str, Any] = {"trunk": args.trunk, "data_dir": args.data_dir, "root": args.root}
     # Without those that need rows of other kinds, or bring an adapter of their own.
@@ -310,7 +297,7 @@ def main() -> None:
                 )
                 for seed, name in product(args.seeds, names)
             }
-        run_missing(runs, args.workers)
+        run_missing(runs, args.workers, args.threads)
     if not args.rates:
         write_report(args.root)
 

@@ -12,7 +12,6 @@ reference, at 2e-5. Neither rate was swept. A JSON per run, finished runs are ke
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from methods import BATCH, COLUMNS, EPISODES, RATE, SEEDS, asked, cells_of, policy
 from perl_reward import read
 from perl_rl import BETA, VARIANTS, Course
-from record import machine, table, words_of
+from record import study_parser, table, write_study
 from small_trunk import adam, fitted, resident_mb, run_missing
 
 from lightning_perl.models.adapters import LoraSpec
@@ -77,25 +76,14 @@ def write_report(root: Path) -> None:
         if mine:
             rows.append([variant, f"{mine[0]['trained']:,}", str(len(mine)), *cells_of(mine)])
     head = ["tuning", "actor's weights", "seeds", "rise of gold, sd", *COLUMNS]
-    about = (__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1)
-    lines = ["# Policy gradient by rank on a model that can speak (PERL, Table 3)"]
-    lines += [*about.splitlines(), "", machine(), "", *table(head, rows), "", *words_of(REPORT)]
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join(lines).rstrip() + "\n")
+    title = "Policy gradient by rank on a model that can speak (PERL, Table 3)"
+    write_study(REPORT, title, __doc__, table(head, rows))
 
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--trunk", type=Path, required=True)
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--root", type=Path, default=Path("runs/real/ranks"))
+    parser = study_parser(__doc__, "runs/real/ranks", SEEDS)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if not args.report:
         runs = {

@@ -14,7 +14,6 @@ Writes ``benchmarks/reports/real/reward_models.md`` and ``.png``. Needs scikit-l
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from coffee import bag_of_words, lengths_only, resampled, texts
 from perl_reward import balance, judged, longer_is_better, measures, read
-from record import machine, table, words_of
+from record import study_parser, table, write_study
 from small_trunk import GivenRows, adam, fitted, linear_decay, middle, run_missing
 
 from lightning_perl.data import (
@@ -347,39 +346,25 @@ def plot(found: dict[str, dict[str, tuple[float, float, float]]], path: Path) ->
 
 def write_report(root: Path) -> None:
     """Tables and plot of what is finished."""
-    lines = [
-        "# Reward models on a model that can speak (PERL, Table 2)",
-        *(__doc__ or "").partition("\n\n")[2].replace("    python", "\n    python", 1).splitlines(),
-        "",
-        machine(),
-    ]
-    panels = {}
+    lines, panels = list[str](), {}
     for corpus in WINDOWS:
         runs = read(root / corpus)
         if any(run["variant"] == "baselines" for run in runs):
             section, panels[corpus] = corpus_section(corpus, runs)
-            lines += ["", f"## {corpus}", "", *section]
-    lines += ["", f"![by corpus]({REPORT.with_suffix('.png').name})", ""]
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join([*lines, *words_of(REPORT)]).rstrip() + "\n")
+            lines += [f"## {corpus}", "", *section, ""]
+    lines.append(f"![by corpus]({REPORT.with_suffix('.png').name})")
+    write_study(REPORT, "Reward models on a model that can speak (PERL, Table 2)", __doc__, lines)
     plot(panels, REPORT.with_suffix(".png"))
 
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = study_parser(__doc__, "runs/real/reward")
     variants = [*(f"rank {rank}" for rank in RANKS), "full"]
-    parser.add_argument("--trunk", type=Path, required=True)
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--root", type=Path, default=Path("runs/real/reward"))
     parser.add_argument("--corpora", nargs="*", choices=WINDOWS, default=list(WINDOWS))
     parser.add_argument("--variants", nargs="*", choices=variants, default=variants)
     parser.add_argument("--folds", type=int, nargs="*", default=list(range(FOLDS)))
     parser.add_argument("--share", type=float, default=1.0, help="of the training dialogs")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     given = (args.trunk, args.data_dir)
     if not args.report:
