@@ -3,10 +3,11 @@
     python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data
     python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data --methods RewardModel
 
-Four modules with LoRA of rank 16 on a bf16 trunk: `RewardModel` and `DPO` on batches of 8 pairs of HH harmless
-(256 + 128 tokens), `RLOO` and `PPO` (hydra) on batches of 32 answers of 48 tokens to prompts of up to 144, 8 at
-once. Estimated, and counted by the allocator: a batch whose rows are all as long as they may be. Resident: the
-most that the process took beyond what it had after its imports, over 12 batches of real pairs, or 3 of prompts,
+Every method with LoRA of rank 16 on a bf16 trunk: those that learn from rows on batches of 8 pairs of HH harmless
+(256 + 128 tokens), the others on batches of 32 prompts of up to 144 tokens with answers of 48, 8 at once (`PPO` on
+the layout hydra, `RLOO` with 4 answers to a prompt, `GRPO`, `RAFT`, `SuperHF` and `INPO` with 8). Estimated, and
+counted by the allocator: a batch whose rows are all as long as they may be. Resident, for four of them: the most
+that the process took beyond what it had after its imports, over 12 batches of real pairs, or 3 of 32 answers,
 whose shapes differ; and the mean CPU seconds of a batch. Each figure is a process of its own with one thread;
 finished ones are kept. ``glibc`` is the C library's allocator as it is, ``mmap`` the same with
 MALLOC_MMAP_THRESHOLD_=1048576, so that what has more than 1 MiB goes back to the system when it is freed, ``huge``
@@ -39,31 +40,54 @@ from lightning_perl.commands.estimate import architecture_from, estimate
 from lightning_perl.commands.rehearsal import Load, rehearsal_of
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.weightless import weightless
-from lightning_perl.modules import DPO, PPO, RLOO, RewardModel
+from lightning_perl.modules import (
+    DPO,
+    GRPO,
+    INPO,
+    IPO,
+    KTO,
+    PPO,
+    RAFT,
+    RDPO,
+    RLOO,
+    SFT,
+    HydraSFT,
+    Reinforce,
+    ReMax,
+    RewardModel,
+    SuperHF,
+)
 
 REPORT = Path("benchmarks/reports/real/memory.md")
-METHODS = ("RewardModel", "DPO", "RLOO", "PPO")
+SUPERVISED = (SFT, RewardModel, HydraSFT, DPO, IPO, RDPO, KTO)
+ON_POLICY: dict[Any, dict[str, Any]] = {
+    PPO: {"layout": "hydra", "minibatch_size": 16},
+    Reinforce: {},
+    RLOO: {"samples": 4},
+    ReMax: {},
+    GRPO: {"samples": 8},
+    RAFT: {"samples": 8},
+    SuperHF: {"samples": 8},
+    INPO: {"samples": 8},
+}
+METHODS = {make.__name__: make for make in (*SUPERVISED, *ON_POLICY)}
 STEPS = {"RewardModel": 12, "DPO": 12, "RLOO": 3, "PPO": 3}
+"""Whose processes are measured, too, and over how many batches."""
 PAIRS, ANSWERS = Load(256, 128, 8, pairs=True), Load(144, 48, 32)
 MIB = 2**20
 
 
-def made(method: str, trunk: str) -> Any:  # noqa: ANN401 (any of the four)
+def made(method: str, trunk: str) -> Any:  # noqa: ANN401 (any of them)
     """The module."""
-    shared: dict[str, Any] = {"optimizer": adam(1e-4)}
-    match method:
-        case "RewardModel" | "DPO":
-            make = RewardModel if method == "RewardModel" else DPO
-            return make(trunk, lora=LoraSpec(16), trunk_dtype="bfloat16", **shared)
-        case "RLOO":
-            return policy(Path(trunk), RLOO, samples=4, **shared)
-        case _:
-            return policy(Path(trunk), PPO, layout="hydra", minibatch_size=16, **shared)
+    make, shared = METHODS[method], {"optimizer": adam(1e-4)}
+    if make in SUPERVISED:
+        return make(trunk, lora=LoraSpec(16), trunk_dtype="bfloat16", **shared)
+    return policy(Path(trunk), make, **ON_POLICY[make], **shared)
 
 
 def sizes(method: str, trunk: Path) -> dict[str, Any]:
     """What is estimated, and what the allocator counts, in MiB."""
-    load = PAIRS if method in ("RewardModel", "DPO") else ANSWERS
+    load = PAIRS if METHODS[method] in SUPERVISED else ANSWERS
     make, config = partial(made, method, str(trunk)), architecture_from(str(trunk))
     with weightless(config):
         module = make()
@@ -80,7 +104,7 @@ def resident(method: str, trunk: Path, data_dir: Path) -> dict[str, Any]:
     """What a process takes for batches of real rows."""
     before = resident_mb("VmRSS")
     module = made(method, str(trunk))
-    if method in ("RewardModel", "DPO"):
+    if METHODS[method] in SUPERVISED:
         data: Any = rows("harmless", 0, 1.0, trunk, data_dir)
     else:
         data = asked(trunk, data_dir, batch_size=8 if method == "RLOO" else 32)
@@ -122,7 +146,8 @@ def write_report(found: dict[str, dict[str, dict[str, Any]]], allocators: list[s
         off = one["estimate_mb"] / one["counted_mb"] - 1
         cells = [f"{one['estimate_mb']:.0f}", f"{one['counted_mb']:.0f}", f"{off:+.1%}"]
         for name in allocators:
-            cells += [f"{kinds[name]['resident_mb']:.0f}", f"{kinds[name]['seconds']:.2f}"]
+            took = kinds.get(name)
+            cells += [f"{took['resident_mb']:.0f}", f"{took['seconds']:.2f}"] if took else ["", ""]
         lines.append([method, one["phase"], *cells])
     head = ["method", "highest phase", "estimate MiB", "allocator's peak MiB", "off by"]
     for name in allocators:
@@ -150,10 +175,12 @@ def main() -> None:
         print(json.dumps(act(method, args.trunk)))
         return
     given = ["--trunk", str(args.trunk), "--data_dir", str(args.data_dir)]
-    kinds = ["sizes", *args.allocators]
     write_report(
         {
-            method: {kind: measured(args.root, method, kind, given) for kind in kinds}
+            method: {
+                kind: measured(args.root, method, kind, given)
+                for kind in ("sizes", *(args.allocators if method in STEPS else ()))
+            }
             for method in args.methods
         },
         args.allocators,
