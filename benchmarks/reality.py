@@ -64,6 +64,9 @@ def train(module: AdapterModule, load: Load, optimizer: Optimizer) -> None:
         rollout = rollout._replace(response_mask=torch.ones_like(rollout.response_mask))
         scored = module.score(rollout, values=not module.values_come_later)
         scored, value_stats = module.values_of(rollout, scored)
+        if module.greedy_baseline:
+            # As large as one that is read off greedy answers, which are collected and scored before.
+            scored = scored._replace(baseline=scored.scores)
         experience, _ = module.experience(rollout, scored)
         module.update(experience, optimizer, first_value_stats=value_stats)
     elif isinstance(module, Supervised):

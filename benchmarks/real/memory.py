@@ -4,7 +4,7 @@
     python benchmarks/real/memory.py --trunk runs/real/trunk --data_dir ../shared/data --methods RewardModel
 
 Every method with LoRA of rank 16 on a bf16 trunk: those that learn from rows on batches of 8 pairs of HH harmless
-(256 + 128 tokens), the others on batches of 32 prompts of up to 144 tokens with answers of 48, 8 at once (`PPO` on
+(256 + 128 tokens), the others on batches of 32 answers of 48 tokens to prompts of up to 144, 8 at once (`PPO` on
 the layout hydra, `RLOO` with 4 answers to a prompt, `GRPO`, `RAFT`, `SuperHF` and `INPO` with 8). Estimated, and
 counted by the allocator: a batch whose rows are all as long as they may be. Resident, for four of them: the most
 that the process took beyond what it had after its imports, over 12 batches of real pairs, or 3 of 32 answers,
@@ -87,12 +87,16 @@ def made(method: str, trunk: str) -> Any:  # noqa: ANN401 (any of them)
 
 def sizes(method: str, trunk: Path) -> dict[str, Any]:
     """What is estimated, and what the allocator counts, in MiB."""
-    load = PAIRS if METHODS[method] in SUPERVISED else ANSWERS
+    load = prompts = PAIRS
+    if METHODS[method] in ON_POLICY:
+        load, samples = ANSWERS, ON_POLICY[METHODS[method]].get("samples", 1)
+        prompts = load._replace(rows=load.rows // samples)
     make, config = partial(made, method, str(trunk)), architecture_from(str(trunk))
     with weightless(config):
         module = make()
-    found = estimate(rehearsal_of(module, load))
-    counted = real_peak(make, config, load)
+    # As a CPU computes it: CUDA takes blocks of 512 bytes, and the logits of a chunk at once.
+    found = estimate(rehearsal_of(module, load, block=1))
+    counted = real_peak(make, config, prompts)
     return {
         "estimate_mb": found.peak.total / MIB,
         "phase": found.phase,
