@@ -206,8 +206,8 @@ def resident_mb(key: str) -> float:
     raise RuntimeError(f"no {key}: the memory columns need Linux")
 
 
-def _child(path: Path, work: Callable[[], dict[str, Any]]) -> None:
-    torch.set_num_threads(1)
+def _child(path: Path, work: Callable[[], dict[str, Any]], threads: int) -> None:
+    torch.set_num_threads(threads)
     before = resident_mb("VmRSS")
     started = time.monotonic()
     try:
@@ -230,7 +230,7 @@ def run_missing(
 
     Memory is the highest resident size of that process above what it began with.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     waiting = [(path, work) for path, work in runs.items() if not path.exists()]
     print(f"{len(runs) - len(waiting)} runs kept, {len(waiting)} to do", flush=True)
@@ -238,7 +238,7 @@ def run_missing(
     while waiting or running:
         while waiting and len(running) < workers:
             path, work = waiting.pop(0)
-            process = context.Process(target=_child, args=(path, work), name=str(path))
+            process = context.Process(target=_child, args=(path, work, threads), name=str(path))
             process.start()
             running.append(process)
         time.sleep(0.2)

@@ -282,7 +282,8 @@ def main() -> None:
     ]
     if not args.report:
         pairs = partial(make_pairs, args.trunk, args.data_dir)
-        run_missing({args.root / "pairs.json": pairs}, args.workers)
+        if any(METHODS[name].rows == "pairs" for name in names):
+            run_missing({args.root / "pairs.json": pairs}, args.workers)
         if args.rates:
             runs = {
                 args.root / f"tried/{slug(name)}_{rate:g}.json": partial(
