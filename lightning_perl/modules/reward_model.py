@@ -22,9 +22,8 @@ from lightning_perl.losses.thumbs import thumbs
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.modules.base import Stats
-from lightning_perl.modules.judging import Judging
 from lightning_perl.modules.sft import imitation_loss
-from lightning_perl.modules.supervised import sequences_of
+from lightning_perl.modules.supervised import Judging, sequences_of
 from lightning_perl.whole import MANIFEST_FILE
 
 
