@@ -42,8 +42,7 @@ from lightning_perl.commands.going_on import newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
 from lightning_perl.commands.report import report
-from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.launching import require_plain_ranks
+from lightning_perl.modules.base import AdapterModule, require_plain_ranks
 from lightning_perl.packaged import PREFIX, unpackaged
 from lightning_perl.phases import ran_out_of_memory
 from lightning_perl.quiet import no_progress_bars

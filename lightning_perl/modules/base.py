@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,8 +43,6 @@ from lightning_perl.models.roles import TrainedRole
 from lightning_perl.models.sharding import TrunkSharding, shard
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.modules.generators import put_back, standing
-from lightning_perl.modules.launching import require_plain_ranks, unwrap
 from lightning_perl.modules.safety import require_batch
 from lightning_perl.optim import HostAdamW
 from lightning_perl.phases import PhaseCallback
@@ -85,6 +86,15 @@ NO_LORAPLUS = (
 """Refusal of LoRA+ without LoRA."""
 Stats = dict[str, Tensor]
 """Named statistics of a step, detached."""
+Backward = Callable[[Tensor], None]
+"""``loss.backward()``, or Lightning's own under a strategy."""
+STRATEGIES = ("auto", "SingleDeviceStrategy", "DDPStrategy")
+REASONS = {
+    "FSDPStrategy": "it wraps the module, and takes no optimizer that is stepped by hand",
+    "DeepSpeedStrategy": "it steps the optimizer itself, and gathers weights for every pass",
+    "ModelParallelStrategy": "it saves sharded checkpoints, and here adapters and heads are whole on every rank",
+}
+"""What is wrong with strategies that people ask for."""
 
 
 class AdapterModule(Checked, LightningModule, ABC):
@@ -471,5 +481,54 @@ class AdapterModule(Checked, LightningModule, ABC):
             self._rng = None
 
 
-Backward = Callable[[Tensor], None]
-"""``loss.backward()``, or Lightning's own under a strategy."""
+def require_plain_ranks(strategy: str) -> None:
+    """Refuse, by its name or class, what is neither one device nor Lightning's DDP, before anything is made."""
+    # Some of these cannot even be made where their packages or devices are missing.
+    name = strategy.split(".")[-1]
+    if name in StrategyRegistry:
+        name = StrategyRegistry[name]["strategy"].__name__
+    if name not in STRATEGIES:
+        raise MisconfigurationException(
+            f"trainer.strategy {name} cannot train these modules: {REASONS.get(name, 'it is not known here')}. "
+            "Leave it at auto (or ddp), with trainer.devices and trainer.num_nodes: the ranks share out each "
+            "batch and sum gradients once a step. See docs/scale.md."
+        )
+
+
+def unwrap(trainer: Trainer) -> None:
+    """Keep DDP's launcher and processes without its wrapper, and give every rank the same batches.
+
+    The wrapper would sum gradients in the middle of a step that has several backward passes.
+    """
+    # Every rank logs what all rows gave.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level")
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+        trainer._accelerator_connector.use_distributed_sampler = False
+        # In validation and tests DDP would send the first rank's weights to all. Frozen ones are read by each.
+        module: Any = trainer.lightning_module
+        frozen = [name for name, weight in module.named_parameters() if not weight.requires_grad]
+        module._ddp_params_and_buffers_to_ignore = frozen
+
+
+def standing() -> dict[str, Any]:
+    """States of all generators: torch's, CUDA's, Python's and NumPy's, which a Python reward may draw from."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        # Checkpoints are read with weights_only, which knows no arrays.
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+    }
+
+
+def put_back(states: dict[str, Any]) -> None:
+    """Let the generators go on from there; CUDA's on as many devices only."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if "python" in states:  # checkpoints of older releases have none
+        random.setstate(states["python"])
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
