@@ -155,7 +155,7 @@ class Evaluation(AdapterModule):
 
     # ---- sampling and scoring, without a Trainer -------------------------------------------------
 
-    def collect(
+    def start(
         self,
         prompts: PromptBatch,
         rollout_index: int,
@@ -163,8 +163,8 @@ class Evaluation(AdapterModule):
         sampling: SamplingSpec | None = None,
         early_exit: bool = True,
         samples: int = 1,
-    ) -> Rollout:
-        """Sample responses to prompts, those to one prompt next to each other.
+    ) -> Callable[[], Rollout]:
+        """Start to sample responses to prompts, those to one prompt next to each other.
 
         The noise of a response comes from (seed, rollout index, row, sample) and from nothing else.
 
@@ -175,19 +175,10 @@ class Evaluation(AdapterModule):
             sampling: How tokens are drawn. None: the module's ``sampling``.
             early_exit: See `rollouts.decoding.sample`.
             samples: Responses per prompt.
-        """
-        return self.start(prompts, rollout_index, role, sampling, early_exit, samples)()
 
-    def start(
-        self,
-        prompts: PromptBatch,
-        rollout_index: int,
-        role: Role = "policy",
-        sampling: SamplingSpec | None = None,
-        early_exit: bool = True,
-        samples: int = 1,
-    ) -> Callable[[], Rollout]:
-        """Start to `collect`; servers sample until the returned function is called, which gives the rollout."""
+        Returns:
+            Gives the rollout; servers sample until it is called.
+        """
         spec, mine = sampling or self.sampling, share(len(prompts.row))
         own = PromptBatch(*(part[mine.rows] for part in prompts))
         asked = Asked(own, spec, self.seed, rollout_index, samples, early_exit)
@@ -205,6 +196,10 @@ class Evaluation(AdapterModule):
             return rollout if kept else rollout._replace(logprobs=None)
 
         return finished
+
+    def collect(self, prompts: PromptBatch, rollout_index: int, *how: Any, **named: Any) -> Rollout:
+        """Sample responses to prompts; arguments as `start`."""
+        return self.start(prompts, rollout_index, *how, **named)()
 
     def score(
         self,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +31,6 @@ from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
-from lightning_perl.modules.ahead import Ahead, Drawn, note, sampled_logprobs, start
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.running import KLControl, seen
@@ -43,7 +44,18 @@ from lightning_perl.modules.safety import (
 from lightning_perl.modules.updating import Updating
 from lightning_perl.optim import room_for_moments
 from lightning_perl.ranks import world
-from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe, experiences
+from lightning_perl.rollouts.rollout import (
+    Ahead,
+    Drawn,
+    Experience,
+    Rollout,
+    Scored,
+    describe,
+    experiences,
+)
+
+PROGRESS = ("rollout_index", "episodes", "tokens", "steered_to", "score_moments")
+"""What training itself changes besides weights, as a checkpoint holds it."""
 
 
 class OnPolicy(Updating):
@@ -97,7 +109,6 @@ class OnPolicy(Updating):
         self.guard = FiniteGuard()
         self.episodes = 0
         self.tokens = 0
-        # What training itself changes besides weights; it goes into checkpoints.
         self.steered_to: float | None = None
         self.score_moments: dict[str, float] = {}
         # What is sampled while the rollout before is learned from; and the batch that was learned from last.
@@ -202,7 +213,7 @@ class OnPolicy(Updating):
         for batch in batches:
             if not self._stop_when_done():
                 with self.phase("rollout"):
-                    ahead = self._start(note(self, batch))
+                    ahead = self._start(self._noted(batch))
                     drawn = ahead.wait()
                 yield ahead, drawn
 
@@ -210,7 +221,7 @@ class OnPolicy(Updating):
         self, before: Ahead | None, batch: PromptBatch | MixedBatch
     ) -> list[tuple[Ahead, Drawn]]:
         """Start a rollout of the batch, unless the fit ends with the one before, and wait for that one."""
-        self._ahead = note(self, batch)
+        self._ahead = self._noted(batch)
         with self.phase("rollout"):
             learned = [] if before is None else [before if before.rollout else self._start(before)]
             if not self._ends_with(learned):
@@ -221,8 +232,36 @@ class OnPolicy(Updating):
         """Let what is under way be sampled by the policy as it is in the next batch."""
         self._ahead = None if self._ahead is None else Ahead(self._ahead.batch, {})
 
+    def _noted(self, batch: PromptBatch | MixedBatch) -> Ahead:
+        """A rollout for the policy as it is now, not started."""
+        adapters, adapter = self.policy_trunk.adapters, self.roles.seats["policy"].adapter
+        return Ahead(batch, adapters.kept(adapter) if self.rollout_engine.elsewhere else {})
+
     def _start(self, ahead: Ahead, later: int = 0) -> Ahead:
-        return start(self, ahead, self.rollout_index + later, self.greedy_baseline)
+        """Start a rollout with the policy that it was noted for, and greedy responses if they are a baseline."""
+        batch = self.transfer_batch_to_device(ahead.batch, self.device, 0)
+        ahead = ahead._replace(batch=batch) if ahead.weights else self._noted(batch)
+        number, likeliest = self.rollout_index + later, replace(self.sampling, temperature=0.0)
+        with self._as_it_was(ahead):
+            if self.greedy_baseline:
+                ahead = ahead._replace(greedy=self.start(ahead.prompts, number, sampling=likeliest))
+            rollout = self.start(ahead.prompts, number, samples=self.samples)
+        return ahead._replace(rollout=rollout)
+
+    def _sampled_logprobs(self, ahead: Ahead, rollout: Rollout, logprobs: Tensor) -> Tensor:
+        """Log-probabilities of the policy that should have sampled, read once more where it has learned since."""
+        with self._as_it_was(ahead) as moved:
+            if not moved:
+                return logprobs
+            return given(self.ask(rollout, ["policy"], self.sampling.temperature).policy)
+
+    @contextmanager
+    def _as_it_was(self, ahead: Ahead) -> Iterator[bool]:
+        """Inside, the policy is the one that a rollout was noted for; gives whether it has moved since."""
+        adapters, adapter = self.policy_trunk.adapters, self.roles.seats["policy"].adapter
+        moved = bool(ahead.weights) and not adapters.equal(adapter, ahead.weights)
+        with adapters.holding(adapter, ahead.weights) if moved else nullcontext():
+            yield moved
 
     def _ends_with_batch(self) -> bool:
         """Whether ``max_epochs`` end with this batch."""
@@ -241,7 +280,7 @@ class OnPolicy(Updating):
         with self.phase("score"):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)
-            sampled = sampled_logprobs(self, ahead, rollout, scored.logprobs)
+            sampled = self._sampled_logprobs(ahead, rollout, scored.logprobs)
             parts |= self.rollout_engine.mismatch(rollout, sampled)
             measured = scored._replace(scores=scores, logprobs=sampled)
             described = describe(rollout, measured) | parts
@@ -441,29 +480,19 @@ class OnPolicy(Updating):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also how far the run is; sampling noise follows from it."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] = {
-            "rollout_index": self.rollout_index,
-            "episodes": self.episodes,
-            "tokens": self.tokens,
-            "steered_to": self.steered_to,
-            "score_moments": self.score_moments,
-            "skipped": self.guard.skipped,
-            "skipped_in_a_row": self.guard.in_a_row,
-            "rewarded_by": self.rewarded_by,
-        }
+        progress = {name: getattr(self, name) for name in (*PROGRESS, "rewarded_by")}
+        progress |= {"skipped": self.guard.skipped, "skipped_in_a_row": self.guard.in_a_row}
         if self._ahead is not None:
-            checkpoint["on_policy"]["ahead"] = self._ahead.stored()
+            progress["ahead"] = {"batch": self._ahead.batch, "weights": self._ahead.weights}
+        checkpoint["on_policy"] = progress
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
         super().on_load_checkpoint(checkpoint)
         progress = checkpoint["on_policy"]
-        self.rollout_index = progress["rollout_index"]
-        self.episodes, self.tokens = progress["episodes"], progress["tokens"]
-        self.steered_to = progress.get("steered_to")
-        self.score_moments = dict(progress.get("score_moments", {}))
-        ahead = progress.get("ahead")
-        self._ahead = None if ahead is None else Ahead(**ahead)
+        for name in PROGRESS:  # checkpoints of older releases lack some
+            setattr(self, name, progress.get(name, getattr(self, name)))
+        self._ahead = Ahead(**progress["ahead"]) if "ahead" in progress else None
         self.guard.skipped = progress.get("skipped", 0)
         self.guard.in_a_row = progress.get("skipped_in_a_row", 0)
         if (before := progress.get("rewarded_by", self.rewarded_by)) != self.rewarded_by:
@@ -474,7 +503,7 @@ class OnPolicy(Updating):
     def teardown(self, stage: str) -> None:
         """Take from servers what was pushed; what is under way is started anew by a fit to come."""
         super().teardown(stage)
-        self._ahead = None if self._ahead is None else self._ahead.stopped()
+        self._ahead = None if self._ahead is None else Ahead(*self._ahead[:2])
 
     def hand_over(self, folder: Path) -> None:
         """Write ``RUN/adapters/actor``, or the policy's trunk as ``RUN/policy`` in the layout full."""
