@@ -34,13 +34,7 @@ from lightning_perl.models.roles import Role, RoleAnswers
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.running import KLControl, seen
-from lightning_perl.modules.safety import (
-    FiniteGuard,
-    fingerprints,
-    ratio_tolerance,
-    require_equal_logprobs,
-    require_unmoved,
-)
+from lightning_perl.modules.safety import FiniteGuard, fingerprints, ratio_tolerance
 from lightning_perl.modules.updating import Updating
 from lightning_perl.optim import room_for_moments
 from lightning_perl.ranks import world
@@ -158,8 +152,14 @@ class OnPolicy(Updating):
         self._require_unmoved()
 
     def _require_unmoved(self) -> None:
-        if self._fingerprints is not None:
-            require_unmoved(self.roles, self._fingerprints, "when training started")
+        """Refuse to go on where reference or reward have other weights than when training started."""
+        before = self._fingerprints or {}
+        now = fingerprints(self.roles) if before else {}
+        if moved := [name for name, value in now.items() if before.get(name) != value]:
+            raise RuntimeError(
+                f"{moved} has other weights than when training started, so scores and KL are measured "
+                "against something else. Was it trained, merged into, or exchanged in its folder?"
+            )
 
     def on_train_batch_start(  # type: ignore[override]
         self,
@@ -474,8 +474,13 @@ class OnPolicy(Updating):
         )
 
     def _require_equal(self, gap: Tensor, problem: str, cause: str) -> None:
+        """Refuse log-probabilities that should be equal and differ by more than rounding explains."""
         allowed = ratio_tolerance(self.policy_trunk.dtype, self.shortcuts.sampled_logprobs)
-        require_equal_logprobs(gap, allowed, problem, cause)
+        if not float(gap) <= allowed:
+            raise RuntimeError(
+                f"{problem}: mean |difference of log-probabilities| is {float(gap):.3g} per token, rounding "
+                f"explains {allowed:.0e}. {cause}"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also how far the run is; sampling noise follows from it."""

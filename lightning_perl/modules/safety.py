@@ -56,25 +56,6 @@ def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:
     return 1e-1 if sampled and dtype == torch.bfloat16 else close
 
 
-def require_equal_logprobs(gap: Tensor, allowed: float, problem: str, cause: str) -> None:
-    """Refuse log-probabilities that should be equal and differ by more than rounding.
-
-    Args:
-        gap: Mean absolute difference per token, in nats. Shape: ``()``.
-        allowed: What rounding explains, see `ratio_tolerance`.
-        problem: What it means.
-        cause: Where the user should look.
-
-    Raises:
-        RuntimeError: With all of these.
-    """
-    if not float(gap) <= allowed:
-        raise RuntimeError(
-            f"{problem}: mean |difference of log-probabilities| is {float(gap):.3g} per token, rounding "
-            f"explains {allowed:.0e}. {cause}"
-        )
-
-
 def fingerprints(roles: Roles) -> dict[str, str]:
     """Hashes of the weights behind reference and reward, which no training may move."""
     hashes = {"reference trunk": roles.trunk("reference").fingerprint()}
@@ -82,25 +63,6 @@ def fingerprints(roles: Roles) -> dict[str, str]:
         hashes[f"{judge} trunk"] = roles.trunk(judge).fingerprint()
         hashes[f"{judge} head"] = roles.reward_head(judge).fingerprint()
     return hashes
-
-
-def require_unmoved(roles: Roles, before: Mapping[str, str], since: str) -> None:
-    """Refuse to go on where reference or reward have other weights than before.
-
-    Args:
-        roles: Who answers now.
-        before: Earlier `fingerprints`.
-        since: When they were taken, for the message.
-
-    Raises:
-        RuntimeError: With the names of what has moved.
-    """
-    moved = [name for name, value in fingerprints(roles).items() if before.get(name) != value]
-    if moved:
-        raise RuntimeError(
-            f"{moved} has other weights than {since}, so scores and KL are measured "
-            "against something else. Was it trained, merged into, or exchanged in its folder?"
-        )
 
 
 PATIENCE = 3
