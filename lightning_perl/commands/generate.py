@@ -30,9 +30,8 @@ from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rollouts.decoding import sample
 from lightning_perl.rollouts.engine import Asked, RolloutEngine
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
 
 Prompt: TypeAlias = tuple[str, tuple[Turn, ...]]
 """A file and line, and the turns there."""

@@ -173,7 +173,7 @@ class Evaluation(AdapterModule):
             rollout_index: Number of the rollout.
             role: Whose adapter answers.
             sampling: How tokens are drawn. None: the module's ``sampling``.
-            early_exit: See `rollouts.decoding.sample`.
+            early_exit: See `rollouts.sampling.sample`.
             samples: Responses per prompt.
 
         Returns:

@@ -15,9 +15,8 @@ from torch import Tensor
 from lightning_perl.batches import PromptBatch
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.ranks import largest
-from lightning_perl.rollouts.decoding import sample
 from lightning_perl.rollouts.rollout import Rollout, Scored, joined
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Makes a context that tells callbacks of a phase of that name."""
@@ -37,7 +36,7 @@ class Asked(NamedTuple):
         seed: Seed of the run.
         rollout: Number of the rollout.
         samples: Responses per prompt, ``k``.
-        early_exit: See `rollouts.decoding.sample`.
+        early_exit: See `rollouts.sampling.sample`.
     """
 
     prompts: PromptBatch
