@@ -38,10 +38,10 @@ from lightning_perl.commands.estimate import add_arguments, devices_of
 from lightning_perl.commands.estimate import run as estimate
 from lightning_perl.commands.export import export
 from lightning_perl.commands.generate import generate
-from lightning_perl.commands.going_on import newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
 from lightning_perl.commands.report import report
+from lightning_perl.commands.trained import newest_checkpoint, read
 from lightning_perl.modules.base import AdapterModule, require_plain_ranks
 from lightning_perl.packaged import PREFIX, unpackaged
 from lightning_perl.phases import ran_out_of_memory
