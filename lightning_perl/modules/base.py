@@ -27,12 +27,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.console import count_trained
+from lightning_perl.callbacks.cuda_memory import MemoryPreflight
 from lightning_perl.callbacks.handover import Handover
-from lightning_perl.callbacks.predictions import PredictionWriter
-from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.resume import Resume
+from lightning_perl.callbacks.rows import PredictionWriter, SkippedBatches
 from lightning_perl.callbacks.run_folder import claim
-from lightning_perl.callbacks.skipped import SkippedBatches
 from lightning_perl.callbacks.wandb_summary import WandbSummary
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
