@@ -125,11 +125,7 @@ class Handover(Callback):
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand over; a dry run (``fast_dev_run``) writes nothing.
-
-        Raises:
-            RuntimeError: No step was made, or the weights are not finite.
-        """
+        """Hand over; a dry run (``fast_dev_run``) writes nothing."""
         self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -64,11 +64,7 @@ class Resume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse another run's checkpoint; keep the best of earlier parts as long as its file is there.
-
-        Raises:
-            ValueError: It is another run's.
-        """
+        """Refuse another run's checkpoint; keep the best of earlier parts as long as its file is there."""
         if trainer.state.fn != "fit":
             return
         now = {"class": type(pl_module).__name__, **pl_module.hparams}

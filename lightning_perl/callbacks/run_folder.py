@@ -142,9 +142,6 @@ def locked(folder: Path) -> TextIO | None:
 
     Returns:
         None where the system has no such locks.
-
-    Raises:
-        FileExistsError: Another process runs in it.
     """
     if flock is None:
         return None

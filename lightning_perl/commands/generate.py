@@ -296,11 +296,7 @@ def _answer_file(
 
 
 def prompts_of(file: Path) -> Iterator[Prompt]:
-    """The prompts of a file with their places.
-
-    Raises:
-        BadRow: A row cannot be read.
-    """
+    """The prompts of a file with their places."""
 
     def refuse(where: str, message: str) -> None:
         raise BadRow(f"{where}: {message}")

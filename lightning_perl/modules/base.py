@@ -63,11 +63,7 @@ def default_optimizer(learning_rate: float) -> OptimizerCallable:
 
 
 def require_rates(optimizer: OptimizerCallable) -> None:
-    """Refuse an optimizer that cannot learn, by making one for a single weight.
-
-    Raises:
-        ValueError: A learning rate of 0, or a setting that is not finite or that the optimizer refuses.
-    """
+    """Refuse an optimizer that cannot learn, by making one for a single weight."""
     try:
         group = optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
     except ValueError as error:
@@ -406,11 +402,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         return about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose keys are not exactly those trained here, or that was trained on other weights.
-
-        Raises:
-            ValueError: It is another layout's, or another trunk's, or its adapters have another shape.
-        """
+        """Refuse a checkpoint whose keys are not those trained here, or that was trained on other weights."""
         stored, trainable = set(checkpoint["state_dict"]), self.trainable_names()
         if stored != trainable:
             raise ValueError(

@@ -430,11 +430,7 @@ def kept_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def given(answer: Tensor | None) -> Tensor:
-    """The answer of a role that was asked.
-
-    Raises:
-        RuntimeError: It was not asked.
-    """
+    """The answer of a role that was asked."""
     if answer is None:
         raise RuntimeError("A role was not asked for what is needed of it.")
     return answer

@@ -18,11 +18,7 @@ def require_batch(
     module: str,
     vocabulary: int,
 ) -> None:
-    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not.
-
-    Raises:
-        TypeError: One of these; the message says how to make such batches.
-    """
+    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not."""
     if isinstance(batch, kind):
         parts = batch._asdict()
         masks = {name: part.dtype for name, part in parts.items() if "mask" in name}
@@ -77,11 +73,7 @@ class FiniteGuard:
         self.in_a_row = 0
 
     def __call__(self, norms: Mapping[str, Tensor]) -> bool:
-        """Look at the gradient norms before clipping.
-
-        Raises:
-            RuntimeError: `PATIENCE` steps in a row were not finite.
-        """
+        """Whether a step may be taken, by its gradient norms before clipping."""
         broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
         if not broken:
             self.in_a_row = 0
@@ -98,11 +90,7 @@ class FiniteGuard:
 
 
 def require_trainable(optimizer: Optimizer) -> None:
-    """Refuse a step over parameters that somebody has frozen meanwhile.
-
-    Raises:
-        RuntimeError: A parameter of the optimizer no longer requires a gradient.
-    """
+    """Refuse a step over parameters that somebody has frozen meanwhile."""
     for group in optimizer.param_groups:
         frozen = sum(not parameter.requires_grad for parameter in group["params"])
         if frozen:
