@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
@@ -49,14 +49,7 @@ class PPO(ActorCritic):
     """
 
     own_layout: ClassVar[Layout] = "lora"
-    layouts: ClassVar[tuple[Layout, ...]] = (
-        "full",
-        "lora",
-        "dynamic_lora",
-        "perl",
-        "hydra",
-        "joint_hydra",
-    )
+    layouts: ClassVar[tuple[Layout, ...]] = get_args(Layout)
 
     def __init__(
         self,
@@ -149,3 +142,24 @@ class PPO(ActorCritic):
             self.value_clip_range,
             size.tokens,
         )
+
+
+class HydraPPO(PPO):
+    """Hydra-PPO (2309.00754): actor and critic are adapters on one frozen Hydra-SFT trunk.
+
+    Reference and reward are the same trunk with adapters off, read in one pass. Arguments as `PPO`;
+    ``trunk`` is what `HydraSFT` wrote, and ``reward`` stays empty.
+    """
+
+    own_layout: ClassVar[Layout] = "hydra"
+    layouts: ClassVar[tuple[Layout, ...]] = ("hydra",)
+
+
+class JointHydraPPO(PPO):
+    """J-Hydra-PPO (2309.00754): one adapter for actor and critic, one pass for both.
+
+    Fastest, and unstable in the paper (below SFT): an option, not the default. Arguments as `PPO`.
+    """
+
+    own_layout: ClassVar[Layout] = "joint_hydra"
+    layouts: ClassVar[tuple[Layout, ...]] = ("joint_hydra",)
