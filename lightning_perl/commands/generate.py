@@ -31,7 +31,7 @@ from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.engine import Asked, RolloutEngine
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
+from lightning_perl.rollouts.sampling import SamplingSpec
 
 Prompt: TypeAlias = tuple[str, tuple[Turn, ...]]
 """A file and line, and the turns there."""
@@ -82,7 +82,7 @@ class Speaker:
         self._room = window - longest
         self._seed = seed
         self._asked = 0
-        self._engine = engine
+        self._engine = engine or RolloutEngine()
         self._device = torch.device("cuda" if gpu else "cpu")
         self.trunk.to(self._device)
         if self._head is not None:
@@ -95,17 +95,12 @@ class Speaker:
         ids = torch.tensor([self.asked(turns)], device=self._device)
         row = torch.tensor([len(turns)], device=self._device)
         prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), row)
-        if self._engine is None:
-            uniforms = row_uniforms(self._seed, self._asked, row, self._sampling.max_new_tokens)
-            streamed = None if watch is None else partial(self._stream, watch, [])
-            with self.trunk.switch.use(adapter):
-                rollout = sample(self.trunk, prompts, self._sampling, uniforms, watch=streamed)
-        else:
-            asked = Asked(prompts, self._sampling, self._seed, self._asked)
-            rollout = self._engine.sample(self.trunk, adapter, asked)
+        streamed = None if watch is None else partial(self._stream, watch, [])
+        asked = Asked(prompts, self._sampling, self._seed, self._asked, watch=streamed)
+        rollout = self._engine.sample(self.trunk, adapter, asked)
         drawn = rollout.response_ids[0][rollout.response_mask[0]]
         text = str(self.trunk.tokenizer.decode(drawn, skip_special_tokens=True)).strip()
-        if self._engine is not None and watch is not None:
+        if self._engine.elsewhere and watch is not None:
             watch(text)
         return Answer(text, self._score(torch.cat([ids[0], drawn])))
 

@@ -300,23 +300,17 @@ class AdapterModule(Checked, LightningModule, ABC):
 
     def require_fitting(self, data: object) -> None:
         """Refuse data written with another chat template, or with rows that the trunk has no positions for."""
-        self._agree_on_template(getattr(data, "template", None))
-        if isinstance(data, Bounded):
-            self._refuse_longer_than_window(data)
-
-    def _agree_on_template(self, template: str | None) -> None:
-        """Refuse data, trunks and adapters that were written with different chat templates."""
         # The template of one trunk's folder holds for the others, also where the data names none.
         templates = {by: name for trunk in self._trunks for by, name in trunk.templates.items()}
-        if template is not None:
+        if (template := getattr(data, "template", None)) is not None:
             templates["data"] = template
         for trunk in self._trunks:
             for by, name in templates.items():
                 agree_on_template(trunk, name, by)
-
-    def _refuse_longer_than_window(self, data: Bounded) -> None:
-        longest, window = self.longest_row(data), self.window
-        if window is not None and longest > window:
+        window = self.window
+        if not isinstance(data, Bounded) or window is None:
+            return
+        if (longest := self.longest_row(data)) > window:
             raise ValueError(
                 f"Rows may be {longest} tokens long (data.max_tokens {data.max_tokens}, "
                 f"data.max_response_tokens {data.max_response_tokens}), but the trunk has positions for "

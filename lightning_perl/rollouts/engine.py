@@ -16,7 +16,7 @@ from lightning_perl.batches import PromptBatch
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.ranks import largest
 from lightning_perl.rollouts.rollout import Rollout, Scored, joined
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
+from lightning_perl.rollouts.sampling import SamplingSpec, Watch, row_uniforms, sample
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Makes a context that tells callbacks of a phase of that name."""
@@ -36,7 +36,7 @@ class Asked(NamedTuple):
         seed: Seed of the run.
         rollout: Number of the rollout.
         samples: Responses per prompt, ``k``.
-        early_exit: See `rollouts.sampling.sample`.
+        early_exit: See `rollouts.sampling.sample`, as for ``watch``, which servers leave out.
     """
 
     prompts: PromptBatch
@@ -45,6 +45,7 @@ class Asked(NamedTuple):
     rollout: int
     samples: int = 1
     early_exit: bool = True
+    watch: Watch | None = None
 
     def repeated(self) -> PromptBatch:
         """A prompt per response, those of one prompt next to each other."""
@@ -88,6 +89,7 @@ class RolloutEngine:
                     spec,
                     uniforms[rows],
                     asked.early_exit,
+                    asked.watch,
                 )
                 for rows in (slices * rounds)[:rounds]
             ]
