@@ -79,11 +79,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 @contextmanager
 def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write into; then each folder in it with a manifest replaces its namesake at once.
+    """A folder to write into; then each folder in it with a manifest replaces its namesake in ``folder`` at once.
 
-    Args:
-        folder: Where the folders belong.
-        about: Further entries of their manifests.
+    ``about`` are further entries of their manifests.
     """
     beside = folder / ".part"
     shutil.rmtree(beside, ignore_errors=True)

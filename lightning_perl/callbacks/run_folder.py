@@ -140,8 +140,7 @@ def holds_another_run(trainer: Trainer) -> bool:
 def locked(folder: Path) -> TextIO | None:
     """Keep other processes from running in a folder until the result is closed or this process ends.
 
-    Returns:
-        None where the system has no such locks.
+    None where the system has no such locks.
     """
     if flock is None:
         return None

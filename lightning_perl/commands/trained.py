@@ -65,16 +65,9 @@ class Trained:
 
 
 def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
-    """Find what a run's folder, an adapter's or a trunk's holds.
+    """Find what a run's folder (of a folder of runs the latest one's), an adapter's or a trunk's holds.
 
-    Args:
-        run: One of these folders; of a folder of runs the latest one is meant.
-        part: What to look for in a run's folder.
-        trunk: The trunk, where it no longer lies where it was. None: as the adapter says.
-
-    Raises:
-        FileNotFoundError: There is nothing of this kind.
-        ValueError: A reward model is there in place of a policy, or an adapter that names no trunk.
+    ``part`` is what to look for in a run's folder, ``trunk`` the trunk where it no longer lies where it was.
     """
     run = Path(unpackaged(str(run))).expanduser()
     if (run / "latest").is_dir():
@@ -130,8 +123,7 @@ def _nothing_in(run: Path, part: Part) -> str:
 def load(found: Trained, dtype: TrunkDtype = "float32") -> tuple[Trunk, str]:
     """Load the trunk, quantized as it was in training, and the adapter.
 
-    Returns:
-        The trunk, and the name of the adapter on it; `OFF` where the trunk itself was trained.
+    Gives its name on the trunk too; `OFF` where the trunk itself was trained.
     """
     about = manifest_of(found.folder) if found.is_adapter else {}
     trunk = load_trunk(found.trunk, dtype, quantization=about.get("quantization"))
@@ -149,11 +141,9 @@ def template_of(found: Trained) -> str | None:
 
 
 def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
-    """The newest whole checkpoint of the newest run of this name.
+    """The newest whole checkpoint of the newest run of this name, with more than weights where training goes on.
 
-    Args:
-        trainer: The trainer's settings: its first logger and its `ModelCheckpoint` say where runs lie.
-        resumed: Whether training goes on, for which weights alone are not enough.
+    The trainer's first logger and its `ModelCheckpoint` say where runs lie.
     """
     places = list(_places(trainer))
     found = {path for folder, pattern in places for path in folder.glob(pattern)}
@@ -222,19 +212,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None) -> Path:
-    """Write the adapter in a checkpoint as a PEFT folder, with its reward head if it has one.
+    """Write a checkpoint's adapter as a PEFT folder, with its reward head if it has one, and return the folder.
 
-    Args:
-        checkpoint: A checkpoint of any module that trains an adapter.
-        part: Which adapter.
-        folder: Where to write.
-        trunk: The trunk, where it no longer lies where it was.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: It holds no such adapter, or was trained on another trunk.
+    ``trunk``: where the trunk no longer lies where it was; one that it was not trained on is refused.
     """
     stored = read(checkpoint)
     given, state = stored["hyper_parameters"], stored["state_dict"]

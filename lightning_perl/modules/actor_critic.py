@@ -72,10 +72,7 @@ class ActorCritic(OnPolicy):
     ) -> tuple[Tensor, Stats]:
         """The critic's loss on a micro-batch before ``value_coef``, and statistics; see `policy_loss`.
 
-        Args:
-            values: Values of the critic being trained. Shape: ``(B, R)``.
-            experience: The micro-batch.
-            size: How much the whole minibatch holds.
+        ``values`` are those of the critic being trained. Shape: ``(B, R)``.
         """
 
     def role_loss(

@@ -512,11 +512,7 @@ class OnPolicy(Updating):
         self.write_role("policy", folder, "policy")
 
     def write_role(self, role: Role, folder: Path, name: str) -> Path:
-        """Write a trained role's adapter below ``folder/adapters``, or its whole trunk as ``folder/name``.
-
-        Returns:
-            The folder that was written.
-        """
+        """Write a role's adapter below ``folder/adapters``, or its whole trunk as ``folder/name``; where it is."""
         trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
         if adapter == OFF:
             save_trunk(trunk, folder / name, None, {"module": type(self).__name__})

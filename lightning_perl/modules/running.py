@@ -50,12 +50,7 @@ torch.serialization.add_safe_globals([KLControl])
 
 
 def seen(moments: Mapping[str, float], scores: Tensor) -> dict[str, float]:
-    """Count, mean and sum of squared deviations of the scores so far (Chan's update); infinite ones are left out.
-
-    Args:
-        moments: Those before; empty at first.
-        scores: A rollout's. Shape: ``(B,)``.
-    """
+    """Count, mean and sum of squared deviations of the finite scores so far (Chan's update of moments)."""
     scores = scores[torch.isfinite(scores)].double()
     count, before = moments.get("count", 0.0), moments.get("mean", 0.0)
     if not len(scores):

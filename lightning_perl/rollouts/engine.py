@@ -65,14 +65,7 @@ class RolloutEngine:
     overlap = 0
 
     def sample(self, trunk: Trunk, adapter: str, asked: Asked, phase: Phase = untold) -> Rollout:
-        """``B k`` responses with their log-probabilities.
-
-        Args:
-            trunk: The trunk that answers.
-            adapter: Which of its adapters answers, or `OFF`.
-            asked: What is to be sampled.
-            phase: Tells callbacks of a phase inside the rollout.
-        """
+        """``B k`` responses of a trunk with one of its adapters (or `OFF`), with their log-probabilities."""
         spec, repeated = asked.spec, asked.repeated()
         uniforms = row_uniforms(
             asked.seed, asked.rollout, asked.prompts.row, spec.max_new_tokens, asked.samples
@@ -101,8 +94,7 @@ class RolloutEngine:
     ) -> Callable[[], Rollout]:
         """Start to `sample`, if the engine can while something else happens; else the returned function samples.
 
-        Returns:
-            Gives the rollout; all ranks call it.
+        It gives the rollout; all ranks call it.
         """
         return partial(self.sample, trunk, adapter, asked, phase)
 
@@ -113,11 +105,7 @@ class RolloutEngine:
         """Refuse what can be seen before the first step; rows have up to ``longest`` tokens."""
 
     def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
-        """Refuse a rollout that was sampled with other log-probabilities than the policy's own.
-
-        Returns:
-            What to log of their difference.
-        """
+        """Refuse a rollout whose log-probabilities are not the policy's own; what to log of their difference."""
         return {}
 
     def weighted(self, rollout: Rollout, scored: Scored) -> Scored:

@@ -92,21 +92,11 @@ class SamplingSpec:
 
 
 def row_uniforms(seed: int, rollout: int, row: Tensor, count: int, samples: int = 1) -> Tensor:
-    """Uniform numbers in (0, 1) that depend on their own row and sample only.
+    """``count`` uniform numbers in (0, 1) for each response, that depend on their own row and sample only.
 
     A counter-based generator (the finalizer of SplitMix64 over seed, rollout, row, sample and column), so
-    that no generator state has to be kept, sharded or resumed.
-
-    Args:
-        seed: Seed of the run.
-        rollout: Index of the rollout.
-        row: Shape: ``(B,)``, int64.
-        count: Numbers per response.
-        samples: Responses per row, ``k``; those of one row stand together. The first has the numbers that
-            it has alone.
-
-    Returns:
-        Shape: ``(B k, count)``, float32.
+    that no generator state has to be kept, sharded or resumed. The ``k`` samples of a row stand together; the
+    first has the numbers that it has alone. Shape: ``(B,)`` to ``(B k, count)``, float32.
     """
     columns = torch.arange(count, device=row.device)
     bits = _mix(_states(seed, rollout, row, samples) + columns) & 0x7FFFFF
@@ -140,15 +130,9 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF.
+    """One token per row by inverse CDF, and its log-probability in the distribution drawn from, at least fp32.
 
-    Args:
-        logits: Shape: ``(B, V)``.
-        uniforms: Shape: ``(B,)``, in (0, 1).
-        spec: Temperature, top-p and top-k.
-
-    Returns:
-        Tokens, and their log-probabilities in the distribution drawn from, at least fp32. Shape: ``(B,)`` each.
+    ``uniforms`` are in (0, 1). Shape: ``(B, V)`` and ``(B,)`` to ``(B,)`` each.
     """
     logits = at_least_fp32(logits)
     if spec.temperature == 0:
