@@ -8,10 +8,11 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,17 +24,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_perl.arguments import Count, Finite, NonNegative, Positive
+from lightning_perl.arguments import Count, Finite, NonNegative, Positive, require_allowed
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.console import count_episodes
 from lightning_perl.callbacks.policy_guard import PolicyGuard
+from lightning_perl.functional.logprobs import jensen_shannon, k1, k2, k3
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.running import KLControl, seen
 from lightning_perl.modules.safety import FiniteGuard, fingerprints, ratio_tolerance
 from lightning_perl.modules.updating import Updating
 from lightning_perl.optim import room_for_moments
@@ -50,6 +51,43 @@ from lightning_perl.rollouts.rollout import (
 
 PROGRESS = ("rollout_index", "episodes", "tokens", "steered_to", "score_moments")
 """What training itself changes besides weights, as a checkpoint holds it."""
+
+
+@dataclass(frozen=True)
+class KLControl:
+    """How the KL to the reference is estimated for the reward, and who sets its weight.
+
+    Args:
+        estimator: Of a token's KL: ``k1``, ``k2``, ``k3`` or ``jensen_shannon`` (LoRA-RLHF, 2309.09055).
+        target: KL in nats per response that ``kl_coef`` is steered to (1909.08593, Eq. 4). None: it stays fixed.
+        horizon: Episodes over which it is steered: a fifth too much KL for so long makes it 1.2 times as large.
+    """
+
+    estimator: Literal["k1", "k2", "k3", "jensen_shannon"] = "k1"
+    target: Positive | None = None
+    horizon: Count = 10_000
+
+    def __post_init__(self) -> None:
+        """Refuse what the types rule out."""
+        require_allowed(type(self), vars(self))
+
+    @property
+    def estimate(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The estimator: from log-probabilities of policy and reference to nats per token."""
+        return {"k1": k1, "k2": k2, "k3": k3, "jensen_shannon": jensen_shannon}[self.estimator]
+
+    def steered(self, kl_coef: float, kl: float, episodes: int) -> float:
+        """The next weight of the KL, after a rollout of so many episodes with so much KL per response."""
+        if self.target is None or not math.isfinite(kl):
+            return kl_coef
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return kl_coef * (1 + error * min(episodes / self.horizon, 1.0))
+
+
+# Checkpoints hold it among the hyper-parameters, those of 0.2 by an earlier place.
+torch.serialization.add_safe_globals(
+    [KLControl, (KLControl, "lightning_perl.modules.running.KLControl")]
+)
 
 
 class OnPolicy(Updating):
@@ -521,3 +559,15 @@ class OnPolicy(Updating):
         trunk.adapters.save(adapter, target, trunk.source)
         write_adapter_manifest(target, trunk, self.rewarded_by)
         return target
+
+
+def seen(moments: Mapping[str, float], scores: Tensor) -> dict[str, float]:
+    """Count, mean and sum of squared deviations of the finite scores so far (Chan's update of moments)."""
+    scores = scores[torch.isfinite(scores)].double()
+    count, before = moments.get("count", 0.0), moments.get("mean", 0.0)
+    if not len(scores):
+        return dict(moments)
+    total, gap = count + len(scores), float(scores.mean()) - before
+    squares = float(((scores - scores.mean()) ** 2).sum()) + gap**2 * count * len(scores) / total
+    mean = before + gap * len(scores) / total
+    return {"count": total, "mean": mean, "squares": moments.get("squares", 0.0) + squares}

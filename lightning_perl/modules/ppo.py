@@ -16,7 +16,7 @@ from lightning_perl.models.roles import Layout
 from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.running import KLControl
+from lightning_perl.modules.on_policy import KLControl
 from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 

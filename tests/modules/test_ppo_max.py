@@ -14,7 +14,7 @@ from lightning_perl.data.rows import collate_pairs
 from lightning_perl.functional.logprobs import jensen_shannon, k2, k3
 from lightning_perl.modules import JointHydraPPO
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.running import KLControl, seen
+from lightning_perl.modules.on_policy import KLControl, seen
 from tests.functional.test_kl import Estimator
 from tests.modules import tiny
 from tests.modules.test_packed_pairs import examples
