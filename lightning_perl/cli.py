@@ -31,7 +31,7 @@ import lightning_perl.data
 import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
-from lightning_perl.callbacks.resume import changes
+from lightning_perl.callbacks.handover import changes
 from lightning_perl.commands import dry_run, mix
 from lightning_perl.commands.compare import compare
 from lightning_perl.commands.estimate import add_arguments, devices_of

@@ -28,8 +28,7 @@ from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.console import count_trained
 from lightning_perl.callbacks.cuda_memory import MemoryPreflight
-from lightning_perl.callbacks.handover import Handover
-from lightning_perl.callbacks.resume import Resume
+from lightning_perl.callbacks.handover import Handover, Resume
 from lightning_perl.callbacks.rows import PredictionWriter, SkippedBatches
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.callbacks.wandb_summary import WandbSummary
