@@ -29,8 +29,8 @@ from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, 
 from lightning_perl.callbacks.console import count_trained
 from lightning_perl.callbacks.cuda_memory import MemoryPreflight
 from lightning_perl.callbacks.handover import Handover, Resume
-from lightning_perl.callbacks.rows import PredictionWriter, SkippedBatches
 from lightning_perl.callbacks.run_folder import claim
+from lightning_perl.callbacks.samples import PredictionWriter, SkippedBatches
 from lightning_perl.callbacks.wandb_summary import WandbSummary
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
