@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from lightning_perl.arguments import Checked, Count
 from lightning_perl.batches import Answers, PromptBatch
-from lightning_perl.callbacks.console import show
+from lightning_perl.callbacks.console import in_columns, show
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.callbacks.wandb_summary import wandb_loggers
 
@@ -153,38 +151,21 @@ class SampleWriter(Checked, Callback):
 
 
 def sample_table(samples: list[Sample], width: int | None = None) -> str:
-    """Lays samples out in three columns (prompt, before, after), which fill a width or the terminal.
+    """Samples in three columns (prompt, before, after), which fill a width or the terminal.
 
     Long texts are cut to 300 characters: prompts at their start, answers at their end.
     """
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    column = max(16, (width - 6) // 3)
-    rule = "-+-".join(["-" * column] * 3)
-    lines = [_line(("prompt", "before", "after"), column), rule]
+    rows = [("prompt", "before", "after")]
     for _, prompt, *answers, score_before, score_after in samples:
         if len(prompt) > _PRINTED:
             prompt = f"...{prompt[-_PRINTED:]}"
         before, after = (
             text if len(text) <= _PRINTED else f"{text[:_PRINTED]}..." for text in answers
         )
-        cells = (
-            _wrap(prompt, column),
-            [f"score {_score(score_before)}", *_wrap(before, column)],
-            [f"score {_score(score_before)} -> {_score(score_after)}", *_wrap(after, column)],
-        )
-        lines += [_line(row, column) for row in zip_longest(*cells, fillvalue="")]
-        lines.append(rule)
-    return "\n".join(lines)
-
-
-def _line(cells: tuple[str, ...], column: int) -> str:
-    return " | ".join(cell.ljust(column) for cell in cells).rstrip()
-
-
-def _wrap(text: str, column: int) -> list[str]:
-    """Wraps each of the text's own lines; a dialog keeps a turn per line."""
-    lines = [line for part in text.strip().splitlines() for line in textwrap.wrap(part, column)]
-    return lines or ["(empty)"]
+        scores = f"score {_score(score_before)}"
+        both = f"{scores} -> {_score(score_after)}"
+        rows.append((prompt, f"{scores}\n{before or '(empty)'}", f"{both}\n{after or '(empty)'}"))
+    return in_columns(rows, width)
 
 
 def _score(score: float | None) -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from lightning_perl.arguments import CountOrZero
 from lightning_perl.batches import PromptBatch
-from lightning_perl.callbacks.console import show
+from lightning_perl.callbacks.console import in_columns, show
 from lightning_perl.commands.trained import Trained, load, template_of, trained
 from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.reading import Source
@@ -228,15 +225,11 @@ def _answer(speaker: Speaker, adapters: dict[str, str], turns: Sequence[Turn]) -
 
 def columns(answers: dict[str, Answer], width: int | None = None) -> str:
     """Answers side by side under their names and scores, as wide as the terminal."""
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    column = max(16, (width - 3 * (len(answers) - 1)) // len(answers))
-    cells = []
-    for name, answer in answers.items():
-        head = name if answer.score is None else f"{name}, score {answer.score:+.2f}"
-        parts = [textwrap.wrap(line, column) or [""] for line in answer.text.splitlines()]
-        cells.append([head, "-" * column, *(line for part in parts for line in part)])
-    rows = zip_longest(*cells, fillvalue="")
-    return "\n".join(" | ".join(cell.ljust(column) for cell in row).rstrip() for row in rows)
+    heads = [
+        name if answer.score is None else f"{name}, score {answer.score:+.2f}"
+        for name, answer in answers.items()
+    ]
+    return in_columns([heads, [answer.text for answer in answers.values()]], width)
 
 
 def _chat(speaker: Speaker, adapters: dict[str, str]) -> None:
