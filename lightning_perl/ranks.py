@@ -167,7 +167,7 @@ def sum_gradients(
     values = [value.to(weights[0].device, torch.float64).reshape(1) for value in named.values()]
     sums = summed(torch.cat([given.double(), *values])).tolist()
     moved = [weight for weight, count in zip(weights, sums, strict=False) if count]
-    for bucket in _buckets(moved):
+    for bucket in in_pieces(moved, AT_ONCE):
         parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in bucket]
         flat = summed(torch.cat([part.reshape(-1) for part in parts]))
         pieces = torch.split(flat, [part.numel() for part in parts])
@@ -177,17 +177,17 @@ def sum_gradients(
     return {key: torch.full_like(value, total) for (key, value), total in totals}
 
 
-def _buckets(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Weights of one dtype in lists of at most `AT_ONCE` numbers."""
-    bucket: list[Tensor] = []
+def in_pieces(weights: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Weights of one dtype in lists of at most so many numbers; one tensor may be larger."""
+    piece: list[Tensor] = []
     for weight in weights:
-        numbers = sum(other.numel() for other in bucket)
-        if bucket and (numbers + weight.numel() > AT_ONCE or weight.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(weight)
-    if bucket:
-        yield bucket
+        numbers = weight.numel() + sum(other.numel() for other in piece)
+        if piece and (numbers > most or weight.dtype != piece[0].dtype):
+            yield piece
+            piece = []
+        piece.append(weight)
+    if piece:
+        yield piece
 
 
 @torch.no_grad()

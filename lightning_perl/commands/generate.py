@@ -45,16 +45,7 @@ class Answer:
 
 
 class Speaker:
-    """A policy, its reference and perhaps a reward model on one trunk, asked in turns of a conversation.
-
-    Args:
-        found: What was trained.
-        reward: Folder of a reward adapter of the same trunk. None: the trunk's reward head, if it has one.
-        sampling: How answers are drawn.
-        seed: Seed of the answers.
-        dtype: Dtype of the trunk. None: bfloat16 on a GPU, else float32.
-        engine: Where answers are drawn. None: in this process.
-    """
+    """A policy, its reference and perhaps a reward model on one trunk, asked in turns; arguments as `generate`."""
 
     def __init__(
         self,

@@ -204,7 +204,16 @@ class Scoring(Judging):
 
     def hand_over(self, folder: Path) -> None:
         """As `Supervised`; with ``normalize_scores`` the manifest says what demonstrations scored before."""
-        about = self._normalized() if self.normalize_scores else {}
+        about: dict[str, Any] = {}
+        if self.normalize_scores:
+            home = self.device  # Lightning has moved the module to the CPU by now.
+            self.to(self.trainer.strategy.root_device)
+            mean, deviation = self.normalize(self._demonstrations())
+            self.to(home)
+            about["normalized_from"] = {"mean": mean, "sd": deviation}
+            rank_zero_info(
+                f"scores of demonstrations: mean {mean:.4g}, sd {deviation:.4g}; now 0 and 1"
+            )
         manifest = self.write(folder) / MANIFEST_FILE
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | about, indent=2) + "\n")
 
@@ -261,17 +270,6 @@ class Scoring(Judging):
             "demonstration, a row with `imitate`, such as a chosen or thumbs-up answer (loaders without "
             "a datamodule: only validation rows are read). Add some, or leave normalize_scores off."
         )
-
-    def _normalized(self) -> dict[str, dict[str, float]]:
-        """Normalize on the trainer's device: Lightning has moved the module to the CPU by now."""
-        home = self.device
-        self.to(self.trainer.strategy.root_device)
-        mean, deviation = self.normalize(self._demonstrations())
-        self.to(home)
-        rank_zero_info(
-            f"scores of demonstrations: mean {mean:.4g}, sd {deviation:.4g}; now 0 and 1"
-        )
-        return {"normalized_from": {"mean": mean, "sd": deviation}}
 
 
 class RewardModel(Scoring):
