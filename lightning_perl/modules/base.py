@@ -7,7 +7,6 @@ import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -43,7 +42,7 @@ from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules.safety import require_batch
 from lightning_perl.optim import HostAdamW
-from lightning_perl.phases import PhaseCallback
+from lightning_perl.phases import Phased
 from lightning_perl.ranks import everyones, require_same, take_from_first
 from lightning_perl.rollouts.sampling import SamplingSpec
 
@@ -91,7 +90,7 @@ REASONS = {
 """What is wrong with strategies that people ask for."""
 
 
-class AdapterModule(Checked, LightningModule, ABC):
+class AdapterModule(Checked, Phased, ABC):
     """What all modules share. A checkpoint holds exactly what is trained, and the optimizer.
 
     Args:
@@ -316,19 +315,6 @@ class AdapterModule(Checked, LightningModule, ABC):
                 f"{window} only. Lower data.max_tokens (prompts are cut from the left) or "
                 "sampling.max_new_tokens."
             )
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Tell every `PhaseCallback` of the trainer, if there is one, that a phase begins and ends."""
-        callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
-        listeners = [callback for callback in callbacks if isinstance(callback, PhaseCallback)]
-        for listener in listeners:
-            listener.on_phase_start(self.trainer, self, name)
-        try:
-            yield
-        finally:
-            for listener in listeners:
-                listener.on_phase_end(self.trainer, self, name)
 
     @cached_property
     def _trunks(self) -> list[Trunk]:

@@ -139,7 +139,7 @@ class Evaluation(AdapterModule):
                 f"{list(self.trained_roles)}. Give true, false, or some of those."
             )
 
-    @property
+    @cached_property
     def policy_trunk(self) -> Trunk:
         """The policy's trunk; its tokenizer is everybody's."""
         return self.roles.trunk("policy")

@@ -54,11 +54,12 @@ def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:
 
 def fingerprints(roles: Roles) -> dict[str, str]:
     """Hashes of the weights behind reference and reward, which no training may move."""
-    hashes = {"reference trunk": roles.trunk("reference").fingerprint()}
-    for judge in roles.judges:
-        hashes[f"{judge} trunk"] = roles.trunk(judge).fingerprint()
-        hashes[f"{judge} head"] = roles.reward_head(judge).fingerprint()
-    return hashes
+    trunks = {role: roles.trunk(role) for role in ("reference", *roles.judges)}
+    known = {trunk: trunk.fingerprint() for trunk in set(trunks.values())}
+    hashes = {f"{role} trunk": known[trunk] for role, trunk in trunks.items()}
+    return hashes | {
+        f"{judge} head": roles.reward_head(judge).fingerprint() for judge in roles.judges
+    }
 
 
 PATIENCE = 3

@@ -26,7 +26,6 @@ from lightning_perl.arguments import (
     require_allowed,
 )
 from lightning_perl.batches import PromptBatch
-from lightning_perl.functional.logprobs import at_least_fp32
 from lightning_perl.functional.sequences import until_stop
 from lightning_perl.models.lean_layers import keep_rows
 from lightning_perl.models.recording import GrowingRows, Recorder, Step, recorder_of
@@ -134,7 +133,7 @@ def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> tuple[Tensor, 
 
     ``uniforms`` are in (0, 1). Shape: ``(B, V)`` and ``(B,)`` to ``(B,)`` each.
     """
-    logits = at_least_fp32(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if spec.temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
     logits = _kept(logits if spec.temperature == 1 else logits / spec.temperature, spec)
@@ -166,12 +165,12 @@ def ends_of(
     trunk: Trunk, responses: Responses, strings: tuple[str, ...], watch: Watch | None = None
 ) -> Ended:
     """What tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
-    stop_ids = trunk.stop_ids
+    stops = torch.tensor(trunk.stop_ids, device=responses.ids.device, dtype=torch.int64)
 
     def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
         if watch is not None:
             watch(rows, tokens)
-        by_token = until_stop(tokens.unsqueeze(-1), stop_ids)[1]
+        by_token = torch.isin(tokens, stops)
         if not strings:
             return by_token
         ids = responses.ids[rows, :length]
