@@ -275,11 +275,11 @@ class Evaluation(AdapterModule):
         return scores + self.reward_function_weight * python, parts
 
     @torch.no_grad()
-    def scores(self, rollout: Rollout, by_length: bool = True) -> Tensor:
+    def scores(self, rollout: Rollout) -> Tensor:
         """What the responses earn; only the reward role is asked. Shape: ``(B,)``."""
         learned = torch.zeros(len(rollout.row), device=rollout.row.device)
         if self.roles.judges:
-            learned = given(self.ask(rollout, ["reward"], by_length=by_length).reward)
+            learned = given(self.ask(rollout, ["reward"]).reward)
         return self.rewarded(rollout, learned)[0]
 
     def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
