@@ -27,8 +27,7 @@ from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rollouts.engine import Asked, RolloutEngine
-from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.sampling import Asked, RolloutEngine, SamplingSpec
 
 Prompt: TypeAlias = tuple[str, tuple[Turn, ...]]
 """A file and line, and the turns there."""

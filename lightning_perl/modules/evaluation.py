@@ -30,9 +30,8 @@ from lightning_perl.modules.base import NO_LORAPLUS, AdapterModule, Stats
 from lightning_perl.packaged import unpackaged
 from lightning_perl.ranks import largest, share, shared_cuts, summed, world
 from lightning_perl.rewards import RewardFunction, checked_scores
-from lightning_perl.rollouts.engine import Asked, RolloutEngine
 from lightning_perl.rollouts.rollout import Rollout, Scored, describe, split_at
-from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.sampling import Asked, RolloutEngine, SamplingSpec
 
 VALIDATION_ROLLOUT = -1
 """Rollout index of validation's noise: the same at every validation, never a training rollout's."""

@@ -28,9 +28,8 @@ from lightning_perl.functional.sequences import pad_right, predicting
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.ranks import everyones, share
-from lightning_perl.rollouts.engine import Asked, Phase, RolloutEngine, untold
 from lightning_perl.rollouts.rollout import Rollout, Scored
-from lightning_perl.rollouts.sampling import row_seeds
+from lightning_perl.rollouts.sampling import Asked, Phase, RolloutEngine, row_seeds, untold
 from lightning_perl.rollouts.server import TRUNK, Answer, Json, LostError, Server
 from lightning_perl.whole import whole_folder
 
