@@ -174,8 +174,8 @@ class AdapterModule(Checked, Phased, ABC):
         """Do what a batch of so many rows, all as long as they may be, would do, but for the step."""
 
     @abstractmethod
-    def hand_over(self, folder: Path) -> None:
-        """Write what the next stage loads below ``folder``."""
+    def hand_over(self, folder: Path) -> Path | None:
+        """Write what the next stage loads below ``folder``; its own folder there, where it is one."""
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (a dozen forms, see Lightning)
         """One optimizer, so that ``global_step`` counts updates."""
@@ -186,7 +186,14 @@ class AdapterModule(Checked, Phased, ABC):
             return optimizer
         given = [group["lr"] for group in optimizer.param_groups]
         scheduler = self._make_scheduler(optimizer)
-        self._require_ratios(given, optimizer)
+        begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        scales = [begin / rate for begin, rate in zip(begun, given, strict=True)]
+        if any(not math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales):
+            names = [group["name"] for group in optimizer.param_groups]
+            raise MisconfigurationException(
+                f"model.scheduler sets the learning rates of {names} to {begun}, but they are {given}. Give it a "
+                "list of rates in this order (OneCycleLR: max_lr), or use a scheduler that scales rates."
+            )
         config = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             if not isinstance(scheduler, WatchingPlateau):
@@ -196,17 +203,6 @@ class AdapterModule(Checked, Phased, ABC):
                 )
             config |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _require_ratios(self, given: list[float], optimizer: Optimizer) -> None:
-        """Refuse a scheduler that sets learning rates of its own and forgets how those of the groups differ."""
-        begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        scales = [begin / rate for begin, rate in zip(begun, given, strict=True)]
-        if any(not math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales):
-            names = [group["name"] for group in optimizer.param_groups]
-            raise MisconfigurationException(
-                f"model.scheduler sets the learning rates of {names} to {begun}, but they are {given}. Give it a "
-                "list of rates in this order (OneCycleLR: max_lr), or use a scheduler that scales rates."
-            )
 
     def _split_groups(self) -> Iterator[dict[str, Any]]:
         """The groups; with LoRA+ each as two of the same name, the second with the ``B`` of its adapters."""

@@ -202,7 +202,7 @@ class Scoring(Judging):
 
     # ---- handing over ----------------------------------------------------------------------------
 
-    def hand_over(self, folder: Path) -> None:
+    def hand_over(self, folder: Path) -> Path:
         """As `Supervised`; with ``normalize_scores`` the manifest says what demonstrations scored before."""
         about: dict[str, Any] = {}
         if self.normalize_scores:
@@ -214,8 +214,10 @@ class Scoring(Judging):
             rank_zero_info(
                 f"scores of demonstrations: mean {mean:.4g}, sd {deviation:.4g}; now 0 and 1"
             )
-        manifest = self.write(folder) / MANIFEST_FILE
+        written = super().hand_over(folder)
+        manifest = written / MANIFEST_FILE
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | about, indent=2) + "\n")
+        return written
 
     def normalize(self, batches: Iterable[RatedBatch]) -> tuple[float, float]:
         """Shift and scale the head so that demonstrations score 0 on average, with deviation 1.

@@ -293,12 +293,8 @@ class Supervised(AdapterModule):
 
     # ---- handing over ----------------------------------------------------------------------------
 
-    def hand_over(self, folder: Path) -> None:
+    def hand_over(self, folder: Path) -> Path:
         """Write ``RUN/adapters/NAME``, or ``RUN/trunk`` with the adapter merged in full precision; heads too."""
-        self.write(folder)
-
-    def write(self, folder: Path) -> Path:
-        """Write what is handed over below ``folder``, and return its own folder."""
         if self.heads():
             self._require_ratings()
         if self.adapter == OFF or not self.keeps_adapter:

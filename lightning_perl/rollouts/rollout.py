@@ -98,11 +98,8 @@ def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:
     return [run for run in runs if run] or [[]]
 
 
-class Drawn(NamedTuple):
-    """What was sampled: the responses, and the policy's likeliest ones where they are a baseline."""
-
-    rollout: Rollout
-    greedy: Rollout | None
+Drawn = tuple[Rollout, Rollout | None]
+"""What was sampled: the responses, and the policy's likeliest ones where they are a baseline."""
 
 
 class Ahead(NamedTuple):
@@ -134,7 +131,7 @@ class Ahead(NamedTuple):
         """What was sampled, once it is there."""
         if self.rollout is None:
             raise RuntimeError("A rollout is waited for that was not started.")
-        return Drawn(self.rollout(), None if self.greedy is None else self.greedy())
+        return self.rollout(), None if self.greedy is None else self.greedy()
 
 
 class Scored(NamedTuple):
