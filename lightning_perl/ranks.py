@@ -100,13 +100,10 @@ def share_of_lines(line: Tensor | None, rows: int) -> Share:
     return Share(numbers, len(numbers) if lines.counted else 0, rows)
 
 
-def shared_cuts(
-    sequences: Sequences, size: int, by_length: bool = True
-) -> Iterator[tuple[Cut, bool]]:
+def shared_cuts(sequences: Sequences, size: int, by_length: bool = True) -> list[tuple[Cut, bool]]:
     """This rank's micro-batches, see `cuts`, and whether each counts. Every rank has equally many."""
     if world() == 1:
-        yield from ((cut, True) for cut in cuts(sequences, size, by_length))
-        return
+        return [(cut, True) for cut in cuts(sequences, size, by_length)]
     groups = len(sequences.ids) // sequences.samples
     mine = share(groups, sequences.samples)
     numbers = torch.arange(len(sequences.ids), device=sequences.ids.device)[mine.rows]
@@ -115,9 +112,9 @@ def shared_cuts(
     # The first rank's share is the largest.
     most = -(-groups // world()) * sequences.samples
     longest = sequences.rows(slice(0, most))
-    for number in range(sum(1 for _ in cuts(longest, size, by_length=False))):
-        cut = own[number % len(own)]
-        yield cut._replace(rows=numbers[cut.rows]), number < counted
+    each = range(sum(1 for _ in cuts(longest, size, by_length=False)))
+    shared = ((number < counted, own[number % len(own)]) for number in each)
+    return [(cut._replace(rows=numbers[cut.rows]), counts) for counts, cut in shared]
 
 
 class _Sum(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,7 +91,7 @@ class ActorCritic(OnPolicy):
         """At first the critic alone."""
         return ("value",) if self.rollout_index < self.critic_warmup else self.trained_roles
 
-    @property
+    @cached_property
     def values_come_later(self) -> bool:
         """Whether the critic's values come with its first gradient: if its pass is its own."""
         alone = ("value",) in self.roles.groups(self.trained_roles)

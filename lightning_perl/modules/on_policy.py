@@ -279,9 +279,10 @@ class OnPolicy(Updating):
         """Start a rollout with the policy that it was noted for, and greedy responses if they are a baseline."""
         batch = self.transfer_batch_to_device(ahead.batch, self.device, 0)
         ahead = ahead._replace(batch=batch) if ahead.weights else self._noted(batch)
-        number, likeliest = self.rollout_index + later, replace(self.sampling, temperature=0.0)
+        number = self.rollout_index + later
         with self._as_it_was(ahead):
             if self.greedy_baseline:
+                likeliest = replace(self.sampling, temperature=0.0)
                 ahead = ahead._replace(greedy=self.start(ahead.prompts, number, sampling=likeliest))
             rollout = self.start(ahead.prompts, number, samples=self.samples)
         return ahead._replace(rollout=rollout)

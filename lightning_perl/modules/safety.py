@@ -8,33 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_perl.batches import PairBatch, PromptBatch, RatedBatch
 from lightning_perl.models.roles import Roles
-
-
-def require_batch(
-    batch: object,
-    kind: type[PromptBatch] | type[RatedBatch] | type[PairBatch],
-    module: str,
-    vocabulary: int,
-) -> None:
-    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not."""
-    if isinstance(batch, kind):
-        parts = batch._asdict()
-        masks = {name: part.dtype for name, part in parts.items() if "mask" in name}
-        wrong = {name: dtype for name, dtype in masks.items() if dtype != torch.bool}
-        largest = max(int(part.max()) for name, part in parts.items() if name.endswith("ids"))
-        if not wrong and largest < vocabulary:
-            return
-        got = f"one whose masks are {wrong}" if wrong else f"one with the id {largest}"
-    else:
-        keys = f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else ""
-        got = f"{type(batch).__name__}{keys}"
-    raise TypeError(
-        f"{module} takes a {kind.__name__} (lightning_perl.batches: {', '.join(kind._fields)}) with boolean masks "
-        f"and ids below {vocabulary}, got {got}. Return one from the DataLoader's collate_fn, or give rows as "
-        "dicts to PreferenceDataModule(tokenizer, train=rows)."
-    )
 
 
 def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:

@@ -219,7 +219,7 @@ class Updating(Evaluation):
         sums: Stats = {}
         size = size_of(minibatch.sequences)
         by_length = by_length and self.shortcuts.length_buckets
-        micro = list(shared_cuts(minibatch.sequences, self.micro_batch_size, by_length))
+        micro = shared_cuts(minibatch.sequences, self.micro_batch_size, by_length)
         for group in groups:
             check = first_read if "policy" in group else None
             with self.phase("actor" if "policy" in group else "critic"):

@@ -169,7 +169,7 @@ def ends_of(
     trunk: Trunk, responses: Responses, strings: tuple[str, ...], watch: Watch | None = None
 ) -> Ended:
     """What tells the rows that end: by a stop token, or by a token that completes one of ``strings``."""
-    stops = torch.tensor(trunk.stop_ids, device=responses.ids.device, dtype=torch.int64)
+    stops = torch.tensor(responses.stop_ids, device=responses.ids.device, dtype=torch.int64)
 
     def ended(rows: Tensor, length: int, tokens: Tensor) -> Tensor:
         if watch is not None:
@@ -204,7 +204,8 @@ class Responses:
     def __init__(self, trunk: Trunk, uniforms: Tensor, spec: SamplingSpec) -> None:
         self.uniforms = uniforms
         self.spec = spec
-        self.ids = torch.full_like(uniforms, trunk.pad_id, dtype=torch.int64)
+        self.pad_id, self.stop_ids = trunk.pad_id, trunk.stop_ids
+        self.ids = torch.full_like(uniforms, self.pad_id, dtype=torch.int64)
         at_least = torch.promote_types(trunk.dtype, torch.float32)
         self.logprobs = torch.zeros_like(uniforms, dtype=at_least)
         self.mask = torch.ones_like(uniforms, dtype=torch.bool)
@@ -225,17 +226,17 @@ class Responses:
         self.mask[rows, length:] = False
         self.stopped[rows] = True
 
-    def end_by(self, stop_ids: tuple[int, ...]) -> None:
+    def end_by_stop_ids(self) -> None:
         """End every row at its first stop token and mask what was drawn after it."""
-        self.mask, self.stopped = until_stop(self.ids, stop_ids)
+        self.mask, self.stopped = until_stop(self.ids, self.stop_ids)
 
-    def rollout(self, prompts: PromptBatch, pad_id: int, longest: int) -> Rollout:
+    def rollout(self, prompts: PromptBatch, longest: int) -> Rollout:
         """The rollout, with the first ``longest`` response columns."""
         mask = self.mask[:, :longest]
         return Rollout(
             prompts.ids,
             prompts.mask,
-            self.ids[:, :longest].masked_fill(~mask, pad_id),
+            self.ids[:, :longest].masked_fill(~mask, self.pad_id),
             mask,
             self.stopped,
             prompts.row,
@@ -277,9 +278,9 @@ def sample(
         ends = ends_of(trunk, responses, spec.stop, watch) if early_exit else None
         _step(trunk, cache, mask, tokens, responses, ends)
     if not spec.stop:
-        responses.end_by(trunk.stop_ids)
+        responses.end_by_stop_ids()
     longest = int(responses.mask.sum(1).max()) if early_exit else spec.max_new_tokens
-    return responses.rollout(prompts, trunk.pad_id, longest)
+    return responses.rollout(prompts, longest)
 
 
 def _read_prompts(trunk: Trunk, cache: Cache, prompts: PromptBatch, share: bool) -> Tensor:
@@ -345,9 +346,9 @@ def _play(
     """Decode like `_step`, by replaying recorded steps.
 
     A recording is used until half of its rows have ended or its key and value columns are full. Rows that have
-    ended go on until then; `Responses.end_by` masks what they draw.
+    ended go on until then; `Responses.end_by_stop_ids` masks what they draw.
     """
-    stops = torch.tensor(trunk.stop_ids, device=tokens.device, dtype=tokens.dtype)
+    stops = torch.tensor(responses.stop_ids, device=tokens.device, dtype=tokens.dtype)
     running = torch.arange(len(tokens), device=tokens.device)
     longest = responses.ids.shape[1]
     before = mask.shape[1] - longest - 1
