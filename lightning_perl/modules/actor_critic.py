@@ -123,8 +123,8 @@ class ActorCritic(OnPolicy):
         sequences = rollout.sequences().rows(first)
         size = size_of(sequences)
         sums: Stats = {}
-        micro_batches = (self.micro_batch_size, self.shortcuts.length_buckets)
-        for cut, counts in shared_cuts(sequences, *micro_batches):
+        by_length = self.shortcuts.length_buckets
+        for cut, counts in shared_cuts(sequences, self.micro_batch_size, by_length):
             rows = first[cut.rows]
             with self.roles.training_pass(("value",)):
                 answers = self.roles.answer(sequences.cut(cut), ("value",))
