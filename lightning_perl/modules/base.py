@@ -30,7 +30,7 @@ from lightning_perl.callbacks.cuda_memory import MemoryPreflight
 from lightning_perl.callbacks.handover import Handover, Resume
 from lightning_perl.callbacks.run_folder import claim
 from lightning_perl.callbacks.samples import PredictionWriter, SkippedBatches
-from lightning_perl.callbacks.wandb_summary import WandbSummary
+from lightning_perl.callbacks.wandb_summary import WandbSummary, wandb_loggers
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.loading import TrunkDtype
@@ -218,14 +218,15 @@ class AdapterModule(Checked, Phased, ABC):
 
     def configure_callbacks(self) -> list[Callback]:
         """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""
-        if self._trainer is not None:
-            claim(self.trainer)
+        ours: list[Callback] = [Handover(), SkippedBatches(), Resume(), PredictionWriter()]
         given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         count_trained(given)
-        told = any(isinstance(callback, MemoryPreflight) for callback in given)
-        preflight = [] if told else [MemoryPreflight()]
-        ours = [SkippedBatches(), Resume(), PredictionWriter(), WandbSummary()]
-        return [Handover(), *preflight, *ours]
+        if not any(isinstance(callback, MemoryPreflight) for callback in given):
+            ours.insert(1, MemoryPreflight())
+        if self._trainer is not None:
+            claim(self.trainer)
+            ours += [WandbSummary()] * any(wandb_loggers(self.trainer))
+        return ours
 
     @classmethod
     def needed(cls, lora: LoraSpec | None) -> LoraSpec:
