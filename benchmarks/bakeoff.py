@@ -61,8 +61,7 @@ from lightning_perl.modules import (
     SuperHF,
 )
 from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.modules.running import KLControl
+from lightning_perl.modules.on_policy import KLControl, OnPolicy
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards.coffee_orders import CoffeeOrderQuality
 from lightning_perl.rollouts.sampling import SamplingSpec

@@ -40,8 +40,7 @@ from lightning_perl.models.adapters import OFF
 from lightning_perl.models.heads import ScalarHead, load_head
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.rollouts.decoding import sample
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
 
 ROOT = Path("runs/coffee")
 CONFIGS = Path("configs/taskmaster")

@@ -28,11 +28,8 @@ LIMITS = {
 LEAVES = [
     "dpo",
     "grpo",
-    "hydra_ppo",
-    "ipo",
     "kto",
     "raft",
-    "rdpo",
     "remax",
     "rloo",
     "sft",

@@ -31,19 +31,18 @@ import lightning_perl.data
 import lightning_perl.modules
 import lightning_perl.rewards
 from lightning_perl.callbacks import run_folder
-from lightning_perl.callbacks.resume import changes
+from lightning_perl.callbacks.handover import changes
 from lightning_perl.commands import dry_run, mix
 from lightning_perl.commands.compare import compare
 from lightning_perl.commands.estimate import add_arguments, devices_of
 from lightning_perl.commands.estimate import run as estimate
 from lightning_perl.commands.export import export
 from lightning_perl.commands.generate import generate
-from lightning_perl.commands.going_on import newest_checkpoint, read
 from lightning_perl.commands.new_trunk import new_trunk
 from lightning_perl.commands.parsing import Parser
 from lightning_perl.commands.report import report
-from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.launching import require_plain_ranks
+from lightning_perl.commands.trained import newest_checkpoint, read
+from lightning_perl.modules.base import AdapterModule, require_plain_ranks
 from lightning_perl.packaged import PREFIX, unpackaged
 from lightning_perl.phases import ran_out_of_memory
 from lightning_perl.quiet import no_progress_bars
@@ -219,18 +218,16 @@ class PerlCLI(LightningCLI):
         if path == "last":
             path = newest_checkpoint(given.trainer.as_dict(), resumed)
             given.ckpt_path = str(path)
-            self._continue_in(given.trainer.logger, path.parent.parent.name)
+            logger = (
+                given.trainer.logger
+            )  # W&B goes on with its run; other loggers number a run's parts.
+            if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
+                logger.init_args.id = path.parent.parent.name
         stored = read(Path(path))
         if resumed:  # what `Resume` would refuse once the trunk is loaded and the data read
             model = given.model.as_dict()
             now = {"class": model["class_path"].split(".")[-1], **model["init_args"]}
             changes(now, stored, path)
-
-    @staticmethod
-    def _continue_in(logger: Any, run: str) -> None:  # noqa: ANN401 (a Namespace, a list or none)
-        """Let Weights & Biases go on with its run; other loggers number the parts of a run."""
-        if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
-            logger.init_args.id = run
 
     def before_instantiate_classes(self) -> None:
         """Refuse what needs no data and no weights."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_perl.arguments import Checked, FractionBelowOne, NonNegative, Positive
+from lightning_perl.ranks import in_pieces
 
 AT_ONCE = 2**25
 """Most weights whose moments are on the device together (256 MiB of moments in fp32); one tensor may be larger."""
@@ -62,7 +63,8 @@ class HostAdamW(Checked, Optimizer):
                 loss = closure()
         self._adamw.state = self.state
         for group in self.param_groups:
-            for piece in _pieces(group["params"]):
+            moved = [weight for weight in group["params"] if weight.grad is not None]
+            for piece in in_pieces(moved, AT_ONCE):
                 host_moments = [self._to_device(parameter) for parameter in piece]
                 self._adamw.param_groups = [{**group, "params": piece}]
                 self._adamw.step()
@@ -117,17 +119,3 @@ def room_for_moments(optimizer: Optimizer) -> list[Tensor]:
     return [
         torch.empty_like(weight) for group in groups for weight in group["params"] for _ in MOMENTS
     ]
-
-
-def _pieces(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters with a gradient, in lists of at most `AT_ONCE` weights."""
-    piece: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if piece and sum(weight.numel() for weight in piece) + parameter.numel() > AT_ONCE:
-            yield piece
-            piece = []
-        piece.append(parameter)
-    if piece:
-        yield piece

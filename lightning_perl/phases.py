@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,23 @@ class PhaseCallback(Callback):
 
     def on_phase_end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         """Called after the last statement of a phase."""
+
+
+class Phased(LightningModule):
+    """A module that names its phases."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tell every `PhaseCallback` of the trainer, if there is one, that a phase begins and ends."""
+        callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        listeners = [callback for callback in callbacks if isinstance(callback, PhaseCallback)]
+        for listener in listeners:
+            listener.on_phase_start(self.trainer, self, name)
+        try:
+            yield
+        finally:
+            for listener in listeners:
+                listener.on_phase_end(self.trainer, self, name)
 
 
 class PhaseTracker(PhaseCallback):

@@ -100,13 +100,10 @@ def share_of_lines(line: Tensor | None, rows: int) -> Share:
     return Share(numbers, len(numbers) if lines.counted else 0, rows)
 
 
-def shared_cuts(
-    sequences: Sequences, size: int, by_length: bool = True
-) -> Iterator[tuple[Cut, bool]]:
+def shared_cuts(sequences: Sequences, size: int, by_length: bool = True) -> list[tuple[Cut, bool]]:
     """This rank's micro-batches, see `cuts`, and whether each counts. Every rank has equally many."""
     if world() == 1:
-        yield from ((cut, True) for cut in cuts(sequences, size, by_length))
-        return
+        return [(cut, True) for cut in cuts(sequences, size, by_length)]
     groups = len(sequences.ids) // sequences.samples
     mine = share(groups, sequences.samples)
     numbers = torch.arange(len(sequences.ids), device=sequences.ids.device)[mine.rows]
@@ -115,9 +112,9 @@ def shared_cuts(
     # The first rank's share is the largest.
     most = -(-groups // world()) * sequences.samples
     longest = sequences.rows(slice(0, most))
-    for number in range(sum(1 for _ in cuts(longest, size, by_length=False))):
-        cut = own[number % len(own)]
-        yield cut._replace(rows=numbers[cut.rows]), number < counted
+    each = range(sum(1 for _ in cuts(longest, size, by_length=False)))
+    shared = ((number < counted, own[number % len(own)]) for number in each)
+    return [(cut._replace(rows=numbers[cut.rows]), counts) for counts, cut in shared]
 
 
 class _Sum(torch.autograd.Function):
@@ -167,7 +164,7 @@ def sum_gradients(
     values = [value.to(weights[0].device, torch.float64).reshape(1) for value in named.values()]
     sums = summed(torch.cat([given.double(), *values])).tolist()
     moved = [weight for weight, count in zip(weights, sums, strict=False) if count]
-    for bucket in _buckets(moved):
+    for bucket in in_pieces(moved, AT_ONCE):
         parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in bucket]
         flat = summed(torch.cat([part.reshape(-1) for part in parts]))
         pieces = torch.split(flat, [part.numel() for part in parts])
@@ -177,17 +174,17 @@ def sum_gradients(
     return {key: torch.full_like(value, total) for (key, value), total in totals}
 
 
-def _buckets(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Weights of one dtype in lists of at most `AT_ONCE` numbers."""
-    bucket: list[Tensor] = []
+def in_pieces(weights: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Weights of one dtype in lists of at most so many numbers; one tensor may be larger."""
+    piece: list[Tensor] = []
     for weight in weights:
-        numbers = sum(other.numel() for other in bucket)
-        if bucket and (numbers + weight.numel() > AT_ONCE or weight.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(weight)
-    if bucket:
-        yield bucket
+        numbers = weight.numel() + sum(other.numel() for other in piece)
+        if piece and (numbers > most or weight.dtype != piece[0].dtype):
+            yield piece
+            piece = []
+        piece.append(weight)
+    if piece:
+        yield piece
 
 
 @torch.no_grad()
@@ -207,11 +204,7 @@ def everyones(own: Any) -> list[Any]:  # noqa: ANN401 (anything that can be pick
 
 
 def require_same(numbers: Tensor, what: str) -> None:
-    """Refuse to go on where ranks hold different numbers.
-
-    Raises:
-        RuntimeError: They do.
-    """
+    """Refuse to go on where ranks hold different numbers."""
     if world() == 1:
         return
     places = torch.arange(1, numbers.numel() + 1, device=numbers.device)

@@ -67,11 +67,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """Read the file.
-
-        Raises:
-            ValueError: It was cut short or changed.
-        """
+        """Read the file; one that was cut short or changed is refused."""
         problem = damage(Path(path)) if Path(path).is_file() else None
         if problem:
             raise ValueError(
@@ -83,11 +79,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 @contextmanager
 def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write into; then each folder in it with a manifest replaces its namesake at once.
+    """A folder to write into; then each folder in it with a manifest replaces its namesake in ``folder`` at once.
 
-    Args:
-        folder: Where the folders belong.
-        about: Further entries of their manifests.
+    ``about`` are further entries of their manifests.
     """
     beside = folder / ".part"
     shutil.rmtree(beside, ignore_errors=True)

@@ -21,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_perl
 from lightning_perl.cli import config_source, main, packaged_configs, run
-from lightning_perl.commands.going_on import newest_checkpoint
+from lightning_perl.commands.trained import newest_checkpoint
 from lightning_perl.packaged import unpackaged
 from tests.conftest import TinyTrunk
 from tests.data.orders import prompt_data

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_perl.cli import main
-from lightning_perl.commands.going_on import newest_checkpoint
+from lightning_perl.commands.trained import newest_checkpoint
 from lightning_perl.modules import RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.phases import PhaseCallback

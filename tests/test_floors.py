@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "functional": set(),
     "losses": {"functional"},
     "models": {"arguments", "chat", "functional", "quiet", "ranks", "whole"},
-    "optim": {"arguments"},
+    "optim": {"arguments", "ranks"},
     "phases": set(),
     "ranks": {"functional"},
     "rollouts": {"arguments", "batches", "functional", "models", "ranks", "whole"},

@@ -1,9 +1,12 @@
 """Callbacks: one verb each."""
 
 from lightning_perl.callbacks.console import BeforeAfter, EpisodeBar
-from lightning_perl.callbacks.cuda_memory import CudaMemoryMonitor, CudaMemorySnapshot
+from lightning_perl.callbacks.cuda_memory import (
+    CudaMemoryMonitor,
+    CudaMemorySnapshot,
+    MemoryPreflight,
+)
 from lightning_perl.callbacks.policy_guard import PolicyGuard
-from lightning_perl.callbacks.preflight import MemoryPreflight
 from lightning_perl.callbacks.reward_report import RewardReport
 from lightning_perl.callbacks.run_folder import run_folder
 from lightning_perl.callbacks.samples import Answering, SampleWriter

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -37,6 +41,21 @@ def show(text: str, end: str = "\n") -> None:
     text = COMMANDS.sub(lambda found: repr(found[0])[1:-1], text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end=end, flush=True)
+
+
+def in_columns(rows: Iterable[Sequence[str]], width: int | None = None) -> str:
+    """Texts side by side, as wide as the terminal, with a rule under each row; their own lines stay lines."""
+    width, lines = width or shutil.get_terminal_size((120, 24)).columns, list[str]()
+    for row in rows:
+        column = max(16, (width - 3 * (len(row) - 1)) // len(row))
+        cells = [
+            [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
+            for text in row
+        ]
+        together = [*zip_longest(*cells, fillvalue="")]
+        lines += [" | ".join(cell.ljust(column) for cell in line).rstrip() for line in together]
+        lines.append("-+-".join(["-" * column] * len(row)))
+    return "\n".join(lines)
 
 
 class EpisodeBar(TQDMProgressBar):

@@ -102,11 +102,7 @@ class PolicyGuard(Checked, Callback):
         self._good = state_dict["good"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Come first, so that other callbacks and their checkpoints see the policy that training goes on with.
-
-        Raises:
-            MisconfigurationException: The module has no rollouts.
-        """
+        """Come first, so that other callbacks and their checkpoints see the policy that training goes on with."""
         if getattr(pl_module, "rows", "prompts") != "prompts":
             raise MisconfigurationException(
                 f"trainer.callbacks: PolicyGuard reads rollouts, and {type(pl_module).__name__} has none."
@@ -236,12 +232,7 @@ def mean_of(rollouts: Sequence[Measures]) -> dict[str, float]:
 
 
 def signs_of_hacking(rollouts: Sequence[Measures], first: Measures) -> list[str]:
-    """What has run away in the second half of the rollouts while the score rose; empty where all is well.
-
-    Args:
-        rollouts: An even number of them, in their order.
-        first: Means of the run's first rollouts.
-    """
+    """What has run away in the later half of the rollouts while the score rose, against the means of the first."""
     half = len(rollouts) // 2
     before, now = mean_of(rollouts[:half]), mean_of(rollouts[half:])
     rise = now["score"] - before["score"]

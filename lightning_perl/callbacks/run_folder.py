@@ -99,12 +99,8 @@ def claim(trainer: Trainer) -> None:
             if not counts:
                 break
             logger._version = None
-    if isinstance(logger, CSVLogger):
-        _append_to(folder / "metrics.csv", logger)
-
-
-def _append_to(metrics: Path, logger: CSVLogger) -> None:
-    if not metrics.is_file():
+    metrics = folder / "metrics.csv"
+    if not isinstance(logger, CSVLogger) or not metrics.is_file():
         return
     kept = metrics.rename(metrics.with_name(".metrics.kept"))
     writer = logger.experiment
@@ -140,11 +136,7 @@ def holds_another_run(trainer: Trainer) -> bool:
 def locked(folder: Path) -> TextIO | None:
     """Keep other processes from running in a folder until the result is closed or this process ends.
 
-    Returns:
-        None where the system has no such locks.
-
-    Raises:
-        FileExistsError: Another process runs in it.
+    None where the system has no such locks.
     """
     if flock is None:
         return None

@@ -46,7 +46,7 @@ class WandbSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, *_: object
     ) -> None:
         """Remember a point of each frontier, and the peaks; a batch that was only sent to servers has none."""
-        if only_sent(outputs) or not any(wandb_loggers(trainer)):
+        if not any(wandb_loggers(trainer)) or only_sent(outputs):
             return
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         across = logged.get(FRONTIER[0])

@@ -33,8 +33,7 @@ from lightning_perl.modules import RLOO
 from lightning_perl.modules.evaluation import VALIDATION_ROLLOUT, Evaluation, kept_tokens
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
-from lightning_perl.rollouts.engine import RolloutEngine
-from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.sampling import RolloutEngine, SamplingSpec
 
 REFERENCE = "reference"
 Measures = dict[str, float | tuple[float, float]]

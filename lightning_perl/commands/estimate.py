@@ -33,8 +33,8 @@ from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import weightless
 from lightning_perl.modules import PPO, SFT
 from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.judging import Judging
 from lightning_perl.modules.on_policy import OnPolicy
+from lightning_perl.modules.supervised import Judging
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.sampling import SamplingSpec
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from lightning_perl.arguments import CountOrZero
 from lightning_perl.batches import PromptBatch
-from lightning_perl.callbacks.console import show
+from lightning_perl.callbacks.console import in_columns, show
 from lightning_perl.commands.trained import Trained, load, template_of, trained
 from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.reading import Source
@@ -30,9 +27,7 @@ from lightning_perl.models.loading import TrunkDtype
 from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
-from lightning_perl.rollouts.decoding import sample
-from lightning_perl.rollouts.engine import Asked, RolloutEngine
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.sampling import Asked, RolloutEngine, SamplingSpec
 
 Prompt: TypeAlias = tuple[str, tuple[Turn, ...]]
 """A file and line, and the turns there."""
@@ -49,16 +44,7 @@ class Answer:
 
 
 class Speaker:
-    """A policy, its reference and perhaps a reward model on one trunk, asked in turns of a conversation.
-
-    Args:
-        found: What was trained.
-        reward: Folder of a reward adapter of the same trunk. None: the trunk's reward head, if it has one.
-        sampling: How answers are drawn.
-        seed: Seed of the answers.
-        dtype: Dtype of the trunk. None: bfloat16 on a GPU, else float32.
-        engine: Where answers are drawn. None: in this process.
-    """
+    """A policy, its reference and perhaps a reward model on one trunk, asked in turns; arguments as `generate`."""
 
     def __init__(
         self,
@@ -83,7 +69,7 @@ class Speaker:
         self._room = window - longest
         self._seed = seed
         self._asked = 0
-        self._engine = engine
+        self._engine = engine or RolloutEngine()
         self._device = torch.device("cuda" if gpu else "cpu")
         self.trunk.to(self._device)
         if self._head is not None:
@@ -96,17 +82,12 @@ class Speaker:
         ids = torch.tensor([self.asked(turns)], device=self._device)
         row = torch.tensor([len(turns)], device=self._device)
         prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), row)
-        if self._engine is None:
-            uniforms = row_uniforms(self._seed, self._asked, row, self._sampling.max_new_tokens)
-            streamed = None if watch is None else partial(self._stream, watch, [])
-            with self.trunk.switch.use(adapter):
-                rollout = sample(self.trunk, prompts, self._sampling, uniforms, watch=streamed)
-        else:
-            asked = Asked(prompts, self._sampling, self._seed, self._asked)
-            rollout = self._engine.sample(self.trunk, adapter, asked)
+        streamed = None if watch is None else partial(self._stream, watch, [])
+        asked = Asked(prompts, self._sampling, self._seed, self._asked, watch=streamed)
+        rollout = self._engine.sample(self.trunk, adapter, asked)
         drawn = rollout.response_ids[0][rollout.response_mask[0]]
         text = str(self.trunk.tokenizer.decode(drawn, skip_special_tokens=True)).strip()
-        if self._engine is not None and watch is not None:
+        if self._engine.elsewhere and watch is not None:
             watch(text)
         return Answer(text, self._score(torch.cat([ids[0], drawn])))
 
@@ -234,15 +215,11 @@ def _answer(speaker: Speaker, adapters: dict[str, str], turns: Sequence[Turn]) -
 
 def columns(answers: dict[str, Answer], width: int | None = None) -> str:
     """Answers side by side under their names and scores, as wide as the terminal."""
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    column = max(16, (width - 3 * (len(answers) - 1)) // len(answers))
-    cells = []
-    for name, answer in answers.items():
-        head = name if answer.score is None else f"{name}, score {answer.score:+.2f}"
-        parts = [textwrap.wrap(line, column) or [""] for line in answer.text.splitlines()]
-        cells.append([head, "-" * column, *(line for part in parts for line in part)])
-    rows = zip_longest(*cells, fillvalue="")
-    return "\n".join(" | ".join(cell.ljust(column) for cell in row).rstrip() for row in rows)
+    heads = [
+        name if answer.score is None else f"{name}, score {answer.score:+.2f}"
+        for name, answer in answers.items()
+    ]
+    return in_columns([heads, [answer.text for answer in answers.values()]], width)
 
 
 def _chat(speaker: Speaker, adapters: dict[str, str]) -> None:
@@ -297,11 +274,7 @@ def _answer_file(
 
 
 def prompts_of(file: Path) -> Iterator[Prompt]:
-    """The prompts of a file with their places.
-
-    Raises:
-        BadRow: A row cannot be read.
-    """
+    """The prompts of a file with their places."""
 
     def refuse(where: str, message: str) -> None:
         raise BadRow(f"{where}: {message}")

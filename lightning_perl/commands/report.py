@@ -44,9 +44,6 @@ def report(run: Path, out: Path | None = None) -> Path:
     Args:
         run: A run's folder such as runs/NAME/latest, with ``metrics.csv``; of a folder of runs the latest.
         out: The file. None: ``report.html`` in the run's folder.
-
-    Returns:
-        The file.
     """
     folder = run / "latest" if (run / "latest").is_dir() else run
     if not (folder / "metrics.csv").is_file():
@@ -78,25 +75,19 @@ def _page(folder: Path) -> Iterator[str]:
                 {up: [(x, y) for (_, x), (_, y) in pairs]}, f"{up} over KL", "KL, nats", "."
             )
     yield "</div>"
-    yield from _last(series)
-    for path in sorted(folder.glob("*.png")):
-        yield f"<h2>{escape(path.stem)}</h2>{_embedded(path.read_bytes(), path.stem)}"
-    yield from _samples(folder / "samples.jsonl")
-    for name, text in settings_of(folder).items():
-        yield f"<h2>Settings: {escape(name)}</h2><pre>{escape(text)}</pre>"
-    yield "</body></html>"
-
-
-def _last(series: Series) -> Iterator[str]:
-    """A table of the last value of every held-out measure."""
-    held = held_out(series)
-    if held:
+    if held := held_out(series):
         yield '<h2>Last measured</h2><div class="wide"><table>'
         yield from (
             f'<tr><td>{escape(key)}</td><td class="number">{value:.4g}</td></tr>'
             for key, value in held.items()
         )
         yield "</table></div>"
+    for path in sorted(folder.glob("*.png")):
+        yield f"<h2>{escape(path.stem)}</h2>{_embedded(path.read_bytes(), path.stem)}"
+    yield from _samples(folder / "samples.jsonl")
+    for name, text in settings_of(folder).items():
+        yield f"<h2>Settings: {escape(name)}</h2><pre>{escape(text)}</pre>"
+    yield "</body></html>"
 
 
 def _samples(path: Path) -> Iterator[str]:

@@ -1,17 +1,18 @@
-"""What a run has trained: which adapter or trunk, and the trunk beneath."""
+"""What a run has left: its adapter or trunk and the trunk beneath, its checkpoints, and what it logged."""
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_perl.commands.going_on import read
 from lightning_perl.models.adapters import CONFIG_FILE, OFF, LoraSpec, trunk_of
 from lightning_perl.models.heads import ScalarHead, has_head, save_heads
 from lightning_perl.models.loading import TrunkDtype, load_trunk
@@ -23,6 +24,7 @@ from lightning_perl.models.manifest import (
 )
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
+from lightning_perl.whole import damage
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 """Values of a measure with their steps."""
@@ -63,16 +65,9 @@ class Trained:
 
 
 def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
-    """Find what a run's folder, an adapter's or a trunk's holds.
+    """Find what a run's folder (of a folder of runs the latest one's), an adapter's or a trunk's holds.
 
-    Args:
-        run: One of these folders; of a folder of runs the latest one is meant.
-        part: What to look for in a run's folder.
-        trunk: The trunk, where it no longer lies where it was. None: as the adapter says.
-
-    Raises:
-        FileNotFoundError: There is nothing of this kind.
-        ValueError: A reward model is there in place of a policy, or an adapter that names no trunk.
+    ``part`` is what to look for in a run's folder, ``trunk`` the trunk where it no longer lies where it was.
     """
     run = Path(unpackaged(str(run))).expanduser()
     if (run / "latest").is_dir():
@@ -95,11 +90,7 @@ def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
 
 
 def _lies_at(trunk: str, trained_on_it: Path) -> str:
-    """The folder of a trunk, named from here or from a folder above what was trained on it; or a hub name.
-
-    Raises:
-        FileNotFoundError: It is neither.
-    """
+    """The folder of a trunk, named from here or from a folder above what was trained on it; or a hub name."""
     named = Path(unpackaged(trunk)).expanduser()
     for place in (Path(), *trained_on_it.resolve().parents):
         if (place / named / "config.json").is_file():
@@ -132,8 +123,7 @@ def _nothing_in(run: Path, part: Part) -> str:
 def load(found: Trained, dtype: TrunkDtype = "float32") -> tuple[Trunk, str]:
     """Load the trunk, quantized as it was in training, and the adapter.
 
-    Returns:
-        The trunk, and the name of the adapter on it; `OFF` where the trunk itself was trained.
+    Gives its name on the trunk too; `OFF` where the trunk itself was trained.
     """
     about = manifest_of(found.folder) if found.is_adapter else {}
     trunk = load_trunk(found.trunk, dtype, quantization=about.get("quantization"))
@@ -150,20 +140,81 @@ def template_of(found: Trained) -> str | None:
     return template
 
 
-def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None) -> Path:
-    """Write the adapter in a checkpoint as a PEFT folder, with its reward head if it has one.
+def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
+    """The newest whole checkpoint of the newest run of this name, with more than weights where training goes on.
 
-    Args:
-        checkpoint: A checkpoint of any module that trains an adapter.
-        part: Which adapter.
-        folder: Where to write.
-        trunk: The trunk, where it no longer lies where it was.
+    The trainer's first logger and its `ModelCheckpoint` say where runs lie.
+    """
+    places = list(_places(trainer))
+    found = {path for folder, pattern in places for path in folder.glob(pattern)}
+    ours = [path for path in found if path.absolute().parents[1].name != "latest"]
+    passed_over: list[str] = []
+    for path in sorted(ours, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+        problem = _unusable(path, resumed)
+        if problem is None:
+            for other in passed_over:
+                rank_zero_warn(f"--ckpt_path last is {path}: {other}.")
+            return path
+        passed_over.append(problem)
+    looked = " or ".join(str(folder / pattern) for folder, pattern in places)
+    raise FileNotFoundError(
+        f"no checkpoint to go on from in {looked}. Leave --ckpt_path out to begin, or give a file. "
+        + "; ".join(passed_over)
+    )
 
-    Returns:
-        The folder.
+
+def _unusable(path: Path, resumed: bool) -> str | None:
+    try:
+        whole = "optimizer_states" in read(path)
+    except ValueError as error:
+        return str(error)
+    return None if whole or not resumed else f"{path} holds weights alone (save_weights_only)"
+
+
+def _places(trainer: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    root = Path(trainer.get("default_root_dir") or ".")
+    loggers = trainer.get("logger")
+    first = loggers[0] if isinstance(loggers, list) and loggers else loggers
+    if isinstance(first, Mapping):
+        given = first.get("init_args", {})
+        name = given.get("project") or given.get("name") or ""
+        version = given.get("version")
+        if version is None:
+            version = given.get("id") or "*"
+        folder = Path(given.get("save_dir") or root, name)
+        run = f"version_{version}" if isinstance(version, int) else version
+        yield folder, f"{run}/checkpoints/*.ckpt"
+    else:
+        yield root, "version_*/checkpoints/*.ckpt"
+        yield root / "lightning_logs", "version_*/checkpoints/*.ckpt"
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        folder = callback.get("init_args", {}).get("dirpath")
+        if folder:
+            yield Path(folder), "*.ckpt"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint without its tensors in memory.
 
     Raises:
-        ValueError: It holds no such adapter, or was trained on another trunk.
+        ValueError: It was cut short or changed, or would run code.
+    """
+    if problem := damage(path):
+        raise ValueError(f"{path} is no whole checkpoint: {problem}")
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than weights and settings; it is not loaded"
+        ) from error
+    return stored
+
+
+def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None) -> Path:
+    """Write a checkpoint's adapter as a PEFT folder, with its reward head if it has one, and return the folder.
+
+    ``trunk``: where the trunk no longer lies where it was; one that it was not trained on is refused.
     """
     stored = read(checkpoint)
     given, state = stored["hyper_parameters"], stored["state_dict"]

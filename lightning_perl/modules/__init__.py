@@ -1,14 +1,11 @@
 """The Lightning modules: one class per method."""
 
-from lightning_perl.modules.dpo import DPO
+from lightning_perl.modules.dpo import DPO, IPO, RDPO
 from lightning_perl.modules.grpo import GRPO
-from lightning_perl.modules.hydra_ppo import HydraPPO, JointHydraPPO
 from lightning_perl.modules.inpo import INPO
-from lightning_perl.modules.ipo import IPO
 from lightning_perl.modules.kto import KTO
-from lightning_perl.modules.ppo import PPO
+from lightning_perl.modules.ppo import PPO, HydraPPO, JointHydraPPO
 from lightning_perl.modules.raft import RAFT
-from lightning_perl.modules.rdpo import RDPO
 from lightning_perl.modules.reinforce import Reinforce
 from lightning_perl.modules.remax import ReMax
 from lightning_perl.modules.reward_model import HydraSFT, RewardModel

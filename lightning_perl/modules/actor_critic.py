@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,10 +73,7 @@ class ActorCritic(OnPolicy):
     ) -> tuple[Tensor, Stats]:
         """The critic's loss on a micro-batch before ``value_coef``, and statistics; see `policy_loss`.
 
-        Args:
-            values: Values of the critic being trained. Shape: ``(B, R)``.
-            experience: The micro-batch.
-            size: How much the whole minibatch holds.
+        ``values`` are those of the critic being trained. Shape: ``(B, R)``.
         """
 
     def role_loss(
@@ -93,7 +91,7 @@ class ActorCritic(OnPolicy):
         """At first the critic alone."""
         return ("value",) if self.rollout_index < self.critic_warmup else self.trained_roles
 
-    @property
+    @cached_property
     def values_come_later(self) -> bool:
         """Whether the critic's values come with its first gradient: if its pass is its own."""
         alone = ("value",) in self.roles.groups(self.trained_roles)
@@ -102,44 +100,30 @@ class ActorCritic(OnPolicy):
     def values_of(
         self, rollout: Rollout, scored: Scored, backward: Backward = torch.Tensor.backward
     ) -> tuple[Scored, Stats | None]:
-        """The critic's values, and the first minibatch's gradient with them."""
+        """The critic's values, and the statistics of its first minibatch, whose gradient comes with them."""
         if not self.values_come_later:
             return scored, None
         with self.phase("critic"):
             return self.first_value_pass(rollout, scored, backward)
 
     def first_value_pass(
-        self,
-        rollout: Rollout,
-        scored: Scored,
-        backward: Backward = torch.Tensor.backward,
-        by_length: bool = True,
+        self, rollout: Rollout, scored: Scored, backward: Backward = torch.Tensor.backward
     ) -> tuple[Scored, Stats]:
         """The critic's values, and from the same passes its gradient in the first minibatch.
 
         The critic has not moved since the rollout, so the first update would read the same rows with the
         same weights again. A row's value loss needs that row's returns alone.
-
-        Args:
-            rollout: What was sampled.
-            scored: Without values, the scores as `experience` wants them.
-            backward: ``loss.backward()``, or Lightning's.
-            by_length: Micro-batches are of rows of similar length, which looks at tensors' values.
-
-        Returns:
-            ``scored`` with values; and the statistics of the value loss, for `update`.
         """
         minibatches = self._minibatches(len(rollout.row), rollout.samples, 0)
         first, *later = (rows.to(rollout.row.device) for rows in minibatches)
         values = torch.zeros_like(scored.values)
         if later:
             rest = torch.cat(later)
-            others = self.ask(rollout.rows(rest), ["value"], by_length=by_length)
-            values[rest] = given(others.value)
+            values[rest] = given(self.ask(rollout.rows(rest), ["value"]).value)
         sequences = rollout.sequences().rows(first)
         size = size_of(sequences)
-        by_length = by_length and self.shortcuts.length_buckets
         sums: Stats = {}
+        by_length = self.shortcuts.length_buckets
         for cut, counts in shared_cuts(sequences, self.micro_batch_size, by_length):
             rows = first[cut.rows]
             with self.roles.training_pass(("value",)):

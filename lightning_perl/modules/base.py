@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,13 +26,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.console import count_trained
-from lightning_perl.callbacks.handover import Handover
-from lightning_perl.callbacks.predictions import PredictionWriter
-from lightning_perl.callbacks.preflight import MemoryPreflight
-from lightning_perl.callbacks.resume import Resume
+from lightning_perl.callbacks.cuda_memory import MemoryPreflight
+from lightning_perl.callbacks.handover import Handover, Resume
 from lightning_perl.callbacks.run_folder import claim
-from lightning_perl.callbacks.skipped import SkippedBatches
-from lightning_perl.callbacks.wandb_summary import WandbSummary
+from lightning_perl.callbacks.samples import PredictionWriter, SkippedBatches
+from lightning_perl.callbacks.wandb_summary import WandbSummary, wandb_loggers
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.loading import TrunkDtype
@@ -40,11 +40,8 @@ from lightning_perl.models.roles import TrainedRole
 from lightning_perl.models.sharding import TrunkSharding, shard
 from lightning_perl.models.shortcuts import Shortcuts, chosen
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.modules.generators import put_back, standing
-from lightning_perl.modules.launching import require_plain_ranks, unwrap
-from lightning_perl.modules.safety import require_batch
 from lightning_perl.optim import HostAdamW
-from lightning_perl.phases import PhaseCallback
+from lightning_perl.phases import Phased
 from lightning_perl.ranks import everyones, require_same, take_from_first
 from lightning_perl.rollouts.sampling import SamplingSpec
 
@@ -63,11 +60,7 @@ def default_optimizer(learning_rate: float) -> OptimizerCallable:
 
 
 def require_rates(optimizer: OptimizerCallable) -> None:
-    """Refuse an optimizer that cannot learn, by making one for a single weight.
-
-    Raises:
-        ValueError: A learning rate of 0, or a setting that is not finite or that the optimizer refuses.
-    """
+    """Refuse an optimizer that cannot learn, by making one for a single weight."""
     try:
         group = optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
     except ValueError as error:
@@ -85,9 +78,18 @@ NO_LORAPLUS = (
 """Refusal of LoRA+ without LoRA."""
 Stats = dict[str, Tensor]
 """Named statistics of a step, detached."""
+Backward = Callable[[Tensor], None]
+"""``loss.backward()``, or Lightning's own under a strategy."""
+STRATEGIES = ("auto", "SingleDeviceStrategy", "DDPStrategy")
+REASONS = {
+    "FSDPStrategy": "it wraps the module, and takes no optimizer that is stepped by hand",
+    "DeepSpeedStrategy": "it steps the optimizer itself, and gathers weights for every pass",
+    "ModelParallelStrategy": "it saves sharded checkpoints, and here adapters and heads are whole on every rank",
+}
+"""What is wrong with strategies that people ask for."""
 
 
-class AdapterModule(Checked, LightningModule, ABC):
+class AdapterModule(Checked, Phased, ABC):
     """What all modules share. A checkpoint holds exactly what is trained, and the optimizer.
 
     Args:
@@ -171,8 +173,8 @@ class AdapterModule(Checked, LightningModule, ABC):
         """Do what a batch of so many rows, all as long as they may be, would do, but for the step."""
 
     @abstractmethod
-    def hand_over(self, folder: Path) -> None:
-        """Write what the next stage loads below ``folder``."""
+    def hand_over(self, folder: Path) -> Path | None:
+        """Write what the next stage loads below ``folder``; its own folder there, where it is one."""
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 (a dozen forms, see Lightning)
         """One optimizer, so that ``global_step`` counts updates."""
@@ -183,7 +185,14 @@ class AdapterModule(Checked, LightningModule, ABC):
             return optimizer
         given = [group["lr"] for group in optimizer.param_groups]
         scheduler = self._make_scheduler(optimizer)
-        self._require_ratios(given, optimizer)
+        begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        scales = [begin / rate for begin, rate in zip(begun, given, strict=True)]
+        if any(not math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales):
+            names = [group["name"] for group in optimizer.param_groups]
+            raise MisconfigurationException(
+                f"model.scheduler sets the learning rates of {names} to {begun}, but they are {given}. Give it a "
+                "list of rates in this order (OneCycleLR: max_lr), or use a scheduler that scales rates."
+            )
         config = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             if not isinstance(scheduler, WatchingPlateau):
@@ -193,17 +202,6 @@ class AdapterModule(Checked, LightningModule, ABC):
                 )
             config |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _require_ratios(self, given: list[float], optimizer: Optimizer) -> None:
-        """Refuse a scheduler that sets learning rates of its own and forgets how those of the groups differ."""
-        begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        scales = [begin / rate for begin, rate in zip(begun, given, strict=True)]
-        if any(not math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales):
-            names = [group["name"] for group in optimizer.param_groups]
-            raise MisconfigurationException(
-                f"model.scheduler sets the learning rates of {names} to {begun}, but they are {given}. Give it a "
-                "list of rates in this order (OneCycleLR: max_lr), or use a scheduler that scales rates."
-            )
 
     def _split_groups(self) -> Iterator[dict[str, Any]]:
         """The groups; with LoRA+ each as two of the same name, the second with the ``B`` of its adapters."""
@@ -220,14 +218,15 @@ class AdapterModule(Checked, LightningModule, ABC):
 
     def configure_callbacks(self) -> list[Callback]:
         """Every fit goes on where it stopped, and ends by handing over. Loggers have made no folder yet."""
-        if self._trainer is not None:
-            claim(self.trainer)
+        ours: list[Callback] = [Handover(), SkippedBatches(), Resume(), PredictionWriter()]
         given = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         count_trained(given)
-        told = any(isinstance(callback, MemoryPreflight) for callback in given)
-        preflight = [] if told else [MemoryPreflight()]
-        ours = [SkippedBatches(), Resume(), PredictionWriter(), WandbSummary()]
-        return [Handover(), *preflight, *ours]
+        if not any(isinstance(callback, MemoryPreflight) for callback in given):
+            ours.insert(1, MemoryPreflight())
+        if self._trainer is not None:
+            claim(self.trainer)
+            ours += [WandbSummary()] * any(wandb_loggers(self.trainer))
+        return ours
 
     @classmethod
     def needed(cls, lora: LoraSpec | None) -> LoraSpec:
@@ -295,42 +294,23 @@ class AdapterModule(Checked, LightningModule, ABC):
 
     def require_fitting(self, data: object) -> None:
         """Refuse data written with another chat template, or with rows that the trunk has no positions for."""
-        self._agree_on_template(getattr(data, "template", None))
-        if isinstance(data, Bounded):
-            self._refuse_longer_than_window(data)
-
-    def _agree_on_template(self, template: str | None) -> None:
-        """Refuse data, trunks and adapters that were written with different chat templates."""
         # The template of one trunk's folder holds for the others, also where the data names none.
         templates = {by: name for trunk in self._trunks for by, name in trunk.templates.items()}
-        if template is not None:
+        if (template := getattr(data, "template", None)) is not None:
             templates["data"] = template
         for trunk in self._trunks:
             for by, name in templates.items():
                 agree_on_template(trunk, name, by)
-
-    def _refuse_longer_than_window(self, data: Bounded) -> None:
-        longest, window = self.longest_row(data), self.window
-        if window is not None and longest > window:
+        window = self.window
+        if not isinstance(data, Bounded) or window is None:
+            return
+        if (longest := self.longest_row(data)) > window:
             raise ValueError(
                 f"Rows may be {longest} tokens long (data.max_tokens {data.max_tokens}, "
                 f"data.max_response_tokens {data.max_response_tokens}), but the trunk has positions for "
                 f"{window} only. Lower data.max_tokens (prompts are cut from the left) or "
                 "sampling.max_new_tokens."
             )
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Tell every `PhaseCallback` of the trainer, if there is one, that a phase begins and ends."""
-        callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
-        listeners = [callback for callback in callbacks if isinstance(callback, PhaseCallback)]
-        for listener in listeners:
-            listener.on_phase_start(self.trainer, self, name)
-        try:
-            yield
-        finally:
-            for listener in listeners:
-                listener.on_phase_end(self.trainer, self, name)
 
     @cached_property
     def _trunks(self) -> list[Trunk]:
@@ -397,11 +377,7 @@ class AdapterModule(Checked, LightningModule, ABC):
         return about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose keys are not exactly those trained here, or that was trained on other weights.
-
-        Raises:
-            ValueError: It is another layout's, or another trunk's, or its adapters have another shape.
-        """
+        """Refuse a checkpoint whose keys are not those trained here, or that was trained on other weights."""
         stored, trainable = set(checkpoint["state_dict"]), self.trainable_names()
         if stored != trainable:
             raise ValueError(
@@ -471,5 +447,79 @@ class AdapterModule(Checked, LightningModule, ABC):
             self._rng = None
 
 
-Backward = Callable[[Tensor], None]
-"""``loss.backward()``, or Lightning's own under a strategy."""
+def require_batch(
+    batch: object,
+    kind: type[PromptBatch] | type[RatedBatch] | type[PairBatch],
+    module: str,
+    vocabulary: int,
+) -> None:
+    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not."""
+    if isinstance(batch, kind):
+        parts = batch._asdict()
+        masks = {name: part.dtype for name, part in parts.items() if "mask" in name}
+        wrong = {name: dtype for name, dtype in masks.items() if dtype != torch.bool}
+        largest = max(int(part.max()) for name, part in parts.items() if name.endswith("ids"))
+        if not wrong and largest < vocabulary:
+            return
+        got = f"one whose masks are {wrong}" if wrong else f"one with the id {largest}"
+    else:
+        keys = f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        got = f"{type(batch).__name__}{keys}"
+    raise TypeError(
+        f"{module} takes a {kind.__name__} (lightning_perl.batches: {', '.join(kind._fields)}) with boolean masks "
+        f"and ids below {vocabulary}, got {got}. Return one from the DataLoader's collate_fn, or give rows as "
+        "dicts to PreferenceDataModule(tokenizer, train=rows)."
+    )
+
+
+def require_plain_ranks(strategy: str) -> None:
+    """Refuse, by its name or class, what is neither one device nor Lightning's DDP, before anything is made."""
+    # Some of these cannot even be made where their packages or devices are missing.
+    name = strategy.split(".")[-1]
+    if name in StrategyRegistry:
+        name = StrategyRegistry[name]["strategy"].__name__
+    if name not in STRATEGIES:
+        raise MisconfigurationException(
+            f"trainer.strategy {name} cannot train these modules: {REASONS.get(name, 'it is not known here')}. "
+            "Leave it at auto (or ddp), with trainer.devices and trainer.num_nodes: the ranks share out each "
+            "batch and sum gradients once a step. See docs/scale.md."
+        )
+
+
+def unwrap(trainer: Trainer) -> None:
+    """Keep DDP's launcher and processes without its wrapper, and give every rank the same batches.
+
+    The wrapper would sum gradients in the middle of a step that has several backward passes.
+    """
+    # Every rank logs what all rows gave.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level")
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+        trainer._accelerator_connector.use_distributed_sampler = False
+        # In validation and tests DDP would send the first rank's weights to all. Frozen ones are read by each.
+        module: Any = trainer.lightning_module
+        frozen = [name for name, weight in module.named_parameters() if not weight.requires_grad]
+        module._ddp_params_and_buffers_to_ignore = frozen
+
+
+def standing() -> dict[str, Any]:
+    """States of all generators: torch's, CUDA's, Python's and NumPy's, which a Python reward may draw from."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        # Checkpoints are read with weights_only, which knows no arrays.
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+    }
+
+
+def put_back(states: dict[str, Any]) -> None:
+    """Let the generators go on from there; CUDA's on as many devices only."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if "python" in states:  # checkpoints of older releases have none
+        random.setstate(states["python"])
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))

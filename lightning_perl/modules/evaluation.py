@@ -30,9 +30,8 @@ from lightning_perl.modules.base import NO_LORAPLUS, AdapterModule, Stats
 from lightning_perl.packaged import unpackaged
 from lightning_perl.ranks import largest, share, shared_cuts, summed, world
 from lightning_perl.rewards import RewardFunction, checked_scores
-from lightning_perl.rollouts.engine import Asked, RolloutEngine
 from lightning_perl.rollouts.rollout import Rollout, Scored, describe, split_at
-from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.sampling import Asked, RolloutEngine, SamplingSpec
 
 VALIDATION_ROLLOUT = -1
 """Rollout index of validation's noise: the same at every validation, never a training rollout's."""
@@ -139,7 +138,7 @@ class Evaluation(AdapterModule):
                 f"{list(self.trained_roles)}. Give true, false, or some of those."
             )
 
-    @property
+    @cached_property
     def policy_trunk(self) -> Trunk:
         """The policy's trunk; its tokenizer is everybody's."""
         return self.roles.trunk("policy")
@@ -155,29 +154,6 @@ class Evaluation(AdapterModule):
 
     # ---- sampling and scoring, without a Trainer -------------------------------------------------
 
-    def collect(
-        self,
-        prompts: PromptBatch,
-        rollout_index: int,
-        role: Role = "policy",
-        sampling: SamplingSpec | None = None,
-        early_exit: bool = True,
-        samples: int = 1,
-    ) -> Rollout:
-        """Sample responses to prompts, those to one prompt next to each other.
-
-        The noise of a response comes from (seed, rollout index, row, sample) and from nothing else.
-
-        Args:
-            prompts: ``B / samples`` of them.
-            rollout_index: Number of the rollout.
-            role: Whose adapter answers.
-            sampling: How tokens are drawn. None: the module's ``sampling``.
-            early_exit: See `rollouts.decoding.sample`.
-            samples: Responses per prompt.
-        """
-        return self.start(prompts, rollout_index, role, sampling, early_exit, samples)()
-
     def start(
         self,
         prompts: PromptBatch,
@@ -187,7 +163,10 @@ class Evaluation(AdapterModule):
         early_exit: bool = True,
         samples: int = 1,
     ) -> Callable[[], Rollout]:
-        """Start to `collect`; servers sample until the returned function is called, which gives the rollout."""
+        """Start to sample responses, see `Asked`; servers sample until the returned function is called for them.
+
+        ``role`` is whose adapter answers. Tokens are drawn by ``sampling``, or where it is None by the module's.
+        """
         spec, mine = sampling or self.sampling, share(len(prompts.row))
         own = PromptBatch(*(part[mine.rows] for part in prompts))
         asked = Asked(own, spec, self.seed, rollout_index, samples, early_exit)
@@ -206,6 +185,10 @@ class Evaluation(AdapterModule):
 
         return finished
 
+    def collect(self, prompts: PromptBatch, rollout_index: int, *how: Any, **named: Any) -> Rollout:
+        """Sample responses to prompts; arguments as `start`."""
+        return self.start(prompts, rollout_index, *how, **named)()
+
     def score(
         self,
         rollout: Rollout,
@@ -215,14 +198,10 @@ class Evaluation(AdapterModule):
     ) -> Scored:
         """What the roles say of a rollout, one forward pass per distinct (trunk, adapter).
 
-        The policy is not asked where its log-probabilities were kept while it sampled here, the critic only
-        where one is trained. Without a learned reward every score is 0.
-
-        Args:
-            rollout: What was sampled.
-            by_length: Read rows of similar length together, which looks at tensors' values.
-            values: Ask the critic; else its values are 0.
-            temperature: Divides the logits. None: the temperature of ``sampling``.
+        The policy is not asked where its log-probabilities were kept while it sampled here, the critic only where
+        one is trained: without ``values`` they are 0, as every score is without a learned reward. ``by_length``
+        reads rows of similar length together, which looks at tensors' values. ``temperature`` None is that of
+        ``sampling``.
         """
         roles: list[Role] = ["reference", "reward"]
         if values and "value" in self.trained_roles:
@@ -265,19 +244,10 @@ class Evaluation(AdapterModule):
         return RoleAnswers(**{name: summed(part) for name, part in whole.items()})
 
     def rewarded(self, rollout: Rollout, learned: Tensor) -> tuple[Tensor, Stats]:
-        """What the responses earn: the learned score and the Python reward, each times its weight.
+        """What the responses earn: the learned score and the Python reward, each times its weight; shape ``(B,)``.
 
-        It decodes texts and calls Python, which `score` and the update never do.
-
-        Args:
-            rollout: What was sampled.
-            learned: Scores of the reward role. Shape: ``(B,)``.
-
-        Returns:
-            Scores, shape ``(B,)``, and the means of their parts where there is a Python reward.
-
-        Raises:
-            ValueError: The Python reward raised, or did not give a finite number per response.
+        Where there is a Python reward, also the means of both. It decodes texts and calls Python, which `score`
+        and the update never do.
         """
         scores = self.learned_reward_weight * learned
         if self.reward_function is None:
@@ -289,11 +259,11 @@ class Evaluation(AdapterModule):
         return scores + self.reward_function_weight * python, parts
 
     @torch.no_grad()
-    def scores(self, rollout: Rollout, by_length: bool = True) -> Tensor:
+    def scores(self, rollout: Rollout) -> Tensor:
         """What the responses earn; only the reward role is asked. Shape: ``(B,)``."""
         learned = torch.zeros(len(rollout.row), device=rollout.row.device)
         if self.roles.judges:
-            learned = given(self.ask(rollout, ["reward"], by_length=by_length).reward)
+            learned = given(self.ask(rollout, ["reward"]).reward)
         return self.rewarded(rollout, learned)[0]
 
     def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
@@ -435,11 +405,7 @@ def kept_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def given(answer: Tensor | None) -> Tensor:
-    """The answer of a role that was asked.
-
-    Raises:
-        RuntimeError: It was not asked.
-    """
+    """The answer of a role that was asked."""
     if answer is None:
         raise RuntimeError("A role was not asked for what is needed of it.")
     return answer

@@ -8,8 +8,11 @@ Shapes: ``B`` rollouts, ``R`` response tokens.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,29 +24,70 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_perl.arguments import Count, Finite, NonNegative, Positive
+from lightning_perl.arguments import Count, Finite, NonNegative, Positive, require_allowed
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.callbacks.console import count_episodes
 from lightning_perl.callbacks.policy_guard import PolicyGuard
+from lightning_perl.functional.logprobs import jensen_shannon, k1, k2, k3
 from lightning_perl.functional.masked import masked_mean
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.manifest import save_trunk, write_adapter_manifest
 from lightning_perl.models.roles import Role, RoleAnswers
-from lightning_perl.modules.ahead import Ahead, Drawn, note, sampled_logprobs, start
 from lightning_perl.modules.base import Backward, Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.running import KLControl, seen
-from lightning_perl.modules.safety import (
-    FiniteGuard,
-    fingerprints,
-    ratio_tolerance,
-    require_equal_logprobs,
-    require_unmoved,
-)
+from lightning_perl.modules.safety import FiniteGuard, fingerprints, ratio_tolerance
 from lightning_perl.modules.updating import Updating
 from lightning_perl.optim import room_for_moments
 from lightning_perl.ranks import world
-from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, describe, experiences
+from lightning_perl.rollouts.rollout import (
+    Ahead,
+    Drawn,
+    Experience,
+    Rollout,
+    Scored,
+    describe,
+    experiences,
+)
+
+PROGRESS = ("rollout_index", "episodes", "tokens", "steered_to", "score_moments")
+"""What training itself changes besides weights, as a checkpoint holds it."""
+
+
+@dataclass(frozen=True)
+class KLControl:
+    """How the KL to the reference is estimated for the reward, and who sets its weight.
+
+    Args:
+        estimator: Of a token's KL: ``k1``, ``k2``, ``k3`` or ``jensen_shannon`` (LoRA-RLHF, 2309.09055).
+        target: KL in nats per response that ``kl_coef`` is steered to (1909.08593, Eq. 4). None: it stays fixed.
+        horizon: Episodes over which it is steered: a fifth too much KL for so long makes it 1.2 times as large.
+    """
+
+    estimator: Literal["k1", "k2", "k3", "jensen_shannon"] = "k1"
+    target: Positive | None = None
+    horizon: Count = 10_000
+
+    def __post_init__(self) -> None:
+        """Refuse what the types rule out."""
+        require_allowed(type(self), vars(self))
+
+    @property
+    def estimate(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The estimator: from log-probabilities of policy and reference to nats per token."""
+        return {"k1": k1, "k2": k2, "k3": k3, "jensen_shannon": jensen_shannon}[self.estimator]
+
+    def steered(self, kl_coef: float, kl: float, episodes: int) -> float:
+        """The next weight of the KL, after a rollout of so many episodes with so much KL per response."""
+        if self.target is None or not math.isfinite(kl):
+            return kl_coef
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return kl_coef * (1 + error * min(episodes / self.horizon, 1.0))
+
+
+# Checkpoints hold it among the hyper-parameters, those of 0.2 by an earlier place.
+torch.serialization.add_safe_globals(
+    [KLControl, (KLControl, "lightning_perl.modules.running.KLControl")]
+)
 
 
 class OnPolicy(Updating):
@@ -97,7 +141,6 @@ class OnPolicy(Updating):
         self.guard = FiniteGuard()
         self.episodes = 0
         self.tokens = 0
-        # What training itself changes besides weights; it goes into checkpoints.
         self.steered_to: float | None = None
         self.score_moments: dict[str, float] = {}
         # What is sampled while the rollout before is learned from; and the batch that was learned from last.
@@ -147,8 +190,14 @@ class OnPolicy(Updating):
         self._require_unmoved()
 
     def _require_unmoved(self) -> None:
-        if self._fingerprints is not None:
-            require_unmoved(self.roles, self._fingerprints, "when training started")
+        """Refuse to go on where reference or reward have other weights than when training started."""
+        before = self._fingerprints or {}
+        now = fingerprints(self.roles) if before else {}
+        if moved := [name for name, value in now.items() if before.get(name) != value]:
+            raise RuntimeError(
+                f"{moved} has other weights than when training started, so scores and KL are measured "
+                "against something else. Was it trained, merged into, or exchanged in its folder?"
+            )
 
     def on_train_batch_start(  # type: ignore[override]
         self,
@@ -202,7 +251,7 @@ class OnPolicy(Updating):
         for batch in batches:
             if not self._stop_when_done():
                 with self.phase("rollout"):
-                    ahead = self._start(note(self, batch))
+                    ahead = self._start(self._noted(batch))
                     drawn = ahead.wait()
                 yield ahead, drawn
 
@@ -210,7 +259,7 @@ class OnPolicy(Updating):
         self, before: Ahead | None, batch: PromptBatch | MixedBatch
     ) -> list[tuple[Ahead, Drawn]]:
         """Start a rollout of the batch, unless the fit ends with the one before, and wait for that one."""
-        self._ahead = note(self, batch)
+        self._ahead = self._noted(batch)
         with self.phase("rollout"):
             learned = [] if before is None else [before if before.rollout else self._start(before)]
             if not self._ends_with(learned):
@@ -221,8 +270,37 @@ class OnPolicy(Updating):
         """Let what is under way be sampled by the policy as it is in the next batch."""
         self._ahead = None if self._ahead is None else Ahead(self._ahead.batch, {})
 
+    def _noted(self, batch: PromptBatch | MixedBatch) -> Ahead:
+        """A rollout for the policy as it is now, not started."""
+        adapters, adapter = self.policy_trunk.adapters, self.roles.seats["policy"].adapter
+        return Ahead(batch, adapters.kept(adapter) if self.rollout_engine.elsewhere else {})
+
     def _start(self, ahead: Ahead, later: int = 0) -> Ahead:
-        return start(self, ahead, self.rollout_index + later, self.greedy_baseline)
+        """Start a rollout with the policy that it was noted for, and greedy responses if they are a baseline."""
+        batch = self.transfer_batch_to_device(ahead.batch, self.device, 0)
+        ahead = ahead._replace(batch=batch) if ahead.weights else self._noted(batch)
+        number = self.rollout_index + later
+        with self._as_it_was(ahead):
+            if self.greedy_baseline:
+                likeliest = replace(self.sampling, temperature=0.0)
+                ahead = ahead._replace(greedy=self.start(ahead.prompts, number, sampling=likeliest))
+            rollout = self.start(ahead.prompts, number, samples=self.samples)
+        return ahead._replace(rollout=rollout)
+
+    def _sampled_logprobs(self, ahead: Ahead, rollout: Rollout, logprobs: Tensor) -> Tensor:
+        """Log-probabilities of the policy that should have sampled, read once more where it has learned since."""
+        with self._as_it_was(ahead) as moved:
+            if not moved:
+                return logprobs
+            return given(self.ask(rollout, ["policy"], self.sampling.temperature).policy)
+
+    @contextmanager
+    def _as_it_was(self, ahead: Ahead) -> Iterator[bool]:
+        """Inside, the policy is the one that a rollout was noted for; gives whether it has moved since."""
+        adapters, adapter = self.policy_trunk.adapters, self.roles.seats["policy"].adapter
+        moved = bool(ahead.weights) and not adapters.equal(adapter, ahead.weights)
+        with adapters.holding(adapter, ahead.weights) if moved else nullcontext():
+            yield moved
 
     def _ends_with_batch(self) -> bool:
         """Whether ``max_epochs`` end with this batch."""
@@ -241,7 +319,7 @@ class OnPolicy(Updating):
         with self.phase("score"):
             scored = self.score(rollout, values=not self.values_come_later)
             scores, parts = self.rewarded(rollout, scored.scores)
-            sampled = sampled_logprobs(self, ahead, rollout, scored.logprobs)
+            sampled = self._sampled_logprobs(ahead, rollout, scored.logprobs)
             parts |= self.rollout_engine.mismatch(rollout, sampled)
             measured = scored._replace(scores=scores, logprobs=sampled)
             described = describe(rollout, measured) | parts
@@ -314,11 +392,7 @@ class OnPolicy(Updating):
         self.update(piece, optimizer, accept=leave_out, by_length=False, texts=texts)
 
     def on_validation_end(self) -> None:
-        """A scheduler that watches a measure is stepped after each validation, the others after each rollout.
-
-        Raises:
-            ValueError: Validation does not log that measure.
-        """
+        """A scheduler that watches a measure is stepped after each validation, the others after each rollout."""
         fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         if not fitting or self._make_scheduler is None:
             return
@@ -435,35 +509,30 @@ class OnPolicy(Updating):
         )
 
     def _require_equal(self, gap: Tensor, problem: str, cause: str) -> None:
+        """Refuse log-probabilities that should be equal and differ by more than rounding explains."""
         allowed = ratio_tolerance(self.policy_trunk.dtype, self.shortcuts.sampled_logprobs)
-        require_equal_logprobs(gap, allowed, problem, cause)
+        if not float(gap) <= allowed:
+            raise RuntimeError(
+                f"{problem}: mean |difference of log-probabilities| is {float(gap):.3g} per token, rounding "
+                f"explains {allowed:.0e}. {cause}"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also how far the run is; sampling noise follows from it."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] = {
-            "rollout_index": self.rollout_index,
-            "episodes": self.episodes,
-            "tokens": self.tokens,
-            "steered_to": self.steered_to,
-            "score_moments": self.score_moments,
-            "skipped": self.guard.skipped,
-            "skipped_in_a_row": self.guard.in_a_row,
-            "rewarded_by": self.rewarded_by,
-        }
+        progress = {name: getattr(self, name) for name in (*PROGRESS, "rewarded_by")}
+        progress |= {"skipped": self.guard.skipped, "skipped_in_a_row": self.guard.in_a_row}
         if self._ahead is not None:
-            checkpoint["on_policy"]["ahead"] = self._ahead.stored()
+            progress["ahead"] = {"batch": self._ahead.batch, "weights": self._ahead.weights}
+        checkpoint["on_policy"] = progress
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
         super().on_load_checkpoint(checkpoint)
         progress = checkpoint["on_policy"]
-        self.rollout_index = progress["rollout_index"]
-        self.episodes, self.tokens = progress["episodes"], progress["tokens"]
-        self.steered_to = progress.get("steered_to")
-        self.score_moments = dict(progress.get("score_moments", {}))
-        ahead = progress.get("ahead")
-        self._ahead = None if ahead is None else Ahead(**ahead)
+        for name in PROGRESS:  # checkpoints of older releases lack some
+            setattr(self, name, progress.get(name, getattr(self, name)))
+        self._ahead = Ahead(**progress["ahead"]) if "ahead" in progress else None
         self.guard.skipped = progress.get("skipped", 0)
         self.guard.in_a_row = progress.get("skipped_in_a_row", 0)
         if (before := progress.get("rewarded_by", self.rewarded_by)) != self.rewarded_by:
@@ -474,7 +543,7 @@ class OnPolicy(Updating):
     def teardown(self, stage: str) -> None:
         """Take from servers what was pushed; what is under way is started anew by a fit to come."""
         super().teardown(stage)
-        self._ahead = None if self._ahead is None else self._ahead.stopped()
+        self._ahead = None if self._ahead is None else Ahead(*self._ahead[:2])
 
     def hand_over(self, folder: Path) -> None:
         """Write ``RUN/adapters/actor``, or the policy's trunk as ``RUN/policy`` in the layout full."""
@@ -482,11 +551,7 @@ class OnPolicy(Updating):
         self.write_role("policy", folder, "policy")
 
     def write_role(self, role: Role, folder: Path, name: str) -> Path:
-        """Write a trained role's adapter below ``folder/adapters``, or its whole trunk as ``folder/name``.
-
-        Returns:
-            The folder that was written.
-        """
+        """Write a role's adapter below ``folder/adapters``, or its whole trunk as ``folder/name``; where it is."""
         trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
         if adapter == OFF:
             save_trunk(trunk, folder / name, None, {"module": type(self).__name__})
@@ -495,3 +560,15 @@ class OnPolicy(Updating):
         trunk.adapters.save(adapter, target, trunk.source)
         write_adapter_manifest(target, trunk, self.rewarded_by)
         return target
+
+
+def seen(moments: Mapping[str, float], scores: Tensor) -> dict[str, float]:
+    """Count, mean and sum of squared deviations of the finite scores so far (Chan's update of moments)."""
+    scores = scores[torch.isfinite(scores)].double()
+    count, before = moments.get("count", 0.0), moments.get("mean", 0.0)
+    if not len(scores):
+        return dict(moments)
+    total, gap = count + len(scores), float(scores.mean()) - before
+    squares = float(((scores - scores.mean()) ** 2).sum()) + gap**2 * count * len(scores) / total
+    mean = before + gap * len(scores) / total
+    return {"count": total, "mean": mean, "squares": moments.get("squares", 0.0) + squares}

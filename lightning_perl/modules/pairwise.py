@@ -13,7 +13,7 @@ from lightning_perl.arguments import Positive
 from lightning_perl.batches import RatedBatch
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules.base import Stats
-from lightning_perl.modules.judging import Judging
+from lightning_perl.modules.supervised import Judging
 
 
 class Pairwise(Judging):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
 from lightning_perl.arguments import Count, Fraction, NonNegative, Positive
-from lightning_perl.functional.advantages import generalized_advantages, token_rewards
+from lightning_perl.functional.advantages import (
+    explained_variance,
+    generalized_advantages,
+    token_rewards,
+)
 from lightning_perl.functional.masked import masked_mean, whiten
 from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.losses.value import clipped_value_loss
@@ -16,9 +20,9 @@ from lightning_perl.models.roles import Layout
 from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.running import KLControl
+from lightning_perl.modules.on_policy import KLControl
 from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
-from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
 
 
 class PPO(ActorCritic):
@@ -49,14 +53,7 @@ class PPO(ActorCritic):
     """
 
     own_layout: ClassVar[Layout] = "lora"
-    layouts: ClassVar[tuple[Layout, ...]] = (
-        "full",
-        "lora",
-        "dynamic_lora",
-        "perl",
-        "hydra",
-        "joint_hydra",
-    )
+    layouts: ClassVar[tuple[Layout, ...]] = get_args(Layout)
 
     def __init__(
         self,
@@ -149,3 +146,24 @@ class PPO(ActorCritic):
             self.value_clip_range,
             size.tokens,
         )
+
+
+class HydraPPO(PPO):
+    """Hydra-PPO (2309.00754): actor and critic are adapters on one frozen Hydra-SFT trunk.
+
+    Reference and reward are the same trunk with adapters off, read in one pass. Arguments as `PPO`;
+    ``trunk`` is what `HydraSFT` wrote, and ``reward`` stays empty.
+    """
+
+    own_layout: ClassVar[Layout] = "hydra"
+    layouts: ClassVar[tuple[Layout, ...]] = ("hydra",)
+
+
+class JointHydraPPO(PPO):
+    """J-Hydra-PPO (2309.00754): one adapter for actor and critic, one pass for both.
+
+    Fastest, and unstable in the paper (below SFT): an option, not the default. Arguments as `PPO`.
+    """
+
+    own_layout: ClassVar[Layout] = "joint_hydra"
+    layouts: ClassVar[tuple[Layout, ...]] = ("joint_hydra",)

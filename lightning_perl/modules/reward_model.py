@@ -22,9 +22,8 @@ from lightning_perl.losses.thumbs import thumbs
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.modules.base import Stats
-from lightning_perl.modules.judging import Judging
 from lightning_perl.modules.sft import imitation_loss
-from lightning_perl.modules.supervised import sequences_of
+from lightning_perl.modules.supervised import Judging, sequences_of
 from lightning_perl.whole import MANIFEST_FILE
 
 
@@ -140,11 +139,7 @@ class Scoring(Judging):
     # ---- Lightning -------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Balance the thumbs by the training data's, where that was asked for.
-
-        Raises:
-            ValueError: ``positive_weight`` is None and the data does not say how many there are.
-        """
+        """Balance the thumbs by the training data's, where that was asked for."""
         super().setup(stage)
         if self.positive_weight is not None or stage == "predict":
             return
@@ -207,26 +202,29 @@ class Scoring(Judging):
 
     # ---- handing over ----------------------------------------------------------------------------
 
-    def hand_over(self, folder: Path) -> None:
+    def hand_over(self, folder: Path) -> Path:
         """As `Supervised`; with ``normalize_scores`` the manifest says what demonstrations scored before."""
-        about = self._normalized() if self.normalize_scores else {}
-        manifest = self.write(folder) / MANIFEST_FILE
+        about: dict[str, Any] = {}
+        if self.normalize_scores:
+            home = self.device  # Lightning has moved the module to the CPU by now.
+            self.to(self.trainer.strategy.root_device)
+            mean, deviation = self.normalize(self._demonstrations())
+            self.to(home)
+            about["normalized_from"] = {"mean": mean, "sd": deviation}
+            rank_zero_info(
+                f"scores of demonstrations: mean {mean:.4g}, sd {deviation:.4g}; now 0 and 1"
+            )
+        written = super().hand_over(folder)
+        manifest = written / MANIFEST_FILE
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | about, indent=2) + "\n")
+        return written
 
     def normalize(self, batches: Iterable[RatedBatch]) -> tuple[float, float]:
         """Shift and scale the head so that demonstrations score 0 on average, with deviation 1.
 
-        Only the head changes: ``w / sd`` and ``(b - mean) / sd``. 2403.17031, detail 12, sets the mean;
-        the scale is that of Ziegler et al. (1909.08593).
-
-        Args:
-            batches: Batches whose rows with ``imitate`` are the demonstrations.
-
-        Returns:
-            Mean and standard deviation of the scores before.
-
-        Raises:
-            ValueError: Fewer than two demonstrations, all with one score, or a score that is not finite.
+        Only the head changes: ``w / sd`` and ``(b - mean) / sd``. 2403.17031, detail 12, sets the mean; the scale
+        is that of Ziegler et al. (1909.08593). Demonstrations are the batches' rows with ``imitate``. Gives the
+        mean and the standard deviation of the scores before; scores that are all equal or not finite are refused.
         """
         parts = []
         with torch.no_grad():
@@ -247,11 +245,7 @@ class Scoring(Judging):
         return mean, deviation
 
     def _demonstrations(self) -> Iterator[RatedBatch]:
-        """Batches of the validation rows, or of the training rows where those have no demonstration.
-
-        Raises:
-            ValueError: There is no demonstration.
-        """
+        """Batches of the validation rows, or of the training rows where those have no demonstration."""
         trainer = self.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by `fit`, undeclared
         splits: list[Callable[[], Any]] = []
@@ -270,17 +264,6 @@ class Scoring(Judging):
             "demonstration, a row with `imitate`, such as a chosen or thumbs-up answer (loaders without "
             "a datamodule: only validation rows are read). Add some, or leave normalize_scores off."
         )
-
-    def _normalized(self) -> dict[str, dict[str, float]]:
-        """Normalize on the trainer's device: Lightning has moved the module to the CPU by now."""
-        home = self.device
-        self.to(self.trainer.strategy.root_device)
-        mean, deviation = self.normalize(self._demonstrations())
-        self.to(home)
-        rank_zero_info(
-            f"scores of demonstrations: mean {mean:.4g}, sd {deviation:.4g}; now 0 and 1"
-        )
-        return {"normalized_from": {"mean": mean, "sd": deviation}}
 
 
 class RewardModel(Scoring):

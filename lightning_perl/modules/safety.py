@@ -8,46 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_perl.batches import PairBatch, PromptBatch, RatedBatch
 from lightning_perl.models.roles import Roles
 
 
-def require_batch(
-    batch: object,
-    kind: type[PromptBatch] | type[RatedBatch] | type[PairBatch],
-    module: str,
-    vocabulary: int,
-) -> None:
-    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not.
-
-    Raises:
-        TypeError: One of these; the message says how to make such batches.
-    """
-    if isinstance(batch, kind):
-        parts = batch._asdict()
-        masks = {name: part.dtype for name, part in parts.items() if "mask" in name}
-        wrong = {name: dtype for name, dtype in masks.items() if dtype != torch.bool}
-        largest = max(int(part.max()) for name, part in parts.items() if name.endswith("ids"))
-        if not wrong and largest < vocabulary:
-            return
-        got = f"one whose masks are {wrong}" if wrong else f"one with the id {largest}"
-    else:
-        keys = f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else ""
-        got = f"{type(batch).__name__}{keys}"
-    raise TypeError(
-        f"{module} takes a {kind.__name__} (lightning_perl.batches: {', '.join(kind._fields)}) with boolean masks "
-        f"and ids below {vocabulary}, got {got}. Return one from the DataLoader's collate_fn, or give rows as "
-        "dicts to PreferenceDataModule(tokenizer, train=rows)."
-    )
-
-
 def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:
-    """Mean absolute log-ratio per token that rounding alone explains.
+    """Mean absolute log-ratio per token that rounding in the trunk's dtype alone explains.
 
-    Args:
-        dtype: Dtype of the trunk.
-        sampled: Whether the old log-probabilities were kept while sampling, one token at a time behind a
-            cache, instead of read with all other tokens of the row.
+    ``sampled``: the old log-probabilities were kept while sampling, one token at a time behind a cache, instead of
+    read with all other tokens of the row.
     """
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         # TF32 has bfloat16's digits in its products and more between them.
@@ -56,51 +24,14 @@ def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:
     return 1e-1 if sampled and dtype == torch.bfloat16 else close
 
 
-def require_equal_logprobs(gap: Tensor, allowed: float, problem: str, cause: str) -> None:
-    """Refuse log-probabilities that should be equal and differ by more than rounding.
-
-    Args:
-        gap: Mean absolute difference per token, in nats. Shape: ``()``.
-        allowed: What rounding explains, see `ratio_tolerance`.
-        problem: What it means.
-        cause: Where the user should look.
-
-    Raises:
-        RuntimeError: With all of these.
-    """
-    if not float(gap) <= allowed:
-        raise RuntimeError(
-            f"{problem}: mean |difference of log-probabilities| is {float(gap):.3g} per token, rounding "
-            f"explains {allowed:.0e}. {cause}"
-        )
-
-
 def fingerprints(roles: Roles) -> dict[str, str]:
     """Hashes of the weights behind reference and reward, which no training may move."""
-    hashes = {"reference trunk": roles.trunk("reference").fingerprint()}
-    for judge in roles.judges:
-        hashes[f"{judge} trunk"] = roles.trunk(judge).fingerprint()
-        hashes[f"{judge} head"] = roles.reward_head(judge).fingerprint()
-    return hashes
-
-
-def require_unmoved(roles: Roles, before: Mapping[str, str], since: str) -> None:
-    """Refuse to go on where reference or reward have other weights than before.
-
-    Args:
-        roles: Who answers now.
-        before: Earlier `fingerprints`.
-        since: When they were taken, for the message.
-
-    Raises:
-        RuntimeError: With the names of what has moved.
-    """
-    moved = [name for name, value in fingerprints(roles).items() if before.get(name) != value]
-    if moved:
-        raise RuntimeError(
-            f"{moved} has other weights than {since}, so scores and KL are measured "
-            "against something else. Was it trained, merged into, or exchanged in its folder?"
-        )
+    trunks = {role: roles.trunk(role) for role in ("reference", *roles.judges)}
+    known = {trunk: trunk.fingerprint() for trunk in set(trunks.values())}
+    hashes = {f"{role} trunk": known[trunk] for role, trunk in trunks.items()}
+    return hashes | {
+        f"{judge} head": roles.reward_head(judge).fingerprint() for judge in roles.judges
+    }
 
 
 PATIENCE = 3
@@ -115,11 +46,7 @@ class FiniteGuard:
         self.in_a_row = 0
 
     def __call__(self, norms: Mapping[str, Tensor]) -> bool:
-        """Look at the gradient norms before clipping.
-
-        Raises:
-            RuntimeError: `PATIENCE` steps in a row were not finite.
-        """
+        """Whether a step may be taken, by its gradient norms before clipping."""
         broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
         if not broken:
             self.in_a_row = 0
@@ -136,11 +63,7 @@ class FiniteGuard:
 
 
 def require_trainable(optimizer: Optimizer) -> None:
-    """Refuse a step over parameters that somebody has frozen meanwhile.
-
-    Raises:
-        RuntimeError: A parameter of the optimizer no longer requires a gradient.
-    """
+    """Refuse a step over parameters that somebody has frozen meanwhile."""
     for group in optimizer.param_groups:
         frozen = sum(not parameter.requires_grad for parameter in group["params"])
         if frozen:
@@ -153,12 +76,7 @@ def require_trainable(optimizer: Optimizer) -> None:
 def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str, Tensor]:
     """Clip the gradient norm of each parameter group, or of all that share a name, on its own.
 
-    Args:
-        optimizer: An optimizer whose groups carry names.
-        limits: Largest norm by group name; groups that are not named are measured only.
-
-    Returns:
-        Norms before clipping, by group name.
+    Groups without a limit are measured only. Returns the norms before clipping, by group name.
     """
     named: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:

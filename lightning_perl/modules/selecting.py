@@ -6,7 +6,6 @@ Shapes: ``B`` prompts, ``k`` responses to each.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -84,21 +83,12 @@ class Selecting(OnPolicy):
         if self._kept is None or not self.trainer.is_global_zero:
             return
         with (folder / KEPT_FILE).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self._described(*self._kept))
+            kept, scores = self._kept
+            columns = (kept.row.tolist(), *self.texts(kept), scores.tolist())
+            for row in zip(*columns, strict=True):
+                named = dict(zip(("row", "prompt", "response", "score"), row, strict=True))
+                file.write(json.dumps({"rollout": self.rollout_index - 1, **named}) + "\n")
         self._kept = None
-
-    def _described(self, kept: Rollout, scores: Tensor) -> Iterator[dict[str, Any]]:
-        texts = zip(*self.texts(kept), strict=True)
-        for (prompt, response), row, score in zip(
-            texts, kept.row.tolist(), scores.tolist(), strict=True
-        ):
-            yield {
-                "rollout": self.rollout_index - 1,
-                "row": row,
-                "prompt": prompt,
-                "response": response,
-                "score": score,
-            }
 
 
 def kept_rows(ranks: Tensor, samples: int, worst: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The skeleton of supervised modules: one trunk, tuned whole or by an adapter, on batches of given rows."""
+"""The skeletons of supervised modules: one trunk, tuned whole or by an adapter, on batches of given rows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_perl.batches import Bounded, RatedBatch
+from lightning_perl.callbacks.reward_report import RewardReport
 from lightning_perl.functional.masked import masked_row_sums
 from lightning_perl.functional.packing import plan
 from lightning_perl.functional.sequences import Sequences, predicting
+from lightning_perl.metrics import RewardMeasures, RewardMetrics
 from lightning_perl.models.adapters import OFF, LoraSpec
 from lightning_perl.models.heads import ScalarHead, save_heads
 from lightning_perl.models.loading import NO_BF16_TUNING, load_trunk
@@ -28,6 +31,9 @@ from lightning_perl.modules.safety import FiniteGuard, clip_by_group
 from lightning_perl.optim import room_for_moments
 from lightning_perl.packaged import unpackaged
 from lightning_perl.ranks import Share, share_of_lines, sum_gradients, trained_by
+
+WATCHED = ("auroc", "balanced_accuracy", "accuracy", "margin", "ece", "brier")
+"""Measures that validation logs; a test logs all of them."""
 
 
 def sequences_of(batch: RatedBatch) -> Sequences:
@@ -136,11 +142,9 @@ class Supervised(AdapterModule):
         return share_of_lines(None if packing is None else packing.line, len(batch.ids))
 
     def hidden(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
-        """Last hidden states of this rank's share ``b`` of the rows. Shape: ``(b, T, H)``.
+        """Last hidden states of this rank's share ``b`` of the rows, by default with the module's own adapter.
 
-        Args:
-            batch: The rows.
-            adapter: Name of the adapter that answers, or `OFF`. None: the module's own.
+        Shape: ``(b, T, H)``.
         """
         with self.trunk.switch.use(self.adapter if adapter is None else adapter):
             rows = self.share(batch).rows
@@ -211,11 +215,7 @@ class Supervised(AdapterModule):
         room_for_moments(optimizer)
 
     def setup(self, stage: str) -> None:
-        """Refuse training rows of which none says what is to be learned, as far as their report knows.
-
-        Raises:
-            ValueError: No training row has a thumb or stands in a pair.
-        """
+        """Refuse training rows of which none says what is to be learned, as far as their report knows."""
         super().setup(stage)
         train = self.training_rows
         kept = getattr(train, "kept", 0)
@@ -293,12 +293,8 @@ class Supervised(AdapterModule):
 
     # ---- handing over ----------------------------------------------------------------------------
 
-    def hand_over(self, folder: Path) -> None:
+    def hand_over(self, folder: Path) -> Path:
         """Write ``RUN/adapters/NAME``, or ``RUN/trunk`` with the adapter merged in full precision; heads too."""
-        self.write(folder)
-
-    def write(self, folder: Path) -> Path:
-        """Write what is handed over below ``folder``, and return its own folder."""
         if self.heads():
             self._require_ratings()
         if self.adapter == OFF or not self.keeps_adapter:
@@ -327,9 +323,6 @@ class Supervised(AdapterModule):
         """Write the tuned trunk and its head, read it back, and compare.
 
         A quantized trunk is written dense: the very values that were trained on, LoRA added.
-
-        Raises:
-            RuntimeError: The folder gives other logits than the module.
         """
         merged = None if self.adapter == OFF else self.adapter
         save_trunk(self.trunk, folder, merged, {"module": type(self).__name__})
@@ -345,3 +338,48 @@ class Supervised(AdapterModule):
             ours = self.trunk.project(self.trunk(ids, mask)).double()
             stored = again.project(again(ids, mask)).double()
         require_alike(folder, ours, stored, self.trunk.dtype)
+
+
+class Judging(Supervised):
+    """Measures its scores on pairs and thumbs. Leaves fill `scores`, and call `measure` in validation.
+
+    After a test ``measures`` holds the results, for the report. Arguments as `Supervised`.
+    """
+
+    def __init__(self, trunk: str, **settings: Any) -> None:
+        super().__init__(trunk, **settings)
+        self.metrics = RewardMetrics()
+        self.measures: RewardMeasures | None = None
+
+    @abstractmethod
+    def scores(self, batch: RatedBatch) -> Tensor:
+        """Scores of the responses; higher is better. Shape: ``(B,)``."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        """A test ends with a report."""
+        return [*super().configure_callbacks(), RewardReport()]
+
+    def measure(self, scores: Tensor, batch: RatedBatch) -> None:
+        """Add the scores of a batch to what is measured."""
+        lengths = batch.response_mask.sum(1)
+        self.metrics.update(scores, batch.label, batch.labelled, batch.pairs, lengths, batch.turns)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures of all rows: a few in validation, all in a test."""
+        if self.metrics.update_called:
+            self.measures = self.metrics.compute()
+            for key, value in self.measures.values.items():
+                if key in WATCHED or self.trainer.testing:
+                    self.log(f"{self.held_out}/{key}", value, prog_bar=key in ("auroc", "accuracy"))
+        self.metrics.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """As after a validation."""
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: RatedBatch, batch_idx: int) -> dict[str, Any]:
+        """Row numbers, which answer of a pair it is, and scores."""
+        answers: list[str | None] = [None] * len(batch.row)
+        for chosen, rejected in batch.pairs.tolist():
+            answers[chosen], answers[rejected] = "chosen", "rejected"
+        return {"row": batch.row, "answer": answers, "score": self.scores(batch)}

@@ -108,9 +108,7 @@ class Updating(Evaluation):
     def learn_in(self, epochs: int, minibatch_size: int | None) -> None:
         """Go over each rollout several times, in minibatches that keep the responses to a prompt together.
 
-        Args:
-            epochs: Passes over each rollout batch.
-            minibatch_size: Episodes per optimizer step, the leaf's argument of this name. None: the whole batch.
+        ``minibatch_size`` is the leaf's argument of this name; None: the whole batch.
         """
         self.epochs, self.minibatch_size = epochs, minibatch_size
 
@@ -181,24 +179,12 @@ class Updating(Evaluation):
         first_value_stats: Stats | None = None,
         texts: RatedBatch | None = None,
     ) -> Stats:
-        """Epochs of minibatch steps, each accumulated over micro-batches.
+        """Epochs of minibatch steps, each accumulated over micro-batches; statistics averaged over the steps.
 
-        Roles that one forward answers share one backward; others go one after the other, so that the
-        actor's graph is gone before the critic's is built.
-
-        Args:
-            experience: What is learned from.
-            optimizer: Optimizer over `parameter_groups`.
-            backward: ``loss.backward()``, or Lightning's.
-            first_read: Called once, with the first answers of the policy.
-            accept: Asked before every step.
-            by_length: Micro-batches are of rows of similar length, which looks at tensors' values.
-            first_value_stats: The critic's statistics of the first minibatch, where
-                `ActorCritic.first_value_pass` has left its gradient already.
-            texts: Rows to imitate in every step, with ``lm_weight``.
-
-        Returns:
-            Statistics averaged over the optimizer steps.
+        Roles that one forward answers share one backward; others go one after the other, so that the actor's graph
+        is gone before the critic's is built. ``by_length`` is as in `score`. ``first_value_stats`` are the
+        critic's of the first minibatch, where `ActorCritic.first_value_pass` has left its gradient already.
+        ``texts`` are imitated in every step, with ``lm_weight``.
         """
         sums: Stats = {}
         steps = 0
@@ -233,7 +219,7 @@ class Updating(Evaluation):
         sums: Stats = {}
         size = size_of(minibatch.sequences)
         by_length = by_length and self.shortcuts.length_buckets
-        micro = list(shared_cuts(minibatch.sequences, self.micro_batch_size, by_length))
+        micro = shared_cuts(minibatch.sequences, self.micro_batch_size, by_length)
         for group in groups:
             check = first_read if "policy" in group else None
             with self.phase("actor" if "policy" in group else "critic"):
@@ -298,11 +284,7 @@ class Updating(Evaluation):
         return {f"grad_norm_{name}": norm for name, norm in norms.items()}
 
     def _minibatches(self, episodes: int, samples: int, epoch: int) -> Iterator[Tensor]:
-        """Rows of each minibatch: prompts are shuffled, the responses to one stay together.
-
-        Raises:
-            ValueError: Some prompt has not all of its responses.
-        """
+        """Rows of each minibatch: prompts are shuffled, the responses to one stay together."""
         if episodes % samples:
             raise ValueError(
                 f"An update needs all {samples} responses to each prompt, got {episodes} responses."

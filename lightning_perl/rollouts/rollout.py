@@ -5,16 +5,21 @@ Shapes: ``B`` rollouts, ``P`` prompt tokens, ``R`` response tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_perl.batches import MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.functional.logprobs import k1
-from lightning_perl.functional.masked import masked_mean, masked_row_sums
+from lightning_perl.functional.masked import masked_row_sums
+from lightning_perl.functional.packing import Packing
 from lightning_perl.functional.sequences import Cut, Sequences
+
+# Checkpoints hold the batch of a rollout on its way, and are read with weights_only.
+torch.serialization.add_safe_globals([PromptBatch, MixedBatch, RatedBatch, PairBatch, Packing])
 
 
 class Rollout(NamedTuple):
@@ -91,6 +96,42 @@ def split_at(ids: list[int], stop_ids: tuple[int, ...]) -> list[list[int]]:
         else:
             runs[-1].append(token)
     return [run for run in runs if run] or [[]]
+
+
+Drawn = tuple[Rollout, Rollout | None]
+"""What was sampled: the responses, and the policy's likeliest ones where they are a baseline."""
+
+
+class Ahead(NamedTuple):
+    """A rollout on its way, which may be started before it is learned from, with the policy as it is then.
+
+    Attributes:
+        batch: The prompts, perhaps with texts beside them.
+        weights: Of the adapter that samples, on the CPU. Empty: as the adapter is when sampling starts.
+        rollout: Waits for the rollout. None: not started, as a checkpoint has it.
+        greedy: Waits for the policy's likeliest responses, where they are a baseline.
+    """
+
+    batch: PromptBatch | MixedBatch
+    weights: dict[str, Tensor]
+    rollout: Callable[[], Rollout] | None = None
+    greedy: Callable[[], Rollout] | None = None
+
+    @property
+    def prompts(self) -> PromptBatch:
+        """The prompts, ``B / samples`` of them."""
+        return self.batch.prompts if isinstance(self.batch, MixedBatch) else self.batch
+
+    @property
+    def texts(self) -> RatedBatch | PairBatch | None:
+        """What is learned beside the responses."""
+        return self.batch.texts if isinstance(self.batch, MixedBatch) else None
+
+    def wait(self) -> Drawn:
+        """What was sampled, once it is there."""
+        if self.rollout is None:
+            raise RuntimeError("A rollout is waited for that was not started.")
+        return self.rollout(), None if self.greedy is None else self.greedy()
 
 
 class Scored(NamedTuple):
@@ -205,13 +246,6 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
         "length_score_correlation": correlation(lengths, scored.scores.float()),
         **gap,
     }
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain; 1 is all. Shape: ``(B, R)`` each to ``()``."""
-    unexplained = masked_mean((returns - values) ** 2, mask)
-    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - unexplained / spread.clamp(min=1e-8)
 
 
 def distinct_pairs(ids: Tensor, mask: Tensor) -> Tensor:

@@ -28,9 +28,8 @@ from lightning_perl.functional.sequences import pad_right, predicting
 from lightning_perl.models.adapters import OFF
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.ranks import everyones, share
-from lightning_perl.rollouts.engine import Asked, Phase, RolloutEngine, untold
 from lightning_perl.rollouts.rollout import Rollout, Scored
-from lightning_perl.rollouts.sampling import row_seeds
+from lightning_perl.rollouts.sampling import Asked, Phase, RolloutEngine, row_seeds, untold
 from lightning_perl.rollouts.server import TRUNK, Answer, Json, LostError, Server
 from lightning_perl.whole import whole_folder
 
@@ -160,11 +159,7 @@ class VllmServers(Checked, RolloutEngine):
         self._each(load, all_must=self._version == 1)
 
     def _prove(self, server: Server, name: str, probe: list[int]) -> None:
-        """Compare what a server says of the probe, under the trunk's name and the adapter's, with ours.
-
-        Raises:
-            RuntimeError: It serves something else.
-        """
+        """Refuse a server that says else of the probe than we, under the trunk's name or the adapter's."""
         tolerance = self._tolerance
         theirs = {model: server.score(model, probe) for model in (TRUNK, name)}
         for model, said in theirs.items():
@@ -348,11 +343,7 @@ class VllmServers(Checked, RolloutEngine):
                 raise
 
     def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
-        """Refuse log-probabilities that are another model's; else say by how much they differ from ours.
-
-        Raises:
-            RuntimeError: They differ by more than rounding explains.
-        """
+        """Refuse log-probabilities that are another model's; else say by how much they differ from ours."""
         if rollout.logprobs is None or rollout.servers is None:
             return {}
         mask, gaps = rollout.response_mask, (logprobs - rollout.logprobs).abs()

@@ -362,8 +362,8 @@ def test_columns_wrap_and_align() -> None:
     shown = columns(
         {"policy": Answer("a b " * 12, 1.0), "reference": Answer("short\nlines", None)}, 43
     )
-    first, rule, *rest = shown.splitlines()
+    first, rule, *rest, last = shown.splitlines()
     assert first == "policy, score +1.00  | reference"
-    assert rule == "-" * 20 + " | " + "-" * 20
+    assert rule == last == "-" * 20 + "-+-" + "-" * 20
     assert [line.partition("|")[2].strip() for line in rest] == ["short", "lines", ""]
     assert all(len(line) <= 43 for line in shown.splitlines())

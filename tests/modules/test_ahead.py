@@ -14,10 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_perl.callbacks import PolicyGuard
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.modules import RLOO
-from lightning_perl.modules.ahead import Ahead
 from lightning_perl.modules.base import Stats
-from lightning_perl.rollouts.engine import Asked, RolloutEngine
-from lightning_perl.rollouts.rollout import Rollout, Scored
+from lightning_perl.rollouts.rollout import Ahead, Rollout, Scored
+from lightning_perl.rollouts.sampling import Asked, RolloutEngine
 from tests.modules import tiny
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lightning_perl.data.rows import collate_pairs
 from lightning_perl.functional.logprobs import jensen_shannon, k2, k3
 from lightning_perl.modules import JointHydraPPO
 from lightning_perl.modules.evaluation import given
-from lightning_perl.modules.running import KLControl, seen
+from lightning_perl.modules.on_policy import KLControl, seen
 from tests.functional.test_kl import Estimator
 from tests.modules import tiny
 from tests.modules.test_packed_pairs import examples
@@ -154,3 +156,16 @@ def test_texts_without_a_weight_and_a_weight_without_texts(
     prompts = tiny.prompts(2)
     with pytest.raises(ValueError, match=words):
         module.on_train_batch_start(MixedBatch(prompts, texts) if texts else prompts, 0)
+
+
+def test_a_checkpoint_of_0_2_is_read_which_names_the_control_by_an_earlier_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "lightning_perl.modules.running"
+    with monkeypatch.context() as then:
+        then.setitem(sys.modules, place, ModuleType(place))
+        then.setattr(sys.modules[place], "KLControl", KLControl, raising=False)
+        then.setattr(KLControl, "__module__", place)
+        torch.save({"kl_control": KLControl(target=4.0)}, tmp_path / "old.ckpt")
+    stored = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    assert stored == {"kl_control": KLControl(target=4.0)}

@@ -42,8 +42,7 @@ from lightning_perl.modules import (
     SuperHF,
 )
 from lightning_perl.modules.base import AdapterModule
-from lightning_perl.modules.on_policy import OnPolicy
-from lightning_perl.modules.running import KLControl
+from lightning_perl.modules.on_policy import KLControl, OnPolicy
 from lightning_perl.optim import HostAdamW
 from tests.modules import tiny
 from tests.modules.test_packed_pairs import examples

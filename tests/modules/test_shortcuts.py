@@ -114,11 +114,12 @@ def test_the_critic_reads_the_first_minibatch_once(hydra_trunk: Path) -> None:
 
 
 def test_values_and_gradient_at_once_make_no_shape_of_values(hydra_trunk: Path) -> None:
-    module = tiny.hydra(hydra_trunk, minibatch_size=3)
+    as_they_come = replace(Shortcuts(), length_buckets=False)
+    module = tiny.hydra(hydra_trunk, minibatch_size=3, shortcuts=as_they_come)
     rollout = module.collect(tiny.prompts(8), 0)
     scored = module.score(rollout, values=False)
     with Refusing(no_shapes_of_values):
-        module.first_value_pass(rollout, scored, by_length=False)
+        module.first_value_pass(rollout, scored)
 
 
 def test_what_was_not_drawn_from_the_scored_distribution_is_scored_again(hydra_trunk: Path) -> None:

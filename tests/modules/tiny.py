@@ -34,9 +34,8 @@ from lightning_perl.modules.base import AdapterModule, Stats
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.sft import SFT
 from lightning_perl.modules.supervised import Supervised
-from lightning_perl.rollouts.engine import Asked, Phase, RolloutEngine, untold
 from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
-from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.rollouts.sampling import Asked, Phase, RolloutEngine, SamplingSpec, untold
 
 Method = TypeVar("Method", bound=OnPolicy)
 WORDS = 24

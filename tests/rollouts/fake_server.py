@@ -16,8 +16,7 @@ import torch
 from lightning_perl.batches import PromptBatch
 from lightning_perl.models.adapters import OFF, _read
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.rollouts.decoding import sample
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
 from lightning_perl.rollouts.servers import _logprobs
 
 Json = dict[str, Any]

@@ -19,9 +19,15 @@ from lightning_perl.models.lean_layers import NoRoleError
 from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.rollouts.decoding import Responses, distinct_rows, ends_of, sample
 from lightning_perl.rollouts.rollout import Rollout
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.sampling import (
+    Responses,
+    SamplingSpec,
+    distinct_rows,
+    ends_of,
+    row_uniforms,
+    sample,
+)
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, RECURRENT, STOP_IDS, WINDOW
 from tests.models.rows import build

@@ -23,10 +23,9 @@ from lightning_perl.models.roles import Role, Roles
 from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.twin import small_twin
-from lightning_perl.rollouts import decoding
-from lightning_perl.rollouts.decoding import sample
+from lightning_perl.rollouts import sampling as decoding
 from lightning_perl.rollouts.rollout import Rollout
-from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms
+from lightning_perl.rollouts.sampling import SamplingSpec, row_uniforms, sample
 from tests.conftest import TinyTrunk
 from tests.models.families import FAMILIES, FLOAT64_THROUGHOUT, WINDOW
 from tests.models.rows import build
