@@ -79,9 +79,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 @contextmanager
 def written_whole(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write into; then each folder in it with a manifest replaces its namesake in ``folder`` at once.
+    """A folder to write into; then each folder in it with a manifest replaces its namesake at once.
 
-    ``about`` are further entries of their manifests.
+    Args:
+        folder: Where the folders belong.
+        about: Further entries of their manifests.
     """
     beside = folder / ".part"
     shutil.rmtree(beside, ignore_errors=True)

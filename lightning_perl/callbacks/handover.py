@@ -376,9 +376,15 @@ class Resume(Callback):
 def changes(
     now: Mapping[str, Any], checkpoint: Mapping[str, Any], path: object
 ) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ between ``now`` (``class``, the module's name, and its arguments) and a checkpoint.
+    """Settings that differ: key, the checkpoint's value, the one given now. Unknown keys are passed over.
 
-    By key: the checkpoint's value, and the one given now. Unknown keys are passed over, one of `FIXED` is refused.
+    Args:
+        now: ``class``, the module's name, and its arguments.
+        checkpoint: One that a run goes on from.
+        path: Where it lies, for the message.
+
+    Raises:
+        ValueError: One of `FIXED` differs.
     """
     stored = dict(checkpoint.get("hyper_parameters", {}))
     if "class" in checkpoint:

@@ -232,7 +232,12 @@ def mean_of(rollouts: Sequence[Measures]) -> dict[str, float]:
 
 
 def signs_of_hacking(rollouts: Sequence[Measures], first: Measures) -> list[str]:
-    """What has run away in the later half of the rollouts while the score rose, against the means of the first."""
+    """What has run away in the second half of the rollouts while the score rose; empty where all is well.
+
+    Args:
+        rollouts: An even number of them, in their order.
+        first: Means of the run's first rollouts.
+    """
     half = len(rollouts) // 2
     before, now = mean_of(rollouts[:half]), mean_of(rollouts[half:])
     rise = now["score"] - before["score"]

@@ -136,7 +136,8 @@ def holds_another_run(trainer: Trainer) -> bool:
 def locked(folder: Path) -> TextIO | None:
     """Keep other processes from running in a folder until the result is closed or this process ends.
 
-    None where the system has no such locks.
+    Returns:
+        None where the system has no such locks.
     """
     if flock is None:
         return None

@@ -52,7 +52,13 @@ class DryRun(Callback):
 
 
 def plan(module: AdapterModule, trainer: Trainer, seconds: float) -> Iterator[tuple[str, str]]:
-    """What the run will be, a line each, by its module after one batch that took so many seconds."""
+    """What the run will be, a line each.
+
+    Args:
+        module: The module after one batch.
+        trainer: Its trainer.
+        seconds: What the batch took.
+    """
     for trunk in (part for part in module.modules() if isinstance(part, Trunk)):
         count = sum(weight.numel() for weight in trunk.bare)
         dtype = str(trunk.dtype).removeprefix("torch.")

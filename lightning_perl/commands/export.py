@@ -48,6 +48,9 @@ def export(
         role: What to export: the policy or the reward model.
         merge: Add the adapter to the trunk's weights, in float32, and write the whole model.
         trunk: Folder or hub name of the trunk, where it no longer lies where it was. None: as the run says.
+
+    Returns:
+        The folder.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already; name another folder or remove it.")

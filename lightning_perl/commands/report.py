@@ -44,6 +44,9 @@ def report(run: Path, out: Path | None = None) -> Path:
     Args:
         run: A run's folder such as runs/NAME/latest, with ``metrics.csv``; of a folder of runs the latest.
         out: The file. None: ``report.html`` in the run's folder.
+
+    Returns:
+        The file.
     """
     folder = run / "latest" if (run / "latest").is_dir() else run
     if not (folder / "metrics.csv").is_file():

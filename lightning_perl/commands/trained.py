@@ -65,9 +65,16 @@ class Trained:
 
 
 def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
-    """Find what a run's folder (of a folder of runs the latest one's), an adapter's or a trunk's holds.
+    """Find what a run's folder, an adapter's or a trunk's holds.
 
-    ``part`` is what to look for in a run's folder, ``trunk`` the trunk where it no longer lies where it was.
+    Args:
+        run: One of these folders; of a folder of runs the latest one is meant.
+        part: What to look for in a run's folder.
+        trunk: The trunk, where it no longer lies where it was. None: as the adapter says.
+
+    Raises:
+        FileNotFoundError: There is nothing of this kind.
+        ValueError: A reward model is there in place of a policy, or an adapter that names no trunk.
     """
     run = Path(unpackaged(str(run))).expanduser()
     if (run / "latest").is_dir():
@@ -123,7 +130,8 @@ def _nothing_in(run: Path, part: Part) -> str:
 def load(found: Trained, dtype: TrunkDtype = "float32") -> tuple[Trunk, str]:
     """Load the trunk, quantized as it was in training, and the adapter.
 
-    Gives its name on the trunk too; `OFF` where the trunk itself was trained.
+    Returns:
+        The trunk, and the name of the adapter on it; `OFF` where the trunk itself was trained.
     """
     about = manifest_of(found.folder) if found.is_adapter else {}
     trunk = load_trunk(found.trunk, dtype, quantization=about.get("quantization"))
@@ -141,9 +149,11 @@ def template_of(found: Trained) -> str | None:
 
 
 def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
-    """The newest whole checkpoint of the newest run of this name, with more than weights where training goes on.
+    """The newest whole checkpoint of the newest run of this name.
 
-    The trainer's first logger and its `ModelCheckpoint` say where runs lie.
+    Args:
+        trainer: The trainer's settings: its first logger and its `ModelCheckpoint` say where runs lie.
+        resumed: Whether training goes on, for which weights alone are not enough.
     """
     places = list(_places(trainer))
     found = {path for folder, pattern in places for path in folder.glob(pattern)}
@@ -212,9 +222,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None) -> Path:
-    """Write a checkpoint's adapter as a PEFT folder, with its reward head if it has one, and return the folder.
+    """Write the adapter in a checkpoint as a PEFT folder, with its reward head if it has one.
 
-    ``trunk``: where the trunk no longer lies where it was; one that it was not trained on is refused.
+    Args:
+        checkpoint: A checkpoint of any module that trains an adapter.
+        part: Which adapter.
+        folder: Where to write.
+        trunk: The trunk, where it no longer lies where it was.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: It holds no such adapter, or was trained on another trunk.
     """
     stored = read(checkpoint)
     given, state = stored["hyper_parameters"], stored["state_dict"]

@@ -73,7 +73,10 @@ class ActorCritic(OnPolicy):
     ) -> tuple[Tensor, Stats]:
         """The critic's loss on a micro-batch before ``value_coef``, and statistics; see `policy_loss`.
 
-        ``values`` are those of the critic being trained. Shape: ``(B, R)``.
+        Args:
+            values: Values of the critic being trained. Shape: ``(B, R)``.
+            experience: The micro-batch.
+            size: How much the whole minibatch holds.
         """
 
     def role_loss(

@@ -244,10 +244,19 @@ class Evaluation(AdapterModule):
         return RoleAnswers(**{name: summed(part) for name, part in whole.items()})
 
     def rewarded(self, rollout: Rollout, learned: Tensor) -> tuple[Tensor, Stats]:
-        """What the responses earn: the learned score and the Python reward, each times its weight; shape ``(B,)``.
+        """What the responses earn: the learned score and the Python reward, each times its weight.
 
-        Where there is a Python reward, also the means of both. It decodes texts and calls Python, which `score`
-        and the update never do.
+        It decodes texts and calls Python, which `score` and the update never do.
+
+        Args:
+            rollout: What was sampled.
+            learned: Scores of the reward role. Shape: ``(B,)``.
+
+        Returns:
+            Scores, shape ``(B,)``, and the means of their parts where there is a Python reward.
+
+        Raises:
+            ValueError: The Python reward raised, or did not give a finite number per response.
         """
         scores = self.learned_reward_weight * learned
         if self.reward_function is None:

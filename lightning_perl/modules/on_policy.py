@@ -551,7 +551,11 @@ class OnPolicy(Updating):
         self.write_role("policy", folder, "policy")
 
     def write_role(self, role: Role, folder: Path, name: str) -> Path:
-        """Write a role's adapter below ``folder/adapters``, or its whole trunk as ``folder/name``; where it is."""
+        """Write a trained role's adapter below ``folder/adapters``, or its whole trunk as ``folder/name``.
+
+        Returns:
+            The folder that was written.
+        """
         trunk, adapter = self.roles.trunk(role), self.roles.seats[role].adapter
         if adapter == OFF:
             save_trunk(trunk, folder / name, None, {"module": type(self).__name__})
@@ -563,7 +567,12 @@ class OnPolicy(Updating):
 
 
 def seen(moments: Mapping[str, float], scores: Tensor) -> dict[str, float]:
-    """Count, mean and sum of squared deviations of the finite scores so far (Chan's update of moments)."""
+    """Count, mean and sum of squared deviations of the scores so far (Chan's update); infinite ones are left out.
+
+    Args:
+        moments: Those before; empty at first.
+        scores: A rollout's. Shape: ``(B,)``.
+    """
     scores = scores[torch.isfinite(scores)].double()
     count, before = moments.get("count", 0.0), moments.get("mean", 0.0)
     if not len(scores):

@@ -76,7 +76,12 @@ def require_trainable(optimizer: Optimizer) -> None:
 def clip_by_group(optimizer: Optimizer, limits: Mapping[str, float]) -> dict[str, Tensor]:
     """Clip the gradient norm of each parameter group, or of all that share a name, on its own.
 
-    Groups without a limit are measured only. Returns the norms before clipping, by group name.
+    Args:
+        optimizer: An optimizer whose groups carry names.
+        limits: Largest norm by group name; groups that are not named are measured only.
+
+    Returns:
+        Norms before clipping, by group name.
     """
     named: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:

@@ -142,9 +142,11 @@ class Supervised(AdapterModule):
         return share_of_lines(None if packing is None else packing.line, len(batch.ids))
 
     def hidden(self, batch: RatedBatch, adapter: str | None = None) -> Tensor:
-        """Last hidden states of this rank's share ``b`` of the rows, by default with the module's own adapter.
+        """Last hidden states of this rank's share ``b`` of the rows. Shape: ``(b, T, H)``.
 
-        Shape: ``(b, T, H)``.
+        Args:
+            batch: The rows.
+            adapter: Name of the adapter that answers, or `OFF`. None: the module's own.
         """
         with self.trunk.switch.use(self.adapter if adapter is None else adapter):
             rows = self.share(batch).rows

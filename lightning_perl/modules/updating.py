@@ -108,7 +108,9 @@ class Updating(Evaluation):
     def learn_in(self, epochs: int, minibatch_size: int | None) -> None:
         """Go over each rollout several times, in minibatches that keep the responses to a prompt together.
 
-        ``minibatch_size`` is the leaf's argument of this name; None: the whole batch.
+        Args:
+            epochs: Passes over each rollout batch.
+            minibatch_size: Episodes per optimizer step, the leaf's argument of this name. None: the whole batch.
         """
         self.epochs, self.minibatch_size = epochs, minibatch_size
 

@@ -83,6 +83,10 @@ def parts(order: Mentions, answer: str) -> dict[str, float]:
     - ``length``: 1 up to five words beside the order, falling to 0 at nine.
 
     A text that names no drink is no answer to an order: every part is 0.
+
+    Args:
+        order: What :func:`parse_order` read.
+        answer: Any text.
     """
     text = answer.lower()
     named = mentions(text)

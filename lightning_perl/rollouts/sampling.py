@@ -95,11 +95,21 @@ class SamplingSpec:
 
 
 def row_uniforms(seed: int, rollout: int, row: Tensor, count: int, samples: int = 1) -> Tensor:
-    """``count`` uniform numbers in (0, 1) for each response, that depend on their own row and sample only.
+    """Uniform numbers in (0, 1) that depend on their own row and sample only.
 
     A counter-based generator (the finalizer of SplitMix64 over seed, rollout, row, sample and column), so
-    that no generator state has to be kept, sharded or resumed. The ``k`` samples of a row stand together; the
-    first has the numbers that it has alone. Shape: ``(B,)`` to ``(B k, count)``, float32.
+    that no generator state has to be kept, sharded or resumed.
+
+    Args:
+        seed: Seed of the run.
+        rollout: Index of the rollout.
+        row: Shape: ``(B,)``, int64.
+        count: Numbers per response.
+        samples: Responses per row, ``k``; those of one row stand together. The first has the numbers that
+            it has alone.
+
+    Returns:
+        Shape: ``(B k, count)``, float32.
     """
     columns = torch.arange(count, device=row.device)
     bits = _mix(_states(seed, rollout, row, samples) + columns) & 0x7FFFFF
@@ -133,9 +143,15 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor, spec: SamplingSpec) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF, and its log-probability in the distribution drawn from, at least fp32.
+    """One token per row by inverse CDF.
 
-    ``uniforms`` are in (0, 1). Shape: ``(B, V)`` and ``(B,)`` to ``(B,)`` each.
+    Args:
+        logits: Shape: ``(B, V)``.
+        uniforms: Shape: ``(B,)``, in (0, 1).
+        spec: Temperature, top-p and top-k.
+
+    Returns:
+        Tokens, and their log-probabilities in the distribution drawn from, at least fp32. Shape: ``(B,)`` each.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if spec.temperature == 0:
@@ -434,7 +450,14 @@ class RolloutEngine:
     overlap = 0
 
     def sample(self, trunk: Trunk, adapter: str, asked: Asked, phase: Phase = untold) -> Rollout:
-        """``B k`` responses of a trunk with one of its adapters (or `OFF`), with their log-probabilities."""
+        """``B k`` responses with their log-probabilities.
+
+        Args:
+            trunk: The trunk that answers.
+            adapter: Which of its adapters answers, or `OFF`.
+            asked: What is to be sampled.
+            phase: Tells callbacks of a phase inside the rollout.
+        """
         spec, repeated = asked.spec, asked.repeated()
         uniforms = row_uniforms(
             asked.seed, asked.rollout, asked.prompts.row, spec.max_new_tokens, asked.samples
@@ -463,7 +486,8 @@ class RolloutEngine:
     ) -> Callable[[], Rollout]:
         """Start to `sample`, if the engine can while something else happens; else the returned function samples.
 
-        It gives the rollout; all ranks call it.
+        Returns:
+            Gives the rollout; all ranks call it.
         """
         return partial(self.sample, trunk, adapter, asked, phase)
 
@@ -474,7 +498,11 @@ class RolloutEngine:
         """Refuse what can be seen before the first step; rows have up to ``longest`` tokens."""
 
     def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
-        """Refuse a rollout whose log-probabilities are not the policy's own; what to log of their difference."""
+        """Refuse a rollout that was sampled with other log-probabilities than the policy's own.
+
+        Returns:
+            What to log of their difference.
+        """
         return {}
 
     def weighted(self, rollout: Rollout, scored: Scored) -> Scored:
