@@ -9,7 +9,11 @@ PREFIX = "packaged:"
 
 
 def unpackaged(source: str) -> str:
-    """The path of a ``packaged:`` name; any other source as it is."""
+    """The path of a ``packaged:`` name; any other source as it is.
+
+    Raises:
+        FileNotFoundError: The package has no such file.
+    """
     if not source.startswith(PREFIX):
         return source
     path = Path(str(files("lightning_perl").joinpath(source.removeprefix(PREFIX))))

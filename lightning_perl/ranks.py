@@ -204,7 +204,11 @@ def everyones(own: Any) -> list[Any]:  # noqa: ANN401 (anything that can be pick
 
 
 def require_same(numbers: Tensor, what: str) -> None:
-    """Refuse to go on where ranks hold different numbers."""
+    """Refuse to go on where ranks hold different numbers.
+
+    Raises:
+        RuntimeError: They do.
+    """
     if world() == 1:
         return
     places = torch.arange(1, numbers.numel() + 1, device=numbers.device)

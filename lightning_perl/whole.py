@@ -67,7 +67,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """Read the file; one that was cut short or changed is refused."""
+        """Read the file.
+
+        Raises:
+            ValueError: It was cut short or changed.
+        """
         problem = damage(Path(path)) if Path(path).is_file() else None
         if problem:
             raise ValueError(

@@ -137,7 +137,11 @@ class Handover(Callback):
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand over; a dry run (``fast_dev_run``) writes nothing."""
+        """Hand over; a dry run (``fast_dev_run``) writes nothing.
+
+        Raises:
+            RuntimeError: No step was made, or the weights are not finite.
+        """
         self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -285,7 +289,11 @@ class Resume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse another run's checkpoint; keep the best of earlier parts as long as its file is there."""
+        """Refuse another run's checkpoint; keep the best of earlier parts as long as its file is there.
+
+        Raises:
+            ValueError: It is another run's.
+        """
         if trainer.state.fn != "fit":
             return
         now = {"class": type(pl_module).__name__, **pl_module.hparams}

@@ -102,7 +102,11 @@ class PolicyGuard(Checked, Callback):
         self._good = state_dict["good"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Come first, so that other callbacks and their checkpoints see the policy that training goes on with."""
+        """Come first, so that other callbacks and their checkpoints see the policy that training goes on with.
+
+        Raises:
+            MisconfigurationException: The module has no rollouts.
+        """
         if getattr(pl_module, "rows", "prompts") != "prompts":
             raise MisconfigurationException(
                 f"trainer.callbacks: PolicyGuard reads rollouts, and {type(pl_module).__name__} has none."

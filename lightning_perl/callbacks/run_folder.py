@@ -138,6 +138,9 @@ def locked(folder: Path) -> TextIO | None:
 
     Returns:
         None where the system has no such locks.
+
+    Raises:
+        FileExistsError: Another process runs in it.
     """
     if flock is None:
         return None

@@ -274,7 +274,11 @@ def _answer_file(
 
 
 def prompts_of(file: Path) -> Iterator[Prompt]:
-    """The prompts of a file with their places."""
+    """The prompts of a file with their places.
+
+    Raises:
+        BadRow: A row cannot be read.
+    """
 
     def refuse(where: str, message: str) -> None:
         raise BadRow(f"{where}: {message}")

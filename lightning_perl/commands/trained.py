@@ -97,7 +97,11 @@ def trained(run: Path, part: Part, trunk: str | None = None) -> Trained:
 
 
 def _lies_at(trunk: str, trained_on_it: Path) -> str:
-    """The folder of a trunk, named from here or from a folder above what was trained on it; or a hub name."""
+    """The folder of a trunk, named from here or from a folder above what was trained on it; or a hub name.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
     named = Path(unpackaged(trunk)).expanduser()
     for place in (Path(), *trained_on_it.resolve().parents):
         if (place / named / "config.json").is_file():
@@ -154,6 +158,9 @@ def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
     Args:
         trainer: The trainer's settings: its first logger and its `ModelCheckpoint` say where runs lie.
         resumed: Whether training goes on, for which weights alone are not enough.
+
+    Raises:
+        FileNotFoundError: There is none.
     """
     places = list(_places(trainer))
     found = {path for folder, pattern in places for path in folder.glob(pattern)}

@@ -60,7 +60,11 @@ def default_optimizer(learning_rate: float) -> OptimizerCallable:
 
 
 def require_rates(optimizer: OptimizerCallable) -> None:
-    """Refuse an optimizer that cannot learn, by making one for a single weight."""
+    """Refuse an optimizer that cannot learn, by making one for a single weight.
+
+    Raises:
+        ValueError: A learning rate of 0, or a setting that is not finite or that the optimizer refuses.
+    """
     try:
         group = optimizer([nn.Parameter(torch.zeros(1))]).param_groups[0]
     except ValueError as error:
@@ -377,7 +381,11 @@ class AdapterModule(Checked, Phased, ABC):
         return about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose keys are not those trained here, or that was trained on other weights."""
+        """Refuse a checkpoint whose keys are not exactly those trained here, or that was trained on other weights.
+
+        Raises:
+            ValueError: It is another layout's, or another trunk's, or its adapters have another shape.
+        """
         stored, trainable = set(checkpoint["state_dict"]), self.trainable_names()
         if stored != trainable:
             raise ValueError(
@@ -453,7 +461,11 @@ def require_batch(
     module: str,
     vocabulary: int,
 ) -> None:
-    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not."""
+    """Refuse a batch of another type, a mask that is not boolean, and ids that the trunk has not.
+
+    Raises:
+        TypeError: One of these; the message says how to make such batches.
+    """
     if isinstance(batch, kind):
         parts = batch._asdict()
         masks = {name: part.dtype for name, part in parts.items() if "mask" in name}

@@ -414,7 +414,11 @@ def kept_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def given(answer: Tensor | None) -> Tensor:
-    """The answer of a role that was asked."""
+    """The answer of a role that was asked.
+
+    Raises:
+        RuntimeError: It was not asked.
+    """
     if answer is None:
         raise RuntimeError("A role was not asked for what is needed of it.")
     return answer

@@ -392,7 +392,11 @@ class OnPolicy(Updating):
         self.update(piece, optimizer, accept=leave_out, by_length=False, texts=texts)
 
     def on_validation_end(self) -> None:
-        """A scheduler that watches a measure is stepped after each validation, the others after each rollout."""
+        """A scheduler that watches a measure is stepped after each validation, the others after each rollout.
+
+        Raises:
+            ValueError: Validation does not log that measure.
+        """
         fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         if not fitting or self._make_scheduler is None:
             return

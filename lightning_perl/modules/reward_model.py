@@ -139,7 +139,11 @@ class Scoring(Judging):
     # ---- Lightning -------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Balance the thumbs by the training data's, where that was asked for."""
+        """Balance the thumbs by the training data's, where that was asked for.
+
+        Raises:
+            ValueError: ``positive_weight`` is None and the data does not say how many there are.
+        """
         super().setup(stage)
         if self.positive_weight is not None or stage == "predict":
             return
@@ -245,7 +249,11 @@ class Scoring(Judging):
         return mean, deviation
 
     def _demonstrations(self) -> Iterator[RatedBatch]:
-        """Batches of the validation rows, or of the training rows where those have no demonstration."""
+        """Batches of the validation rows, or of the training rows where those have no demonstration.
+
+        Raises:
+            ValueError: There is no demonstration.
+        """
         trainer = self.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by `fit`, undeclared
         splits: list[Callable[[], Any]] = []

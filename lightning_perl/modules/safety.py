@@ -46,7 +46,11 @@ class FiniteGuard:
         self.in_a_row = 0
 
     def __call__(self, norms: Mapping[str, Tensor]) -> bool:
-        """Whether a step may be taken, by its gradient norms before clipping."""
+        """Look at the gradient norms before clipping.
+
+        Raises:
+            RuntimeError: `PATIENCE` steps in a row were not finite.
+        """
         broken = [name for name, norm in norms.items() if not bool(torch.isfinite(norm))]
         if not broken:
             self.in_a_row = 0
@@ -63,7 +67,11 @@ class FiniteGuard:
 
 
 def require_trainable(optimizer: Optimizer) -> None:
-    """Refuse a step over parameters that somebody has frozen meanwhile."""
+    """Refuse a step over parameters that somebody has frozen meanwhile.
+
+    Raises:
+        RuntimeError: A parameter of the optimizer no longer requires a gradient.
+    """
     for group in optimizer.param_groups:
         frozen = sum(not parameter.requires_grad for parameter in group["params"])
         if frozen:

@@ -217,7 +217,11 @@ class Supervised(AdapterModule):
         room_for_moments(optimizer)
 
     def setup(self, stage: str) -> None:
-        """Refuse training rows of which none says what is to be learned, as far as their report knows."""
+        """Refuse training rows of which none says what is to be learned, as far as their report knows.
+
+        Raises:
+            ValueError: No training row has a thumb or stands in a pair.
+        """
         super().setup(stage)
         train = self.training_rows
         kept = getattr(train, "kept", 0)
@@ -325,6 +329,9 @@ class Supervised(AdapterModule):
         """Write the tuned trunk and its head, read it back, and compare.
 
         A quantized trunk is written dense: the very values that were trained on, LoRA added.
+
+        Raises:
+            RuntimeError: The folder gives other logits than the module.
         """
         merged = None if self.adapter == OFF else self.adapter
         save_trunk(self.trunk, folder, merged, {"module": type(self).__name__})

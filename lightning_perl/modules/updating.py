@@ -286,7 +286,11 @@ class Updating(Evaluation):
         return {f"grad_norm_{name}": norm for name, norm in norms.items()}
 
     def _minibatches(self, episodes: int, samples: int, epoch: int) -> Iterator[Tensor]:
-        """Rows of each minibatch: prompts are shuffled, the responses to one stay together."""
+        """Rows of each minibatch: prompts are shuffled, the responses to one stay together.
+
+        Raises:
+            ValueError: Some prompt has not all of its responses.
+        """
         if episodes % samples:
             raise ValueError(
                 f"An update needs all {samples} responses to each prompt, got {episodes} responses."

@@ -102,7 +102,11 @@ class Server:
                 self.tell("/v1/unload_lora_adapter", {"lora_name": name})
 
     def check(self, trunk: Trunk, longest: int) -> None:
-        """Ask what it serves, and refuse settings that would sample from something else, or not at all."""
+        """Ask what it serves.
+
+        Raises:
+            RuntimeError: With every setting that would sample from something else, or not at all.
+        """
         models = self.ask("/v1/models").get("data") or [{}]
         own = next((model for model in models if not model.get("parent")), models[0])
         self._trunk, self.window = str(own.get("id")), int(own.get("max_model_len") or 0)
@@ -148,7 +152,11 @@ class Server:
             ) from error
 
     def respond(self, model: str, body: Json, vocabulary: int) -> Answer:
-        """A response; one that is not what was asked for is refused."""
+        """A response that is what was asked for.
+
+        Raises:
+            RuntimeError: It is something else.
+        """
         said = self._complete(model, body)
         try:
             choice = said["choices"][0]

@@ -159,7 +159,11 @@ class VllmServers(Checked, RolloutEngine):
         self._each(load, all_must=self._version == 1)
 
     def _prove(self, server: Server, name: str, probe: list[int]) -> None:
-        """Refuse a server that says else of the probe than we, under the trunk's name or the adapter's."""
+        """Compare what a server says of the probe, under the trunk's name and the adapter's, with ours.
+
+        Raises:
+            RuntimeError: It serves something else.
+        """
         tolerance = self._tolerance
         theirs = {model: server.score(model, probe) for model in (TRUNK, name)}
         for model, said in theirs.items():
@@ -343,7 +347,11 @@ class VllmServers(Checked, RolloutEngine):
                 raise
 
     def mismatch(self, rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
-        """Refuse log-probabilities that are another model's; else say by how much they differ from ours."""
+        """Refuse log-probabilities that are another model's; else say by how much they differ from ours.
+
+        Raises:
+            RuntimeError: They differ by more than rounding explains.
+        """
         if rollout.logprobs is None or rollout.servers is None:
             return {}
         mask, gaps = rollout.response_mask, (logprobs - rollout.logprobs).abs()
