@@ -481,10 +481,13 @@ class Trunk(nn.Module):
         return ids, mask
 
     def _compare_with_own_forward(self) -> None:
-        ids, mask = self.two_rows()
+        ids, mask = (torch.cat([rows, rows[:1]]) for rows in self.two_rows())
+        # The first row once more, with another last token, which no state before it may see.
+        ids[-1, -1] = ids[0, 0]
         try:
             with self.switch.use(OFF), torch.no_grad():
-                ours = self.project(self.adapters.watch(lambda: self(ids, mask)))[mask].double()
+                hidden = self.adapters.watch(lambda: self(ids, mask))
+                ours = self.project(hidden)[mask].double()
                 output = self.model(
                     input_ids=ids,
                     attention_mask=mask.long(),
@@ -493,9 +496,15 @@ class Trunk(nn.Module):
                 )
         except REFUSALS as error:
             raise ValueError(
-                f"{self.named}: it cannot read two rows of {ids.shape[1]} tokens, one of them padded on the left "
+                f"{self.named}: it cannot read rows of {ids.shape[1]} tokens, one of them padded on the left "
                 f"({str(error).splitlines()[0]}). Give a decoder of text that takes ids, a mask and positions."
             ) from error
+        first, last = hidden[0, :-1].float(), hidden[-1, :-1].float()
+        if (first - last).norm() > torch.finfo(self.dtype).eps ** 0.75 * first.norm():
+            raise ValueError(
+                f"{self.named}: its tokens see those that come after them, so it is no decoder. Give a causal "
+                "language model."
+            )
         own = output.logits[mask].double()
         if not bool(own.isfinite().all()):
             raise ValueError(
