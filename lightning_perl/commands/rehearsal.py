@@ -15,14 +15,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, TypeVar, cast
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
+from transformers.integrations import moe
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.commands.ledger import CUDA_BLOCK, HOST, Ledger, Peak, PhaseLedger
@@ -124,9 +130,16 @@ class Rehearsal(ABC, Generic[AnyModule]):
         if self._on_cuda:
             # CUDA computes a chunk's log-probabilities at once, not as many rows as fit a CPU's cache.
             logprobs.CACHED = sys.maxsize
+        # PyTorch knows the shapes of grouped products (experts) in bfloat16 only, transformers' own those of all.
+        grouped = {"_can_use_grouped_mm": lambda _, weight, offs: weight.dtype == torch.bfloat16}
         try:
-            with self._mode, self.ledger:
+            with self._mode, self.ledger, patch.multiple(moe, create=True, **grouped):
                 yield
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise ValueError(
+                f"estimate: {self.trunks[0].named} computes what depends on values ({error.func}), and only "
+                "shapes are known here. Measure a batch with fit --dry-run."
+            ) from error
         finally:
             logprobs.CACHED = kept
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +49,8 @@ NOT_PLAIN = {
     "alora_invocation_tokens": "an adapter holds for all tokens",
 }
 """PEFT's settings that change what an adapter computes but no tensor's name, and why they are refused."""
+NUMBER = re.compile(r"\b\d+\b")
+"""The number of a block or an expert in a layer's name."""
 PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the trunk's weights alone."""
 
@@ -65,7 +68,7 @@ class LoraSpec:
         targets: Names of the linear layers that get an adapter, matched against the end of the
             module's name; ``attention`` stands for all linear layers of the attention, whatever
             the family calls them. Empty: every linear layer inside the decoder's blocks, except those
-            that PEFT has no LoRA for, or whose weights kernels read directly (the log names them).
+            that PEFT has no LoRA for, or on which none could learn (the log names them).
         dropout: Dropout probability on the adapter's input, in supervised training only. RL refuses it,
             since the first ratio must be exactly 1.
         rslora: Scale the adapter by ``alpha / sqrt(rank)`` (rsLoRA, 2312.03732), so that a high rank learns
@@ -109,10 +112,41 @@ class Adapters:
         self.specs: dict[str, LoraSpec] = {}
         # Found on the bare model: later PEFT's own layers would match too.
         self.quantized = {n: layer for n, layer in model.named_modules() if quantization_of(layer)}
-        self._linear_names = linear_layers_in_blocks(model)
-        called = [name for name in self._linear_names if not _weight_read_directly(model, name)]
-        self._every = _taken_by_peft(model, shortest_ends(model, called))
+        every = linear_layers_in_blocks(model)
+        self._linear_names = _kept_by_peft(model, every)
+        self._without = [name for name in every if name not in self._linear_names]
         self._transposed = any(stored_transposed(module) for module in model.modules())
+
+    @cached_property
+    def _every(self) -> list[str]:
+        """Ends of the names of all layers that get an adapter where no targets are named."""
+        names = [name for name in self._linear_names if not _weight_read_directly(self.model, name)]
+        return _taken_by_peft(self.model, shortest_ends(self.model, names))
+
+    def watch(self, run: Callable[[], Tensor]) -> Tensor:
+        """What ``run``, a pass of the bare model, gives. Layers on which no adapter could learn get none.
+
+        A router's weight may be read past its layer, and an indexer that only picks runs without gradients. Layers
+        whose names differ in numbers alone are judged together, since few tokens reach few of the experts.
+        """
+        learning: set[str] = set()
+
+        def note(kind: str, *_: object) -> None:
+            if torch.is_grad_enabled():
+                learning.add(kind)
+
+        kinds = {name: NUMBER.sub("#", name) for name in self._linear_names}
+        modules = dict(self.model.named_modules())
+        hooks = [modules[n].register_forward_hook(partial(note, kinds[n])) for n in kinds]
+        try:
+            with torch.enable_grad():
+                result = run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._without += [name for name in kinds if kinds[name] not in learning]
+        self._linear_names = [name for name in kinds if kinds[name] in learning]
+        return result.detach()
 
     def add(self, name: str, spec: LoraSpec, seed: int, trainable: bool = True) -> None:
         """Add a fresh adapter, which changes nothing yet: ``A`` is drawn from ``seed``, ``B`` is zero.
@@ -166,12 +200,12 @@ class Adapters:
             up.data = torch.zeros_like(up, dtype=dtype)
 
     def _name_what_is_left_out(self) -> None:
-        names = [name for name in self._linear_names if not set(_ends(name)) & set(self._every)]
-        left = {name.rsplit(".", 1)[-1] for name in names}
+        names = [*self._linear_names, *self._without]
+        left = {n.rsplit(".", 1)[-1] for n in names if not set(_ends(n)) & set(self._every)}
         if left:
             rank_zero_info(
                 f"LoRA on all linear layers leaves out {', '.join(sorted(left))} of some blocks: PEFT has no "
-                "plain LoRA for them in this family, or kernels read their weights directly."
+                "plain LoRA for them in this family, or they are not called with a gradient."
             )
 
     def _resolve(self, targets: tuple[str, ...]) -> list[str]:
@@ -494,6 +528,22 @@ def _taken_by_peft(model: nn.Module, ends: list[str]) -> list[str]:
     config = LoraConfig(target_modules=taken)
     convert_peft_config_for_transformers(config, model, None)
     return sorted(set(taken) & set(config.target_modules or ()))
+
+
+def _kept_by_peft(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the layers whose adapters PEFT finds again in a file.
+
+    It renames the keys of families whose layers once had other names, and may rename those of today as well.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+    )
+
+    keys = {name: f"{PEFT_PREFIX}{name}.lora_A.weight" for name in names}
+    stored = dict.fromkeys(keys.values(), torch.zeros(1, 1, device="cpu"))
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), stored, "default")
+    return [name for name, key in keys.items() if key in found]
 
 
 def linear_layers_in_blocks(model: nn.Module) -> list[str]:

@@ -209,8 +209,20 @@ def _load_config(source: str, where: str) -> PreTrainedConfig:
             "are not tested on. Give the folder or hub name of the full-precision weights, and set quantization: "
             "nf4 or int8."
         )
+    _require_decoder(source, config)
     without_dropout(config)
     return config
+
+
+def _require_decoder(source: str, config: PreTrainedConfig) -> None:
+    """Refuse what `AutoModelForCausalLM` does not know, or would take the decoder of, without its encoder."""
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if config.is_encoder_decoder or not known:
+        kind = "an encoder with a decoder" if config.is_encoder_decoder else "no decoder of text"
+        raise ValueError(
+            f"trunk: {source} is {kind} (model_type {config.model_type}). Give a decoder that transformers' "
+            "AutoModelForCausalLM loads, such as Llama, Qwen or Gemma."
+        )
 
 
 def _load_model(

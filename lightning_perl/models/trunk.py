@@ -40,8 +40,8 @@ PROBE_STRIDE = 7919
 LINEAR = (nn.Linear, Conv1D)
 DENSE_ATTENTION = {"eager", "sdpa"}
 """Attention kernels that take a 4-D mask. Flash attention would end the process on a GPU, flex attention crash."""
-REFUSALS = (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError)
-"""What families raise for a mask or a cache that they cannot use."""
+REFUSALS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError)
+"""What families raise for rows, a mask or a cache that they cannot use."""
 TRIED = 32
 """Most tokens of the rows that packing is tried on."""
 ROUNDING = 1e-4
@@ -98,6 +98,11 @@ class Trunk(nn.Module):
         self.sharding: str | None = None
         self._fingerprint: str | None = None
         self.recordable: bool | None = None
+        if checkpointing and not model.supports_gradient_checkpointing:
+            raise ValueError(
+                f"{self.named}: checkpointing is set, but this family cannot compute activations again. Set it "
+                "to false."
+            )
         if checkpointing:
             options = {"use_reentrant": False, "context_fn": self.switch.pinned}
             if hasattr(model, "activation_checkpointing_enable"):
@@ -124,7 +129,8 @@ class Trunk(nn.Module):
     @property
     def vocabulary_size(self) -> int:
         """``V``."""
-        return self.lm_head.weight.shape[0]
+        rows = self.lm_head.weight.shape[0]
+        return rows if self._transform.words is None else min(rows, self._transform.words)
 
     @property
     def window(self) -> int | None:
@@ -282,8 +288,12 @@ class Trunk(nn.Module):
 
     @cached_property
     def _twin_can(self) -> dict[str, bool]:
-        """Whether the family reads packed rows, and rows token by token with a cache."""
-        trials = {"pack": Trunk._packs_rightly, "cache": Trunk._caches_rightly}
+        """Whether the family reads packed rows, rows token by token with a cache, and padded rows."""
+        trials = {
+            "pack": Trunk._packs_rightly,
+            "cache": Trunk._caches_rightly,
+            "pad": Trunk._pads_rightly,
+        }
         return dict(zip(trials, self.on_twin(*trials.values()), strict=True))
 
     def on_twin(self, *trials: Callable[[Trunk], bool]) -> list[bool]:
@@ -409,10 +419,17 @@ class Trunk(nn.Module):
         return next((k for k in ("cache", "cache_params") if k in accepted), "past_key_values")
 
     def require_cache(self) -> None:
-        """Refuse a trunk whose logits differ with a cache: it would not score the distribution it samples from."""
-        if not self.weightless and not self._twin_can["cache"]:
+        """Refuse a trunk whose logits differ with a cache, or with padding.
+
+        It would not score the distribution it samples from.
+        """
+        reads = {"cache": "is read token by token with a cache", "pad": "is padded"}
+        failed = (
+            [] if self.weightless else [r for key, r in reads.items() if not self._twin_can[key]]
+        )
+        if failed:
             raise ValueError(
-                f"{self.named}: its logits differ when a row is read token by token with a cache, so it cannot "
+                f"{self.named}: its logits differ when a row {' or '.join(failed)}, so it cannot "
                 "be sampled from. It can be tuned by SFT, HydraSFT and RewardModel."
             )
 
@@ -423,6 +440,13 @@ class Trunk(nn.Module):
         self(ids[:, :6], mask[:, :6], cache)
         states = [self(ids[:, [at]], mask[:, : at + 1], cache) for at in (6, 7)]
         return nearly_equal(torch.cat(states, 1), whole)
+
+    def _pads_rightly(self) -> bool:
+        """Whether a row's states are the same alone and beside a longer row, padded on both sides."""
+        ids, mask = self.two_rows(TRIED)
+        mask[1, -4:] = False
+        real = slice(3, -4)
+        return nearly_equal(self(ids, mask)[1:, real], self(ids[1:, real], mask[1:, real]))
 
     @contextmanager
     def training_pass(self, checkpointed: bool = True) -> Iterator[None]:
@@ -457,11 +481,29 @@ class Trunk(nn.Module):
         return ids, mask
 
     def _compare_with_own_forward(self) -> None:
-        ids, mask = self.two_rows()
-        with torch.no_grad(), self.switch.use(OFF):
-            ours = self.project(self(ids, mask))[mask].double()
-            output = self.model(
-                input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)
+        ids, mask = (torch.cat([rows, rows[:1]]) for rows in self.two_rows())
+        # The first row once more, with another last token, which no state before it may see.
+        ids[-1, -1] = ids[0, 0]
+        try:
+            with self.switch.use(OFF), torch.no_grad():
+                hidden = self.adapters.watch(lambda: self(ids, mask))
+                ours = self.project(hidden)[mask].double()
+                output = self.model(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    position_ids=position_ids(mask),
+                    use_cache=False,
+                )
+        except REFUSALS as error:
+            raise ValueError(
+                f"{self.named}: it cannot read rows of {ids.shape[1]} tokens, one of them padded on the left "
+                f"({str(error).splitlines()[0]}). Give a decoder of text that takes ids, a mask and positions."
+            ) from error
+        first, last = hidden[0, :-1].float(), hidden[-1, :-1].float()
+        if (first - last).norm() > torch.finfo(self.dtype).eps ** 0.75 * first.norm():
+            raise ValueError(
+                f"{self.named}: its tokens see those that come after them, so it is no decoder. Give a causal "
+                "language model."
             )
         own = output.logits[mask].double()
         if not bool(own.isfinite().all()):
@@ -489,7 +531,8 @@ def nearly_equal(states: Tensor, expected: Tensor) -> bool:
 class LogitTransform:
     """What a family does to its logits after the LM head: Cohere multiplies, Granite divides, Gemma 2 caps.
 
-    Falcon-H1 multiplies, RecurrentGemma and xLSTM cap by other names; HyperCLOVA X multiplies by Granite's.
+    Falcon-H1 multiplies, Inkling divides, RecurrentGemma and xLSTM cap by other names; HyperCLOVA X multiplies by
+    Granite's. Inkling's head has rows behind the last word, whose logits are dropped.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -499,13 +542,15 @@ class LogitTransform:
             return next((value for name in names if (value := getattr(text, name, None))), None)
 
         self.scale = first("logit_scale", "lm_head_multiplier") or 1.0
-        self.divisor = first("logits_scaling") or 1.0
+        self.divisor = first("logits_scaling", "logits_mup_width_multiplier") or 1.0
+        self.words: int | None = getattr(text, "unpadded_vocab_size", None)
         self.cap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
         if text.model_type == "hyperclovax":
             self.scale, self.divisor = self.divisor, 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The transformed logits, same shape."""
+        logits = logits if self.words is None else logits[..., : self.words]
         logits = logits if self.scale == 1.0 else logits * self.scale
         logits = logits if self.divisor == 1.0 else logits / self.divisor
         if self.cap is not None:

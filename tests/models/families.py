@@ -84,6 +84,15 @@ FAMILIES: dict[str, Settings] = {
     "cohere": _family("cohere", _GROUPED, logit_scale=0.2, use_qk_norm=True),
 }  # fmt: skip
 
+_LATENT = {
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    **{"v_head_dim": 8, "num_key_value_heads": 4, "head_dim": 8},
+}
+_ROUTED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    **{"n_group": 2, "topk_group": 1},
+}
+_DORY = {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1}
 _STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -114,11 +123,85 @@ RECURRENT: dict[str, Settings] = {
         moe_layers=[1], no_rope_layers=[1, 0], attention_chunk_size=256,
     ),
     "phimoe": _family("phimoe", _GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    # PEFT renames what its shared experts learned, and does not find it again.
+    "laguna": _family(
+        "laguna", _GROUPED, _EXPERTS, head_dim=8, shared_expert_intermediate_size=16,
+        rope_parameters=None, mlp_layer_types=["dense", "sparse"], layer_types=["full_attention"] * 2,
+        num_attention_heads_per_layer=[4, 4],
+    ),
+    # Its router reads a weight past its layer; the indexers of DeepSeek-V3.2 only pick.
+    "longcat": _family(
+        "longcat_flash", _GROUPED, _LATENT, _ROUTED, num_layers=2, ffn_hidden_size=40,
+        expert_ffn_hidden_size=16, zero_expert_num=2, num_hidden_layers=4,
+    ),
+    "deepseek_v32": _family(
+        "deepseek_v32", _GROUPED, _LATENT, _ROUTED, index_n_heads=2, index_head_dim=16, index_topk=64,
+        mlp_layer_types=["dense", "sparse"],
+    ),
+    "inkling": _family(
+        "inkling_text", _GROUPED, _EXPERTS, head_dim=8, sliding_window_size=8, d_rel=4,
+        logits_mup_width_multiplier=3.0, swa_num_attention_heads=4, swa_num_key_value_heads=2,
+        swa_head_dim=8, rel_extent=8, n_routed_experts=4, n_shared_experts=1,
+    ),
+    # Runs two of its four layers twice.
+    "dory": _family(
+        "dory", _SLIDING, _DORY, head_dim=8, num_hidden_layers=4, rope_parameters=None,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
 }  # fmt: skip
-"""Families with states that are neither keys nor values, experts, or layers that PEFT cannot adapt."""
+"""Families with states that are neither keys nor values, experts, or layers that cannot be adapted."""
+TRIED = ("llama4", "phimoe", "laguna", "longcat", "deepseek_v32", "inkling", "dory")
+"""Those of `RECURRENT` whose structure does not tell that they cannot read packed rows."""
+UNPADDED: dict[str, Settings] = {
+    "deepseek_v4": _family(
+        "deepseek_v4",
+        _GROUPED,
+        _ROUTED,
+        num_key_value_heads=1,
+        num_hidden_layers=3,
+        head_dim=16,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=8,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=6,
+        layer_types=[
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        mlp_layer_types=["moe", "moe", "hash_moe"],
+        rope_parameters=None,
+        sliding_window=WINDOW,
+    ),
+    "mbart": _family(
+        "mbart",
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=40,
+        max_position_embeddings=96,
+        is_encoder_decoder=False,
+        is_decoder=True,
+    ),
+    "recurrent_gemma": _family(
+        "recurrent_gemma",
+        _BLOCKS,
+        block_types=["recurrent", "attention"],
+        lru_width=32,
+        head_dim=8,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        attention_window_size=WINDOW,
+    ),
+}
+"""Families that give other numbers where a row is padded on the left."""
 
 LLAMA_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 _NEOX_TARGETS = "dense dense_4h_to_h dense_h_to_4h query_key_value"
+_LATENT_TARGETS = "kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj"
 _TARGETS = {
     "gpt2": "c_attn c_fc c_proj",
     "opt": "fc1 fc2 k_proj out_proj q_proj v_proj",
@@ -136,6 +219,13 @@ _TARGETS = {
     # Parts that a list of modules shares the name of are named with what stands before them.
     # Their routers are linear layers that give two tensors.
     "phimoe": "k_proj o_proj q_proj v_proj",
+    # Adapters on its shared experts would be lost in PEFT's files.
+    "laguna": "g_proj k_proj mlp.down_proj mlp.gate_proj mlp.up_proj o_proj q_proj v_proj",
+    # A router and indexers learn nothing; PEFT takes gate_proj for experts.
+    "longcat": _LATENT_TARGETS,
+    "deepseek_v32": _LATENT_TARGETS,
+    "inkling": "k_proj o_proj q_proj r_proj v_proj",
+    "dory": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
     "zamba2": "0.0 0.1 down_proj gate_up_proj in_proj k_proj linear o_proj q_proj v_proj",
 }
 TARGETS = {family: tuple(ends.split()) for family, ends in _TARGETS.items()}
@@ -165,7 +255,7 @@ def save_tiny_trunk(
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     settings = {
         # A copy all through: Phi-3's configuration writes into its rotary settings, which families share.
-        **deepcopy({**FAMILIES, **RECURRENT}[family]),
+        **deepcopy({**FAMILIES, **RECURRENT, **UNPADDED}[family]),
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,

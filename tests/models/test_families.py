@@ -89,6 +89,7 @@ def test_a_transform_that_is_not_known_stops_at_load(
     [
         ("cohere", {"logit_scale": 0.2}, 0.2, 1.0, None),
         ("granite", {"logits_scaling": 5.0}, 1.0, 5.0, None),
+        ("inkling_text", {"logits_mup_width_multiplier": 3.0}, 1.0, 3.0, None),
         ("minicpm3", {"dim_model_base": 1280}, 1.0, 2.0, None),
         ("hyperclovax", {"logits_scaling": 0.2}, 0.2, 1.0, None),
         ("recurrent_gemma", {"logits_soft_cap": 7.0}, 1.0, 1.0, 7.0),
@@ -99,6 +100,38 @@ def test_what_families_do_to_their_logits(
 ) -> None:
     transform = LogitTransform(AutoConfig.for_model(family, **settings))
     assert (transform.scale, transform.divisor, transform.cap) == (scale, divisor, cap)
+
+
+def test_rows_of_a_head_behind_the_last_word_are_no_words(tiny_trunk: TinyTrunk) -> None:
+    trunk = load_trunk(str(tiny_trunk("inkling", vocab_size=400, unpadded_vocab_size=380)))
+    assert trunk.vocabulary_size == trunk.project(torch.zeros(2, 32)).shape[-1] == 380
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"model_type": "gpt_neox_japanese"}, "cannot compute activations again.* to false"),
+        ({"model_type": "electra"}, "cannot read rows of 8 tokens"),
+        ({"model_type": "xlm", "n_layers": 2, "n_heads": 4}, "see those that come after"),
+    ],
+)
+def test_what_cannot_be_trained_as_a_decoder_is_refused_in_a_line(
+    tiny_trunk: TinyTrunk, settings: dict[str, Any], fault: str
+) -> None:
+    folder = str(tiny_trunk("llama", **settings))
+    with pytest.raises(ValueError, match=fault) as error:
+        load_trunk(folder, checkpointing=settings["model_type"] == "gpt_neox_japanese")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["t5", "whisper", "llava"])
+def test_encoders_and_models_with_vision_are_refused_before_their_weights_are_read(
+    kind: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"no decoder|an encoder .*model_type {kind}") as error:
+        load_trunk(str(tmp_path))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @also_recurrent

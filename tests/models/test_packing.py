@@ -15,7 +15,7 @@ from lightning_perl.models.adapters import OFF
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.trunk import Trunk
 from tests.conftest import TinyTrunk
-from tests.models.families import FAMILIES, RECURRENT, WINDOW
+from tests.models.families import FAMILIES, RECURRENT, TRIED, WINDOW
 from tests.models.rows import build
 
 SLIDING = {"mistral", "gemma2", "gemma3", "phi3"}
@@ -97,7 +97,7 @@ def test_kernels_that_cannot_read_a_mask_are_not_tried(
     assert not trunk.packs(8)
 
 
-@pytest.mark.parametrize("family", [f for f in RECURRENT if f not in ("llama4", "phimoe")])
+@pytest.mark.parametrize("family", [f for f in RECURRENT if f not in TRIED])
 def test_layers_that_run_on_across_rows_are_not_packed(
     tiny_trunk: TinyTrunk, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from lightning_perl.models.loading import load_trunk
 from lightning_perl.models.trunk import Trunk
-from lightning_perl.modules import HydraPPO
+from lightning_perl.modules import HydraPPO, RewardModel
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.conftest import TinyTrunk
-from tests.models.families import RECURRENT
+from tests.models.families import RECURRENT, UNPADDED
 from tests.models.rows import build
 from tests.modules import tiny
 from tests.rollouts.test_decoding import answered
@@ -39,6 +39,17 @@ def test_mamba_2_loads_in_bfloat16(tiny_trunk: TinyTrunk) -> None:
     trunk = load_trunk(str(tiny_trunk("mamba2")), dtype="bfloat16")
     trunk.require_cache()
     assert trunk.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", UNPADDED)
+def test_a_family_that_reads_padding_is_not_sampled_from(
+    tiny_trunk: TinyTrunk, family: str
+) -> None:
+    folder = str(tiny_trunk(family))
+    with pytest.raises(ValueError, match=r"when a row is .*padded, so it cannot.*RewardModel"):
+        HydraPPO(folder, lora=tiny.LORA, sampling=tiny.SAMPLING)
+    # Its rows are padded on the right.
+    RewardModel(folder, lora=tiny.LORA)
 
 
 def test_a_family_that_loses_its_state_is_not_sampled_from(
