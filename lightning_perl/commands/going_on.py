@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_perl.whole import damage
+from lightning_perl.whole import damage, of_a_run
 
 
 def newest_checkpoint(trainer: Mapping[str, Any], resumed: bool) -> Path:
@@ -81,9 +81,9 @@ def read(path: Path) -> dict[str, Any]:
     if problem := damage(path):
         raise ValueError(f"{path} is no whole checkpoint: {problem}")
     try:
-        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than weights and settings; it is not loaded"
         ) from error
-    return stored
+    return of_a_run(stored, path)
