@@ -11,7 +11,7 @@ from datetime import datetime
 
 # What apply_chat_template renders with and raises; torch brings it.
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 #: The day that templates which write today's date are given, so that prompts are the same on every day.
 DAY = datetime(2026, 1, 1)
@@ -28,14 +28,32 @@ _QUESTION, _ANSWER = "\ue002", "\ue003"
 _OPENING = re.compile(r"(<\w+>)\s*$")
 
 
+def load_tokenizer(source: str, argument: str) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a folder or a hub name; ``argument`` names it in messages."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # tokenizers has no narrower one for a damaged file
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(
+            f"{argument}: no tokenizer could be loaded from {source!r}. Give the trunk's folder (it holds "
+            f"tokenizer.json) or a hub name ({type(error).__name__}: {reason})."
+        ) from error
+    return tokenizer
+
+
 def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], prompt: bool = True
 ) -> str:
     """Returns the messages as the chat template writes them, as a ``prompt`` with the header of an answer."""
     template = _PINNED * _writes_date(tokenizer) + tokenizer.get_chat_template()
-    text = tokenizer.apply_chat_template(
-        list(messages), chat_template=template, add_generation_prompt=prompt, tokenize=False
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=prompt, tokenize=False
+        )
+    except TemplateError:
+        raise
+    except Exception as error:  # whatever a template's own Python comes to
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
     return str(text)
 
 
@@ -70,7 +88,7 @@ def ends_of_answers(tokenizer: PreTrainedTokenizerBase) -> Ends:
     try:
         header = _OPENING.search(rendered(tokenizer, [question]))
         behind = rendered(tokenizer, [question, answer], prompt=False).partition(_ANSWER)[2]
-    except (TemplateError, TypeError, ValueError):
+    except TemplateError:
         # It wants turns of another kind; those of the data are refused one by one if need be.
         return Ends()
     opening = header[1] if header else ""
@@ -127,7 +145,7 @@ def headers_of(tokenizer: PreTrainedTokenizerBase) -> Headers:
         with suppress(TemplateError):  # Some templates take no system turn.
             told = _around(tokenizer, {"role": "system", "content": _ANSWER}, question)
             first, later = {**first, told[0]: "System"}, {**later, told[1]: "User"}
-    except (TemplateError, TypeError, ValueError, IndexError):
+    except (TemplateError, IndexError):
         return Headers({}, {})
     return Headers(first, later, chat[3]) if all([*first, *later]) else Headers({}, {})
 

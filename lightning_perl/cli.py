@@ -157,7 +157,10 @@ class SaveRunConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         earlier = len(list(folder.glob("config*.yaml")))  # of parts that went on in this folder
         path = folder / (f"config_{earlier + 1}.yaml" if earlier else self.config_filename)
-        self.parser.save(self.config, str(path), overwrite=True, multifile=False)
+        try:
+            self.parser.save(self.config, str(path), overwrite=True, multifile=False)
+        except OSError as error:  # of a full disk Python does not say where
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def refuse_early(given: Namespace, trainer_settings: dict[str, Any]) -> None:
@@ -353,7 +356,9 @@ def run() -> None:
         origin = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(origin.filename).is_relative_to(Path(__file__).parent)
         refusal = ours and (origin.line or "").startswith("raise ")
+        # An OSError with a name is about a file: it is not there, or cannot be written.
         told = isinstance(error, MisconfigurationException) or ran_out_of_memory(error)
+        told = told or (isinstance(error, OSError) and error.filename is not None)
         if not refusal and not told:
             raise
         sys.exit(f"error: {error}")

@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 MANIFEST_FILE = "manifest.json"
+NO_RUN = "it is not what a run writes into its checkpoints"
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -33,7 +37,8 @@ def _broken_part(checkpoint: Path, _changed_at: int) -> str | None:
     """Read all checksums, once as long as the file stays as it is."""
     with ZipFile(checkpoint) as parts:
         broken = parts.testzip()
-    return broken and f"the checksum of {broken} differs"
+        pickled = any(name.endswith("data.pkl") for name in parts.namelist())
+    return f"the checksum of {broken} differs" if broken else None if pickled else NO_RUN
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -70,15 +75,28 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Read the file.
 
         Raises:
-            ValueError: It was cut short or changed.
+            ValueError: It was cut short or changed, or is no checkpoint of a run.
         """
-        problem = damage(Path(path)) if Path(path).is_file() else None
+        problem = None if "://" in str(path) else damage(Path(path))
         if problem:
             raise ValueError(
                 f"{path} is no whole checkpoint ({problem}): cut short or damaged. Give another "
                 "file; `--ckpt_path last` takes the newest whole one."
             )
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        return of_a_run(super().load_checkpoint(path, map_location, weights_only=True), path)
+
+
+def of_a_run(stored: Any, path: str | Path) -> dict[str, Any]:  # noqa: ANN401 (whatever is in a file)
+    """A checkpoint that was read, if a run has written it.
+
+    Raises:
+        ValueError: It holds something else, such as weights alone.
+    """
+    parts = ("state_dict", "hyper_parameters")
+    sound = isinstance(stored, dict) and "pytorch-lightning_version" in stored
+    if not sound or not all(isinstance(stored.get(part, {}), dict) for part in parts):
+        raise ValueError(f"{path} is no checkpoint: {NO_RUN}. Give a file of RUN/checkpoints.")
+    return stored
 
 
 @contextmanager
@@ -116,14 +134,73 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield beside
         _let_others_read(beside)
         beside.rename(folder)
+    except OSError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def require_new(place: Path) -> None:
+    """Refuse a place for results that is taken or cannot be written to, before they are computed.
+
+    Raises:
+        FileExistsError: Something is there already.
+        OSError: No file can be made there.
+    """
+    if place.exists():
+        raise FileExistsError(f"{place} exists already; name another folder or remove it.")
+    above = next(folder for folder in place.absolute().parents if folder.exists())
+    try:
+        TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise OSError(
+            f"{place} cannot be written: {error}. Name a place below another folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a folder.
+
+    Raises:
+        ValueError: It is missing or damaged, or holds something else.
+    """
+    with _named(path):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise TypeError(f"expected an object, got {type(about).__name__}")
+    return about
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    with _named(path):
+        return load_file(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file of a folder cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): missing, cut short or changed. Copy the folder again."
+        ) from error
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says; nothing where it has none."""
+    path = folder / MANIFEST_FILE
+    return read_json(path) if path.is_file() else {}
+
+
 def require_whole(folder: Path) -> None:
     """Refuse a folder whose weights or scale are not what `written_whole` wrote; others are taken as they are."""
-    manifest = folder / MANIFEST_FILE
-    about = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    manifest, about = folder / MANIFEST_FILE, manifest_of(folder)
     for name, checksum in about.get("checksums", {}).items():
         path = folder / name
         if not path.is_file() or _checksum(path) != checksum:
@@ -158,7 +235,7 @@ def _seal(manifest: Path, about: dict[str, Any]) -> None:
 def _checksum(path: Path) -> int:
     if path.suffix == ".json":
         # Where the trunk lies may change in an adapter's config, what the adapter computes may not.
-        config = json.loads(path.read_text())
+        config = read_json(path)
         shape = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora")}
         return zlib.crc32(json.dumps(shape).encode())
     value = 0

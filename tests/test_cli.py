@@ -221,6 +221,10 @@ def test_another_class_over_a_yaml_keeps_what_both_have(
     [
         (b"model: [\n", "while parsing a flow node did not find expected node content at line 2"),
         (b"- model\n", "no settings (KEY: VALUE)"),
+        (
+            b"trainer:\n  max_epochs: 1\n  max_epochs: 2\n",
+            "key 'max_epochs' is there twice at line 3",
+        ),
         (b"{model: {class_path: DPO, init_args: {bta: 1}}}", "DPO has no bta; did you mean beta?"),
         (b"\xff\xfe", "is no YAML file: 'utf-8' codec can't decode byte 0xff"),
     ],
@@ -563,6 +567,21 @@ def test_what_needs_neither_data_nor_weights_is_refused_first(
     ]
     monkeypatch.setattr("sys.argv", ["lightning_perl", *given])
     with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+        run()
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    given = ["new-trunk", "--config=new_trunk", f"--folder={tmp_path}/file/trunk"]
+    monkeypatch.setattr("sys.argv", ["lightning_perl", *given])
+    with pytest.raises(SystemExit, match=r"^error: .*file/trunk cannot be written: .*Name a place"):
+        run()
+    given = ["report", str(tmp_path), f"--out={tmp_path}/file/page.html"]
+    (tmp_path / "metrics.csv").write_text("step\n1\n")
+    monkeypatch.setattr("sys.argv", ["lightning_perl", *given])
+    with pytest.raises(SystemExit, match=r"^error: .*Not a directory: .*file/page.html"):
         run()
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_perl.cli import main
-from lightning_perl.commands.trained import newest_checkpoint
+from lightning_perl.commands.trained import newest_checkpoint, read
 from lightning_perl.modules import RewardModel
 from lightning_perl.modules.base import AdapterModule
 from lightning_perl.phases import PhaseCallback
+from lightning_perl.whole import WholeCheckpoints
 from tests.modules import tiny
 from tests.modules.test_resume import BATCHES, loader_for
 from tests.refusing import Refusing
@@ -206,6 +208,32 @@ def test_a_cut_checkpoint_is_passed_over(trunk: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=rf"last is {saved[-3]}: {saved[-1]} is no whole check"):
         path = newest(tmp_path)
     assert_same_end(finished(lambda: ppo(trunk), tmp_path, path=path), straight)
+
+
+VERSION = {"pytorch-lightning_version": "2.6"}
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [torch.ones(2), [1], {"w": torch.ones(2)}, {**VERSION, "state_dict": [1]}, b"PK", None],
+    ids=["tensor", "list", "weights", "no dict", "zip", "folder"],
+)
+@pytest.mark.parametrize("load", [WholeCheckpoints().load_checkpoint, read])
+def test_what_no_run_has_written_is_no_checkpoint(
+    load: Callable[[Path], object], stored: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "foreign.ckpt"
+    if stored is None:
+        path.mkdir()
+    elif isinstance(stored, bytes):
+        with ZipFile(path, "w") as file:
+            file.writestr("a.txt", stored)
+    else:
+        torch.save(stored, path)
+    with pytest.raises(ValueError, match=rf"^{path} is no (whole )?checkpoint"):
+        load(path)
+    torch.save({**VERSION, "state_dict": {}}, tmp_path / "ours.ckpt")
+    load(tmp_path / "ours.ckpt")
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(trunk: str, tmp_path: Path) -> None:

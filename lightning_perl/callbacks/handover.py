@@ -296,6 +296,11 @@ class Resume(Callback):
         """
         if trainer.state.fn != "fit":
             return
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"{trainer.ckpt_path} holds weights alone (save_weights_only), and no optimizer to go on with. "
+                "Give another file."
+            )
         now = {"class": type(pl_module).__name__, **pl_module.hparams}
         for key, (before, given) in changes(now, checkpoint, trainer.ckpt_path).items():
             rank_zero_info(f"goes on with {key} {given}; it was {before}")

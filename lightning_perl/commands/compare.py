@@ -26,7 +26,7 @@ from lightning_perl.functional.sequences import pad_left
 from lightning_perl.models.adapters import OFF, LoraSpec, stored_spec
 from lightning_perl.models.heads import has_head
 from lightning_perl.models.loading import TrunkDtype
-from lightning_perl.models.manifest import manifest_of, require_trunk_of
+from lightning_perl.models.manifest import require_trunk_of
 from lightning_perl.models.quantization import Quantization
 from lightning_perl.models.roles import Layout, Seat
 from lightning_perl.modules import RLOO
@@ -34,6 +34,7 @@ from lightning_perl.modules.evaluation import VALIDATION_ROLLOUT, Evaluation, ke
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rewards import RewardFunction
 from lightning_perl.rollouts.sampling import RolloutEngine, SamplingSpec
+from lightning_perl.whole import manifest_of, require_new
 
 REFERENCE = "reference"
 Measures = dict[str, float | tuple[float, float]]
@@ -141,8 +142,7 @@ def compare(
 
 def _refuse_early(out: Path, folders: Mapping[str, Path], two_judges: bool) -> None:
     """Refuse what can be seen before anything is loaded."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; name another folder or remove it.")
+    require_new(out)
     if not folders or REFERENCE in folders:
         raise ValueError(
             f"adapters must name at least one adapter folder, none of them {REFERENCE!r} (the trunk without an "

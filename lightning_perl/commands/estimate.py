@@ -206,7 +206,7 @@ def architecture_from(source: str) -> PreTrainedConfig:
     place = str(path) if path.exists() else source
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each family's configuration refuses in its own way
         raise ValueError(
             f"estimate: no architecture found in {source!r} ({str(error).splitlines()[0]}). Give "
             "--architecture the folder or config.json of a decoder, or a hub name, or give its sizes "

@@ -28,8 +28,8 @@ from lightning_perl.data.tokenization import PLAIN, PLAIN_CHAT_TEMPLATE
 from lightning_perl.models.adapters import OFF, name_trunk
 from lightning_perl.models.heads import has_head, load_head
 from lightning_perl.models.loading import classifier_like, plain_model
-from lightning_perl.models.manifest import manifest_of, require_alike, save_classifier, save_trunk
-from lightning_perl.whole import whole_folder
+from lightning_perl.models.manifest import require_alike, save_classifier, save_trunk
+from lightning_perl.whole import manifest_of, require_new, whole_folder
 
 
 def export(
@@ -52,8 +52,7 @@ def export(
     Returns:
         The folder.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; name another folder or remove it.")
+    require_new(out)
     with TemporaryDirectory() as beside:
         source = run
         if run.suffix == ".ckpt":

@@ -21,9 +21,15 @@ from lightning_perl.models.adapters import (
     stored_spec,
 )
 from lightning_perl.models.heads import has_head
-from lightning_perl.models.manifest import manifest_of
 from lightning_perl.packaged import unpackaged
-from lightning_perl.whole import MANIFEST_FILE, require_whole, written_whole
+from lightning_perl.whole import (
+    MANIFEST_FILE,
+    manifest_of,
+    read_json,
+    require_new,
+    require_whole,
+    written_whole,
+)
 
 OF_THE_TRUNK = ("trunk_fingerprint", "stop_ids", "template", "quantization")
 """Entries of a manifest that must be the same for adapters that are mixed."""
@@ -40,15 +46,14 @@ def mix(out: Path, adapters: Mapping[str, float]) -> None:
         out: Folder to write; it must not exist yet.
         adapters: A weight for each adapter folder, such as ``{"RUN/adapters/actor": 0.5}``.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; name another folder or remove it.")
+    require_new(out)
     folders = [Path(unpackaged(folder)).expanduser() for folder in adapters]
     weights = [*adapters.values()]
     if not folders or not all(map(math.isfinite, weights)):
         raise ValueError(f"mix needs adapter folders with a finite weight each, got {adapters}.")
     spec = mixed_spec([stored_spec(folder) for folder in folders])
     about = _of_one_trunk(folders)
-    config = json.loads((folders[0] / CONFIG_FILE).read_text())
+    config = read_json(folders[0] / CONFIG_FILE)
     # What `stored_spec` reads; the rest it refuses, or it is not about what an adapter computes.
     config |= {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": list(spec.targets)}
     config |= {"use_rslora": spec.rslora, "lora_dropout": spec.dropout}
@@ -73,7 +78,7 @@ def _of_one_trunk(folders: Sequence[Path]) -> dict[str, Any]:
                 "weight_average."
             )
     manifests = [manifest_of(folder) for folder in folders]
-    configs = [json.loads((folder / CONFIG_FILE).read_text()) for folder in folders]
+    configs = [read_json(folder / CONFIG_FILE) for folder in folders]
     # Adapters of other libraries have no manifest: the name of their base must do.
     keys = OF_THE_TRUNK if all(manifests) else ("base_model_name_or_path",)
     trunks = [

@@ -13,6 +13,7 @@ from lightning_perl.arguments import Count, CountOrZero
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.rows import Splits
 from lightning_perl.packaged import unpackaged
+from lightning_perl.whole import require_new
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
@@ -53,9 +54,18 @@ def new_trunk(
         window: Longest row in tokens.
         seed: Seed of the weights.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; name another folder or remove it.")
-    tokenizer = train_tokenizer(training_texts(data.read()), vocabulary_size)
+    require_new(folder)
+    if hidden_size % (2 * heads):
+        raise ValueError(
+            f"hidden_size must be a multiple of 2 * heads = {2 * heads}, got {hidden_size}: each head turns "
+            "pairs of numbers by their position."
+        )
+    texts = list(training_texts(data.read()))
+    if not texts:
+        raise ValueError(
+            f"data: no training row to train a tokenizer on (a stream is not read). What was read:\n{data.report}"
+        )
+    tokenizer = train_tokenizer(texts, vocabulary_size)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

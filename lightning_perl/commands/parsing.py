@@ -11,7 +11,8 @@ from pkgutil import resolve_name
 from types import FunctionType
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
@@ -24,6 +25,39 @@ EXAMPLES = {
     "typing.Union": "StepLR",  # of learning-rate schedulers
 }
 """A class of each kind whose settings are often given alone; the kind as jsonargparse names it."""
+
+
+_load_yaml = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:  # noqa: ANN401 (whatever was written)
+    """The value of a YAML text.
+
+    Raises:
+        MarkedYAMLError: A key is there twice, of which YAML would take the last one without a word.
+    """
+    value = _load_yaml(text)
+    _refuse_twice(yaml.compose(text, yaml.SafeLoader))
+    return value
+
+
+def _refuse_twice(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            _refuse_twice(part)
+    elif isinstance(node, yaml.MappingNode):
+        known: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in known:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {name!r} is there twice", problem_mark=key.start_mark
+                )
+            known.add(name)
+            _refuse_twice(value)
+
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def meant(given: str, names: Iterable[str]) -> str:

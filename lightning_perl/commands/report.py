@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 from lightning_perl.callbacks.console import show
 from lightning_perl.commands.trained import Series, held_out, series_of, settings_of
+from lightning_perl.data.reading import jsonl_rows
 
 CURVES = (
     ("Score", ("rollout/score", "val/score")),
@@ -97,7 +97,10 @@ def _samples(path: Path) -> Iterator[str]:
     """The samples of the last step."""
     if not path.is_file():
         return
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # A run that was killed may have written half a line.
+    rows = [row for _, row in jsonl_rows(path, lambda where, why: show(f"{where}: {why}"))]
+    if not rows:
+        return
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
     yield f"<h2>Answers at step {last[0]['step']}</h2>"
     yield '<div class="wide"><table><tr><th>prompt</th><th>before</th><th>after</th></tr>'

@@ -18,13 +18,12 @@ from lightning_perl.models.heads import ScalarHead, has_head, save_heads
 from lightning_perl.models.loading import TrunkDtype, load_trunk
 from lightning_perl.models.manifest import (
     agree_on_template,
-    manifest_of,
     require_trunk_of,
     write_adapter_manifest,
 )
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.packaged import unpackaged
-from lightning_perl.whole import damage
+from lightning_perl.whole import damage, manifest_of, of_a_run
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 """Values of a measure with their steps."""
@@ -220,12 +219,12 @@ def read(path: Path) -> dict[str, Any]:
     if problem := damage(path):
         raise ValueError(f"{path} is no whole checkpoint: {problem}")
     try:
-        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than weights and settings; it is not loaded"
         ) from error
-    return stored
+    return of_a_run(stored, path)
 
 
 def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None) -> Path:
@@ -244,12 +243,12 @@ def unpack(checkpoint: Path, part: Part, folder: Path, trunk: str | None = None)
         ValueError: It holds no such adapter, or was trained on another trunk.
     """
     stored = read(checkpoint)
-    given, state = stored["hyper_parameters"], stored["state_dict"]
+    given, state = stored.get("hyper_parameters", {}), stored["state_dict"]
     ends = {name: f".lora_A.{name}.weight" for name in ADAPTERS[part]}
     name = next(
         (name for name, end in ends.items() if any(key.endswith(end) for key in state)), None
     )
-    if name is None:
+    if name is None or not {"trunk", "lora"} <= given.keys():
         raise ValueError(
             f"{checkpoint} holds no {part} adapter. Where a whole trunk is trained, give the folder that the run "
             "handed over (RUN/trunk or RUN/policy)."
@@ -294,7 +293,7 @@ def _fill(trunk: Trunk, name: str, state: dict[str, Any], source: str) -> None:
 def settings_of(run: Path) -> dict[str, str]:
     """The sections of a run's ``config.yaml`` (model, data, trainer) as text; nothing where there is none."""
     path = run / "config.yaml"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     sections = re.split(r"^(?=\w+:)", text, flags=re.MULTILINE)
     return {section.partition(":")[0]: section.rstrip() for section in sections if section}
 
@@ -304,13 +303,16 @@ def series_of(path: Path) -> dict[str, list[tuple[float, float]]]:
     if not path.is_file():
         return {}
     found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file, restkey=""))
     for row in rows:
-        step = float(row.get("step") or 0)
-        for key, value in row.items():
-            if key and value and key not in ("step", "epoch"):
-                found.setdefault(key, []).append((step, float(value)))
+        try:
+            numbers = {key: float(value) for key, value in row.items() if key and value}
+        except ValueError as error:
+            raise ValueError(f"{path} is no table of numbers ({error}). Copy it again.") from error
+        for key, value in numbers.items():
+            if key not in ("step", "epoch"):
+                found.setdefault(key, []).append((numbers.get("step", 0.0), value))
     return found
 
 

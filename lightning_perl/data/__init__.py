@@ -2,10 +2,8 @@
 
 from lightning_perl.data.base import ConversationDataModule
 from lightning_perl.data.corpus import CorpusDataModule
-from lightning_perl.data.harmlessness import HarmlessnessDataModule
-from lightning_perl.data.helpfulness import HelpfulnessDataModule
-from lightning_perl.data.mixed import MixedDataModule
-from lightning_perl.data.preferences import PreferenceDataModule
+from lightning_perl.data.hh_rlhf import HarmlessnessDataModule, HelpfulnessDataModule
+from lightning_perl.data.preferences import MixedDataModule, PreferenceDataModule
 from lightning_perl.data.summarization import SummarizationDataModule
 from lightning_perl.data.taskmaster import TaskmasterDataModule
 

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Checked, Count, CountOrZero
+from lightning_perl.chat import load_tokenizer
 from lightning_perl.data.loaders import (
     Collate,
     FixedLoader,
@@ -143,16 +144,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         source = self.tokenizer_source
         if isinstance(source, PreTrainedTokenizerBase):
             return source
-        try:
-            # No Path, which would rewrite hub names on Windows.
-            name = os.path.expanduser(unpackaged(str(source)))  # noqa: PTH111
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"data.tokenizer: no tokenizer could be loaded from {str(source)!r}. Give the trunk's folder (it "
-                "holds tokenizer.json) or a hub name."
-            ) from error
-        return tokenizer
+        # No Path, which would rewrite hub names on Windows.
+        return load_tokenizer(os.path.expanduser(unpackaged(str(source))), "data.tokenizer")  # noqa: PTH111
 
     def bad_row(self, where: str, message: str, counted: bool = True) -> None:
         """Counts a bad row, unless another reading does, or raises :class:`BadRow`, as ``on_bad_row`` says."""

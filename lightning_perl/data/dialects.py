@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from lightning_perl.data.messages import reading, transcript
 from lightning_perl.data.reading import parse_json
-from lightning_perl.data.rows import BadRow
+from lightning_perl.data.rows import EMPTY_PROMPT, BadRow
 
 AnyRow: TypeAlias = Mapping[str, Any]
 OwnRow: TypeAlias = dict[str, Any]
@@ -212,7 +212,7 @@ def post_prompt(info: AnyRow) -> str:
     if info.get("article"):
         return f"{info['article']}\n\nTL;DR:"
     if not str(info.get("post") or "").strip():
-        raise BadRow("empty prompt. Remove the row, or set on_bad_row: reject.")
+        raise BadRow(EMPTY_PROMPT)
     heads = {"SUBREDDIT: r/": "subreddit", "TITLE: ": "title", "POST: ": "post"}
     lines = [f"{head}{info[key].strip()}" for head, key in heads.items() if info.get(key)]
     return "\n\n".join([*lines, "TL;DR:"])

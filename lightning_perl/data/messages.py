@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning_perl.data.reading import parse_json
-from lightning_perl.data.rows import BadRow, Turn, same
+from lightning_perl.data.rows import EMPTY_PROMPT, BadRow, Turn, blank, same
 
 _Role = Literal["system", "user", "agent", "api"]
 _NAMES: dict[_Role, str] = {
@@ -149,7 +149,8 @@ def _turn(message: Any, column: str) -> Turn:  # noqa: ANN401
         raise wrong_type(column, _EXPECTED, message)
     parts = words if isinstance(words, list) else [words]
     texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    calls = [_call(call, column) for call in message.get("tool_calls") or []]
+    called = message.get("tool_calls") or []
+    calls = [_call(call, column) for call in (called if isinstance(called, list) else [called])]
     texts = [text for text in texts if text is not None or not calls] + calls
     if not all(isinstance(text, str) for text in texts):
         raise wrong_type(column, _EXPECTED, message)
@@ -182,8 +183,8 @@ def prompt_of(value: object) -> tuple[Turn, ...]:
         turns = (Turn("user", value),)
     else:
         raise wrong_type("prompt", "a string or a list of messages", value)
-    if not any(turn.text.strip() for turn in turns):
-        raise BadRow("empty prompt. Remove the row, or set on_bad_row: reject.")
+    if all(blank(turn.text) for turn in turns):
+        raise BadRow(EMPTY_PROMPT)
     return turns
 
 

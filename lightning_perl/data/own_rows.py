@@ -47,6 +47,8 @@ _KINDS = (
 )
 _DEMONSTRATIONS = (("prompt", "response"), ("messages",))
 _PROMPT_KINDS = (("prompt",), ("messages",), _DIALOGS)
+#: The columns that a prompt is made of.
+_ASKED = frozenset({"prompt", "messages", "system", "input", "history"})
 _UP = "1 1.0 true yes up thumbs_up good positive desirable like liked correct accepted 👍"
 _DOWN = "0 0.0 false no down thumbs_down bad negative undesirable dislike disliked incorrect rejected 👎"
 _LABELS = dict.fromkeys(_UP.split(), 1.0) | dict.fromkeys(_DOWN.split(), 0.0)
@@ -131,6 +133,8 @@ class RowReader:
 
     def _named(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yields a row in our columns: by ``columns``, else by what it looks like."""
+        # Rows of pandas hold numpy's arrays, and columns named by numbers.
+        row = {str(key): _listed(value) for key, value in row.items()}
         given = {name: _value(row, column) for name, column in self.columns.items() if column}
         given = {name: value for name, value in given.items() if value is not None}
         # Where a column was named, or none, the other ones that could be it are not meant.
@@ -140,6 +144,7 @@ class RowReader:
             named = {name: value for name, value in own.items() if value is not None} | given
             _place_input(named)
             kind = _kind(named, _KINDS)
+            self._require_mapped(row, named)
             if self.prompts:
                 # Answers without a prompt are dialogs, which begin with it.
                 if kind and kind[0] in ("first", "answers") and "prompt" not in named:
@@ -158,15 +163,19 @@ class RowReader:
         paths = {path for columns in named for path in columns}
         return paths | {path.partition(".")[0] for path in paths}
 
+    def _require_mapped(self, row: Mapping[str, Any], named: dict[str, Any]) -> None:
+        """Refuses a row without a column that is mapped, unless nobody looks at it."""
+        for name, column in self.columns.items():
+            read = column and (not self.prompts or name in _ASKED)
+            if read and name not in named and (isinstance(column, dict) or column not in row):
+                raise self._missing(row, _PROMPT_KINDS if self.prompts else _KINDS)
+
     def _check_columns(
         self, row: Mapping[str, Any], named: dict[str, Any], kind: _Kind | None
     ) -> None:
         """Refuses rows that are half of a kind, ties, and verdicts without use."""
-        mapped = {name for name, column in self.columns.items() if column}
         half = ("chosen" in named) != ("rejected" in named)
-        absent = {name for name in mapped - named.keys() if self.columns[name] not in row}
-        # A mapped column that is not there is a slip, too.
-        if half or kind is None or absent:
+        if half or kind is None:
             raise self._missing(row, _KINDS)
         if kind == _DIALOGS and isinstance(unpacked(named["chosen"], "chosen"), str):
             # Two answers, and not two dialogs: a prompt is missing.
@@ -208,6 +217,8 @@ class RowReader:
             yield from self._ranked(named, [*better, *worse], marks)
         elif "answers" in kind:
             sign = -1.0 if kind[1] == "ranks" else 1.0
+            if not isinstance(named[kind[1]], list):  # of a text each letter would be one
+                raise wrong_type(kind[1], "a list of numbers", named[kind[1]])
             marks = [sign * _number(mark, kind[1]) for mark in named[kind[1]]]
             yield from self._ranked(named, named["answers"], marks)
         else:
@@ -235,15 +246,16 @@ class RowReader:
         imitated = kind in _DEMONSTRATIONS and not unmapped & {"label", "rating"}
         if imitated:
             self._refuse_null(row)
-        idle = sorted(name for name in MARKS - set(kind) if self.columns.get(name))
+        of_use = _of_use(kind, named)
+        idle = sorted(name for name in named if self.columns.get(name) and name not in of_use)
         if idle:
+            what = "verdict" if MARKS & {*idle} else "column"
             raise BadRow(
-                f"mapped verdict that is not used: data.columns maps {idle}, which a row of the kind "
+                f"mapped {what} that is not used: data.columns maps {idle}, which a row of the kind "
                 f"{' + '.join(kind)} has no use for. Take it out of data.columns, or read the row with "
                 "data.read_row."
             )
-        taken = [name for name in named if name in ALIASES and (name in kind or name not in MARKS)]
-        used = {alias for name in taken for alias in ALIASES[name].split()}
+        used = {alias for name in of_use & named.keys() for alias in ALIASES[name].split()}
         used |= self._mapped | {*named.get("read", ()), *dialects.columns_of(row, self.dialect)}
         verdicts = verdict_keys(row) if imitated else []
         for column in [column for column in row if column not in used]:
@@ -407,6 +419,19 @@ def _kind(named: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> _Kind | None:
     return next((kind for kind in kinds if named.keys() >= set(kind)), None)
 
 
+def _of_use(kind: _Kind, named: Mapping[str, Any]) -> set[str]:
+    """Returns the columns of ours that a row of this kind is made of, or that may stand beside them."""
+    pair = not {*kind} & {"response", "messages"}
+    names = {*kind, "system", "history", "tie", *(["margin"] if pair else [])}
+    if "prompt" in named and "messages" not in kind:
+        return names | {"prompt", "input"}
+    return names | {"messages"} if pair else names
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
@@ -438,13 +463,15 @@ def _place_input(named: dict[str, Any]) -> None:
 
 def _surrounded(prompt: Turns, named: dict[str, Any]) -> Turns:
     """Returns a prompt with what stands beside it: an input, earlier turns, a system turn."""
-    about = named.get("input")
-    if isinstance(about, str) and about.strip() and "prompt" in named:
+    about, system = named.get("input", ""), named.get("system", "")
+    for name, text in (("input", about), ("system", system)):
+        if not isinstance(text, str):
+            raise wrong_type(name, "a string", text)
+    if about.strip() and "prompt" in named:
         prompt = (*prompt[:-1], Turn(prompt[-1].role, f"{prompt[-1].text.rstrip()}\n\n{about}"))
     if named.get("history"):
         prompt = (*turns_of(named["history"], "history"), *prompt)
-    system = named.get("system")
-    if isinstance(system, str) and system.strip() and prompt[0].role != "system":
+    if system.strip() and prompt[0].role != "system":
         prompt = (Turn("system", system), *prompt)
     return prompt
 

@@ -14,6 +14,7 @@ import csv
 import gzip
 import json
 import math
+import os
 import pickle
 import re
 import zlib
@@ -73,8 +74,17 @@ def parse_json(text: str) -> Any:  # noqa: ANN401
     def longest(pattern: str) -> re.Match[str]:
         return max(re.finditer(pattern, text), key=lambda match: len(match[0]))
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Python would take the last one.
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            place = max(0, text.rfind(json.dumps(twice, ensure_ascii=False)))
+            raise json.JSONDecodeError(f"the key {twice!r} is there twice", text, place)
+        return value
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
         raise
     except RecursionError:
@@ -146,10 +156,7 @@ def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, s
     table = _table(file, "excel-tab" if tabs else "excel", "TSV" if tabs else "CSV")
     where, header = next(table)
     _is_utf8("".join(header), where, _unreadable)
-    # Spreadsheets leave columns without a name, as many as they like.
-    twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
-    if twice:
-        raise UnreadableFile(where, f"header: it names {twice} more than once. Rename the columns.")
+    _refuse_twice(where, header)
     for where, cells in table:
         if not _is_utf8("".join(cells), where, bad_row):
             continue
@@ -158,6 +165,13 @@ def csv_rows(file: Path, bad_row: BadRowHook) -> Iterator[tuple[str, dict[str, s
         else:
             fix = "Quote cells that hold commas."
             bad_row(where, f"wrong number of cells: not the header's {len(header)}. {fix}")
+
+
+def _refuse_twice(where: str, columns: Iterable[str]) -> None:
+    # Spreadsheets leave columns without a name, as many as they like.
+    twice = sorted(name for name, count in Counter(columns).items() if name and count > 1)
+    if twice:
+        raise UnreadableFile(where, f"header: it names {twice} more than once. Rename the columns.")
 
 
 @_counts_unreadable
@@ -175,6 +189,7 @@ def parquet_rows(file: Path, bad_row: BadRowHook) -> Rows:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(str(file)) as table:
+            _refuse_twice(f"{file}:1", table.schema_arrow.names)
             for number, row in arrow_rows(table.iter_batches(1024), str(file), bad_row):
                 yield f"{file}:{number}", row
     # An OSError: pages that cannot be decompressed.
@@ -197,6 +212,9 @@ def arrow_rows(
                 (row,) = batch.slice(place, 1).to_pylist()
             except UnicodeDecodeError as error:
                 bad_row(f"{name}:{number}", f"not UTF-8 ({error}).")
+                continue
+            except (ValueError, OverflowError) as error:  # a date that Python has none for
+                bad_row(f"{name}:{number}", f"unreadable value: {error}. Leave its column out.")
                 continue
             yield number, row
 
@@ -314,10 +332,10 @@ class Source:
             rows = arrow_rows(table.iter(batch_size=1024), name, bad_row)
             return ((f"{name}:{number}", row) for number, row in rows)
         file = Path(self.place).expanduser()
-        if not file.is_file():
+        if not os.path.isfile(file):  # noqa: PTH113 (the other raises for a long text)
             raise FileNotFoundError(
-                f"No file {str(file)!r} ({self.argument}; looked from {Path.cwd()}). Give the path of a .jsonl, "
-                ".json, .csv or .parquet file, or owner/name of a data set of the hub."
+                f"No file {str(file)[:200]!r} ({self.argument}; looked from {Path.cwd()}). Give the path of a "
+                ".jsonl, .json, .csv or .parquet file, or owner/name of a data set of the hub."
             )
         suffix = _suffix(file)
         if suffix not in _READERS or file.name.lower().endswith(".parquet.gz"):

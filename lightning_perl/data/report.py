@@ -204,7 +204,8 @@ class DataReport:
                 lines.append(f"{title}: {items}")
         if self.template:
             lines.append(f"template: {self.template}")
-        return "\n".join(lines)
+        # Names of columns may hold half a surrogate pair, which no terminal takes.
+        return "\n".join(lines).encode(errors="backslashreplace").decode()
 
     def write_rejected(self, file: Path) -> None:
         """Lists the rejected rows: file, line, reason and message."""

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import attrgetter
 from typing import Literal, NamedTuple, TypeAlias
+from unicodedata import category
 
 import torch
 
@@ -20,6 +22,7 @@ from lightning_perl.batches import PairBatch, PromptBatch, RatedBatch
 from lightning_perl.functional.packing import packed_tokens, plan
 from lightning_perl.functional.sequences import pad_left, pad_right
 
+EMPTY_PROMPT = "empty prompt. Remove the row, or set on_bad_row: reject."
 # A padded position is False in every mask, so the id does not matter.
 _PAD = 0
 
@@ -96,25 +99,11 @@ class Pair:
         """Both answers, the chosen one first."""
         return (self.chosen, self.rejected)
 
-    @property
-    def context(self) -> tuple[Turn, ...]:
-        """The prompt of both."""
-        return self.chosen.context
-
-    @property
-    def dialog(self) -> str:
-        """The group of both."""
-        return self.chosen.dialog
-
-    @property
-    def where(self) -> str:
-        """The place of both."""
-        return self.chosen.where
-
-    @property
-    def source(self) -> int:
-        """The source of both."""
-        return self.chosen.source
+    # Those of both answers.
+    context = property(attrgetter("chosen.context"))
+    dialog = property(attrgetter("chosen.dialog"))
+    where = property(attrgetter("chosen.where"))
+    source = property(attrgetter("chosen.source"))
 
 
 Item: TypeAlias = Row | Pair
@@ -139,6 +128,11 @@ def judgement(item: Item) -> tuple[object, object]:
 def same(turns: tuple[Turn, ...]) -> tuple[tuple[str, str], ...]:
     """Returns what tells turns apart once they are encoded: outer white space does not."""
     return tuple((turn.role, turn.text.strip()) for turn in turns)
+
+
+def blank(text: str) -> bool:
+    """Whether a text shows nothing: separators, controls and formats, such as a byte order mark."""
+    return all(category(letter) in ("Zs", "Zl", "Zp", "Cc", "Cf") for letter in text)
 
 
 def conflicting(verdicts: Iterable[object]) -> bool:

@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.chat import Ends, ends_of_answers, name_of, rendered
 from lightning_perl.data.rows import (
+    EMPTY_PROMPT,
     BadRow,
     Item,
     Pair,
@@ -42,6 +43,7 @@ from lightning_perl.data.rows import (
     RatedRow,
     Row,
     Turn,
+    blank,
 )
 
 #: The name of the plain turn template. A change of a single id of it needs a new number.
@@ -186,6 +188,8 @@ class TurnEncoder:
         Raises :class:`BadRow` where nothing is left that fits, or the chat template refuses the turns.
         """
         _check_unicode(context)
+        if context and all(blank(turn.text) for turn in context):
+            raise BadRow(EMPTY_PROMPT)
         try:
             ids = self._prompt(context)
         except TemplateError as error:
@@ -260,7 +264,21 @@ class TurnEncoder:
             else:
                 text = self._spelled.sub(lambda match: stand_in(match[0]), text)
             messages.append({"role": _CHAT_ROLES[turn.role], "content": text})
-        return _Written(rendered(self.tokenizer, messages, prompt=not counting), spelled, counting)
+        text = rendered(self.tokenizer, messages, prompt=not counting)
+        self._look_for(messages, text)
+        return _Written(text, spelled, counting)
+
+    def _look_for(self, messages: Sequence[dict[str, str]], text: str) -> None:
+        """Refuses a text that lacks what was asked; many templates cut the thoughts out of earlier answers."""
+        lost = [message["role"] for message in messages if message["content"] not in text]
+        asked = [role for role in lost if role != "assistant"]
+        if asked:
+            raise BadRow(
+                f"lost in the chat template: the tokenizer's chat template does not write the {asked[0]}'s turn "
+                "as it is. Use chat_template=False, leave such turns out, or set on_bad_row: reject."
+            )
+        if lost:
+            self.notes["times the chat template wrote an earlier answer otherwise than it was"] += 1
 
     def _pieces(self, written: _Written) -> Iterator[tuple[list[int], bool]]:
         """Yields a chat template's text as tokens, and which of them are answers that count."""
@@ -280,7 +298,7 @@ class TurnEncoder:
         """
         if not row.response or row.response[0].role != "agent":
             raise BadRow("no answer of the assistant. Set rows: prompts for prompts alone.")
-        if any(turn.role == "agent" and not turn.text.strip() for turn in row.response):
+        if any(turn.role == "agent" and blank(turn.text) for turn in row.response):
             raise BadRow("empty answer. Remove the row, or set on_bad_row: reject.")
         _check_unicode(row.response)
         prompt = self._asked(row.context, max_tokens - max_response_tokens)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +30,7 @@ from lightning_perl.models.lean_layers import OFF as OFF
 from lightning_perl.models.lean_layers import AdapterSwitch, adapted_linear
 from lightning_perl.models.quantization import dense, quantization_of, stored_transposed
 from lightning_perl.models.weightless import architecture
+from lightning_perl.whole import read_json, read_tensors
 
 if TYPE_CHECKING:  # PEFT takes a second to import, which --help need not wait for
     from peft import LoraConfig
@@ -378,7 +379,7 @@ def stored_spec(folder: Path) -> LoraSpec:
             f"{folder} is no adapter folder: it has no adapter_config.json. Give the folder that "
             "a run wrote, for example RUN/adapters/reward."
         )
-    config = json.loads(path.read_text())
+    config = read_json(path)
     settings = {key: config[key] for key in NOT_PLAIN if config.get(key)}
     if settings.get("init_lora_weights") in PLAIN_STARTS:
         del settings["init_lora_weights"]
@@ -387,27 +388,33 @@ def stored_spec(folder: Path) -> LoraSpec:
         reasons.append(f"peft_type is {config.get('peft_type')!r}")
     if reasons:
         raise ValueError(f"{path}: only plain LoRA adapters can be loaded: {'; '.join(reasons)}.")
-    if isinstance(config["target_modules"], str):
+    if isinstance(config.get("target_modules"), str):
         raise ValueError(
             f"{path}: target_modules is the pattern {config['target_modules']!r}; write it "
             "as a list of layer names, as this library's own adapters have it."
         )
-    # PEFT keeps the targets as a set and writes it in any order.
-    targets = tuple(sorted(config["target_modules"]))
-    return LoraSpec(
-        config["r"], config["lora_alpha"], targets, rslora=bool(config.get("use_rslora"))
-    )
+    try:
+        # PEFT keeps the targets as a set and writes it in any order.
+        targets = tuple(sorted(config["target_modules"]))
+        return LoraSpec(
+            config["r"], config["lora_alpha"], targets, rslora=bool(config.get("use_rslora"))
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not say what r, lora_alpha and target_modules are ({type(error).__name__}: {error}). "
+            "Copy the folder again."
+        ) from error
 
 
 def trunk_of(folder: Path) -> str:
     """The trunk that a PEFT folder names as its base; empty where it names none."""
-    return str(json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path") or "")
+    return str(read_json(folder / CONFIG_FILE).get("base_model_name_or_path") or "")
 
 
 def name_trunk(folder: Path, trunk: str) -> None:
     """Let a PEFT folder name this trunk as its base."""
     path = folder / CONFIG_FILE
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": trunk}
+    config = read_json(path) | {"base_model_name_or_path": trunk}
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -436,7 +443,7 @@ def mixture(
     mixed: dict[str, Tensor] = {}
     start = 0
     for folder, spec, weight in zip(folders, specs, weights, strict=True):
-        for key, stored in load_file(folder / WEIGHTS_FILE).items():
+        for key, stored in read_tensors(folder / WEIGHTS_FILE).items():
             part = {"lora_A.weight": 0, "lora_B.weight": 1}.get(key[-len("lora_A.weight") :])
             shape = list(stored.shape)
             if part is None or len(shape) != 2 or shape[part] != spec.rank:
@@ -458,7 +465,7 @@ def mixture(
 def _read(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Copy an adapter folder's weights into tensors with the same keys and shapes."""
     if architecture() is None:
-        _fill(tensors, load_file(folder / WEIGHTS_FILE), str(folder))
+        _fill(tensors, read_tensors(folder / WEIGHTS_FILE), str(folder))
 
 
 def _fill(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:

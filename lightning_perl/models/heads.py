@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_perl.functional.logprobs import at_least_fp32
 from lightning_perl.models.weightless import architecture
+from lightning_perl.whole import read_tensors
 
 HEADS_FILE = "heads/heads.safetensors"
 """Not beside the weights: inference servers take every safetensors file there for weights."""
@@ -67,7 +68,7 @@ def _stored(folder: Path) -> dict[str, Tensor]:
     path = folder / HEADS_FILE
     if not path.is_file():  # where folders of 0.1 have it
         path = folder / "heads.safetensors"
-    return load_file(path) if path.is_file() else {}
+    return read_tensors(path) if path.is_file() else {}
 
 
 def has_head(folder: Path, name: str) -> bool:
@@ -94,6 +95,13 @@ def load_head(folder: Path, name: str) -> ScalarHead:
             "RUN/trunk and `RewardModel` writes RUN/adapters/reward, both with a reward head beside "
             "the weights."
         )
-    head = ScalarHead(len(tensors[f"{name}.weight"]))
-    head.load_state_dict({key: tensors[f"{name}.{key}"] for key in ("weight", "bias")})
+    stored = {key: tensors.get(f"{name}.{key}", torch.empty(0)) for key in ("weight", "bias")}
+    sound = stored["weight"].dim() == 1 and stored["bias"].dim() == 0
+    if not sound or not all(bool(value.isfinite().all()) for value in stored.values()):
+        raise ValueError(
+            f"{folder}: its {name} head is no vector of finite weights with a finite bias. Copy the folder again, "
+            "or train it again."
+        )
+    head = ScalarHead(len(stored["weight"]))
+    head.load_state_dict(stored)
     return head

@@ -8,18 +8,17 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from lightning_perl.chat import ends_of_answers
+from lightning_perl.chat import ends_of_answers, load_tokenizer
 from lightning_perl.models.manifest import note_template
 from lightning_perl.models.quantization import (
     Quantization,
@@ -31,7 +30,7 @@ from lightning_perl.models.shortcuts import Shortcuts
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.models.weightless import architecture, stand_in_tokenizer
 from lightning_perl.quiet import no_progress_bars
-from lightning_perl.whole import require_whole
+from lightning_perl.whole import read_json, require_whole
 
 TrunkDtype = Literal["float32", "bfloat16", "float64"]
 NO_BF16_TUNING = (
@@ -79,7 +78,7 @@ def load_trunk(
     require_whole(Path(where))
     with no_progress_bars(Path(where).exists()):  # a download shows how far it is
         model = _load_model(where, _load_config(source, where), quantization, options)
-    trunk = Trunk(model, AutoTokenizer.from_pretrained(where), checkpointing, source, shortcuts)
+    trunk = Trunk(model, load_tokenizer(where, "trunk"), checkpointing, source, shortcuts)
     _require_embedded(trunk)
     _end_responses(trunk)
     note_template(Path(where), trunk)
@@ -198,7 +197,11 @@ def _without_weights(
 def _load_config(source: str, where: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(where)
-    except OSError as error:
+    except Exception as error:  # each family's configuration refuses in its own way
+        if Path(where).is_dir():
+            raise ValueError(
+                f"trunk: {where}/config.json describes no decoder ({_in_a_line(error)}). Copy the folder again."
+            ) from error
         raise FileNotFoundError(
             f"trunk: {source} is no folder here, and no hub name that could be read "
             f"({str(error).splitlines()[0]})."
@@ -210,6 +213,9 @@ def _load_config(source: str, where: str) -> PreTrainedConfig:
             "nf4 or int8."
         )
     _require_decoder(source, config)
+    settings = Path(where, GENERATION_CONFIG_NAME)
+    if settings.is_file():
+        read_json(settings)  # transformers passes over a damaged one, and with it over stop tokens
     without_dropout(config)
     return config
 
@@ -225,6 +231,10 @@ def _require_decoder(source: str, config: PreTrainedConfig) -> None:
         )
 
 
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _load_model(
     where: str,
     config: PreTrainedConfig,
@@ -236,20 +246,21 @@ def _load_model(
         how = loading_config(quantization, options["dtype"])
         options = {**options, "quantization_config": how, "device_map": {"": "cpu"}}
     try:
-        if find_adapter_config_file(where) is not None:
-            raise ValueError(
-                f"trunk: {where} also holds an adapter (adapter_config.json), which would change the trunk's own "
-                "answers. Merge it into the weights, or move it to a folder of its own."
-            )
+        adapter = find_adapter_config_file(where)
         # Shapes that differ are reported with the missing weights, instead of raised one by one.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = adapter or AutoModelForCausalLM.from_pretrained(
             where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # each family's code fails in its own way
         raise ValueError(
-            f"trunk: the weights in {where} cannot be read ({str(error).splitlines()[0]}). Was a file lost, or an "
-            "upload or download cut short?"
+            f"trunk: the weights in {where} cannot be read ({_in_a_line(error)}). Was a file lost, or an upload "
+            "or download cut short? Is it a decoder?"
         ) from error
+    if adapter is not None:
+        raise ValueError(
+            f"trunk: {where} also holds an adapter (adapter_config.json), which would change the trunk's own "
+            "answers. Merge it into the weights, or move it to a folder of its own."
+        )
     model: PreTrainedModel = loaded[0]
     _require_all_weights(where, *loaded)
     if quantization is not None and prepare(model, options["dtype"]) == 0:

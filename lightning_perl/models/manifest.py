@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lightning_perl.models.heads import ScalarHead
 from lightning_perl.models.trunk import Trunk
 from lightning_perl.quiet import no_progress_bars
-from lightning_perl.whole import MANIFEST_FILE, require_whole
+from lightning_perl.whole import MANIFEST_FILE, manifest_of, require_whole
 
 
 def save_trunk(trunk: Trunk, folder: Path, adapter: str | None, about: dict[str, Any]) -> None:
@@ -107,13 +107,6 @@ def require_alike(
             f"model's (allowed {allowed:.3g})."
         )
     return difference
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """What a folder's manifest says; nothing where it has none."""
-    path = folder / MANIFEST_FILE
-    about: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return about
 
 
 def write_adapter_manifest(folder: Path, trunk: Trunk, rewarded_by: Sequence[str] = ()) -> None:

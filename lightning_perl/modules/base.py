@@ -405,6 +405,14 @@ class AdapterModule(Checked, Phased, ABC):
                 + f". Give the trunk, reward and lora that it was trained with ({', '.join(names)}), or leave "
                 "ckpt_path out."
             )
+        own, state = dict(self.named_parameters(remove_duplicate=False)), checkpoint["state_dict"]
+        misshapen = [key for key in sorted(stored) if state[key].shape != own[key].shape]
+        if misshapen or "rng" not in checkpoint:
+            what = f"other shapes, as of {misshapen[0]}" if misshapen else "no state of generators"
+            raise ValueError(
+                f"The checkpoint does not fit {type(self).__name__}: it has {what}. Was it written by another "
+                "library, or changed?"
+            )
         # Of one rank, or a list of several ranks'. A rank that is new goes on as the first does.
         states = checkpoint["rng"] if isinstance(checkpoint["rng"], list) else [checkpoint["rng"]]
         self._rng = states[self.global_rank if self.global_rank < len(states) else 0]

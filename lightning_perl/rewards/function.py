@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Protocol
+
+import torch
 
 from lightning_perl.arguments import Checked
 
@@ -60,7 +63,7 @@ def checked_scores(
     """Returns what ``function`` gives, one finite number per response; ``argument`` names it in messages."""
     who = f"{argument} ({getattr(function, '__name__', type(function).__name__)})"
     try:
-        scores = list(function(prompts, responses, rows))
+        scores = _scores(function, prompts, responses, rows)
     except Exception as error:
         at = _where_it_raises(function, prompts, responses, rows)
         raise ValueError(f"{who} raised {type(error).__name__} {at}: {error}") from error
@@ -75,13 +78,28 @@ def checked_scores(
     ]
 
 
+def _scores(
+    function: RewardFunction, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+) -> list[object]:
+    """Calls with lists of its own: what a function does to them happens to nobody else."""
+    given: object = function(list(prompts), list(responses), list(rows))
+    if inspect.iscoroutine(given):
+        given.close()
+        raise TypeError(
+            "a coroutine is no list of scores; wait for it in a plain function (asyncio.run)"
+        )
+    if isinstance(given, Mapping | Set):
+        raise TypeError(f"a {type(given).__name__} has no order that responses have; give a list")
+    return list(given)  # type: ignore[call-overload, no-any-return]
+
+
 def _finite(score: object, who: str, place: str) -> float:
     value = math.nan
     # float() reads numpy's and torch's numbers too, but also "3".
     if not isinstance(score, str | bytes):
-        with suppress(TypeError, ValueError, RuntimeError):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
             value = float(score)  # type: ignore[arg-type]
-    if not math.isfinite(value):
+    if not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{who} gave {score!r} for {place}; it must give a finite number.")
     return value
 
@@ -92,7 +110,7 @@ def _where_it_raises(
     # A row's score depends on no other row, so alone it raises again.
     for prompt, response, row in zip(prompts, responses, rows, strict=True):
         try:
-            list(function([prompt], [response], [row]))
+            _scores(function, [prompt], [response], [row])
         except Exception:
             return f"on {_place(row, response)}"
     return f"on {len(rows)} rows together ({rows[0]} to {rows[-1]}), on none of them alone"

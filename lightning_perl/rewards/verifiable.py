@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_perl.arguments import CountOrZero, Positive, Text
 from lightning_perl.rewards.function import EachAlone
@@ -104,7 +103,7 @@ class ExactAnswer(EachAlone):
         pattern: str | None = None,
     ) -> None:
         self.file = file
-        self.answers = _answers(Path(file).expanduser(), prompt_key, answer_key)
+        self.answers = _answers(file, prompt_key, answer_key)
         self.pattern = None if pattern is None else _compiled("ExactAnswer", pattern)
         if self.pattern is not None and self.pattern.groups == 0:
             raise ValueError(
@@ -173,26 +172,25 @@ def _compiled(owner: str, pattern: str, flags: int = re.DOTALL) -> re.Pattern[st
         ) from error
 
 
-def _answers(path: Path, prompt_key: str, answer_key: str) -> dict[str, str]:
+def _answers(file: str, prompt_key: str, answer_key: str) -> dict[str, str]:
+    # Here, since it takes the whole room of data along.
+    from lightning_perl.data.reading import Source
+
+    def refuse(where: str, problem: str) -> None:
+        raise ValueError(
+            f"{where}: ExactAnswer needs a JSON object with {prompt_key!r} and {answer_key!r}: {problem}"
+        )
+
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, answer = _plain(str(row[prompt_key])), _bare(str(row[answer_key]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: ExactAnswer needs a JSON object with {prompt_key!r} and "
-                f"{answer_key!r}, got {line[:80]!r}."
-            ) from error
+    for where, row in Source("ExactAnswer.file", file).rows(refuse):
+        if not all(isinstance(row.get(key), str | int | float) for key in (prompt_key, answer_key)):
+            refuse(where, f"got {str(dict(row))[:80]}.")
+        prompt, answer = _plain(str(row[prompt_key])), _bare(str(row[answer_key]))
         if not prompt:
-            raise ValueError(
-                f"{path}:{number}: {prompt_key!r} is empty, so every prompt contains it."
-            )
+            raise ValueError(f"{where}: {prompt_key!r} is empty, so every prompt contains it.")
         if found.setdefault(prompt, answer) != answer:
             raise ValueError(
-                f"{path}:{number}: {prompt[:80]!r} has two answers, {found[prompt]!r} and {answer!r}."
+                f"{where}: {prompt[:80]!r} has two answers, {found[prompt]!r} and {answer!r}."
             )
     return found
 

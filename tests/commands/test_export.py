@@ -32,9 +32,9 @@ from lightning_perl.data.tokenization import PLAIN, PLAIN_CHAT_TEMPLATE, TurnEnc
 from lightning_perl.models.adapters import name_trunk
 from lightning_perl.models.heads import HEADS_FILE, load_head
 from lightning_perl.models.loading import load_trunk
-from lightning_perl.models.manifest import manifest_of
 from lightning_perl.packaged import unpackaged
 from lightning_perl.rollouts.sampling import SamplingSpec
+from lightning_perl.whole import manifest_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "after.md"
 TRUNK = unpackaged("packaged:quickstart/trunk")

@@ -123,6 +123,8 @@ def test_what_cannot_be_mixed_is_refused(
         mix(out, {first: float("nan")})
     with pytest.raises(FileExistsError, match="exists already"):
         mix(tmp_path, {first: 1.0})
+    with pytest.raises(OSError, match=r"adapter_config.json/out cannot be written: .*Name a place"):
+        mix(Path(first, "adapter_config.json", "out"), {first: 1.0})
     assert not out.exists()
     for wrong in ([first], [f"{first}=much"], [f"{first}=0.5", "--adapter", f"{first}=0.1"]):
         with pytest.raises(SystemExit):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_perl.cli import main
+from lightning_perl.commands.report import report
 from lightning_perl.commands.trained import series_of
 
 METRICS = """step,epoch,rollout/score,rollout/kl,val/score,odd,train/loss
@@ -85,3 +86,16 @@ def test_series_have_their_steps_and_gaps(run: Path) -> None:
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no metrics.csv. Give a run's folder"):
         main(["report", str(tmp_path)])
+
+
+def test_a_run_that_was_killed_in_a_line_is_reported_without_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = run / "samples.jsonl"
+    samples.write_text(samples.read_text()[:-9])
+    page = report(run).read_text()
+    assert "Answers at step 1" in page
+    assert "samples.jsonl:2: broken JSON" in capsys.readouterr().out
+    (run / "metrics.csv").write_text("step,val/score\n1,much\n")
+    with pytest.raises(ValueError, match=r"metrics.csv is no table of numbers .*'much'"):
+        report(run)

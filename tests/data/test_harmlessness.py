@@ -18,7 +18,7 @@ from lightning_perl.data import (
     corpus,
 )
 from lightning_perl.data.download import Remote
-from lightning_perl.data.harmlessness import dialogs
+from lightning_perl.data.hh_rlhf import dialogs
 from lightning_perl.data.messages import turns_of
 from lightning_perl.data.own_rows import RowReader
 from lightning_perl.data.rows import BadRow, Item, Pair, Turn

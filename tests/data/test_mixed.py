@@ -72,6 +72,8 @@ def test_pairs_are_laid_out_as_sampled_answers(tokenizer_dir: Path) -> None:
             {"texts_as": "pairs", "texts_settings": {"streaming": True}},
             "pairs are not streamed",
         ),
+        ({}, {"texts_settings": {"colums": {}}}, r"data\.texts_settings: .*'colums'"),
+        ({}, {"texts_settings": {"rows": "prompts"}}, r"data\.texts_settings: .*'rows'"),
     ],
 )
 def test_texts_that_cannot_be_learned_are_refused(

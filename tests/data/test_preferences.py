@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -207,6 +208,7 @@ def test_a_batch_of_prompts_is_a_mixture_of_lengths(ready: Build, streaming: boo
 
 DEEP = f'{{"prompt": {"[" * 9000}{"]" * 9000}, "response": "a"}}'
 PARTED = "there is no prompt column, and chosen and rejected differ before their last messages"
+ANSWERS = {"prompt": "q", "answers": ["a", "b"]}
 # Each kind of bad row: reason, words behind `rows.jsonl:2: `, and the row, or the lines of rows.
 BAD: list[tuple[str, str, object]] = [
     ("empty answer", "empty answer. Remove the row", thumb(1, response=" ")),
@@ -214,6 +216,8 @@ BAD: list[tuple[str, str, object]] = [
     ("identical pair", "identical pair: chosen and rejected", two("a", "a ", prompt="q")),
     ("identical pair", "identical pair", two(talk("q", "a"), talk("q", "a"))),
     ("empty prompt", "empty prompt", thumb(1, prompt="")),
+    ("empty prompt", "empty prompt", {"messages": talk(" ", "a")}),
+    ("empty answer", "empty answer", thumb(1, response="\ufeff\x00 ")),
     ("wrong type", r"prompt must be a string or a list .*int \('3'\)", thumb(1, prompt=3)),
     ("wrong type", "prompt must be a list of .*cook", thumb(1, prompt=[{"role": "cook"}])),
     ("wrong type", "prompt must be a list of", thumb(1, prompt=[])),
@@ -250,6 +254,10 @@ BAD: list[tuple[str, str, object]] = [
     ("broken JSON", r"broken JSON \(.*, column \d+\)", [b'{"prompt": "q"']),
     ("broken JSON", r"broken JSON \(nested too deeply, column 9011\)", [DEEP.encode()]),
     ("broken JSON", r"broken .*too long an integer, column 12\)", [b'{"prompt": ' + b"1" * 9000]),
+    ("broken JSON", r"the key 'a' is there twice, column 21\)", [b'{"prompt": {"a": 1, "a": 2}}']),
+    ("wrong type", "system must be a string, got int", thumb(1, system=5)),
+    ("wrong type", "input must be a string, got int", thumb(1, input=5, history=talk("x"))),
+    ("wrong type", "scores must be a list of numbers, got str", {**ANSWERS, "scores": "12"}),
     (
         "half a surrogate pair",
         r"half a surrogate pair, '\\ud800', at character 2 of the agent turn",
@@ -298,6 +306,47 @@ def test_bad_rows_of_mapped_columns(build: Build) -> None:
     assert pair_of(build, {**ROWS[0], "label": None})
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("margin", thumb(1)),
+        ("response", two("a", "b", prompt="q")),
+        ("input", {"messages": talk("q", "a")}),
+        ("prompt", {"messages": talk("q", "a")}),
+    ],
+)
+def test_a_mapped_column_that_a_row_has_no_use_for_is_refused(
+    build: Build, name: str, row: dict[str, Any]
+) -> None:
+    columns = {name: "own"}
+    with pytest.raises(
+        ValueError, match=rf"data.train:1: mapped column .*\['{name}'\], which a row"
+    ):
+        build([{**row, "own": "2"}], columns=columns).read()
+    build([{**row, "own": None}], columns=columns).read()
+    module = build([{**row, name: "2"}])
+    module.read()
+    assert module.report.unread == {name: 1}
+
+
+def test_a_mapped_column_that_is_not_there_is_a_slip(build: Build) -> None:
+    row = two("a", "b", prompt="q")
+    with pytest.raises(ValueError, match=r"data.train:1: missing column: got .*prompt; messages"):
+        build([row], columns={"system": "rules"}, rows="prompts").read()
+    build([row], columns={"label": "thumb"}, rows="prompts").read()  # not looked at
+    parts = {"rating": {"help": 0.5, "truth": 0.5}}
+    with pytest.raises(ValueError, match=r"data.train:1: missing column: .*null: \['truth'\]"):
+        build([{**thumb(1), "help": 1, "truth": None}], columns=parts, rating_range=(0, 5)).read()
+
+
+def test_rows_as_pandas_gives_them(build: Build) -> None:
+    talked = np.array(talk("q", "a"), dtype=object)
+    (row,) = items(build, [{"messages": talked, 0: 1}])
+    assert row.context[0].text == "q"
+    with pytest.raises(ValueError, match=r"data.train:1: missing column: got \['0', '1'\]"):
+        build([{0: "q", 1: "a"}]).read()
+
+
 def test_messages_in_the_cells_of_csv(build: Build, tmp_path: Path) -> None:
     deep = f"[{{{'[' * 9000}"
     cells = [json.dumps(talk("[1, 2]?")), "[{brackets}]", "[1]", deep]
@@ -317,8 +366,9 @@ def test_messages_in_the_cells_of_csv(build: Build, tmp_path: Path) -> None:
 def test_files_that_are_missing_or_of_another_format_always_stop(
     build: Build, tmp_path: Path
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No file '.*no.jsonl' \(data.train; looked"):
-        build(tmp_path / "no.jsonl", on_bad_row="reject").read()
+    for name in ("no.jsonl", f"{'long ' * 99}no.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"No file '.* \(data.train; looked"):
+            build(tmp_path / name, on_bad_row="reject").read()
     excel = tmp_path / "rows.xlsx"
     excel.touch()
     with pytest.raises(ValueError, match=r"rows.xlsx: cannot read '.xlsx' files. Use .jsonl"):

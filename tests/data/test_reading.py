@@ -224,6 +224,16 @@ def test_rows_before_the_break_are_read(tmp_path: Path) -> None:
         list(jsonl_rows(file, stop))
 
 
+def test_columns_of_parquet_that_python_cannot_tell(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    table = pyarrow.table({"a": ["x"], "day": pyarrow.array([2**30], pyarrow.date32())})
+    pyarrow.parquet.write_table(table, str(file))
+    only(parquet_rows, file, "unreadable value", "1: unreadable value: .*Leave its column out")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["a", "a"])
+    pyarrow.parquet.write_table(twice, str(file))
+    only(parquet_rows, file, "header", r"1: header: it names \['a'\] more than once. Rename")
+
+
 def test_rows_before_a_damaged_page_of_parquet_are_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     table = pyarrow.table({"a": [f"{number} {number * 7919}" for number in range(4096)]})

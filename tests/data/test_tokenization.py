@@ -314,6 +314,28 @@ def test_a_chat_template_that_refuses_turns(tokenizer: PreTrainedTokenizerBase) 
             encoder.encode_prompt(turns, 400)
 
 
+def test_a_chat_template_that_loses_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    loop = "{% for m in messages %}[{{ m.role }}]#{% endfor %}"
+    system = Turn("system", "Be brief.")
+    for written, role in (
+        ("", "user"),
+        ("{{ m.content[:9] }}", "user"),
+        ("{% if m.role != 'system' %}{{ m.content }}{% endif %}", "system"),
+    ):
+        tokenizer.chat_template = loop.replace("#", written)
+        encoder = TurnEncoder(tokenizer, chat_template=True)
+        with pytest.raises(BadRow, match=f"^lost in the chat template: .* the {role}'s turn"):
+            encoder.encode_prompt((*[system] * (role == "system"), USER), 400)
+    users = "{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+    tokenizer.chat_template = loop.replace("#", users)
+    encoder = TurnEncoder(tokenizer, chat_template=True)
+    encoder.encode_prompt((USER, SORRY, USER), 400)
+    assert sum(encoder.notes.values()) == 1
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(BadRow, match=r"^refused by the chat template: .*TypeError"):
+        TurnEncoder(tokenizer, chat_template=True).encode_prompt((USER,), 400)
+
+
 def test_a_chat_template_keeps_spelled_special_tokens_as_text(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -416,6 +417,8 @@ Spoil = Callable[[dict[str, Any], dict[str, Tensor]], object]
             "alpha_pattern is {'q_proj': 3}, but one alpha",
         ),
         (lambda config, _: config.update(target_modules=".*q_proj"), r"pattern '\.\*q_proj'"),
+        (lambda config, _: config.pop("r"), r"does not say what r, .*KeyError: 'r'.*Copy the fold"),
+        (lambda config, _: config.update(lora_alpha=math.nan), "lora_alpha and .* above 0"),
         (lambda _, tensors: tensors.popitem(), "does not fit this trunk: 1 tensors missing"),
         (
             lambda _, tensors: tensors.update({"base_model.model.score.weight": torch.ones(2)}),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from lightning_perl.models.heads import HEADS_FILE, ScalarHead, has_head, load_head, save_heads
@@ -55,4 +57,25 @@ def test_a_missing_head_is_refused_with_what_there_is(tmp_path: Path) -> None:
         load_head(tmp_path, "reward")
     save_heads(tmp_path, {"value": ScalarHead(4)})
     with pytest.raises(ValueError, match=r"has no reward head \(found: \['value'\]\)"):
+        load_head(tmp_path, "reward")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", None),
+        ("bias", torch.zeros(1)),
+        ("weight", torch.zeros(2, 2)),
+        ("weight", torch.tensor([0.0, math.nan])),
+    ],
+)
+def test_a_damaged_head_is_refused(tmp_path: Path, name: str, value: torch.Tensor | None) -> None:
+    save_heads(tmp_path, {"reward": ScalarHead(4)})
+    file = tmp_path / HEADS_FILE
+    tensors = {**load_file(file), f"reward.{name}": value}
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, file)
+    with pytest.raises(ValueError, match="its reward head is no vector of finite weights"):
+        load_head(tmp_path, "reward")
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(ValueError, match=r"heads.safetensors cannot be read .*Copy the folder"):
         load_head(tmp_path, "reward")

@@ -135,6 +135,10 @@ def test_weights_that_are_left_out_are_named(tiny_trunk: TinyTrunk, tmp_path: Pa
     [
         ("adapter_config.json", "{}", "also holds an adapter .*Merge it"),
         ("model.safetensors", "half", "cannot be read .*cut short"),
+        ("config.json", "{}", "config.json describes no decoder .*Copy the folder again"),
+        ("tokenizer.json", "{}", "trunk: no tokenizer could be loaded from"),
+        ("generation_config.json", "{", "generation_config.json cannot be read .*Copy the folder"),
+        ("manifest.json", "{", "manifest.json cannot be read .*Copy the folder again"),
     ],
 )
 def test_a_folder_with_a_file_that_should_not_be_so_is_refused(

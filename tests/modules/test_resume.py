@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning_perl import modules
 from lightning_perl.data import PreferenceDataModule
 from lightning_perl.data.loaders import ResumableLoader
-from lightning_perl.data.mixed import beside
+from lightning_perl.data.preferences import beside
 from lightning_perl.data.rows import collate_pairs
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.modules import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -56,6 +57,8 @@ WHERE = rf"for row 8, response '{SHOWN}'; it must give a finite number\."
         ([0.0, -math.inf, math.nan], rf"\(given\) gave -inf {WHERE}"),
         ([0.0, None, 0.0], rf"\(given\) gave None {WHERE}"),
         ([0.0, "3", 0.0], rf"\(given\) gave '3' {WHERE}"),
+        ([0.0, 10**400, 0.0], rf"\(given\) gave 10+ {WHERE}"),
+        ([0.0, 1e39, 0.0], rf"\(given\) gave 1e\+39 {WHERE}"),
         ([0.0, 1j, 0.0], rf"\(given\) gave 1j {WHERE}"),
         ([0.0, [1.0], 0.0], rf"\(given\) gave \[1\.0\] {WHERE}"),
         ([0.0, torch.zeros(2), 0.0], rf"\(given\) gave tensor\(.*\) {WHERE}"),
@@ -63,6 +66,11 @@ WHERE = rf"for row 8, response '{SHOWN}'; it must give a finite number\."
         ([0.0] * 4, "gave 4 scores for 3 responses"),
         (0.5, "raised TypeError on row 7, response 'a': 'float' object is not iterable"),
         (None, "raised TypeError on row 7, response 'a'"),
+        (
+            {7: 1.0, 8: 2.0, 9: 3.0},
+            "raised TypeError on row 7, .* a dict has no order .*give a list",
+        ),
+        ({1.0, 2.0, 3.0}, "raised TypeError on row 7, .* a set has no order"),
     ],
 )
 def test_what_is_no_score_is_refused_with_its_row(scores: object, words: str) -> None:
@@ -81,6 +89,27 @@ def test_what_a_function_raises_names_the_row_and_keeps_its_cause() -> None:
     ) as caught:
         checked(picky)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_an_async_function_is_refused_with_what_to_do() -> None:
+    async def late(
+        prompts: Sequence[str], responses: Sequence[str], rows: Sequence[int]
+    ) -> Sequence[float]:
+        return [0.0 for _ in rows]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # never awaited
+        with pytest.raises(ValueError, match=r"a coroutine is no list .*asyncio.run"):
+            checked(late)  # type: ignore[arg-type]
+
+
+def test_a_function_that_changes_its_lists_changes_nobody_elses() -> None:
+    def greedy(prompts: list[str], responses: list[str], rows: list[int]) -> list[float]:
+        return [float(len([each.pop() for each in (prompts, responses, rows)])) for _ in rows[:]]
+
+    prompts, responses, rows = PROMPTS[:], RESPONSES[:], ROWS[:]
+    assert checked_scores(greedy, "r", prompts, responses, rows) == [3.0] * 3  # type: ignore[arg-type]
+    assert (prompts, responses, rows) == (PROMPTS, RESPONSES, ROWS)
 
 
 def test_what_only_the_whole_call_raises_is_said_to_be_that() -> None:
