@@ -103,8 +103,8 @@ def test_estimates_are_what_the_allocator_shows(make: Callable[[], Any], load: L
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_are_estimated_in_every_dtype(dtype: str) -> None:
-    config = MixtralConfig(500, 32, 40, 1, 4, num_local_experts=4)
-    with weightless(config):
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+    with weightless(MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=500)):
         module = ppo(trunk_dtype=dtype)()
     assert highest(rehearsal_of(module, LOAD, 1).peaks()).total > 0
 
