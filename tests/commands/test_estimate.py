@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
-from transformers import T5Config
+from transformers import MixtralConfig, T5Config
 
 from benchmarks.reality import allocator_peak, held_bytes, real_module, real_peak
 from lightning_perl.batches import PromptBatch
@@ -98,6 +99,22 @@ def rehearsal(make: Callable[[], Any], load: Load = LOAD, block: int = CUDA_BLOC
 def test_estimates_are_what_the_allocator_shows(make: Callable[[], Any], load: Load) -> None:
     estimated = highest(rehearsal(make, load, block=1).peaks())
     assert estimated == pytest.approx(real_peak(make, SIZES.config(), load), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_estimated_in_every_dtype(dtype: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+    with weightless(MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=500)):
+        module = ppo(trunk_dtype=dtype)()
+    assert highest(rehearsal_of(module, LOAD, 1).peaks()).total > 0
+
+
+def test_what_depends_on_values_cannot_be_estimated() -> None:
+    rehearsed = rehearsal(ppo())
+    with pytest.raises(
+        ValueError, match=r"estimate: .*\(LlamaForCausalLM\).*aten.nonzero.*dry-run"
+    ):
+        rehearsed.peaks(torch.zeros(2).nonzero)
 
 
 def test_a_rollout_is_what_the_allocator_shows() -> None:
