@@ -175,9 +175,9 @@ def test_the_printed_table() -> None:
     assert sample_table(samples[:1], width=54).split("\n") == [
         "prompt           | before           | after",
         "-----------------+------------------+-----------------",
-        "User: hi         | score -0.50      | score -0.50 -> +1.25",
-        "Agent:           | a tall latte     | (empty)",
-        "                 | with milk        |",
+        "User: hi         | score -0.50      | score -0.50 ->",
+        "Agent:           | a tall latte     | +1.25",
+        "                 | with milk        | (empty)",
         "-----------------+------------------+-----------------",
     ]
     second = sample_table(samples[1:], width=1000)
