@@ -86,7 +86,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return of_a_run(super().load_checkpoint(path, map_location, weights_only=True), path)
 
 
-def of_a_run(stored: Any, path: str | Path) -> dict[str, Any]:  # noqa: ANN401 (whatever is in a file)
+def of_a_run(stored: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """A checkpoint that was read, if a run has written it.
 
     Raises:

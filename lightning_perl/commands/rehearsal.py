@@ -131,9 +131,14 @@ class Rehearsal(ABC, Generic[AnyModule]):
             # CUDA computes a chunk's log-probabilities at once, not as many rows as fit a CPU's cache.
             logprobs.CACHED = sys.maxsize
         # PyTorch knows the shapes of grouped products (experts) in bfloat16 only, transformers' own those of all.
-        grouped = {"_can_use_grouped_mm": lambda _, weight, offs: weight.dtype == torch.bfloat16}
+        grouped = patch.object(
+            moe,
+            "_can_use_grouped_mm",
+            lambda _, weight, offs: weight.dtype == torch.bfloat16,
+            create=True,
+        )
         try:
-            with self._mode, self.ledger, patch.multiple(moe, create=True, **grouped):
+            with self._mode, self.ledger, grouped:
                 yield
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             raise ValueError(

@@ -124,7 +124,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         #: Weights of the sources of the training rows; None draws every row once an epoch.
         self.weights: list[float] | None = None
         self._examples: dict[str, list[Any]] = {}
-        # What each example was made of.
+        # What each was made of.
         self._used: dict[str, list[Item]] = {}
         self._distinct = 0
         self._reported_to: Trainer | None = None
@@ -219,12 +219,12 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         if self._distinct > divided:
             self.report.left_out["not asked for"] = self._distinct - divided
         for name, items in splits._asdict().items():
-            if name == "test" and items is splits.val:
-                kept: list[dict[str, Any]] = [self.report.splits, self._examples, self._used]
-                for parts in kept:
-                    parts["test"] = parts["val"]
-            else:
+            if name != "test" or items is not splits.val:
                 self._encode(encoder, name, items)
+                continue
+            kept: list[dict[str, Any]] = [self.report.splits, self._examples, self._used]
+            for parts in kept:
+                parts["test"] = parts["val"]
         self.splits = splits
         self.report.template = f"{encoder.template}, an answer ends with {encoder.ending!r}"
         self.report.notes.update(encoder.notes)
@@ -324,15 +324,9 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
         sources = [item.source for item in self._used["train"]]
-        return ResumableLoader(
-            self._examples["train"],
-            self.batch_size,
-            self.collate,
-            self.num_workers,
-            self.seed,
-            self.bucket,
-            None if self.weights is None else mixture(sources, self.weights),
-        )
+        parts = None if self.weights is None else mixture(sources, self.weights)
+        batches = (self.batch_size, self.collate, self.num_workers, self.seed, self.bucket)
+        return ResumableLoader(self._examples["train"], *batches, parts)
 
     def val_dataloader(self) -> FixedLoader:
         """Returns the validation rows in their order."""
@@ -346,9 +340,8 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     def _fixed(self, split: str) -> FixedLoader:
         self.log_report()
-        return FixedLoader(
-            self._examples[split], self.val_batch_size, self.collate, self.num_workers
-        )
+        batches = (self.val_batch_size, self.collate, self.num_workers)
+        return FixedLoader(self._examples[split], *batches)
 
     def where(self, row: int) -> str:
         """Returns file and line of a test row, by its number."""

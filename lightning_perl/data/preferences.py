@@ -108,15 +108,8 @@ class PreferenceDataModule(ConversationDataModule):
         weights = [source.weight for source in self.train_sources if source.weight is not None]
         self.weights = weights or None
         self.val_fraction = (0.0 if streaming else 0.1) if val_fraction is None else val_fraction
-        self._reader = RowReader(
-            columns or {},
-            self.rows == "prompts",
-            dialect,
-            rating_range,
-            answer_pairs,
-            read_row,
-            self.report,
-        )
+        reading = (self.rows == "prompts", dialect, rating_range, answer_pairs, read_row)
+        self._reader = RowReader(columns or {}, *reading, self.report)
         self.streaming = streaming
         self.streamed = [source.name for source in self.train_sources]
         self.shuffle_block = shuffle_block
@@ -170,15 +163,8 @@ class PreferenceDataModule(ConversationDataModule):
             return super().train_dataloader()
         # Where it limits the batches, Lightning knows how many there are and asks for none ahead.
         limited = self.trainer is None or isinstance(self.trainer.limit_train_batches, int)
-        return StreamingLoader(
-            self._train_stream,
-            self.batch_size,
-            self.collate,
-            self.seed,
-            self.shuffle_block,
-            self.bucket,
-            ahead=0 if limited else 1,
-        )
+        batches = (self.batch_size, self.collate, self.seed, self.shuffle_block, self.bucket)
+        return StreamingLoader(self._train_stream, *batches, ahead=0 if limited else 1)
 
     def _train_stream(
         self, epoch: int, start: int

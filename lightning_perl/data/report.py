@@ -94,23 +94,18 @@ class SplitReport:
     def numbers(self) -> dict[str, float]:
         """Returns what a logger can draw, by name."""
         names = ("rows", "kept", "duplicates", "up", "down", "pairs", "unlabelled", "cut_turns")
-        numbers = {name: float(getattr(self, name)) for name in names}
-        numbers["rejected"] = float(self.rejected.total())
-        for name in ("chosen_longer", "length_auroc"):
-            if getattr(self, name) is not None:
-                numbers[name] = getattr(self, name)
+        numbers = {name: getattr(self, name) for name in (*names, "chosen_longer", "length_auroc")}
+        numbers["rejected"] = self.rejected.total()
         for name, values in self._lengths().items():
-            for suffix, value in zip(("median", "95", "max"), values, strict=True):
-                numbers[f"{name}_tokens_{suffix}"] = float(value)
-        return numbers
+            places = (f"{name}_tokens_{suffix}" for suffix in ("median", "95", "max"))
+            numbers |= dict(zip(places, values, strict=True))
+        return {name: float(number) for name, number in numbers.items() if number is not None}
 
     def __str__(self) -> str:
         """Returns one line."""
-        parts = [f"{self.rows} rows, {self.kept} kept"]
-        if self.rejected:
-            parts[0] += f", {self.rejected.total()} rejected"
-        if self.duplicates:
-            parts[0] += f", {self.duplicates} repeated"
+        losses = {"rejected": self.rejected.total(), "repeated": self.duplicates}
+        lost = "".join(f", {count} {name}" for name, count in losses.items() if count)
+        parts = [f"{self.rows} rows, {self.kept} kept{lost}"]
         if not self.kept:
             return parts[0]
         labels = {
@@ -168,27 +163,20 @@ class DataReport:
 
     def numbers(self) -> dict[str, float]:
         """Returns what a logger can draw: ``data/rows``, ``data/train_kept`` and so on."""
-        numbers = {
-            "data/rows": float(self.rows),
-            "data/rejected": float(self.rejected.total()),
-            "data/duplicates": float(self.duplicates),
-            "data/conflicts": float(self.conflicts),
-            "data/left_out": float(self.left_out.total()),
-        }
+        losses = {"rejected": self.rejected.total(), "left_out": self.left_out.total()}
+        counts = {"rows": self.rows, "duplicates": self.duplicates, "conflicts": self.conflicts}
+        numbers = {f"data/{name}": float(count) for name, count in (counts | losses).items()}
         for name, split in self.splits.items():
             numbers |= {f"data/{name}_{key}": value for key, value in split.numbers().items()}
         return numbers
 
     def __str__(self) -> str:
         """Returns a line of totals, one per split, and one for each kind of loss."""
-        total = f"{self.rows} rows read"
-        if self.duplicates:
-            total += f", {self.duplicates} duplicates dropped"
-        if self.conflicts:
-            total += f", {self.conflicts} conflicting labels"
+        notable = {"duplicates dropped": self.duplicates, "conflicting labels": self.conflicts}
+        total = "".join(f", {count} {name}" for name, count in notable.items() if count)
         # Where there are no test rows of their own, measures of a test are those of the validation.
         same = self.splits.get("test") is self.splits.get("val")
-        lines = [total] + [
+        lines = [f"{self.rows} rows read{total}"] + [
             f"{name}: {'the validation rows' if name == 'test' and same else report}"
             for name, report in self.splits.items()
         ]

@@ -16,10 +16,9 @@ from typing import Any, Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count
-from lightning_perl.data.corpus import CorpusDataModule, own_row, text_of
+from lightning_perl.data.corpus import CorpusDataModule, Part, own_row, text_of
 from lightning_perl.data.dialects import post_prompt
 from lightning_perl.data.dialects import read as read_dialect
-from lightning_perl.data.download import Part
 from lightning_perl.data.messages import wrong_type
 
 Corpora: TypeAlias = Literal["tldr", "tldr_judged", "tldr_human", "comparisons", "dialogsum"]
@@ -36,13 +35,12 @@ class SummarizationDataModule(CorpusDataModule):
     Args:
         data_dir: The folder that holds, by corpus: ``tldr_3_filtered/{train,valid,test}.jsonl``, or
             ``tldr/oai1b_judged.jsonl`` for its authors' summaries; ``tldr/oai1b_judged.jsonl`` or
-            ``tldr/oai1b.csv_judged.csv``; ``tldr-human/*.jsonl``; ``comparisons/batch*.json``;
-            ``dialogsum/`` or ``DialogSum_Data/`` with ``dialogsum.{train,dev,test}.jsonl``. Files
-            may be ``.gz``. ``fit`` downloads what is missing, but for ``tldr_human``.
-        corpus: ``tldr``: a Reddit post and its author's summary. ``tldr_judged``: an author's and a
-            model's summary, of which an AI preferred one. ``comparisons``: two summaries of which a
-            person preferred one; ``tldr_human``: a flattened local part of these. ``dialogsum``: a
-            conversation and its summary.
+            ``tldr/oai1b.csv_judged.csv``; ``tldr-human/*.jsonl``; ``comparisons/batch*.json``; ``dialogsum/`` or
+            ``DialogSum_Data/`` with ``dialogsum.{train,dev,test}.jsonl``. Files may be ``.gz``. ``fit`` downloads
+            what is missing, but for ``tldr_human``.
+        corpus: ``tldr``: a Reddit post and its author's summary. ``tldr_judged``: an author's and a model's
+            summary, of which an AI preferred one. ``comparisons``: two summaries of which a person preferred one;
+            ``tldr_human``: a flattened local part of these. ``dialogsum``: a conversation and its summary.
         max_tokens: Tokens of a row, prompt and answer together. A longer row is a bad row.
     """
 

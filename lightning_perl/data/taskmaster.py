@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import Count, CountOrZero, FractionBelowHalf, TwoOrMore
 from lightning_perl.data.base import ConversationDataModule
-from lightning_perl.data.download import Corpus, corpora, fetch_all
+from lightning_perl.data.corpus import Corpus, corpora, fetch_all
 from lightning_perl.data.messages import reading
 from lightning_perl.data.reading import json_rows, parse_json, tsv_rows
 from lightning_perl.data.rows import (
@@ -27,7 +27,6 @@ from lightning_perl.data.rows import (
     Turn,
     assign_folds,
     held_out,
-    hold_out,
     stable_hash,
 )
 
@@ -143,13 +142,13 @@ class TaskmasterDataModule(ConversationDataModule):
         rows = self.distinct(items)
         ordered = sorted(rows, key=lambda row: stable_hash(f"kept {row.dialog}"))
         kept = ordered[: self.max_demonstrations]
-        held = hold_out((row.dialog for row in kept), 2 * self.val_fraction)
+        train, held = held_out(kept, 2 * self.val_fraction)
+        dialogs = sorted({row.dialog for row in held}, key=stable_hash)
         # A single dialog validates: a checkpoint callback may watch that loss, nothing watches the test's.
-        test = set(sorted(held, key=stable_hash)[::2]) if len(held) > 1 else set()
-        for row in kept:
-            dialog = row.dialog
-            held_splits = splits.test if dialog in test else splits.val
-            (held_splits if dialog in held else splits.train).append(row)
+        test = set(dialogs[::2]) if len(dialogs) > 1 else set()
+        splits.train.extend(train)
+        splits.val.extend(row for row in held if row.dialog not in test)
+        splits.test.extend(row for row in held if row.dialog in test)
 
     def _divide_thumbs(self, items: list[Item], splits: Splits) -> None:
         rows = self.distinct(items)

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PreTrainedTokenizerBase
 
 from lightning_perl.arguments import AtLeastOne, Checked, CountOrZero
 from lightning_perl.batches import Bounded, MixedBatch, PairBatch, PromptBatch, RatedBatch
@@ -297,7 +298,15 @@ class AdapterModule(Checked, Phased, ABC):
         return self if sharded else super().cpu()
 
     def require_fitting(self, data: object) -> None:
-        """Refuse data written with another chat template, or with rows that the trunk has no positions for."""
+        """Refuse data of another tokenizer or chat template, or with rows that the trunk has no positions for."""
+        trunk, tokenizer = self._trunks[0], getattr(data, "tokenizer", None)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or trunk.weightless:
+            tokenizer = trunk.tokenizer
+        if tokenizer.get_vocab() != trunk.tokenizer.get_vocab():
+            raise ValueError(
+                f"data.tokenizer has other words behind its ids than the tokenizer of {trunk.source}, which "
+                "would read other texts. Give data the trunk as its tokenizer."
+            )
         # The template of one trunk's folder holds for the others, also where the data names none.
         templates = {by: name for trunk in self._trunks for by, name in trunk.templates.items()}
         if (template := getattr(data, "template", None)) is not None:

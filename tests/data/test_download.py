@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_perl.data import download
-from lightning_perl.data.download import Remote, fetch_all
+from lightning_perl.data import corpus
+from lightning_perl.data.corpus import Remote, fetch_all
 
 ROWS = b'{"a": 1}\n' * 1000
 SHA = hashlib.sha256(ROWS).hexdigest()
@@ -87,7 +87,7 @@ def test_without_a_network_the_error_says_what_to_put_where(site: str, tmp_path:
 def test_a_server_that_is_silent_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "_SECONDS", 0.2)
+    monkeypatch.setattr(corpus, "_SECONDS", 0.2)
     # The kernel accepts the connection; nobody answers.
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         url = f"http://127.0.0.1:{server.server_port}/rows.jsonl"

@@ -17,7 +17,7 @@ from lightning_perl.data import (
     HelpfulnessDataModule,
     corpus,
 )
-from lightning_perl.data.download import Remote
+from lightning_perl.data.corpus import Remote
 from lightning_perl.data.hh_rlhf import dialogs
 from lightning_perl.data.messages import turns_of
 from lightning_perl.data.own_rows import RowReader

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_perl.data import HelpfulnessDataModule, corpus
-from lightning_perl.data.download import Remote
+from lightning_perl.data.corpus import Remote
 from lightning_perl.data.rows import Item, Pair, Splits, Turn
 from tests.data.corpus_files import hh, scored, shp, write_lines
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_perl.data import SummarizationDataModule, corpus
-from lightning_perl.data.download import Remote
+from lightning_perl.data.corpus import Remote
 from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn
 from tests.data.corpus_files import (
     comparison,

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from lightning_perl.batches import PromptBatch, RatedBatch
 from lightning_perl.data import TaskmasterDataModule, taskmaster
-from lightning_perl.data.download import Remote
+from lightning_perl.data.corpus import Remote
 from lightning_perl.data.rows import Item, Pair, Row, Splits, Turn, assign_folds, hold_out
 from lightning_perl.data.taskmaster import dialog_key
 from tests.data.counts import check_counts

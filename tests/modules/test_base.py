@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
 from lightning_perl.models.adapters import LoraSpec
 from lightning_perl.models.roles import Layout
@@ -33,6 +35,7 @@ from lightning_perl.modules.base import AdapterModule, default_optimizer
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import OnPolicy
 from lightning_perl.modules.safety import clip_by_group
+from lightning_perl.packaged import unpackaged
 from lightning_perl.phases import PhaseCallback
 from lightning_perl.rollouts.sampling import SamplingSpec
 from tests.conftest import TinyTrunk
@@ -401,6 +404,14 @@ def test_the_template_goes_from_stage_to_stage(plain_trunk: Path, tmp_path: Path
     full = PPO(str(hydra), "full", sampling=tiny.SAMPLING)
     written = list(told_fit(full, "plain-1", tmp_path).rglob("manifest.json"))
     assert [said(path.parent) for path in written] == ["plain-1", "plain-1"]
+
+
+def test_data_of_another_tokenizer_is_refused(plain_trunk: Path) -> None:
+    module = SFT(str(plain_trunk), tiny.LORA)
+    module.require_fitting(SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(plain_trunk)))
+    other = AutoTokenizer.from_pretrained(unpackaged("packaged:quickstart/trunk"))
+    with pytest.raises(ValueError, match=r"data.tokenizer has other words .*Give data the trunk"):
+        module.require_fitting(SimpleNamespace(tokenizer=other))
 
 
 def test_prompts_must_be_written_as_the_reward_model_read_them(
