@@ -130,15 +130,14 @@ class Rehearsal(ABC, Generic[AnyModule]):
         if self._on_cuda:
             # CUDA computes a chunk's log-probabilities at once, not as many rows as fit a CPU's cache.
             logprobs.CACHED = sys.maxsize
-        # PyTorch knows the shapes of grouped products (experts) in bfloat16 only, transformers' own those of all.
-        grouped = patch.object(
-            moe,
-            "_can_use_grouped_mm",
-            lambda _, weight, offs: weight.dtype == torch.bfloat16,
-            create=True,
-        )
+
+        def grouped(_: Tensor, weight: Tensor, offs: Tensor) -> bool:
+            # PyTorch knows the shapes of grouped products (experts) in bfloat16 only, transformers' own all.
+            return weight.dtype == torch.bfloat16
+
+        known = patch.object(moe, "_can_use_grouped_mm", grouped, create=True)
         try:
-            with self._mode, self.ledger, grouped:
+            with known, self._mode, self.ledger:
                 yield
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             raise ValueError(
