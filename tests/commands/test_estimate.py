@@ -104,6 +104,7 @@ def test_estimates_are_what_the_allocator_shows(make: Callable[[], Any], load: L
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_are_estimated_in_every_dtype(dtype: str) -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+    sizes["num_key_value_heads"] = 2
     with weightless(MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=500)):
         module = ppo(trunk_dtype=dtype)()
     assert highest(rehearsal_of(module, LOAD, 1).peaks()) > 0
@@ -114,7 +115,7 @@ def test_what_depends_on_values_cannot_be_estimated() -> None:
     with pytest.raises(
         ValueError, match=r"estimate: .*\(LlamaForCausalLM\).*aten.nonzero.*dry-run"
     ):
-        rehearsed.peaks(torch.zeros(2).nonzero)
+        rehearsed.peaks(lambda: torch.zeros(2).nonzero())
 
 
 def test_a_rollout_is_what_the_allocator_shows() -> None:
