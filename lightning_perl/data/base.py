@@ -29,8 +29,8 @@ from lightning_perl.data.rows import (
     BadRow,
     BadRowHook,
     Item,
+    LeftOut,
     Splits,
-    Tie,
     collate_prompts,
     collate_rated,
     conflicting,
@@ -164,10 +164,10 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         for where, row in rows:
             try:
                 yield from read(row, where)
-            except Tie as tie:
+            except LeftOut as left_out:
                 # Counted where bad rows are counted: once.
                 if bad_row in (None, self.bad_row):
-                    self.report.left_out[tie.reason] += 1
+                    self.report.left_out[left_out.reason] += 1
             except BadRow as error:
                 (bad_row or self.bad_row)(where, str(error))
 

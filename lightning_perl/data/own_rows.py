@@ -23,7 +23,7 @@ from lightning_perl.data.messages import (
     wrong_type,
 )
 from lightning_perl.data.report import DataReport
-from lightning_perl.data.rows import BadRow, Item, Pair, Row, Tie, Turn, same
+from lightning_perl.data.rows import BadRow, Item, LeftOut, Pair, Row, Tie, Turn, same
 
 Columns: TypeAlias = dict[str, str | dict[str, float] | None]
 """From a name of ours to the file's column, a dotted path, several columns with weights, or None: not read."""
@@ -123,7 +123,9 @@ class RowReader:
                 f"read_row failed: data.read_row raised {type(error).__name__}: {error}. Mend it, return None to "
                 "leave the row out, or set on_bad_row: reject."
             ) from error
-        rows: list[Any] = made if isinstance(made, list) else [] if made is None else [made]
+        if made is None:
+            raise LeftOut("by read_row")
+        rows: list[Any] = made if isinstance(made, list) else [made]
         for each in rows:
             if not isinstance(each, Mapping):
                 raise wrong_type("what data.read_row returns", "a mapping, mappings or None", each)

@@ -36,8 +36,12 @@ class BadRow(ValueError):
         return re.split(r"[:,;.(]", str(self), maxsplit=1)[0].strip()
 
 
-class Tie(BadRow):
-    """A row whose judge preferred neither answer: nothing to learn, and nothing wrong."""
+class LeftOut(BadRow):
+    """A row with nothing to learn, and nothing wrong: it is counted, and never stops a run."""
+
+
+class Tie(LeftOut):
+    """A row whose judge preferred neither answer."""
 
     def __init__(self) -> None:
         super().__init__("ties: neither answer was preferred")

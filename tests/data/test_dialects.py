@@ -546,15 +546,15 @@ def test_human_turns_decide_the_split(tokenizer_dir: Path) -> None:
     assert (len(train), len(val)) == (28, 12)
 
 
-def test_a_reward_model_refuses_rows_without_verdicts(tokenizer_dir: Path, tmp_path: Path) -> None:
-    rows = [ANSWERS["openai_chat"][0], {"prompt": "Milk?", "response": "No."}]
+def test_a_reward_model_refuses_rows_without_verdicts(tmp_path: Path) -> None:
+    rows = [{"prompt": f"w{number}", "response": "w5"} for number in (3, 4)]
     trunk = tiny.save_trunk(tmp_path / "trunk")
     for kind, words in ((RewardModel, "`label`, or with"), (DPO, "`chosen` and")):
         module = kind(str(trunk), lora=tiny.LORA)
         trainer, _ = tiny.quiet_trainer(tmp_path)
         refused = f"{kind.__name__} finds no row to learn a preference from among 1 tr.* rows with {words}"
         with pytest.raises(ValueError, match=refused):
-            trainer.fit(module, datamodule=PreferenceDataModule(str(tokenizer_dir), rows))
+            trainer.fit(module, datamodule=PreferenceDataModule(str(trunk), rows))
         assert trainer.global_step == 0
 
 

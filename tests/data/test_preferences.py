@@ -339,6 +339,12 @@ def test_a_mapped_column_that_is_not_there_is_a_slip(build: Build) -> None:
         build([{**thumb(1), "help": 1, "truth": None}], columns=parts, rating_range=(0, 5)).read()
 
 
+def test_rows_that_a_function_leaves_out_are_counted(build: Build) -> None:
+    module = build([thumb(1), thumb(2)], read_row=lambda row: row if row == thumb(1) else None)
+    assert len(module.read().train) == 1
+    assert module.report.left_out == {"by read_row": 1}
+
+
 def test_rows_as_pandas_gives_them(build: Build) -> None:
     talked = np.array(talk("q", "a"), dtype=object)
     (row,) = items(build, [{"messages": talked, 0: 1}])
