@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_perl.functional.logprobs import k1
-from lightning_perl.functional.masked import masked_mean
 from lightning_perl.functional.sequences import last_true
 
 
@@ -77,10 +76,3 @@ def generalized_advantages(
         advantages.append(carried)
     stacked = torch.stack(advantages[::-1], dim=1)
     return stacked, stacked + values_seen
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain; 1 is all. Shape: ``(B, R)`` each to ``()``."""
-    unexplained = masked_mean((returns - values) ** 2, mask)
-    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - unexplained / spread.clamp(min=1e-8)

@@ -8,11 +8,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 
 from lightning_perl.arguments import Count, Fraction, NonNegative, Positive
-from lightning_perl.functional.advantages import (
-    explained_variance,
-    generalized_advantages,
-    token_rewards,
-)
+from lightning_perl.functional.advantages import generalized_advantages, token_rewards
 from lightning_perl.functional.masked import masked_mean, whiten
 from lightning_perl.losses.ppo import clipped_surrogate
 from lightning_perl.losses.value import clipped_value_loss
@@ -22,7 +18,7 @@ from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.on_policy import KLControl
 from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
-from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 
 
 class PPO(ActorCritic):

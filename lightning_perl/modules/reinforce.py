@@ -7,18 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from lightning_perl.arguments import Fraction
-from lightning_perl.functional.advantages import (
-    explained_variance,
-    generalized_advantages,
-    token_rewards,
-)
+from lightning_perl.functional.advantages import generalized_advantages, token_rewards
 from lightning_perl.losses.reinforce import baseline_loss, policy_gradient
 from lightning_perl.models.roles import Layout
 from lightning_perl.modules.actor_critic import ActorCritic
 from lightning_perl.modules.base import Stats
 from lightning_perl.modules.evaluation import given
 from lightning_perl.modules.updating import MinibatchSize, PolicyAnswers
-from lightning_perl.rollouts.rollout import Experience, Rollout, Scored
+from lightning_perl.rollouts.rollout import Experience, Rollout, Scored, explained_variance
 
 
 class Reinforce(ActorCritic):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_perl.batches import MixedBatch, PairBatch, PromptBatch, RatedBatch
 from lightning_perl.functional.logprobs import k1
-from lightning_perl.functional.masked import masked_row_sums
+from lightning_perl.functional.masked import masked_mean, masked_row_sums
 from lightning_perl.functional.packing import Packing
 from lightning_perl.functional.sequences import Cut, Sequences
 
@@ -246,6 +246,13 @@ def describe(rollout: Rollout, scored: Scored) -> dict[str, Tensor]:
         "length_score_correlation": correlation(lengths, scored.scores.float()),
         **gap,
     }
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values explain; 1 is all. Shape: ``(B, R)`` each to ``()``."""
+    unexplained = masked_mean((returns - values) ** 2, mask)
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - unexplained / spread.clamp(min=1e-8)
 
 
 def distinct_pairs(ids: Tensor, mask: Tensor) -> Tensor:
