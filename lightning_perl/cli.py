@@ -221,16 +221,18 @@ class PerlCLI(LightningCLI):
         if path == "last":
             path = newest_checkpoint(given.trainer.as_dict(), resumed)
             given.ckpt_path = str(path)
-            logger = (
-                given.trainer.logger
-            )  # W&B goes on with its run; other loggers number a run's parts.
-            if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
-                logger.init_args.id = path.parent.parent.name
+            self._continue_in(given.trainer.logger, path.parent.parent.name)
         stored = read(Path(path))
         if resumed:  # what `Resume` would refuse once the trunk is loaded and the data read
             model = given.model.as_dict()
             now = {"class": model["class_path"].split(".")[-1], **model["init_args"]}
             changes(now, stored, path)
+
+    @staticmethod
+    def _continue_in(logger: Any, run: str) -> None:  # noqa: ANN401 (a Namespace, a list or none)
+        """Let Weights & Biases go on with its run; other loggers number the parts of a run."""
+        if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
+            logger.init_args.id = run
 
     def before_instantiate_classes(self) -> None:
         """Refuse what needs no data and no weights."""

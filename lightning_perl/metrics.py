@@ -304,8 +304,14 @@ def length_controlled_win_rate(won: Tensor, longer_by: Tensor, counts: Tensor) -
     The regression of AlpacaEval 2 (2404.04475) without its term for how hard a prompt is: ``sigmoid(a)`` of
     ``P(win) = sigmoid(a + b tanh(d / sd(d)))``, ``d`` being by how many tokens the answer is longer, fitted to the
     wins by maximum likelihood (Newton's method). A ridge of 0.001 keeps ``a`` and ``b`` finite where all is won.
-    ``counts`` says how often each row is in each sample. Shape: ``(N,)``, ``(N,)`` and ``(S, N)`` to ``(S,)``,
-    float64.
+
+    Args:
+        won: 1, 0, or 0.5 for a tie. Shape: ``(N,)``.
+        longer_by: Shape: ``(N,)``.
+        counts: How often each row is in each sample. Shape: ``(S, N)``.
+
+    Returns:
+        Shape: ``(S,)``, float64.
     """
     won, longer_by = won.double(), longer_by.double()
     spread = longer_by.std(correction=0)

@@ -99,8 +99,12 @@ def claim(trainer: Trainer) -> None:
             if not counts:
                 break
             logger._version = None
-    metrics = folder / "metrics.csv"
-    if not isinstance(logger, CSVLogger) or not metrics.is_file():
+    if isinstance(logger, CSVLogger):
+        _append_to(folder / "metrics.csv", logger)
+
+
+def _append_to(metrics: Path, logger: CSVLogger) -> None:
+    if not metrics.is_file():
         return
     kept = metrics.rename(metrics.with_name(".metrics.kept"))
     writer = logger.experiment

@@ -163,9 +163,20 @@ class Evaluation(AdapterModule):
         early_exit: bool = True,
         samples: int = 1,
     ) -> Callable[[], Rollout]:
-        """Start to sample responses, see `Asked`; servers sample until the returned function is called for them.
+        """Start to sample responses to prompts, those to one prompt next to each other.
 
-        ``role`` is whose adapter answers. Tokens are drawn by ``sampling``, or where it is None by the module's.
+        The noise of a response comes from (seed, rollout index, row, sample) and from nothing else.
+
+        Args:
+            prompts: ``B / samples`` of them.
+            rollout_index: Number of the rollout.
+            role: Whose adapter answers.
+            sampling: How tokens are drawn. None: the module's ``sampling``.
+            early_exit: See `rollouts.sampling.sample`.
+            samples: Responses per prompt.
+
+        Returns:
+            Gives the rollout; servers sample until it is called.
         """
         spec, mine = sampling or self.sampling, share(len(prompts.row))
         own = PromptBatch(*(part[mine.rows] for part in prompts))
@@ -198,10 +209,14 @@ class Evaluation(AdapterModule):
     ) -> Scored:
         """What the roles say of a rollout, one forward pass per distinct (trunk, adapter).
 
-        The policy is not asked where its log-probabilities were kept while it sampled here, the critic only where
-        one is trained: without ``values`` they are 0, as every score is without a learned reward. ``by_length``
-        reads rows of similar length together, which looks at tensors' values. ``temperature`` None is that of
-        ``sampling``.
+        The policy is not asked where its log-probabilities were kept while it sampled here, the critic only
+        where one is trained. Without a learned reward every score is 0.
+
+        Args:
+            rollout: What was sampled.
+            by_length: Read rows of similar length together, which looks at tensors' values.
+            values: Ask the critic; else its values are 0.
+            temperature: Divides the logits. None: the temperature of ``sampling``.
         """
         roles: list[Role] = ["reference", "reward"]
         if values and "value" in self.trained_roles:

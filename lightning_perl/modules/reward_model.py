@@ -226,9 +226,17 @@ class Scoring(Judging):
     def normalize(self, batches: Iterable[RatedBatch]) -> tuple[float, float]:
         """Shift and scale the head so that demonstrations score 0 on average, with deviation 1.
 
-        Only the head changes: ``w / sd`` and ``(b - mean) / sd``. 2403.17031, detail 12, sets the mean; the scale
-        is that of Ziegler et al. (1909.08593). Demonstrations are the batches' rows with ``imitate``. Gives the
-        mean and the standard deviation of the scores before; scores that are all equal or not finite are refused.
+        Only the head changes: ``w / sd`` and ``(b - mean) / sd``. 2403.17031, detail 12, sets the mean;
+        the scale is that of Ziegler et al. (1909.08593).
+
+        Args:
+            batches: Batches whose rows with ``imitate`` are the demonstrations.
+
+        Returns:
+            Mean and standard deviation of the scores before.
+
+        Raises:
+            ValueError: Fewer than two demonstrations, all with one score, or a score that is not finite.
         """
         parts = []
         with torch.no_grad():

@@ -12,10 +12,12 @@ from lightning_perl.models.roles import Roles
 
 
 def ratio_tolerance(dtype: torch.dtype, sampled: bool) -> float:
-    """Mean absolute log-ratio per token that rounding in the trunk's dtype alone explains.
+    """Mean absolute log-ratio per token that rounding alone explains.
 
-    ``sampled``: the old log-probabilities were kept while sampling, one token at a time behind a cache, instead of
-    read with all other tokens of the row.
+    Args:
+        dtype: Dtype of the trunk.
+        sampled: Whether the old log-probabilities were kept while sampling, one token at a time behind a
+            cache, instead of read with all other tokens of the row.
     """
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         # TF32 has bfloat16's digits in its products and more between them.

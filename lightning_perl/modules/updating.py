@@ -181,12 +181,24 @@ class Updating(Evaluation):
         first_value_stats: Stats | None = None,
         texts: RatedBatch | None = None,
     ) -> Stats:
-        """Epochs of minibatch steps, each accumulated over micro-batches; statistics averaged over the steps.
+        """Epochs of minibatch steps, each accumulated over micro-batches.
 
-        Roles that one forward answers share one backward; others go one after the other, so that the actor's graph
-        is gone before the critic's is built. ``by_length`` is as in `score`. ``first_value_stats`` are the
-        critic's of the first minibatch, where `ActorCritic.first_value_pass` has left its gradient already.
-        ``texts`` are imitated in every step, with ``lm_weight``.
+        Roles that one forward answers share one backward; others go one after the other, so that the
+        actor's graph is gone before the critic's is built.
+
+        Args:
+            experience: What is learned from.
+            optimizer: Optimizer over `parameter_groups`.
+            backward: ``loss.backward()``, or Lightning's.
+            first_read: Called once, with the first answers of the policy.
+            accept: Asked before every step.
+            by_length: Micro-batches are of rows of similar length, which looks at tensors' values.
+            first_value_stats: The critic's statistics of the first minibatch, where
+                `ActorCritic.first_value_pass` has left its gradient already.
+            texts: Rows to imitate in every step, with ``lm_weight``.
+
+        Returns:
+            Statistics averaged over the optimizer steps.
         """
         sums: Stats = {}
         steps = 0

@@ -269,12 +269,18 @@ def sample(
     early_exit: bool = True,
     watch: Watch | None = None,
 ) -> Rollout:
-    """Sample a response to each of ``B`` prompts, with the adapter that is switched on.
+    """Sample a response to every prompt, with the adapter that is switched on.
 
-    With early exit finished rows leave the batch, and the loop ends with the last of them. Without it the loop
-    reads no tensor's value, as fake tensors need it; the responses are the same, padded to ``max_new_tokens``.
-    Stop strings need early exit, and so does ``watch``, which reads along: it is called with the numbers of the
-    running rows and the tokens that they have just drawn. Shape of ``uniforms``: ``(B, spec.max_new_tokens)``.
+    Args:
+        trunk: The trunk, inside a role.
+        prompts: ``B`` prompts.
+        spec: How tokens are drawn.
+        uniforms: Shape: ``(B, spec.max_new_tokens)``.
+        early_exit: Finished rows leave the batch, and the loop ends with the last of them. False: the loop
+            reads no tensor's value, as fake tensors need it; the responses are the same, padded to
+            ``max_new_tokens``. Stop strings need early exit.
+        watch: Called with the numbers of the running rows and the tokens that they have just drawn, for those
+            who read along. It needs early exit.
     """
     if spec.stop and not early_exit:
         raise ValueError("stop strings are found by decoding text, which needs early_exit=True.")
