@@ -120,8 +120,9 @@ def test_validation_outside_a_fit_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_scores_that_json_cannot_hold_beside_the_metrics(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     logger = CSVLogger(tmp_path, name="quickstart")
     trainer = quiet_trainer(tmp_path, [SampleWriter(prompts=2)], logger=logger)
     trainer.fit(Answerer(score=float("nan")), Rows(1), Prompts())
