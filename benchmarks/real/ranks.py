@@ -44,7 +44,7 @@ def train(variant: str, seed: int, trunk: Path, data_dir: Path) -> dict[str, Any
     rank = 1 if full else int(variant.split()[1])
     settings: dict[str, Any] = {"layout": "perl", "lora": LoraSpec(rank, float(rank))}
     if full:
-        settings = {"layout": "full", "trunk_dtype": None}
+        settings = {"layout": "full", "trunk_dtype": "float32"}
     settings |= {"beta": BETA, "max_episodes": EPISODES, "seed": seed}
     before, cpu = resident_mb("VmRSS"), time.process_time()
     module = policy(trunk, Reinforce, optimizer=adam(FULL_RATE if full else RATE), **settings)
