@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_perl
 from lightning_perl.cli import config_source, main, packaged_configs, run
+from lightning_perl.commands.parsing import load_yaml
 from lightning_perl.commands.trained import newest_checkpoint
 from lightning_perl.packaged import unpackaged
 from tests.conftest import TinyTrunk
@@ -214,6 +215,11 @@ def test_another_class_over_a_yaml_keeps_what_both_have(
     settings = yaml.safe_load(printed)["model"]["init_args"]
     assert settings["lora"]["alpha"] == 16
     assert settings["optimizer"]["init_args"]["lr"] == 3e-3
+
+
+def test_yaml_may_merge_twice_and_name_a_number_and_its_text() -> None:
+    text = "a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\nd: {1: a, '1': b}\n"
+    assert load_yaml(text)["c"] == {"x": 1, "y": 2}
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ LORA_SFT = "SFT with LoRA"
 NOT_COUNTED = (
     "Not counted: CUDA's context, libraries' buffers and fragmentation, about 1 GiB. A card of 24 GB holds "
     "what fits --budget 23GB. On a CPU under Linux the heap falls into holes, and a process may come to hold "
-    "three times as much; MALLOC_MMAP_THRESHOLD_=1048576 THP_MEM_ALLOC_ENABLE=1 before the command takes less memory "
-    "and more time."
+    "three times as much; MALLOC_MMAP_THRESHOLD_=1048576 THP_MEM_ALLOC_ENABLE=1 before the command takes less "
+    "memory and more time."
 )
 SHAPE = (
     *("model_type", "hidden_size", "intermediate_size", "vocab_size"),

@@ -48,10 +48,11 @@ def _refuse_twice(node: yaml.Node | None) -> None:
     elif isinstance(node, yaml.MappingNode):
         known: set[str] = set()
         for key, value in node.value:
-            name = str(key.value)
-            if name in known:
+            name = f"{key.tag} {key.value}"  # 1 and "1" are two keys
+            if name in known and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {name!r} is there twice", problem_mark=key.start_mark
+                    problem=f"the key {str(key.value)!r} is there twice",
+                    problem_mark=key.start_mark,
                 )
             known.add(name)
             _refuse_twice(value)

@@ -254,8 +254,8 @@ class RowReader:
             what = "verdict" if MARKS & {*idle} else "column"
             raise BadRow(
                 f"mapped {what} that is not used: data.columns maps {idle}, which a row of the kind "
-                f"{' + '.join(kind)} has no use for. Take it out of data.columns, or read the row with "
-                "data.read_row."
+                f"{' + '.join(kind)} has no use for. Leave it null in such rows, take it out of data.columns, or "
+                "read the row with data.read_row."
             )
         used = {alias for name in of_use & named.keys() for alias in ALIASES[name].split()}
         used |= self._mapped | {*named.get("read", ()), *dialects.columns_of(row, self.dialect)}
@@ -466,6 +466,7 @@ def _place_input(named: dict[str, Any]) -> None:
 def _surrounded(prompt: Turns, named: dict[str, Any]) -> Turns:
     """Returns a prompt with what stands beside it: an input, earlier turns, a system turn."""
     about, system = named.get("input", ""), named.get("system", "")
+    system = "" if system != system else system  # pandas' NaN, where there is none
     for name, text in (("input", about), ("system", system)):
         if not isinstance(text, str):
             raise wrong_type(name, "a string", text)

@@ -115,7 +115,8 @@ class Adapters:
         self.quantized = {n: layer for n, layer in model.named_modules() if quantization_of(layer)}
         every = linear_layers_in_blocks(model)
         self._linear_names = _kept_by_peft(model, every)
-        self._without = [name for name in every if name not in self._linear_names]
+        self._lost = [name for name in every if name not in self._linear_names]
+        self._idle: list[str] = []
         self._transposed = any(stored_transposed(module) for module in model.modules())
 
     @cached_property
@@ -145,7 +146,7 @@ class Adapters:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._without += [name for name in kinds if kinds[name] not in learning]
+        self._idle = [name for name in kinds if kinds[name] not in learning]
         self._linear_names = [name for name in kinds if kinds[name] in learning]
         return result.detach()
 
@@ -201,7 +202,7 @@ class Adapters:
             up.data = torch.zeros_like(up, dtype=dtype)
 
     def _name_what_is_left_out(self) -> None:
-        names = [*self._linear_names, *self._without]
+        names = [*self._linear_names, *self._lost, *self._idle]
         left = {n.rsplit(".", 1)[-1] for n in names if not set(_ends(n)) & set(self._every)}
         if left:
             rank_zero_info(
@@ -225,7 +226,9 @@ class Adapters:
     def _ends_of(self, target: str) -> list[str]:
         """The ends of layer names that a target stands for; none where it matches no layer."""
         if target != ATTENTION:
-            return [target] if any(target in _ends(name) for name in self._linear_names) else []
+            # A stored adapter may have layers that no text passes, such as those of a vision tower.
+            known = (*self._linear_names, *self._idle)
+            return [target] if any(target in _ends(name) for name in known) else []
         # The last two parts of the name: GPT-2's mlp.c_proj is no attention.
         ends = {
             ".".join(name.rsplit(".", 2)[-2:])

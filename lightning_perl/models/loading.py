@@ -204,7 +204,7 @@ def _load_config(source: str, where: str) -> PreTrainedConfig:
             ) from error
         raise FileNotFoundError(
             f"trunk: {source} is no folder here, and no hub name that could be read "
-            f"({str(error).splitlines()[0]})."
+            f"({str(error).partition(chr(10))[0]})."
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -251,10 +251,12 @@ def _load_model(
         loaded: Any = adapter or AutoModelForCausalLM.from_pretrained(
             where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except (ImportError, MemoryError):
+        raise
     except Exception as error:  # each family's code fails in its own way
         raise ValueError(
-            f"trunk: the weights in {where} cannot be read ({_in_a_line(error)}). Was a file lost, or an upload "
-            "or download cut short? Is it a decoder?"
+            f"trunk: {where} cannot be loaded ({_in_a_line(error)}). Was a file lost, or an upload or download "
+            "cut short? Is it a decoder, and can it take the attention and quantization that are set?"
         ) from error
     if adapter is not None:
         raise ValueError(

@@ -495,9 +495,12 @@ class Trunk(nn.Module):
                     use_cache=False,
                 )
         except REFUSALS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
                 f"{self.named}: it cannot read rows of {ids.shape[1]} tokens, one of them padded on the left "
-                f"({str(error).splitlines()[0]}). Give a decoder of text that takes ids, a mask and positions."
+                f"({reason}). Give a decoder of text that takes ids, a mask and positions."
             ) from error
         first, last = hidden[0, :-1].float(), hidden[-1, :-1].float()
         if (first - last).norm() > torch.finfo(self.dtype).eps ** 0.75 * first.norm():

@@ -299,14 +299,7 @@ class AdapterModule(Checked, Phased, ABC):
 
     def require_fitting(self, data: object) -> None:
         """Refuse data of another tokenizer or chat template, or with rows that the trunk has no positions for."""
-        trunk, tokenizer = self._trunks[0], getattr(data, "tokenizer", None)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase) or trunk.weightless:
-            tokenizer = trunk.tokenizer
-        if tokenizer.get_vocab() != trunk.tokenizer.get_vocab():
-            raise ValueError(
-                f"data.tokenizer has other words behind its ids than the tokenizer of {trunk.source}, which "
-                "would read other texts. Give data the trunk as its tokenizer."
-            )
+        require_same_words(self._trunks[0], getattr(data, "tokenizer", None))
         # The template of one trunk's folder holds for the others, also where the data names none.
         templates = {by: name for trunk in self._trunks for by, name in trunk.templates.items()}
         if (template := getattr(data, "template", None)) is not None:
@@ -499,6 +492,20 @@ def require_batch(
         f"and ids below {vocabulary}, got {got}. Return one from the DataLoader's collate_fn, or give rows as "
         "dicts to PreferenceDataModule(tokenizer, train=rows)."
     )
+
+
+def require_same_words(trunk: Trunk, tokenizer: object) -> None:
+    """Refuse data whose tokenizer has other words behind its ids than the trunk's."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or trunk.weightless:
+        return
+    own, words = trunk.tokenizer.get_vocab(), tokenizer.get_vocab()
+    if tokenizer.pad_token not in own:
+        words.pop(tokenizer.pad_token, None)  # one that was added, which no batch holds
+    if words != own:
+        raise ValueError(
+            f"data.tokenizer has other words behind its ids than the tokenizer of {trunk.source}, which would "
+            "read other texts. Give data the trunk as its tokenizer."
+        )
 
 
 def require_plain_ranks(strategy: str) -> None:

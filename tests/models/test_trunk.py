@@ -134,7 +134,7 @@ def test_weights_that_are_left_out_are_named(tiny_trunk: TinyTrunk, tmp_path: Pa
     ("name", "content", "message"),
     [
         ("adapter_config.json", "{}", "also holds an adapter .*Merge it"),
-        ("model.safetensors", "half", "cannot be read .*cut short"),
+        ("model.safetensors", "half", "cannot be loaded .*cut short"),
         ("config.json", "{}", "config.json describes no decoder .*Copy the folder again"),
         ("tokenizer.json", "{}", "trunk: no tokenizer could be loaded from"),
         ("generation_config.json", "{", "generation_config.json cannot be read .*Copy the folder"),

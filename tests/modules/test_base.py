@@ -408,7 +408,10 @@ def test_the_template_goes_from_stage_to_stage(plain_trunk: Path, tmp_path: Path
 
 def test_data_of_another_tokenizer_is_refused(plain_trunk: Path) -> None:
     module = SFT(str(plain_trunk), tiny.LORA)
-    module.require_fitting(SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(plain_trunk)))
+    same = AutoTokenizer.from_pretrained(plain_trunk)
+    module.require_fitting(SimpleNamespace(tokenizer=same))
+    same.add_special_tokens({"pad_token": "<nothing>"})  # which no batch holds
+    module.require_fitting(SimpleNamespace(tokenizer=same))
     other = AutoTokenizer.from_pretrained(unpackaged("packaged:quickstart/trunk"))
     with pytest.raises(ValueError, match=r"data.tokenizer has other words .*Give data the trunk"):
         module.require_fitting(SimpleNamespace(tokenizer=other))
