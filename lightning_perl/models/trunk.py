@@ -480,6 +480,14 @@ class Trunk(nn.Module):
         mask[1, :3] = False
         return ids, mask
 
+    def _require_causal(self, first: Tensor, last: Tensor) -> None:
+        """Refuse states that differ by what comes after them."""
+        if (first - last).norm() > torch.finfo(self.dtype).eps ** 0.75 * first.norm():
+            raise ValueError(
+                f"{self.named}: its tokens see those that come after them, so it is no decoder. Give a causal "
+                "language model."
+            )
+
     def _compare_with_own_forward(self) -> None:
         ids, mask = (torch.cat([rows, rows[:1]]) for rows in self.two_rows())
         # The first row once more, with another last token, which no state before it may see.
@@ -502,12 +510,7 @@ class Trunk(nn.Module):
                 f"{self.named}: it cannot read rows of {ids.shape[1]} tokens, one of them padded on the left "
                 f"({reason}). Give a decoder of text that takes ids, a mask and positions."
             ) from error
-        first, last = hidden[0, :-1].float(), hidden[-1, :-1].float()
-        if (first - last).norm() > torch.finfo(self.dtype).eps ** 0.75 * first.norm():
-            raise ValueError(
-                f"{self.named}: its tokens see those that come after them, so it is no decoder. Give a causal "
-                "language model."
-            )
+        self._require_causal(hidden[0, :-1].float(), hidden[-1, :-1].float())
         own = output.logits[mask].double()
         if not bool(own.isfinite().all()):
             raise ValueError(
