@@ -349,6 +349,8 @@ def test_rows_as_pandas_gives_them(build: Build) -> None:
     talked = np.array(talk("q", "a"), dtype=object)
     (row,) = items(build, [{"messages": talked, 0: 1}])
     assert row.context[0].text == "q"
+    (row,) = items(build, [{**thumb(1), "system": float("nan")}])
+    assert [turn.role for turn in row.context] == ["user"]
     with pytest.raises(ValueError, match=r"data.train:1: missing column: got \['0', '1'\]"):
         build([{0: "q", 1: "a"}]).read()
 
