@@ -209,7 +209,7 @@ def architecture_from(source: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(place)
     except Exception as error:  # each family's configuration refuses in its own way
         raise ValueError(
-            f"estimate: no architecture found in {source!r} ({str(error).splitlines()[0]}). Give "
+            f"estimate: no architecture found in {source!r} ({str(error).partition(chr(10))[0]}). Give "
             "--architecture the folder or config.json of a decoder, or a hub name, or give its sizes "
             "(--hidden_size, --layers, --heads, --intermediate_size, --vocabulary_size)."
         ) from error

@@ -124,7 +124,7 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         #: Weights of the sources of the training rows; None draws every row once an epoch.
         self.weights: list[float] | None = None
         self._examples: dict[str, list[Any]] = {}
-        # What each was made of.
+        # What each example was made of.
         self._used: dict[str, list[Item]] = {}
         self._distinct = 0
         self._reported_to: Trainer | None = None
@@ -324,9 +324,15 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
         """Returns shuffled batches; the loader's position goes into checkpoints."""
         self.log_report()
         sources = [item.source for item in self._used["train"]]
-        parts = None if self.weights is None else mixture(sources, self.weights)
-        batches = (self.batch_size, self.collate, self.num_workers, self.seed, self.bucket)
-        return ResumableLoader(self._examples["train"], *batches, parts)
+        return ResumableLoader(
+            self._examples["train"],
+            self.batch_size,
+            self.collate,
+            self.num_workers,
+            self.seed,
+            self.bucket,
+            None if self.weights is None else mixture(sources, self.weights),
+        )
 
     def val_dataloader(self) -> FixedLoader:
         """Returns the validation rows in their order."""
@@ -340,8 +346,9 @@ class ConversationDataModule(Checked, LightningDataModule, ABC):
 
     def _fixed(self, split: str) -> FixedLoader:
         self.log_report()
-        batches = (self.val_batch_size, self.collate, self.num_workers)
-        return FixedLoader(self._examples[split], *batches)
+        return FixedLoader(
+            self._examples[split], self.val_batch_size, self.collate, self.num_workers
+        )
 
     def where(self, row: int) -> str:
         """Returns file and line of a test row, by its number."""
