@@ -547,7 +547,8 @@ class OnPolicy(Updating):
     def teardown(self, stage: str) -> None:
         """Take from servers what was pushed; what is under way is started anew by a fit to come."""
         super().teardown(stage)
-        self._ahead = None if self._ahead is None else Ahead(*self._ahead[:2])
+        if self._ahead is not None:
+            self._ahead = self._ahead._replace(rollout=None, greedy=None)
 
     def hand_over(self, folder: Path) -> None:
         """Write ``RUN/adapters/actor``, or the policy's trunk as ``RUN/policy`` in the layout full."""
